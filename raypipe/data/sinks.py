@@ -1,0 +1,211 @@
+"""Where results go: one shard of finished rows becomes files, each of which appears whole or not at all.
+
+| format | files under the root | holds |
+|---|---|---|
+| jpeg, png | `[epoch-NNN/][folder/]name.jpg`, `.png` | the image |
+| npy | `[epoch-NNN/][folder/]name.npy` | HWC uint8, or what `finish` makes of it (MLPerf's cache of finished arrays) |
+| webdataset | `[epoch-NNN/]shard-NNNNNN.tar` | per image `key.jpg`, `key.json` and, if it has one label and no box, `key.cls` |
+| parquet | `[epoch-NNN/]part-NNNNNN.parquet` | a row an image: raw HWC uint8 pixels with height, width, id, name, boxes, ... |
+
+A file's name and bytes depend only on its rows, so a shard that is written twice is the same as one written once. Rejected
+rows write nothing, and a shard of only rejected rows no file. What was written is an input again (`raypipe.data.sources`).
+"""
+
+import io
+import json
+import posixpath
+import tarfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from raypipe import UsageError
+from raypipe.data.location import path_of, write
+from raypipe.data.sources import annotation_id, npy, read_coco
+
+FORMATS = ("jpeg", "png", "npy", "webdataset", "parquet")
+
+Encode = Callable[[np.ndarray, str, int], bytes]
+Finish = Callable[[np.ndarray], np.ndarray]
+
+_EXTENSION = {"jpeg": ".jpg", "png": ".png", "npy": ".npy"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sink:
+    """A format and the place it is written to.
+
+    `root`: a local path or URI. `folder`: a folder under it for image files (jpeg, png, npy). `quality`: of JPEG, 1 to 100.
+    `tmp`: the folder under a local root for files that are not finished; leftovers in it belong to killed writers.
+    """
+
+    format: str
+    root: str
+    folder: str = ""
+    quality: int = 95
+    tmp: str = "_raypipe/tmp"
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise UsageError(f"the format {self.format!r} cannot be written; choose one of {', '.join(FORMATS)}")
+        if not 1 <= self.quality <= 100:
+            raise UsageError(f"a JPEG quality of {self.quality} does not exist; give 1 to 100")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Written:
+    """`files`: relative to the root; for jpeg, png and npy one per good row in order, else one, or none. `bytes`: of all."""
+
+    files: list[str]
+    bytes: int
+
+
+def write_shard(sink: Sink, block: pa.Table, *, encode: Encode, finish: Finish | None = None) -> Written:
+    """Writes the good rows of a block (the schema of raypipe.data.work.BLOCK; all of one epoch and shard).
+
+    `encode(image, "jpeg" or "png", quality)` gives the bytes of a HWC RGB uint8 image. `finish(image)` gives the array to store
+    for one HWC uint8 image; only npy uses it. Raises OSError or a pyarrow error if the place cannot be written to; what was
+    written by then stays and will be overwritten by the next try.
+    """
+    good = block.filter(pc.is_valid(block["image"]))
+    if good.num_rows == 0:
+        return Written(files=[], bytes=0)
+    epoch, shard = good["epoch"][0].as_py(), good["shard"][0].as_py()
+    prefix = f"epoch-{epoch:03d}/" if epoch else ""
+    if sink.format == "webdataset":
+        return _write_one(sink, f"{prefix}shard-{shard:06d}.tar", _tar(good, encode, sink.quality))
+    if sink.format == "parquet":
+        return _write_one(sink, f"{prefix}part-{shard:06d}.parquet", _parquet(good))
+    folder = prefix + (sink.folder.strip("/") + "/" if sink.folder else "")
+    extension = _EXTENSION[sink.format]
+    files, size = [], 0
+    for name, image in zip(good["name"].to_pylist(), _images(good), strict=True):
+        if sink.format == "npy":
+            data = npy(image if finish is None else finish(image))
+        else:
+            data = encode(image, sink.format, sink.quality)
+        file = folder + name + extension
+        write(sink.root, file, data, tmp=sink.tmp)
+        files.append(file)
+        size += len(data)
+    return Written(files=files, bytes=size)
+
+
+def _write_one(sink: Sink, file: str, data: bytes | memoryview) -> Written:
+    write(sink.root, file, data, tmp=sink.tmp)
+    return Written(files=[file], bytes=len(data))
+
+
+def _images(block: pa.Table) -> Iterable[np.ndarray]:
+    """The images as HWC uint8 views of the block's memory."""
+    rows = zip(block["image"], block["height"].to_pylist(), block["width"].to_pylist(), strict=True)
+    for pixels, height, width in rows:
+        yield np.frombuffer(pixels.as_buffer(), np.uint8).reshape(height, width, 3)
+
+
+def _tar(block: pa.Table, encode: Encode, quality: int) -> memoryview:
+    columns = ("image_id", "name", "height", "width", "boxes", "labels", "crowds", "annotation_ids")
+    rows = block.select(columns).to_pylist()
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for row, image in zip(rows, _images(block), strict=True):
+            folder, _, base = row["name"].rpartition("/")
+            # A key ends at its first dot, so dots inside the name are escaped; listing the tar turns them back.
+            key = posixpath.join(folder, base.replace("%", "%25").replace(".", "%2E"))
+            sidecar = {
+                "image_id": row["image_id"],
+                "height": row["height"],
+                "width": row["width"],
+                "boxes": row["boxes"] or [],
+                "labels": row["labels"] or [],
+                "crowds": row["crowds"] or [],
+                "annotation_ids": row["annotation_ids"] or [],
+            }
+            _add(tar, key + ".jpg", encode(image, "jpeg", quality))
+            _add(tar, key + ".json", json.dumps(sidecar).encode())
+            if len(sidecar["labels"]) == 1 and not sidecar["boxes"]:
+                _add(tar, key + ".cls", str(sidecar["labels"][0]).encode())
+    return buffer.getbuffer()
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)  # its defaults: mtime 0, uid 0, gid 0, mode 644
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
+def _parquet(block: pa.Table) -> memoryview:
+    columns = ["image_id", "name", "height", "width", "image", "boxes", "labels", "crowds", "annotation_ids"]
+    small = [name for name in columns if name not in ("image", "boxes", "labels", "crowds", "annotation_ids")]
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        block.select(columns).replace_schema_metadata(None),
+        sink,
+        row_group_size=max(1, (8 << 20) // max(1, block["image"].nbytes // block.num_rows)),
+        compression="none",
+        use_dictionary=False,
+        write_statistics=small,  # of the image column they would be copies of whole images
+    )
+    return memoryview(sink.getvalue())
+
+
+# --- COCO annotations of what was written ----------------------------------------------------------------------------------
+
+
+def write_annotations(
+    source: str,
+    root: str,
+    rows: Iterable[tuple[str, str, int, int, Any, Any]],
+    *,
+    folder: str = "",
+    tmp: str = "_raypipe/tmp",
+) -> str:
+    """The COCO JSON `source` as it is for the written images, in the layout of MLPerf's upscale_coco: `root/annotations/NAME`.
+
+    `rows`: of each written image its id, its file relative to `root` (below `folder`, which is not part of the JSON's
+    file_name), height, width, its boxes ((m, 4) xyxy, pixels of the written image) and their m annotation ids.
+
+    Everything the JSON holds is kept, except: images without a row and their annotations; annotations whose id no row has
+    (the recipe dropped their box); and of the others `segmentation`, `keypoints` and `num_keypoints`, which no recipe moves.
+    height, width, file_name and bbox are those of the written image; area is scaled as the box is. Returns the file relative
+    to `root`. Raises UsageError if `source` is no COCO JSON.
+    """
+    coco = read_coco(source)
+    written = {image_id: rest for image_id, *rest in rows}
+    images = []
+    boxes: dict[int, list[float]] = {}
+    for image in coco["images"]:
+        if (row := written.get(str(image["id"]))) is None:
+            continue
+        file, height, width, moved, ids = row
+        name = file.removeprefix(folder.strip("/") + "/") if folder else file
+        images.append({**image, "file_name": name, "height": height, "width": width})
+        boxes.update(zip(ids, np.asarray(moved, np.float64).reshape(-1, 4).tolist(), strict=True))
+    annotations = []
+    for position, annotation in enumerate(coco.get("annotations") or []):
+        box = boxes.get(annotation_id(annotation, position))
+        if box is not None:
+            annotations.append(_moved(annotation, box))
+    result = {**coco, "images": images}
+    if "annotations" in coco:
+        result["annotations"] = annotations
+    file = "annotations/" + posixpath.basename(path_of(source))
+    write(root, file, json.dumps(result).encode(), tmp=tmp)
+    return file
+
+
+def _moved(annotation: dict[str, Any], box: list[float]) -> dict[str, Any]:
+    kept = {key: value for key, value in annotation.items() if key not in ("segmentation", "keypoints", "num_keypoints")}
+    left, top, right, bottom = box
+    # Four decimals: what float32 boxes hold of a pixel, and half the file's size.
+    kept["bbox"] = [round(value, 4) for value in (left, top, right - left, bottom - top)]
+    if "area" in annotation:
+        before = annotation["bbox"][2] * annotation["bbox"][3]
+        after = (right - left) * (bottom - top)
+        kept["area"] = round(annotation["area"] * after / before if before > 0 else after, 4)
+    return kept

@@ -1,0 +1,135 @@
+"""The table of work: one row an image, one run of rows a shard, all epochs in one table.
+
+A run's table is stored beside its results. Rows keep their shard for ever, so the name of a part file, which is a function
+of its shard, never changes; rows found later get new shards. What is still to do is the table less the journal.
+"""
+
+from collections.abc import Iterable, Iterator, Set
+
+import numpy as np
+import pyarrow as pa
+
+from raypipe.data.sources import SOURCE, unique_names
+
+WORK = pa.schema([pa.field("epoch", pa.int32()), pa.field("shard", pa.int64()), *SOURCE])
+
+BLOCK = pa.schema(
+    [
+        pa.field("epoch", pa.int32()),
+        pa.field("shard", pa.int64()),
+        pa.field("image_id", pa.string()),
+        pa.field("name", pa.string()),
+        pa.field("uri", pa.string()),
+        pa.field("height", pa.int32()),
+        pa.field("width", pa.int32()),
+        pa.field("image", pa.large_binary()),  # HWC RGB uint8; null: rejected. Large: 16 photos of 50 MP pass 2 GiB
+        pa.field("reason", pa.string()),  # null: fine
+        pa.field("detail", pa.string()),
+        *(SOURCE.field(name) for name in ("boxes", "labels", "crowds", "annotation_ids")),
+    ]
+)
+"""What a preprocess actor makes of a shard: the same rows in the same order, with pixels or with a reason."""
+
+SHARD_BYTES = 32 * 2**20
+"""Output of one shard. A Ray Data task costs about 7 ms: 124 images of 300x300 (32 MiB) make that 0.06 ms an image."""
+
+MIN_SHARD_ROWS, MAX_SHARD_ROWS = 16, 256
+"""Below 16 rows even the costliest recipes feel the task; above 256 small images wait too long for their shard."""
+
+SHARDS_AT_LEAST = 16
+"""A small input is still cut into this many shards, so that several actors have something to do and progress shows."""
+
+MIN_SMALL_ROWS = 8
+
+
+def shard_rows(*, rows: int, row_bytes: int) -> int:
+    """How many of `rows` images, each `row_bytes` of output, make a shard.
+
+    A function of the input and the recipe alone, never of the actors: the same command on another machine gives the same
+    part files.
+    """
+    by_bytes = min(max(SHARD_BYTES // max(row_bytes, 1), MIN_SHARD_ROWS), MAX_SHARD_ROWS)
+    by_count = max(-(-rows // SHARDS_AT_LEAST), MIN_SMALL_ROWS)
+    return min(by_bytes, by_count)
+
+
+def make_work(
+    source: pa.Table, *, rows_per_shard: int, epochs: int = 1, shuffle_seed: int | None = None, first_shard: int = 0
+) -> pa.Table:
+    """The table of work for `source` (schema SOURCE), `epochs` times, in shards of at most `rows_per_shard` rows.
+
+    A shard never spans two epochs. With `shuffle_seed`, each epoch has a permutation of its own, a function of the seed and
+    the epoch. Shard numbers go on from `first_shard`.
+    """
+    parts = []
+    for epoch in range(epochs):
+        rows = source
+        if shuffle_seed is not None:
+            order = np.random.default_rng([shuffle_seed, epoch]).permutation(source.num_rows)
+            rows = source.take(pa.array(order))
+        shard = first_shard + np.arange(rows.num_rows, dtype=np.int64) // rows_per_shard
+        first_shard += -(-rows.num_rows // rows_per_shard)
+        columns = {"epoch": pa.array(np.full(rows.num_rows, epoch, np.int32)), "shard": pa.array(shard)}
+        parts.append(pa.table({**columns, **{name: rows.column(name) for name in SOURCE.names}}, schema=WORK))
+    return pa.concat_tables(parts) if parts else WORK.empty_table()
+
+
+def extend(work: pa.Table, source: pa.Table, *, rows_per_shard: int) -> pa.Table:
+    """`work` with those rows of `source` added, in new shards, whose image id it does not have yet."""
+    known = set(work.column("image_id").to_pylist())
+    new = np.array([image_id not in known for image_id in source.column("image_id").to_pylist()], dtype=bool)
+    fresh = source.filter(pa.array(new))
+    # Names that are on disk stay; what clashes with one of them gets another.
+    names = unique_names(fresh.column("name").to_pylist(), taken=work.column("name").to_pylist())
+    fresh = fresh.set_column(fresh.column_names.index("name"), "name", pa.array(names, pa.string()))
+    first = (work.column("shard").to_numpy().max() + 1) if work.num_rows else 0
+    added = make_work(fresh, rows_per_shard=rows_per_shard, first_shard=int(first))
+    return pa.concat_tables([work, added])
+
+
+def remaining(work: pa.Table, done: Set[int]) -> pa.Table:
+    """The rows of `work` whose shard is not among `done`."""
+    if not done:
+        return work
+    todo = ~np.isin(work.column("shard").to_numpy(), np.fromiter(done, np.int64, len(done)))
+    return work.filter(pa.array(todo))
+
+
+def shards(work: pa.Table) -> Iterator[pa.Table]:
+    """`work` cut at its shard boundaries, in order. Rows of a shard are adjacent."""
+    if not work.num_rows:
+        return
+    work = work.combine_chunks()
+    numbers = work.column("shard").to_numpy()
+    starts = np.flatnonzero(np.diff(numbers, prepend=numbers[0] - 1))
+    for start, stop in zip(starts, [*starts[1:], len(numbers)], strict=True):
+        yield work.slice(start, stop - start)
+
+
+def lists(values: Iterable[np.ndarray], type_: pa.ListType) -> pa.Array:
+    """One list a row of `values` ((n,) or (n, 4) arrays) as an Arrow array of `type_`, without a Python object per element."""
+    arrays = list(values)
+    offsets = np.zeros(len(arrays) + 1, np.int32)
+    np.cumsum([len(a) for a in arrays], out=offsets[1:])
+    element = type_.value_type
+    flat: pa.Array
+    if pa.types.is_fixed_size_list(element):
+        boxes = [np.asarray(a, np.float32).reshape(-1) for a in arrays]
+        numbers = np.concatenate(boxes) if boxes else np.empty(0, np.float32)
+        flat = pa.FixedSizeListArray.from_arrays(pa.array(numbers, element.value_type), element.list_size)
+    else:
+        flat = pa.array(np.concatenate(arrays) if arrays else np.empty(0), element)
+    return pa.ListArray.from_arrays(pa.array(offsets), flat, type=type_)
+
+
+def unlist(column: pa.ChunkedArray | pa.Array) -> list[np.ndarray]:
+    """The inverse of `lists`: an array a row, (n,) or (n, 4). A null is an empty one."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    element = array.type.value_type
+    flat = array.flatten()
+    if pa.types.is_fixed_size_list(element):
+        values = flat.flatten().to_numpy(zero_copy_only=False).reshape(-1, element.list_size)
+    else:
+        values = flat.to_numpy(zero_copy_only=False)
+    lengths = array.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+    return np.split(values, np.cumsum(lengths)[:-1]) if len(lengths) else []

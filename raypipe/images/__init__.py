@@ -1,0 +1,23 @@
+"""What is done to an image. Pure functions, no Ray."""
+
+from types import ModuleType
+
+from raypipe import UsageError
+
+BACKENDS = ("opencv", "torchvision")
+
+
+def backend(name: str) -> ModuleType:
+    """The module that executes ops: raypipe.images.opencv or raypipe.images.torchvision, imported only when asked for.
+
+    An OpenCV actor never imports torch: that costs 2 s and 300 MB each.
+    """
+    if name == "opencv":
+        from raypipe.images import opencv
+
+        return opencv
+    if name == "torchvision":
+        from raypipe.images import torchvision
+
+        return torchvision
+    raise UsageError(f"There is no backend {name!r}. Use one of: {', '.join(BACKENDS)}.")

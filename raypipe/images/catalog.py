@@ -1,0 +1,157 @@
+"""The recipes by name: MLPerf's object-detection preprocessing, torchvision's detection presets, and one for large photos.
+
+Each description says where its parameters are from. `get` also takes the path of a JSON file with an own recipe.
+"""
+
+from dataclasses import replace
+
+from raypipe import UsageError
+from raypipe.images.recipe import (
+    ColorJitter,
+    Finish,
+    HorizontalFlip,
+    IoUCrop,
+    LargeScaleJitter,
+    MultiScale,
+    PhotometricDistort,
+    Recipe,
+    Resize,
+    SanitizeBoxes,
+    ShortSide,
+    ZoomOut,
+    did_you_mean,
+    from_json,
+)
+
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_UNIT = Finish(scale=1 / 255)
+_IMAGENET = Finish(scale=1 / 255, mean=_IMAGENET_MEAN, std=_IMAGENET_STD)
+# Caffe's: no scale, BGR. Batches are padded to a multiple of 32 because the network's feature pyramid halves five times.
+_CAFFE = Finish(mean=(102.9801, 115.9465, 122.7717), channels="bgr", pad_multiple=32)
+
+_INFERENCE = "MLPerf inference, vision/classification_and_detection/python/dataset.py (2020-11, unchanged 2026-08)"
+_SSD = "MLPerf training, single_stage_detector/ssd/{utils,train}.py (2020-11)"
+_MASK = "MLPerf training, object_detection/pytorch/maskrcnn_benchmark (2020-11)"
+_RETINANET = "MLPerf training, retinanet/ssd/{presets,model/transform}.py (retired by 2026-07)"
+_TORCHVISION = "torchvision 0.29.2, references/detection/presets.py"
+
+
+def _stretch(size: int, *, antialias: bool = False) -> Resize:
+    return Resize(height=size, width=size, antialias=antialias)
+
+
+_COCO_1200 = Recipe(
+    name="coco-1200",
+    description=f"SSD-ResNet34 inference: 1200x1200, ImageNet normalised, channels last. {_INFERENCE}",
+    ops=(_stretch(1200),),
+    finish=replace(_IMAGENET, layout="hwc"),
+)
+
+_ALL = (
+    Recipe(
+        name="coco-300",
+        description=f"SSD-MobileNet inference: 300x300, uint8, channels last. {_INFERENCE}",
+        ops=(_stretch(300),),
+    ),
+    Recipe(
+        name="coco-300-pt",
+        description=f"SSD-MobileNet inference in PyTorch: 300x300, -1 to 1. {_INFERENCE}",
+        ops=(_stretch(300),),
+        finish=Finish(mean=(127.5, 127.5, 127.5), std=(127.5, 127.5, 127.5)),
+    ),
+    _COCO_1200,
+    *(
+        replace(
+            _COCO_1200,
+            name=f"coco-1200-{kind}",
+            description=f"coco-1200 with channels first, as MLPerf runs it in {runtime}. {_INFERENCE}",
+            finish=_IMAGENET,
+        )
+        for kind, runtime in (("onnx", "ONNX Runtime"), ("pt", "PyTorch"), ("tf", "TensorFlow"))
+    ),
+    Recipe(
+        name="openimages-800",
+        description=f"RetinaNet inference: 800x800, 0 to 1 (the model normalises). {_INFERENCE}",
+        ops=(_stretch(800),),
+        finish=_UNIT,
+    ),
+    Recipe(
+        name="ssd-300-train",
+        description=f"SSD-ResNet34 training: IoU crop, flip, 300x300, colour jitter, ImageNet normalised. {_SSD}",
+        ops=(
+            IoUCrop(flavour="mlperf"),
+            HorizontalFlip(),
+            _stretch(300, antialias=True),
+            ColorJitter(brightness=0.125, contrast=0.5, saturation=0.5, hue=0.05),
+        ),
+        finish=_IMAGENET,
+        needs_boxes=True,
+    ),
+    Recipe(
+        name="ssd-300-val",
+        description=f"SSD-ResNet34 validation: 300x300, ImageNet normalised. {_SSD}",
+        ops=(_stretch(300, antialias=True),),
+        finish=_IMAGENET,
+    ),
+    Recipe(
+        name="mask-rcnn-train",
+        description=f"Mask R-CNN training: short side 800, long at most 1333, flip; BGR less its mean, padded to 32. {_MASK}",
+        ops=(ShortSide(short=800, long=1333), HorizontalFlip(), SanitizeBoxes(min_size=1)),
+        finish=_CAFFE,
+        needs_boxes=True,
+    ),
+    Recipe(
+        name="retinanet-train",
+        description=f"RetinaNet training: flip, 800x800, ImageNet normalised (there after the resize, here before). {_RETINANET}",
+        ops=(HorizontalFlip(), _stretch(800)),
+        finish=_IMAGENET,
+        needs_boxes=True,
+    ),
+    Recipe(
+        name="torchvision-hflip",
+        description=f"Flip only, sizes as they are; 0 to 1. {_TORCHVISION}",
+        ops=(HorizontalFlip(), SanitizeBoxes()),
+        finish=_UNIT,
+    ),
+    Recipe(
+        name="torchvision-lsj",
+        description=f"Large-scale jitter: 0.1 to 2 times, cut or padded to 1024x1024; 0 to 1. {_TORCHVISION}",
+        ops=(HorizontalFlip(), LargeScaleJitter(), SanitizeBoxes()),
+        finish=_UNIT,
+    ),
+    Recipe(
+        name="torchvision-multiscale",
+        description=f"Flip, short side 480 to 800, long at most 1333; 0 to 1. {_TORCHVISION}",
+        ops=(HorizontalFlip(), MultiScale(sizes=tuple(range(480, 801, 32)), long=1333), SanitizeBoxes()),
+        finish=_UNIT,
+    ),
+    Recipe(
+        name="torchvision-ssd",
+        description=f"Colour distortion, zoom out, IoU crop, flip; sizes as they come; 0 to 1. {_TORCHVISION}",
+        ops=(PhotometricDistort(), ZoomOut(), IoUCrop(), HorizontalFlip(), SanitizeBoxes()),
+        finish=_UNIT,
+    ),
+    Recipe(
+        name="torchvision-ssdlite",
+        description=f"IoU crop, flip; sizes as they come; 0 to 1. {_TORCHVISION}",
+        ops=(IoUCrop(), HorizontalFlip(), SanitizeBoxes()),
+        finish=_UNIT,
+    ),
+    Recipe(
+        name="photos-300",
+        description="Large photos to 300x300, antialiased, JPEGs decoded at a reduced scale: fast, no parity with MLPerf asked",
+        ops=(_stretch(300, antialias=True),),
+        reduced_decode=True,
+    ),
+)
+
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _ALL}
+
+
+def get(name: str) -> Recipe:
+    """The recipe of that name, or from that JSON file (a path that ends in .json). Raises UsageError."""
+    if name in RECIPES:
+        return RECIPES[name]
+    if name.lower().endswith(".json"):
+        return from_json(name)
+    raise UsageError(f"unknown recipe {name!r}{did_you_mean(name, RECIPES)}; or give the path of a .json file with a recipe")

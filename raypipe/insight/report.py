@@ -1,0 +1,241 @@
+"""A run's record -> report.json and the table in the terminal. Stands alone: reads plain records, knows nothing of Ray."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from raypipe.insight import planner
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PoolView:
+    """A stage's actors as the execution saw them: counts, and seconds summed over actors."""
+
+    start: int = 0
+    min: int = 0
+    max: int = 0
+    end: int = 0
+    queued: int = 0  # blocks waiting for the stage
+    actor_s: float = 0.0  # ready, whatever they did
+    starved_s: float = 0.0  # without work while no input waited
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """What became of the rows. `before` were done by an earlier run into the same output."""
+
+    images_in: int
+    images_out: int
+    rejects_by_reason: dict[str, int]
+    before: int = 0
+
+    @property
+    def rejected(self) -> int:
+        return sum(self.rejects_by_reason.values())
+
+    @property
+    def lost(self) -> int:
+        """Rows neither delivered nor rejected: 0, or the run has failed."""
+        return self.images_in - self.images_out - self.rejected
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clock:
+    """Seconds of a run, and images done by when. `outputs` holds (seconds since the start, images) for each shard that came out."""
+
+    wall_s: float
+    setup_s: float  # listing, planning and Ray's own start, before wall_s
+    outputs: list[tuple[float, int]]
+
+    @property
+    def first_output_s(self) -> float | None:
+        return self.outputs[0][0] if self.outputs else None
+
+    @property
+    def steady_images_per_s(self) -> float | None:
+        """Throughput between the first shard and the last: neither the actors' start nor Ray's end. Null for fewer than 3 shards."""
+        if len(self.outputs) < 3 or self.outputs[-1][0] <= self.outputs[0][0]:
+            return None
+        return sum(images for _, images in self.outputs[1:]) / (self.outputs[-1][0] - self.outputs[0][0])
+
+
+def _ratio(a: float, b: float) -> float | None:
+    return a / b if b else None
+
+
+def _stage(name: str, snapshot: dict, cores: float) -> dict[str, Any]:
+    actors = [actor for actor in snapshot["actors"] if actor["stage"] == name]
+    pool = PoolView(**snapshot["pools"].get(name, {}))
+    images = sum(actor["images"] for actor in actors)
+    busy_s = sum(actor["busy_s"] for actor in actors)
+    cpu_s = sum(actor["cpu_s"] for actor in actors)
+    # The two clocks differ a little (10 Hz there, every call here); the shares must still sum to 1.
+    total = max(pool.actor_s, busy_s)
+    starved = min(pool.starved_s, total - busy_s)
+    first = min((actor["at"] for actor in snapshot["first"] if actor["stage"] == name), default=0.0)
+    last = max((actor["at"] for actor in actors), default=0.0)
+    return {
+        "name": name,
+        "actors": {key: getattr(pool, key) for key in ("start", "min", "max", "end")},
+        "images": images,
+        "cpu_s_per_image": _ratio(cpu_s, images),
+        "busy_s_per_image": _ratio(busy_s, images),
+        "cpu_percent": _ratio(100 * cpu_s, (last - first) * cores),
+        "rss_peak_bytes": snapshot["rss_peak_by_stage"].get(name),
+        "gpu_percent": None,
+        "gpu_memory_peak_bytes": None,
+        "bytes_in": sum(actor["bytes_in"] for actor in actors),
+        "bytes_out": sum(actor["bytes_out"] for actor in actors),
+        "busy": _ratio(busy_s, total),
+        "starved": _ratio(starved, total),
+        "blocked": _ratio(total - busy_s - starved, total),
+    }
+
+
+def build(
+    *,
+    run_id: str,
+    settings: dict,
+    versions: dict,
+    hardware: dict,
+    counts: Counts,
+    clock: Clock,
+    cpu_percent: float | None,
+    stage_names: list[str],
+    snapshot: dict,
+) -> dict[str, Any]:
+    """The report: JSON types only. A figure that could not be measured is None.
+
+    Args:
+        hardware: `cores` of all nodes together, and what else is known.
+        cpu_percent: mean of all cores over the run, 0 to 100.
+        snapshot: of the run's collector (raypipe.run.meter.Collector.snapshot).
+
+    Returns:
+        The record that design.md calls report.json. Per stage, `cpu_percent` is 0 to 100 of all cores, from its first actor's start to
+        its last work; `rss_peak_bytes` the largest sum over its actors; `busy`, `starved` and `blocked` shares of its actors' time.
+    """
+    cores = hardware["cores"]
+    stages = [_stage(name, snapshot, cores) for name in stage_names]
+    steady = clock.steady_images_per_s
+    done_now = counts.images_out + counts.rejected - counts.before
+    return {
+        "run_id": run_id,
+        "settings": settings,
+        "versions": versions,
+        "hardware": hardware,
+        "images_in": counts.images_in,
+        "images_out": counts.images_out,
+        "images_rejected": counts.rejected,
+        "images_done_before": counts.before,
+        "rejects_by_reason": counts.rejects_by_reason,
+        "setup_s": clock.setup_s,
+        "wall_s": clock.wall_s,
+        "first_output_s": clock.first_output_s,
+        "images_per_s": _ratio(done_now, clock.wall_s),
+        "steady_images_per_s": steady,
+        "cpu_percent": cpu_percent,
+        "stages": stages,
+        "verdict": verdict(stages, cores, steady or _ratio(done_now, clock.wall_s) or 0.0),
+        "scale_events": [],
+        "timeline": snapshot["timeline"],
+    }
+
+
+def verdict(stages: list[dict], cores: float, measured: float) -> dict[str, Any]:
+    """Which stage limits, why, and what a change would bring.
+
+    Args:
+        stages: as in the report.
+        cores: of all nodes.
+        measured: images/s, what the predictions start from.
+    """
+    costs = [
+        planner.StageCost(name=s["name"], actors=s["actors"]["max"], busy_s=s["busy_s_per_image"], cpu_s=s["cpu_s_per_image"])
+        for s in stages
+        if s["busy_s_per_image"] and s["actors"]["max"]
+    ]
+    if not costs:
+        return {"stage": None, "reason": "No stage has finished a shard, so nothing is known of what they cost.", "advice": []}
+    _, limit = planner.bound(planner.uncontended(costs, cores), cores)
+    by_name = {s["name"]: s for s in stages}
+    if limit == planner.CORES:
+        stage = max(costs, key=lambda cost: cost.cpu_s)
+        share = stage.cpu_s / sum(cost.cpu_s for cost in costs)
+        reason = (
+            f"The {cores:g} cores limit: the stages need {1000 * sum(c.cpu_s for c in costs):.2f} ms of CPU an image, "
+            f"{100 * share:.0f}% of it in {stage.name}. More actors than cores would share the same cores."
+        )
+    else:
+        stage = next(cost for cost in costs if cost.name == limit)
+        busy = by_name[limit]["busy"]
+        others = [
+            f"{s['name']} was {'blocked' if (s['blocked'] or 0) > (s['starved'] or 0) else 'starved'} "
+            f"{100 * max(s['blocked'] or 0, s['starved'] or 0):.0f}% of its time"
+            for s in stages
+            if s["name"] != limit and s["busy"] is not None
+        ]
+        actors = f"{stage.actors} actor" + ("s were" if stage.actors > 1 else " was")
+        reason = (
+            f"{limit} limits: its {actors} busy {100 * (busy or 0):.0f}% of the time"
+            + "".join(f"; {text}" for text in others)
+            + "."
+        )
+    advice = [asdict(change) for change in planner.changes(costs, cores, measured)]
+    return {"stage": stage.name, "reason": reason, "advice": advice}
+
+
+def _number(value: float | None, form: str, scale: float = 1.0) -> str:
+    return "-" if value is None else format(value * scale, form)
+
+
+def terminal(report: dict) -> Group:
+    """The report as a person reads it at the end of a run."""
+    table = Table(title=None, header_style="bold", pad_edge=False)
+    headings = (
+        "stage",
+        "actors",
+        "images",
+        "CPU ms",
+        "busy ms",
+        "CPU %",
+        "RSS MB",
+        "in MB",
+        "out MB",
+        "busy",
+        "starved",
+        "blocked",
+    )
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "stage" else "right", no_wrap=True)
+    for stage in report["stages"]:
+        table.add_row(
+            stage["name"],
+            str(stage["actors"]["max"]),
+            str(stage["images"]),
+            _number(stage["cpu_s_per_image"], ".2f", 1000),
+            _number(stage["busy_s_per_image"], ".2f", 1000),
+            _number(stage["cpu_percent"], ".0f"),
+            _number(stage["rss_peak_bytes"], ".0f", 1e-6),
+            _number(stage["bytes_in"], ".1f", 1e-6),
+            _number(stage["bytes_out"], ".1f", 1e-6),
+            *(_number(stage[share], ".0%") for share in ("busy", "starved", "blocked")),
+        )
+    before = f" ({report['images_done_before']} of them by an earlier run)" if report["images_done_before"] else ""
+    lines = [
+        f"{report['images_in']} images in = {report['images_out']} out + {report['images_rejected']} rejected{before}",
+        f"{_number(report['steady_images_per_s'], '.1f')} images/s once running, {_number(report['images_per_s'], '.1f')} from start to end; "
+        f"first output after {_number(report['first_output_s'], '.1f')} s of {_number(report['wall_s'], '.1f')} s; "
+        f"machine {_number(report['cpu_percent'], '.0f')}% busy",
+    ]
+    if report["rejects_by_reason"]:
+        reasons = sorted(report["rejects_by_reason"].items(), key=lambda item: -item[1])
+        lines.append("rejected: " + ", ".join(f"{count} {reason}" for reason, count in reasons))
+    verdict_text = Text("verdict: ", style="bold") + Text(report["verdict"]["reason"], style="not bold")
+    measured = report["steady_images_per_s"] or report["images_per_s"] or 0.0
+    gains = [a for a in report["verdict"]["advice"] if a["predicted_images_per_s"] > 1.02 * measured][:2]
+    advice = [Text(f"  {a['change']}: about {a['predicted_images_per_s']:.0f} images/s expected", style="dim") for a in gains]
+    return Group(*(Text(line) for line in lines), table, verdict_text, *advice)

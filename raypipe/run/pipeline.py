@@ -1,0 +1,558 @@
+"""A run: stages put on Ray Data and watched to their end. The only place that builds datasets."""
+
+import json
+import os
+import platform
+import shutil
+import tempfile
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any, Literal
+
+import psutil
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+import ray.data
+from ray.data import ActorPoolStrategy
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from raypipe import UsageError
+from raypipe.data import journal, location
+from raypipe.data.sinks import Sink, write_annotations
+from raypipe.data.sources import list_images
+from raypipe.data.work import extend, make_work, remaining, shard_rows, shards
+from raypipe.images import backend as backend_module
+from raypipe.images import catalog
+from raypipe.images.decode import MAX_PIXELS
+from raypipe.images.recipe import Recipe, to_json
+from raypipe.insight import report as reports
+from raypipe.run.meter import Meter, busy_cpu_s, start_collector
+from raypipe.run.scaling import observe
+from raypipe.stages.preprocess import TRIES, Preprocess, Preprocessing
+from raypipe.stages.write import Write
+
+COUNT = int | Literal["auto"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What jobs/preprocess.py takes. The first group decides the results, the second only how they come about."""
+
+    input: str
+    """Folder, glob, file, tar or Parquet files, local or s3:// gs://; or demo, demo:COUNT."""
+    annotations: str | None = None
+    """COCO JSON with the boxes; --input is then the folder its file names are relative to."""
+    output: str | None = None
+    """Where results go. Without it nothing is written: preprocessing only."""
+    recipe: str = "coco-300"
+    """Name (`raypipe recipes` lists them) or a JSON file."""
+    backend: Literal["opencv", "torchvision"] = "opencv"
+    """Library that decodes and transforms."""
+    format: Literal["jpeg", "png", "npy", "webdataset", "parquet"] = "jpeg"
+    """How results are stored."""
+    quality: int = 95
+    """JPEG quality of what is written, 1 to 100."""
+    limit: int | None = None
+    """Only the first so many images."""
+    seed: int = 0
+    """Of random augmentations, and of the demo images."""
+    max_pixels: int = MAX_PIXELS
+    """Images with more pixels are rejected before they are decoded."""
+
+    actors: COUNT = "auto"
+    """Preprocess actors; auto: one a core."""
+    writers: COUNT = "auto"
+    """Writer actors; auto: one for four cores."""
+    threads: int = 1
+    """Threads that OpenCV or torch may use within each actor."""
+    shard_rows: int | None = None
+    """Images a shard; by default as many as make 32 MiB of output."""
+    max_reject_fraction: float = 0.01
+    """The run fails when more than this share of the images was rejected; results are kept."""
+    run_id: str | None = None
+    """Name of this run; by default made from the time."""
+    resume: bool = True
+    """--no-resume deletes the results of earlier runs into --output and starts again."""
+    report: str | None = None
+    """Folder for report.json and rejects.parquet too; by default only OUTPUT/_raypipe."""
+
+    def check(self) -> None:
+        """Raises UsageError for a value that no run can use."""
+        positive = {"limit": self.limit, "actors": self.actors, "writers": self.writers, "threads": self.threads}
+        positive |= {"shard-rows": self.shard_rows, "max-pixels": self.max_pixels}
+        for name, value in positive.items():
+            if isinstance(value, int) and value < 1:
+                raise UsageError(f"--{name} is {value}; it must be at least 1.")
+        if not 1 <= self.quality <= 100:
+            raise UsageError(f"--quality is {self.quality}; JPEG quality goes from 1 to 100.")
+        if not 0 <= self.max_reject_fraction <= 1:
+            raise UsageError(f"--max-reject-fraction is {self.max_reject_fraction}; it is a share, from 0 to 1.")
+        if self.seed < 0:
+            raise UsageError(f"--seed is {self.seed}; it must not be negative.")
+        if self.run_id is not None and not all(c.isalnum() or c in "-_." for c in self.run_id or "/"):
+            raise UsageError(f"--run-id is {self.run_id!r}; use letters, digits, '-', '_' and '.' only.")
+
+
+def deciding(settings: Settings, recipe: Recipe) -> dict[str, Any]:
+    """The settings that decide the results of a run, as JSON types: what an output directory must agree with."""
+    quality = settings.quality if settings.format in ("jpeg", "webdataset") else None
+    return {
+        "input": settings.input if settings.input.startswith("demo") else location.absolute(settings.input),
+        "annotations": settings.annotations and location.absolute(settings.annotations),
+        "recipe": to_json(recipe),
+        "backend": settings.backend,
+        "format": settings.format,
+        "quality": quality,
+        "seed": settings.seed,
+        "max_pixels": settings.max_pixels,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a run's results and speed depend on."""
+    names = ("raypipe", "ray", "opencv-python-headless", "torch", "torchvision", "pillow", "numpy", "pyarrow")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except ImportError:  # PackageNotFoundError: raypipe itself, when only its source travels with a job
+            found[name] = "source" if name == "raypipe" else "missing"
+    return found
+
+
+def cores_here() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class Pools:
+    """How many actors each stage gets; no writers when nothing is written."""
+
+    actors: int
+    writers: int
+
+    @property
+    def cpus(self) -> int:
+        """Logical CPUs they take: one each."""
+        return self.actors + self.writers
+
+
+def size_pools(settings: Settings, *, cpus: int, joined: bool) -> Pools:
+    """How many actors to start.
+
+    Args:
+        cpus: logical CPUs of the cluster that was joined, or cores of this machine.
+        joined: a cluster's CPUs are shared out and not exceeded; a machine of our own may have more logical CPUs than cores.
+
+    Raises:
+        UsageError: the cluster has fewer CPUs than asked for.
+    """
+    writers = 0
+    if settings.output is not None:
+        writers = settings.writers if settings.writers != "auto" else max(1, cpus // 4)
+    if settings.actors != "auto":
+        actors = settings.actors
+    else:
+        actors = max(1, cpus - writers) if joined else cpus
+    pools = Pools(actors, writers)
+    if joined and pools.cpus > cpus:
+        raise UsageError(
+            f"{actors} preprocess actors and {writers} writers take {pools.cpus} CPUs, one each, but the cluster has {cpus}: Ray would "
+            f"wait for ever for the rest. Ask for fewer with --actors and --writers, or add nodes first."
+        )
+    return pools
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """The Ray that a run uses."""
+
+    pools: Pools
+    cores: float  # physical on a machine of our own, logical CPUs of a cluster
+    nodes: int
+    dashboard: str | None
+
+
+@contextmanager
+def ray_session(settings: Settings) -> Iterator[Session]:
+    """Join the cluster that RAY_ADDRESS names, use the Ray that this process has already, or start one for this run alone.
+
+    Raises:
+        UsageError: the cluster has too few CPUs, or there is none at RAY_ADDRESS.
+    """
+    joined = bool(os.environ.get("RAY_ADDRESS")) or ray.is_initialized()
+    ours = not ray.is_initialized()
+    dashboard = None
+    if ours:
+        # Ray's own account of itself: a C++ line for every actor pool, that its arguments are in the object store, is noise here.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        quiet = {"logging_level": "ERROR", "log_to_driver": False}
+        try:
+            if joined:
+                context = ray.init(**quiet)
+            else:
+                local = size_pools(settings, cpus=cores_here(), joined=False)
+                context = ray.init(address="local", num_cpus=max(local.cpus, cores_here()), **quiet)
+        except ConnectionError as error:
+            raise UsageError(
+                f"RAY_ADDRESS is {os.environ.get('RAY_ADDRESS')!r}, but no Ray cluster answers there ({error}). Start it, correct the "
+                f"address, or unset RAY_ADDRESS to run on this machine alone."
+            ) from error
+        dashboard = context.dashboard_url or None
+    try:
+        cpus = int(ray.cluster_resources().get("CPU", 0))
+        nodes = sum(1 for node in ray.nodes() if node["Alive"])
+        pools = size_pools(settings, cpus=cpus, joined=True) if joined else local
+        cores = min(cpus, cores_here()) if nodes == 1 else cpus
+        yield Session(pools=pools, cores=cores, nodes=nodes, dashboard=dashboard)
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def preprocessed(
+    work: pa.Table,
+    settings: Preprocessing,
+    *,
+    pools: Pools,
+    threads: int = 1,
+    sink: Sink | None = None,
+    run_id: str,
+    collector: ray.actor.ActorHandle | None = None,
+) -> ray.data.Dataset:
+    """The run as a dataset: blocks of pixels (schema BLOCK), or with a `sink` what the writers say of each shard (schema DONE).
+
+    Nothing runs before it is consumed. One shard is one block is one call, all the way; rows of `work` are small.
+    """
+    tables = list(shards(work))
+    dataset = ray.data.from_arrow(tables)
+    context = dataset.context
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    # A shard stays one block, however large.
+    context.target_max_block_size = 2**62
+    largest = max(table.num_rows for table in tables)
+    if collector is not None:
+        operators = {f"MapBatches({cls.__name__})": name for cls, name in ((Preprocess, "preprocess"), (Write, "write"))}
+        observe(context, collector=collector, stages=operators)
+    # Ray would repeat the task of an actor that dies for ever. Each image of a shard may kill it TRIES times, then it is left out.
+    again = {"max_restarts": -1, "max_task_retries": TRIES * largest}
+    dataset = dataset.map_batches(
+        Preprocess,
+        fn_constructor_kwargs={
+            "settings": settings,
+            "threads": threads,
+            "tracks": tracks_folder(run_id),
+            "meter": Meter(stage="preprocess", collector=collector),
+        },
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(size=pools.actors),
+        num_cpus=1,
+        **again,
+    )
+    if sink is None:
+        return dataset
+    return dataset.map_batches(
+        Write,
+        fn_constructor_kwargs={
+            "sink": sink,
+            "backend": settings.backend,
+            "finish": settings.recipe.finish if sink.format == "npy" else None,
+            "threads": threads,
+            "meter": Meter(stage="write", collector=collector),
+        },
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(size=pools.writers),
+        num_cpus=1,
+        **again,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Todo:
+    """What a run has to do: `work` in all, of which `left` is not in the journal."""
+
+    recipe: Recipe
+    work: pa.Table
+    left: pa.Table
+
+
+def plan(settings: Settings) -> Todo:
+    """List the input, and take off what an earlier run into the same output has done.
+
+    Raises:
+        UsageError: the settings, the input or the output cannot be used. Nothing was changed.
+    """
+    settings.check()
+    recipe = catalog.get(settings.recipe)
+    backend_module(settings.backend).check(recipe)
+    source = trainable(
+        list_images(settings.input, annotations=settings.annotations, limit=settings.limit, seed=settings.seed), recipe
+    )
+    if not source.num_rows:
+        raise UsageError(f"No image of {settings.input!r} has boxes, which recipe {recipe.name} needs. Give --annotations.")
+    height, width = recipe.fixed_size or (480, 640)
+    rows = settings.shard_rows or shard_rows(rows=source.num_rows, row_bytes=height * width * 3)
+    root = settings.output
+    if root is None:
+        work = make_work(source, rows_per_shard=rows)
+        return Todo(recipe=recipe, work=work, left=work)
+    if not settings.resume:
+        journal.clear(root)
+    going_on = journal.check_settings(root, deciding(settings, recipe))
+    stored = journal.read_work(root) if going_on else None
+    if stored is None:
+        journal.check_writable(root)
+        work = listed = make_work(source, rows_per_shard=rows)
+    else:
+        work = extend(stored, source, rows_per_shard=rows)
+        listed = work.filter(pc.is_in(work.column("image_id"), source.column("image_id").combine_chunks()))
+    if stored is None or work.num_rows > stored.num_rows:
+        journal.put_work(root, work)
+    if not going_on:
+        journal.put_settings(root, deciding(settings, recipe), versions())
+    return Todo(recipe=recipe, work=listed, left=remaining(listed, journal.done_shards(root)))
+
+
+def trainable(source: pa.Table, recipe: Recipe) -> pa.Table:
+    """`source` without crowd boxes and then without images that have no box, where the recipe needs boxes, as MLPerf trains."""
+    if not recipe.needs_boxes:
+        return source
+    return source.filter(pc.greater(pc.list_value_length(source.column("boxes")), 0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a run ended. `report` is None when there was nothing left to do; `rows` were to be accounted for."""
+
+    report: dict[str, Any] | None
+    rejected: list[journal.Rejected]
+    rows: int
+
+
+@dataclass
+class _Tally:
+    """What came out of the execution so far."""
+
+    outputs: list[tuple[float, int]] = field(default_factory=list)
+    images: int = 0
+    rejected: int = 0
+    rejects: list[journal.Rejected] = field(default_factory=list)  # of blocks of pixels; writers put theirs in the journal
+
+    def count(self, block: pa.Table, at_s: float) -> None:
+        if "image" in block.column_names:
+            bad = block.filter(pc.is_valid(block.column("reason"))).select(journal.REJECTS.names).to_pylist()
+            self.rejects.extend(journal.Rejected(**row) for row in bad)
+            images, rejected = block.num_rows, len(bad)
+        else:
+            images, rejected = pc.sum(block.column("images")).as_py(), pc.sum(block.column("rejected")).as_py()
+        self.images += images
+        self.rejected += rejected
+        self.outputs.append((at_s, images))
+
+
+def run(settings: Settings, *, consume: Callable[[pa.Table], None] | None = None, console: Console | None = None) -> Outcome:
+    """Do what `settings` say.
+
+    Args:
+        consume: called with each block of pixels (schema BLOCK), when nothing is written.
+        console: what to tell the user on; by default the terminal (stderr).
+
+    Raises:
+        UsageError: the message is for the user; nothing was started.
+        KeyboardInterrupt: results so far are kept, and the same settings go on.
+    """
+    started = time.time()
+    console = console or Console(stderr=True)
+    todo = plan(settings)
+    total, left = todo.work.num_rows, todo.left.num_rows
+    if not left:
+        console.print(
+            f"Nothing to do: all {total} images of {settings.input} are done, in {settings.output}. --no-resume does them again.",
+            markup=False,
+        )
+        return Outcome(report=None, rejected=_journaled(settings, todo)[1] if settings.output else [], rows=total)
+    if left < total:
+        console.print(f"Going on: {total - left} of {total} images are done already.")
+    run_id = settings.run_id or f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
+    sink = None
+    if settings.output is not None:
+        sink = Sink(
+            format=settings.format, root=location.absolute(settings.output), folder=_folder(settings), quality=settings.quality
+        )
+    pixels = Preprocessing(recipe=todo.recipe, backend=settings.backend, seed=settings.seed, max_pixels=settings.max_pixels)
+    with ray_session(settings) as session:
+        collector = start_collector(run_id)
+        dataset = preprocessed(
+            todo.left, pixels, pools=session.pools, threads=settings.threads, sink=sink, run_id=run_id, collector=collector
+        )
+        console.print(_opening(run_id, settings, todo, session), markup=False, highlight=False)
+        machine = psutil.cpu_times()
+        begun = time.perf_counter()
+        tally = _Tally()
+        with _tracks(run_id), _progress(console, left) as show:
+            for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+                tally.count(block, time.perf_counter() - begun)
+                show(tally)
+                if consume is not None and sink is None:
+                    consume(block)
+        wall_s = time.perf_counter() - begun
+        snapshot = ray.get(collector.snapshot.remote())
+        here = ray.get_runtime_context().get_node_id()
+        cpu_percent = _cpu_percent(machine, psutil.cpu_times(), [s for node, s in snapshot["nodes"].items() if node != here])
+        ray.kill(collector)
+    written, rejected = ([], tally.rejects) if sink is None else _journaled(settings, todo)
+    reasons = Counter(row.reason for row in rejected)
+    counts = reports.Counts(
+        images_in=total,
+        images_out=len(written) if sink else tally.images - tally.rejected,
+        rejects_by_reason=dict(reasons.most_common()),
+        before=total - left,
+    )
+    report = reports.build(
+        run_id=run_id,
+        settings=asdict(settings),
+        versions=versions(),
+        hardware=_hardware(session),
+        counts=counts,
+        clock=reports.Clock(wall_s=wall_s, setup_s=time.time() - started - wall_s, outputs=tally.outputs),
+        cpu_percent=cpu_percent,
+        stage_names=["preprocess"] + (["write"] if sink else []),
+        snapshot=snapshot,
+    )
+    if sink is not None and settings.annotations is not None:
+        rows = ((w.image_id, w.file, w.height, w.width, w.boxes, w.annotation_ids) for w in written)
+        write_annotations(settings.annotations, sink.root, rows)
+    for folder in ([f"{sink.root}"] if sink else []) + ([settings.report] if settings.report else []):
+        prefix = f"{journal.STATE}/" if sink and folder == sink.root else ""
+        journal.put_rejects(folder, f"{prefix}rejects.parquet", rejected)
+        location.write(folder, f"{prefix}report.json", json.dumps(report, indent=1).encode())
+    return Outcome(report=report, rejected=rejected, rows=total)
+
+
+def _folder(settings: Settings) -> str:
+    """Sub-folder of the output for the images. With annotations the layout is MLPerf's: the image folder beside annotations/."""
+    return os.path.basename(location.path_of(settings.input).rstrip("/")) if settings.annotations else ""
+
+
+def _journaled(settings: Settings, todo: Todo) -> tuple[list[journal.Written], list[journal.Rejected]]:
+    """What the journal says of the rows of `todo`, in their order."""
+    assert settings.output is not None
+    wanted = set(todo.work.column("image_id").to_pylist())
+    entries = list(journal.read_entries(settings.output, pc.unique(todo.work.column("shard")).to_pylist()))
+    written = [row for entry in entries for row in entry.written if row.image_id in wanted]
+    rejected = [row for entry in entries for row in entry.rejected if row.image_id in wanted]
+    return written, rejected
+
+
+def _opening(run_id: str, settings: Settings, todo: Todo, session: Session) -> str:
+    pools = session.pools
+    writers = f" and {pools.writers} writers ({settings.format})" if pools.writers else ", nothing written"
+    dashboard = f"; Ray dashboard: http://{session.dashboard}" if session.dashboard else ""
+    return (
+        f"Run {run_id}: {todo.left.num_rows} images, recipe {todo.recipe.name}, {settings.backend}; "
+        f"{pools.actors} preprocess actors{writers}, {session.cores:g} cores{dashboard}"
+    )
+
+
+def _hardware(session: Session) -> dict[str, Any]:
+    return {
+        "cores": session.cores,
+        "nodes": session.nodes,
+        "memory_bytes": psutil.virtual_memory().total,
+        "processor": platform.processor() or platform.machine(),
+    }
+
+
+def _cpu_percent(before, after, others: list[dict[str, float]]) -> float | None:
+    """Mean use of all cores, 0 to 100: of this node between two psutil.cpu_times(), and of `others` as their actors saw it."""
+    used = busy_cpu_s(after) - busy_cpu_s(before) + sum(node["cpu_busy_s"] for node in others)
+    total = sum(after[:8]) - sum(before[:8]) + sum(node["cpu_total_s"] for node in others)
+    return 100 * used / total if total else None
+
+
+@contextmanager
+def _tracks(run_id: str) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        shutil.rmtree(tracks_folder(run_id), ignore_errors=True)
+
+
+def tracks_folder(run_id: str) -> str:
+    """Where the preprocess actors of a run leave their tracks, on each node."""
+    return os.path.join(tempfile.gettempdir(), f"raypipe-{run_id}")
+
+
+LINE_EVERY_S = 5.0
+
+
+@contextmanager
+def _progress(console: Console, total: int) -> Iterator[Callable[[_Tally], None]]:
+    """A progress bar in a terminal; elsewhere (a log, `ray job submit`) a line every few seconds."""
+    begun = said = time.perf_counter()
+    if not console.is_terminal:
+
+        def line(tally: _Tally) -> None:
+            nonlocal said
+            now = time.perf_counter()
+            if now - said >= LINE_EVERY_S or tally.images == total:
+                said = now
+                rate = tally.images / (now - begun)
+                console.print(
+                    f"{tally.images}/{total} images, {tally.rejected} rejected, {rate:.0f} images/s, {now - begun:.0f} s",
+                    highlight=False,
+                )
+
+        yield line
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]} images/s, {task.fields[rejected]} rejected"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("starting actors", total=total, rate="-", rejected=0)
+
+        def bar(tally: _Tally) -> None:
+            rate = f"{tally.images / (time.perf_counter() - begun):.0f}"
+            progress.update(task, description="images", completed=tally.images, rate=rate, rejected=tally.rejected)
+
+        yield bar
+
+
+def verdict_on(outcome: Outcome, settings: Settings) -> str | None:
+    """Why a finished run counts as failed: rows lost, or too many rejected. None: it does not."""
+    report = outcome.report
+    if report is not None:
+        lost = report["images_in"] - report["images_out"] - report["images_rejected"]
+        if lost:
+            return (
+                f"{lost} of {report['images_in']} images are unaccounted for: {report['images_out']} came out and "
+                f"{report['images_rejected']} were rejected. This is a defect of raypipe; run again to have them done, and report it."
+            )
+    share = len(outcome.rejected) / outcome.rows
+    if share > settings.max_reject_fraction:
+        where = " or ".join(f for f in (settings.output and f"{settings.output}/{journal.STATE}", settings.report) if f)
+        first = outcome.rejected[0]
+        return (
+            f"{len(outcome.rejected)} of {outcome.rows} images were rejected ({100 * share:.1f}%), more than --max-reject-fraction "
+            f"{settings.max_reject_fraction:g} allows; what was good is kept. The first: {first.uri}: {first.reason} ({first.detail}). "
+            + (f"All are in {where}/rejects.parquet." if where else "Give --report FOLDER to get them all.")
+        )
+    return None

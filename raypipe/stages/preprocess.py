@@ -1,0 +1,263 @@
+"""The preprocess stage: one shard of work rows in, one block of pixels out, row for row."""
+
+import ctypes
+import os
+import struct
+import sys
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from mmap import mmap
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+
+from raypipe.data.sources import Reader
+from raypipe.data.work import BLOCK, lists, unlist
+from raypipe.images import backend as backend_module
+from raypipe.images.decode import MAX_PIXELS, Header, Reject, read_header
+from raypipe.images.recipe import Plan, Recipe
+from raypipe.stages import Meter
+
+TRIES = 3
+"""An image during which the process died this often is taken to be the cause. A lower number would blame images that were only
+under way when a node was lost or somebody killed the actor."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """What decides the pixels of a shard: the same settings and the same rows always give the same bytes."""
+
+    recipe: Recipe
+    backend: str
+    seed: int = 0
+    max_pixels: int = MAX_PIXELS
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    data: bytes
+    header: Header
+    plan: Plan
+
+
+def preprocess_shard(
+    shard: pa.Table,
+    settings: Preprocessing,
+    *,
+    reader: Reader,
+    killers: Collection[int] = (),
+    mark: Callable[[int], None] = lambda row: None,
+) -> tuple[pa.Table, int]:
+    """Read, decode and transform the images of `shard` (schema WORK).
+
+    Args:
+        reader: gives each row's encoded bytes, in order.
+        killers: rows not to touch, because they have killed the process before.
+        mark: called with a row's number before it is touched.
+
+    Returns:
+        A table of schema BLOCK with the same rows in the same order, and the number of encoded bytes read. A row that cannot be
+        processed has no pixels, and a reason. The pixels of all rows are one buffer; rows of one size can be viewed as one NHWC
+        array (`pixels`).
+    """
+    backend = backend_module(settings.backend)
+    boxes = unlist(shard.column("boxes"))
+    labels = unlist(shard.column("labels"))
+    planned: Iterator[_Planned | Reject] = _plan(shard, settings, boxes, labels, reader=reader, killers=killers, mark=mark)
+    fixed = settings.recipe.fixed_size
+    if fixed is not None:
+        pixels = np.empty(shard.num_rows * fixed[0] * fixed[1] * 3, np.uint8)
+    else:
+        # Sizes are known before decoding, from the headers: one buffer all the same, for the price of reading all rows first.
+        planned = iter(known := list(planned))
+        pixels = np.empty(sum(p.plan.size[0] * p.plan.size[1] * 3 for p in known if isinstance(p, _Planned)), np.uint8)
+
+    end = 0
+    bytes_in = 0
+    offsets = np.zeros(shard.num_rows + 1, np.int64)
+    sizes = np.zeros((shard.num_rows, 2), np.int32)
+    rejects: dict[int, Reject] = {}
+    plans: list[Plan | None] = []
+    for row, item in enumerate(planned):
+        plan = None
+        if isinstance(item, Reject):
+            rejects[row] = item
+        else:
+            bytes_in += len(item.data)
+            mark(row)
+            height, width = item.plan.size
+            start, end_if_fine = end, end + height * width * 3
+            out = pixels[start:end_if_fine].reshape(height, width, 3)
+            try:
+                image = backend.decode(item.data, item.header, settings.recipe.reduce((item.header.height, item.header.width)))
+                backend.execute(image, item.plan.ops, out)
+                plan, end = item.plan, end_if_fine
+                sizes[row] = height, width
+            except Reject as reject:
+                rejects[row] = reject
+            except Exception as error:
+                # Whatever an op raises, its own image pays for it, not the other hundred of the shard.
+                rejects[row] = Reject("failed", f"{type(error).__name__}: {error}")
+        offsets[row + 1] = end
+        plans.append(plan)
+
+    null = np.array([plan is None for plan in plans], dtype=bool)
+    keep = [np.empty(0, np.int64) if plan is None else plan.keep for plan in plans]
+    columns = {name: shard.column(name) for name in ("epoch", "shard", "image_id", "name", "uri")}
+    columns |= {
+        "height": pa.array(sizes[:, 0], mask=null),
+        "width": pa.array(sizes[:, 1], mask=null),
+        "image": _binary(pixels[:end], offsets, null),
+        "reason": pa.array([rejects[row].reason if row in rejects else None for row in range(len(plans))], pa.string()),
+        "detail": pa.array([rejects[row].detail if row in rejects else None for row in range(len(plans))], pa.string()),
+        "boxes": lists([np.empty((0, 4)) if p is None else p.boxes for p in plans], BLOCK.field("boxes").type),
+    }
+    for name, values in (("labels", labels), ("crowds", None), ("annotation_ids", None)):
+        values = unlist(shard.column(name)) if values is None else values
+        # A source may know boxes without labels or ids: then there is nothing to choose from.
+        chosen = [v[k] if len(v) > (k.max(initial=-1)) else v[:0] for v, k in zip(values, keep, strict=True)]
+        columns[name] = lists(chosen, BLOCK.field(name).type)
+    return pa.table(columns, schema=BLOCK), bytes_in
+
+
+def _plan(shard, settings, boxes, labels, *, reader, killers, mark) -> Iterator[_Planned | Reject]:
+    """Each row's bytes, header and sampled ops; or why there are none."""
+    epochs = shard.column("epoch").to_pylist()
+    image_ids = shard.column("image_id").to_pylist()
+    recipe = settings.recipe
+    for row, data in enumerate(reader.read(shard)):
+        if row in killers:
+            yield Reject("kills its process", f"the preprocess actor died {TRIES} times while at this image")
+            continue
+        if isinstance(data, Reject):
+            yield data
+            continue
+        mark(row)
+        try:
+            header = read_header(data, max_pixels=settings.max_pixels)
+            if len(labels[row]) and len(labels[row]) != len(boxes[row]) and len(boxes[row]):
+                raise Reject("bad boxes", f"{len(boxes[row])} boxes, but {len(labels[row])} labels")
+            plan = recipe.plan(
+                seed=settings.seed, epoch=epochs[row], image_id=image_ids[row], size=(header.height, header.width), boxes=boxes[row]
+            )
+        except Reject as reject:
+            yield reject
+        except Exception as error:
+            yield Reject("failed", f"{type(error).__name__}: {error}")
+        else:
+            yield _Planned(data, header, plan)
+
+
+def _binary(pixels: np.ndarray, offsets: np.ndarray, null: np.ndarray) -> pa.Array:
+    """`pixels` as an Arrow binary array, without a copy."""
+    validity = pa.py_buffer(np.packbits(~null, bitorder="little")) if null.any() else None
+    return pa.Array.from_buffers(
+        pa.large_binary(), len(null), [validity, pa.py_buffer(offsets), pa.py_buffer(pixels)], null_count=int(null.sum())
+    )
+
+
+def pixels(block: pa.Table) -> np.ndarray:
+    """The images of a block, rejected rows left out, as one uint8 array (n, height, width, 3), a view of the block.
+
+    Raises:
+        ValueError: the images differ in size.
+    """
+    good = block.filter(pa.compute.is_valid(block.column("image"))) if block.column("image").null_count else block
+    sizes = set(zip(good.column("height").to_pylist(), good.column("width").to_pylist(), strict=True))
+    if len(sizes) > 1:
+        raise ValueError(f"the images of this block have {len(sizes)} sizes, such as {sorted(sizes)[:2]}; they are no one array")
+    if not sizes:
+        return np.empty((0, 0, 0, 3), np.uint8)
+    column = good.column("image").combine_chunks()
+    column = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
+    first = np.frombuffer(column.buffers()[1], np.int64)[column.offset]
+    height, width = sizes.pop()
+    flat = np.frombuffer(column.buffers()[2], np.uint8, len(column) * height * width * 3, first)
+    return flat.reshape(len(column), height, width, 3)
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed memory for the next image instead of handing it back to the kernel and faulting it in again.
+
+    A third of a decoding process's time otherwise (measured; see the README). Elsewhere than on glibc this does nothing.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 64 * 2**20)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+            mallopt(parameter, value)
+
+
+class Tracks:
+    """Which row this process is at, in a file that outlives it; and which rows processes were at when they died.
+
+    Nothing can be caught when a decoder kills its process. Ray starts the actor again and repeats the task, for ever; so each
+    process leaves its position in a memory-mapped file (1 us an image), and the next one on this node counts the dead.
+    """
+
+    _POSITION = struct.Struct("<qq")
+
+    def __init__(self, folder: str):
+        self._folder = Path(folder)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._bury()
+        path = self._folder / f"{os.getpid()}-{int(psutil.Process().create_time())}.at"
+        path.write_bytes(self._POSITION.pack(-1, -1))
+        with path.open("r+b") as file:
+            self._at = mmap(file.fileno(), self._POSITION.size)
+
+    def _bury(self) -> None:
+        for path in self._folder.glob("*.at"):
+            pid, created = path.stem.split("-")
+            if psutil.pid_exists(int(pid)) and int(psutil.Process(int(pid)).create_time()) == int(created):
+                continue
+            grave = self._folder / f"{path.stem}.dead"
+            try:
+                path.rename(grave)
+            except FileNotFoundError:  # another actor was faster
+                continue
+
+    def killers(self, shard: int) -> set[int]:
+        """The rows of `shard` at which processes died TRIES times."""
+        self._bury()
+        deaths: Counter[int] = Counter()
+        for grave in self._folder.glob("*.dead"):
+            at, row = self._POSITION.unpack(grave.read_bytes())
+            if at == shard:
+                deaths[row] += 1
+        return {row for row, count in deaths.items() if count >= TRIES}
+
+    def mark(self, shard: int, row: int) -> None:
+        """This process is now at `row` of `shard`; -1, -1: at none."""
+        self._POSITION.pack_into(self._at, 0, shard, row)
+
+
+class Preprocess:
+    """The actor. Ray Data calls it with one shard at a time."""
+
+    def __init__(self, *, settings: Preprocessing, meter: Meter, tracks: str, threads: int = 1, io_threads: int = 4):
+        keep_freed_memory()
+        backend_module(settings.backend).setup(threads)
+        self._settings = settings
+        self._meter = meter
+        self._reader = Reader(threads=io_threads)
+        self._tracks = Tracks(tracks)
+        meter.start()
+
+    def __call__(self, shard: pa.Table) -> pa.Table:
+        with self._meter.call():
+            number = shard.column("shard")[0].as_py()
+            block, bytes_in = preprocess_shard(
+                shard,
+                self._settings,
+                reader=self._reader,
+                killers=self._tracks.killers(number),
+                mark=lambda row: self._tracks.mark(number, row),
+            )
+            self._tracks.mark(-1, -1)
+            self._meter.count(images=block.num_rows, bytes_in=bytes_in, bytes_out=block.nbytes)
+            return block

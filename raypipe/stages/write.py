@@ -1,0 +1,70 @@
+"""The write stage: one block of pixels in, its files and its journal entry out."""
+
+from functools import partial
+
+import pyarrow as pa
+
+from raypipe.data.journal import Entry, Rejected, Written, put_entry
+from raypipe.data.sinks import Sink, write_shard
+from raypipe.images import backend as backend_module
+from raypipe.images.recipe import Finish
+from raypipe.stages import Meter
+from raypipe.stages.preprocess import keep_freed_memory
+
+DONE = pa.schema([("shard", pa.int64()), ("images", pa.int64()), ("rejected", pa.int64())])
+"""What a writer says of a shard, when it is in the journal."""
+
+
+def write_block(block: pa.Table, sink: Sink, *, backend: str, finish: Finish | None) -> Entry:
+    """Store the good rows of `block` (schema BLOCK) and say what was written.
+
+    Args:
+        finish: applied to what is stored, for the format that stores arrays (npy). None: uint8 pixels.
+    """
+    module = backend_module(backend)
+    written = write_shard(sink, block, encode=module.encode, finish=partial(module.finish, finish=finish) if finish else None)
+    rows = block.drop_columns(["image", "name", "labels", "crowds"]).to_pylist()
+    good = [row for row in rows if row["reason"] is None]
+    files = written.files if len(written.files) == len(good) else written.files * len(good)
+    return Entry(
+        epoch=rows[0]["epoch"],
+        shard=rows[0]["shard"],
+        written=[
+            Written(
+                image_id=row["image_id"],
+                file=file,
+                height=row["height"],
+                width=row["width"],
+                boxes=row["boxes"] if row["annotation_ids"] else [],
+                annotation_ids=row["annotation_ids"],
+            )
+            for row, file in zip(good, files, strict=True)
+        ],
+        rejected=[
+            Rejected(image_id=row["image_id"], uri=row["uri"], reason=row["reason"], detail=row["detail"] or "")
+            for row in rows
+            if row["reason"] is not None
+        ],
+        files=written.files,
+        bytes=written.bytes,
+    )
+
+
+class Write:
+    """The actor. Ray Data calls it with one block at a time."""
+
+    def __init__(self, *, sink: Sink, backend: str, finish: Finish | None, meter: Meter, threads: int = 1):
+        keep_freed_memory()
+        backend_module(backend).setup(threads)
+        self._sink = sink
+        self._backend = backend
+        self._finish = finish
+        self._meter = meter
+        meter.start()
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        with self._meter.call():
+            entry = write_block(block, self._sink, backend=self._backend, finish=self._finish)
+            put_entry(self._sink.root, entry)
+            self._meter.count(images=entry.images, bytes_in=block.nbytes, bytes_out=entry.bytes)
+            return pa.table({"shard": [entry.shard], "images": [entry.images], "rejected": [len(entry.rejected)]}, schema=DONE)

@@ -1,0 +1,73 @@
+import json
+
+import pyarrow.parquet as pq
+import pytest
+
+from raypipe import UsageError
+from raypipe.data import journal
+from raypipe.data.journal import Entry, Rejected, Written
+
+
+def entry(shard: int) -> Entry:
+    return Entry(
+        epoch=0,
+        shard=shard,
+        written=[Written(image_id="a", file="a.jpg", height=3, width=4, boxes=[[0.0, 0.0, 1.5, 2.0]], annotation_ids=[9])],
+        rejected=[Rejected(image_id="b", uri="/b\n.jpg", reason="empty", detail="0 bytes")],
+        files=["a.jpg"],
+        bytes=17,
+    )
+
+
+def test_what_is_put_is_read_again_and_counts_as_done(tmp_path):
+    root = str(tmp_path)
+    assert journal.done_shards(root) == set()
+    journal.put_entry(root, entry(12))
+    journal.put_entry(root, entry(3))
+    journal.put_entry(root, entry(3))
+    assert journal.done_shards(root) == {3, 12}
+    assert list(journal.read_entries(root, [12, 3])) == [entry(12), entry(3)]
+    assert entry(3).images == 2
+
+
+def test_a_damaged_entry_is_named_with_the_remedy(tmp_path):
+    journal.put_entry(str(tmp_path), entry(3))
+    path = tmp_path / "_raypipe/journal/000000003.json"
+    path.write_text(path.read_text()[:-5])
+    with pytest.raises(UsageError, match=r"000000003\.json cannot be read .* Delete that file"):
+        list(journal.read_entries(str(tmp_path), [3]))
+
+
+def test_other_settings_are_refused_with_each_difference_shown(tmp_path):
+    root = str(tmp_path)
+    assert journal.check_settings(root, {"recipe": "coco-300"}) is False
+    journal.put_settings(root, {"recipe": "coco-300", "seed": 1}, {"ray": "2"})
+    assert journal.check_settings(root, {"recipe": "coco-300", "seed": 1}) is True
+    with pytest.raises(UsageError) as caught:
+        journal.check_settings(root, {"recipe": "coco-1200", "seed": 1})
+    assert "recipe: 'coco-300' there, 'coco-1200' now" in str(caught.value)
+    assert "seed" not in str(caught.value)
+    assert "--no-resume" in str(caught.value)
+
+
+def test_clear_deletes_what_the_journal_names_and_nothing_else(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"result")
+    (tmp_path / "mine.jpg").write_bytes(b"the user's own")
+    journal.put_settings(str(tmp_path), {}, {})
+    journal.put_entry(str(tmp_path), entry(3))
+    journal.clear(str(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.jpg"]
+
+
+def test_rejects_are_a_parquet_file_even_when_there_are_none(tmp_path):
+    journal.put_rejects(str(tmp_path), "none.parquet", [])
+    journal.put_rejects(str(tmp_path), "some.parquet", entry(1).rejected)
+    assert pq.read_table(tmp_path / "none.parquet").schema.names == ["image_id", "uri", "reason", "detail"]
+    assert pq.read_table(tmp_path / "some.parquet").to_pylist() == [
+        {"image_id": "b", "uri": "/b\n.jpg", "reason": "empty", "detail": "0 bytes"}
+    ]
+
+
+def test_entries_are_plain_json(tmp_path):
+    journal.put_entry(str(tmp_path), entry(3))
+    assert json.loads((tmp_path / "_raypipe/journal/000000003.json").read_text())["written"][0]["file"] == "a.jpg"

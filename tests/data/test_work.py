@@ -1,0 +1,104 @@
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from raypipe.data.sources import SOURCE
+from raypipe.data.work import WORK, extend, lists, make_work, remaining, shard_rows, shards, unlist
+
+
+def source(*names: str) -> pa.Table:
+    n = len(names)
+    columns = {
+        "image_id": [f"{name}.jpg" for name in names],
+        "name": list(names),
+        "uri": [f"/photos/{name}.jpg" for name in names],
+        "offset": [0] * n,
+        "length": [-1] * n,
+        "boxes": [[[0.0, 0.0, 1.0, 1.0]]] * n,
+        "labels": [[1]] * n,
+        "crowds": [[False]] * n,
+        "annotation_ids": [[7]] * n,
+    }
+    return pa.table(columns, schema=SOURCE)
+
+
+def names(count: int) -> list[str]:
+    return [f"n{i:03d}" for i in range(count)]
+
+
+def test_every_row_is_in_exactly_one_shard_and_shards_are_full_but_the_last():
+    work = make_work(source(*names(10)), rows_per_shard=4)
+    assert work.schema == WORK
+    parts = list(shards(work))
+    assert [part.num_rows for part in parts] == [4, 4, 2]
+    assert pa.concat_tables(parts).column("image_id").to_pylist() == work.column("image_id").to_pylist()
+    assert [set(part.column("shard").to_pylist()) for part in parts] == [{0}, {1}, {2}]
+
+
+def test_all_epochs_are_one_table_and_no_shard_spans_two():
+    work = make_work(source(*names(5)), rows_per_shard=2, epochs=3)
+    parts = list(shards(work))
+    assert [set(part.column("epoch").to_pylist()) for part in parts] == [{0}] * 3 + [{1}] * 3 + [{2}] * 3
+    assert [part.column("shard")[0].as_py() for part in parts] == list(range(9))
+
+
+def test_shuffling_is_a_permutation_of_each_epoch_and_a_function_of_its_seed():
+    def order(seed: int) -> list[list[str]]:
+        work = make_work(source(*names(50)), rows_per_shard=10, epochs=2, shuffle_seed=seed)
+        ids = work.column("image_id").to_pylist()
+        return [ids[:50], ids[50:]]
+
+    first, second = order(1)
+    assert sorted(first) == sorted(second) == [f"{n}.jpg" for n in names(50)]
+    assert first != second
+    assert order(1) == [first, second] != order(2)
+
+
+def test_rows_found_later_get_new_shards_and_old_rows_keep_theirs():
+    before = make_work(source("a", "c"), rows_per_shard=2)
+    after = extend(before, source("a", "b", "c", "d", "e"), rows_per_shard=2)
+    assert after.slice(0, 2).equals(before)
+    assert after.column("name").to_pylist() == ["a", "c", "b", "d", "e"]
+    assert after.column("shard").to_pylist() == [0, 0, 1, 1, 2]
+    assert extend(after, source("a", "b"), rows_per_shard=2).equals(after)
+
+
+def test_a_row_found_later_never_takes_a_name_that_is_on_disk():
+    before = make_work(source("a"), rows_per_shard=2)
+    late = source("A").set_column(0, "image_id", pa.array(["other/a.jpg"]))
+    assert extend(before, late, rows_per_shard=2).column("name").to_pylist() == ["a", "A-2"]
+
+
+def test_remaining_is_the_table_less_the_shards_that_are_done():
+    work = make_work(source(*names(6)), rows_per_shard=2)
+    assert remaining(work, {0, 2}).column("name").to_pylist() == ["n002", "n003"]
+    assert remaining(work, set()).num_rows == 6
+    assert list(shards(remaining(work, {0, 1, 2}))) == []
+
+
+@pytest.mark.parametrize(
+    ("rows", "row_bytes", "expected"),
+    [
+        (100_000, 300 * 300 * 3, 124),  # 32 MiB
+        (100_000, 1200 * 1200 * 3, 16),  # a few large ones are enough to make a task worth it
+        (100_000, 10, 256),
+        (1000, 300 * 300 * 3, 63),  # 16 shards, so that several actors have something to do
+        (3, 300 * 300 * 3, 8),
+    ],
+)
+def test_shard_rows(rows, row_bytes, expected):
+    assert shard_rows(rows=rows, row_bytes=row_bytes) == expected
+
+
+def test_lists_and_back():
+    boxes = [np.arange(8, dtype=np.float32).reshape(2, 4), np.empty((0, 4), np.float32), np.ones((1, 4), np.float32)]
+    column = lists(boxes, SOURCE.field("boxes").type)
+    assert column.to_pylist() == [b.tolist() for b in boxes]
+    for got, want in zip(unlist(column), boxes, strict=True):
+        np.testing.assert_array_equal(got, want)
+    assert lists([], SOURCE.field("labels").type).to_pylist() == [] == unlist(lists([], SOURCE.field("labels").type))
+
+
+def test_unlist_reads_slices_and_nulls():
+    column = pa.chunked_array([pa.array([[1, 2], None, [], [3]], pa.list_(pa.int64()))]).slice(1)
+    assert [a.tolist() for a in unlist(column)] == [[], [], [3]]
