@@ -16,6 +16,7 @@ import json
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -134,6 +135,19 @@ def put_rejects(root: str, path: str, rejected: Iterable[Rejected]) -> None:
     location.write(root, path, sink.getvalue())
 
 
+def _flat(settings: dict, prefix: str = "") -> dict[str, Any]:
+    """`settings` with nested names joined by dots, so that a difference deep in a recipe is shown alone."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, list) and any(isinstance(v, dict) for v in value):
+            value = dict(enumerate(value))
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
 def check_settings(root: str, settings: dict) -> bool:
     """Whether `root` holds a run already; one with the same `settings`, or it is refused.
 
@@ -152,8 +166,8 @@ def check_settings(root: str, settings: dict) -> bool:
             f"{location.join(root, STATE)}/run.json cannot be read, so it is unknown how these results were made. Use another --output, or "
             f"--no-resume to start this one again."
         ) from None
-    names = sorted(before.keys() | settings.keys())
-    changed = [name for name in names if before.get(name) != settings.get(name)]
+    before, settings = _flat(before), _flat(settings)
+    changed = [name for name in sorted(before.keys() | settings.keys()) if before.get(name) != settings.get(name)]
     if changed:
         lines = "\n".join(f"  {name}: {before.get(name)!r} there, {settings.get(name)!r} now" for name in changed)
         raise UsageError(

@@ -193,7 +193,8 @@ def _write_remote(uri: str, data: bytes | memoryview) -> None:
     system, path = filesystem(uri)
     if system.type_name not in _OBJECT_STORES:
         system.create_dir(path.rpartition("/")[0], recursive=True)
-    # Not `with`: leaving it by an exception would close the stream, and closing is what makes the object appear.
+    # One write of everything: closing makes the object appear, and a stream is closed when it is dropped by an exception too.
+    # If a part of the upload failed, closing fails as well and nothing appears.
     stream = system.open_output_stream(path)
     stream.write(data)
     stream.close()

@@ -72,7 +72,8 @@ def write_shard(sink: Sink, block: pa.Table, *, encode: Encode, finish: Finish |
     for one HWC uint8 image; only npy uses it. Raises OSError or a pyarrow error if the place cannot be written to; what was
     written by then stays and will be overwritten by the next try.
     """
-    good = block.filter(pc.is_valid(block["image"]))
+    # Without rejects no filter: it would copy all pixels.
+    good = block.filter(pc.is_valid(block["image"])) if block["image"].null_count else block
     if good.num_rows == 0:
         return Written(files=[], bytes=0)
     epoch, shard = good["epoch"][0].as_py(), good["shard"][0].as_py()

@@ -175,7 +175,7 @@ def _find_local(input: str) -> tuple[str, Iterable[str]]:
     if not glob.has_magic(path):
         raise UsageError(f"{input!r} does not exist (looked at {path}); nothing can be read from it")
     base = os.path.dirname(path[: re.search(r"[*?[]", path).start()])  # type: ignore[union-attr]
-    matches = {os.path.relpath(match, base) for match in glob.iglob(path, recursive=True)}
+    matches = {match[len(base) :].lstrip("/") for match in glob.iglob(path, recursive=True)}
     return base, sorted(matches, key=_components)
 
 
@@ -1145,8 +1145,16 @@ def _parquet_row(where: str, table: pa.Table, column: str, row: int) -> bytes | 
 
 def npy(array: np.ndarray) -> bytes:
     """The bytes of a .npy file with the array."""
+    array = np.ascontiguousarray(array)
+    # One copy of the pixels; np.save into memory makes three (270 kB: 30 against 150 us).
+    return b"".join((_npy_header(array.shape, array.dtype), array.reshape(-1).view(np.uint8).data))
+
+
+@functools.lru_cache(maxsize=1024)
+def _npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
     buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, np.ascontiguousarray(array), allow_pickle=False)
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(buffer, header)
     return buffer.getvalue()
 
 

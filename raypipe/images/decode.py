@@ -109,7 +109,7 @@ def read_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Header:
     except Reject:
         raise
     except Exception as error:  # parsers of hostile bytes raise anything; whatever it is, this image has no header
-        raise _rejected(error) from error
+        raise rejected(error) from error
     if header.height <= 0 or header.width <= 0:
         raise Reject("corrupt", f"the header says {header.width}x{header.height} pixels")
     if header.height * header.width > max_pixels:
@@ -124,7 +124,7 @@ def decode_shared(data: bytes, header: Header) -> np.ndarray:
     except Reject:
         raise
     except Exception as error:  # as above: zlib, struct, memory and syntax errors, all of them this image's
-        raise _rejected(error) from error
+        raise rejected(error) from error
     return check_size(orient(image, header.orientation), header)
 
 
@@ -174,7 +174,8 @@ def _sniff(data: bytes) -> str | None:
     return None
 
 
-def _rejected(error: Exception) -> Reject:
+def rejected(error: Exception) -> Reject:
+    """Sorts what a decoder raised into a reason."""
     text = f"{type(error).__name__}: {error}"
     low = text.lower()
     if isinstance(error, MemoryError):
@@ -256,4 +257,4 @@ def _npy_pixels(data: bytes) -> np.ndarray:
     if len(data) - start < count:
         raise Reject("truncated", f"{len(data) - start} bytes of pixels for the shape {shape}")
     flat = np.frombuffer(data, np.uint8, count, start)
-    return np.ascontiguousarray(flat.reshape(shape, order="F" if fortran else "C"))
+    return flat.reshape(shape, order="F" if fortran else "C").copy(order="C")

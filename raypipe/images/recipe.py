@@ -32,7 +32,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -615,7 +615,7 @@ def move_boxes(op: Any, boxes: np.ndarray, size: Size) -> tuple[np.ndarray, np.n
 @functools.singledispatch
 def fixed_size(op: Any, size: Size | None) -> Size | None:
     """The size after any op, plain or not, if it is the same for all images; `size` is that before it, None where it varies."""
-    if _draws(op):
+    if is_drawn(op):
         return None
     return None if size is None else output_size(op, size)
 
@@ -882,7 +882,7 @@ def _(op: Erasing, rng: np.random.Generator, size: Size, boxes: np.ndarray) -> t
         return ()
     for _ in range(10):
         area = size[0] * size[1] * rng.uniform(*op.area)
-        ratio = math.exp(rng.uniform(*map(math.log, op.ratio)))
+        ratio = math.exp(rng.uniform(math.log(op.ratio[0]), math.log(op.ratio[1])))
         height, width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < height < size[0] and 0 < width < size[1]:
             top, left = int(rng.integers(size[0] - height + 1)), int(rng.integers(size[1] - width + 1))
@@ -1110,8 +1110,28 @@ def generator(seed: int, epoch: int, image_id: str) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
 
 
-def _draws(op: Any) -> bool:
+def is_drawn(op: Any) -> bool:
+    """Whether the op becomes other, plain ops for each image (`sample` is registered for it)."""
     return sample.dispatch(type(op)) is not sample.dispatch(object)
+
+
+def check_ops(recipe: Recipe, apply: Any, backend: str, remedies: dict[type, str]) -> None:
+    """Raises UsageError if an op is registered neither with this backend's `apply` nor, to become others, with `sample`."""
+    for index, op in enumerate(recipe.ops):
+        kind = type(op)
+        if not getattr(op, "pixels", True) or is_drawn(op) or apply.dispatch(kind) is not apply.dispatch(object):
+            continue
+        remedy = remedies.get(kind, f"register a function with raypipe.images.{backend}.apply")
+        raise UsageError(f"recipe {recipe.name!r}, op {index} ({kind.__name__}): the {backend} backend has no such op; {remedy}")
+
+
+def padded_size(sizes: Sequence[tuple[int, ...]], multiple: int | None) -> tuple[int, int]:
+    """The size that all images of a batch get. Raises UsageError if they differ and no padding was asked for."""
+    if multiple is None and len(set(sizes)) > 1:
+        raise UsageError(f"the images of a batch differ in size, {sizes[0]} and others; set the finish's pad_multiple, or resize")
+    by = multiple or 1
+    height, width = (-(-max((size[side] for size in sizes), default=0) // by) * by for side in (0, 1))
+    return height, width
 
 
 # ------------------------------------------------------------------------------------------------------------- to and from JSON

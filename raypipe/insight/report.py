@@ -1,8 +1,10 @@
 """A run's record -> report.json and the table in the terminal. Stands alone: reads plain records, knows nothing of Ray."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -192,42 +194,35 @@ def _number(value: float | None, form: str, scale: float = 1.0) -> str:
     return "-" if value is None else format(value * scale, form)
 
 
-def terminal(report: dict) -> Group:
-    """The report as a person reads it at the end of a run."""
-    table = Table(title=None, header_style="bold", pad_edge=False)
-    headings = (
-        "stage",
+_ROWS: tuple[tuple[str, Callable[[dict], str]], ...] = (
+    (
         "actors",
-        "images",
-        "CPU ms",
-        "busy ms",
-        "CPU %",
-        "RSS MB",
-        "in MB",
-        "out MB",
-        "busy",
-        "starved",
-        "blocked",
-    )
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == "stage" else "right", no_wrap=True)
+        lambda s: str(s["actors"]["max"]) if s["actors"]["min"] == s["actors"]["max"] else "{min} to {max}".format(**s["actors"]),
+    ),
+    ("images", lambda s: str(s["images"])),
+    ("CPU ms an image", lambda s: _number(s["cpu_s_per_image"], ".2f", 1000)),
+    ("busy ms an image", lambda s: _number(s["busy_s_per_image"], ".2f", 1000)),
+    ("CPU, % of all cores", lambda s: _number(s["cpu_percent"], ".0f")),
+    ("memory, MB at most", lambda s: _number(s["rss_peak_bytes"], ".0f", 1e-6)),
+    ("MB in", lambda s: _number(s["bytes_in"], ".1f", 1e-6)),
+    ("MB out", lambda s: _number(s["bytes_out"], ".1f", 1e-6)),
+    ("busy", lambda s: _number(s["busy"], ".0%")),
+    ("starved (no input)", lambda s: _number(s["starved"], ".0%")),
+    ("blocked (output full)", lambda s: _number(s["blocked"], ".0%")),
+)
+
+
+def terminal(report: dict) -> Group:
+    """The report as a person reads it at the end of a run: fits a terminal of 80 columns."""
+    table = Table("", header_style="bold", box=box.SIMPLE_HEAD)
     for stage in report["stages"]:
-        table.add_row(
-            stage["name"],
-            str(stage["actors"]["max"]),
-            str(stage["images"]),
-            _number(stage["cpu_s_per_image"], ".2f", 1000),
-            _number(stage["busy_s_per_image"], ".2f", 1000),
-            _number(stage["cpu_percent"], ".0f"),
-            _number(stage["rss_peak_bytes"], ".0f", 1e-6),
-            _number(stage["bytes_in"], ".1f", 1e-6),
-            _number(stage["bytes_out"], ".1f", 1e-6),
-            *(_number(stage[share], ".0%") for share in ("busy", "starved", "blocked")),
-        )
+        table.add_column(stage["name"], justify="right")
+    for label, cell in _ROWS:
+        table.add_row(label, *(cell(stage) for stage in report["stages"]))
     before = f" ({report['images_done_before']} of them by an earlier run)" if report["images_done_before"] else ""
     lines = [
         f"{report['images_in']} images in = {report['images_out']} out + {report['images_rejected']} rejected{before}",
-        f"{_number(report['steady_images_per_s'], '.1f')} images/s once running, {_number(report['images_per_s'], '.1f')} from start to end; "
+        f"{_number(report['steady_images_per_s'], '.0f')} images/s once running, {_number(report['images_per_s'], '.0f')} from start to end",
         f"first output after {_number(report['first_output_s'], '.1f')} s of {_number(report['wall_s'], '.1f')} s; "
         f"machine {_number(report['cpu_percent'], '.0f')}% busy",
     ]

@@ -1,12 +1,15 @@
 """A run: stages put on Ray Data and watched to their end. The only place that builds datasets."""
 
 import json
+import logging
 import os
 import platform
 import shutil
+import sys
 import tempfile
 import time
 import uuid
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +24,7 @@ import pyarrow.compute as pc
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy
+from ray.util.annotations import RayDeprecationWarning
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -107,7 +111,7 @@ def deciding(settings: Settings, recipe: Recipe) -> dict[str, Any]:
     return {
         "input": settings.input if settings.input.startswith("demo") else location.absolute(settings.input),
         "annotations": settings.annotations and location.absolute(settings.annotations),
-        "recipe": to_json(recipe),
+        "recipe": {key: value for key, value in to_json(recipe).items() if key != "description"},
         "backend": settings.backend,
         "format": settings.format,
         "quality": quality,
@@ -193,15 +197,14 @@ def ray_session(settings: Settings) -> Iterator[Session]:
     ours = not ray.is_initialized()
     dashboard = None
     if ours:
-        # Ray's own account of itself: a C++ line for every actor pool, that its arguments are in the object store, is noise here.
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         quiet = {"logging_level": "ERROR", "log_to_driver": False}
         try:
-            if joined:
-                context = ray.init(**quiet)
-            else:
-                local = size_pools(settings, cpus=cores_here(), joined=False)
-                context = ray.init(address="local", num_cpus=max(local.cpus, cores_here()), **quiet)
+            with _without_startup_lines():
+                if joined:
+                    context = ray.init(**quiet)
+                else:
+                    local = size_pools(settings, cpus=cores_here(), joined=False)
+                    context = ray.init(address="local", num_cpus=max(local.cpus, cores_here()), **quiet)
         except ConnectionError as error:
             raise UsageError(
                 f"RAY_ADDRESS is {os.environ.get('RAY_ADDRESS')!r}, but no Ray cluster answers there ({error}). Start it, correct the "
@@ -217,6 +220,25 @@ def ray_session(settings: Settings) -> Iterator[Session]:
     finally:
         if ours:
             ray.shutdown()
+
+
+@contextmanager
+def _without_startup_lines() -> Iterator[None]:
+    """Keep Ray's C++ account of itself off the terminal: a line for its log level at the start, and an alarming one for every actor
+    pool, that its arguments are in the object store (as Ray Data puts them). They stay in Ray's log files; what raises still raises.
+    """
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 def preprocessed(
@@ -245,6 +267,8 @@ def preprocessed(
         operators = {f"MapBatches({cls.__name__})": name for cls, name in ((Preprocess, "preprocess"), (Write, "write"))}
         observe(context, collector=collector, stages=operators)
     # Ray would repeat the task of an actor that dies for ever. Each image of a shard may kill it TRIES times, then it is left out.
+    # Ray 2.60 deprecates passing these through, before it has another way (docs of map_batches, "ray_remote_args").
+    warnings.filterwarnings("ignore", message=".*ray_remote_args.*", category=RayDeprecationWarning)
     again = {"max_restarts": -1, "max_task_retries": TRIES * largest}
     dataset = dataset.map_batches(
         Preprocess,
@@ -458,11 +482,11 @@ def _journaled(settings: Settings, todo: Todo) -> tuple[list[journal.Written], l
 
 def _opening(run_id: str, settings: Settings, todo: Todo, session: Session) -> str:
     pools = session.pools
-    writers = f" and {pools.writers} writers ({settings.format})" if pools.writers else ", nothing written"
+    writers = f", {pools.writers} writing {settings.format}" if pools.writers else ", nothing written"
     dashboard = f"; Ray dashboard: http://{session.dashboard}" if session.dashboard else ""
     return (
         f"Run {run_id}: {todo.left.num_rows} images, recipe {todo.recipe.name}, {settings.backend}; "
-        f"{pools.actors} preprocess actors{writers}, {session.cores:g} cores{dashboard}"
+        f"actors: {pools.actors} preprocessing{writers}; {session.cores:g} cores{dashboard}"
     )
 
 

@@ -68,15 +68,14 @@ class _Observer(ExecutionCallback):
                 queued = state.total_enqueued_input_blocks()
                 # An actor without a task while input waits is held back by those behind it; else it has nothing to do.
                 idle = max(running - pool.num_active_actors(), 0)
-                view = self._pools.get(stage) or PoolView(start=running, min=running, max=running)
-                if running and not view.start:
-                    view = replace(view, start=running, min=running)
+                wanted = running + pool.num_pending_actors()
+                view = self._pools.get(stage) or PoolView(start=wanted, min=wanted, max=wanted)
                 # Shrinking at the end of the input is no scaling: Ray releases actors that have nothing left to do.
                 self._pools[stage] = replace(
                     view,
-                    min=min(view.min, running) if queued else view.min,
-                    max=max(view.max, running),
-                    end=running or view.end,
+                    min=min(view.min, wanted) if queued else view.min,
+                    max=max(view.max, wanted),
+                    end=wanted if queued else view.end or wanted,
                     queued=queued,
                     actor_s=view.actor_s + running * elapsed,
                     starved_s=view.starved_s + (0.0 if queued else idle * elapsed),

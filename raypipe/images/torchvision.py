@@ -1,0 +1,214 @@
+"""How torchvision does it: decoding (Pillow), every plain op, the finish, encoding.
+
+Images are CHW RGB uint8 tensors whose memory is HWC (channels last): torchvision resizes these twice as fast.
+"""
+
+import functools
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image, JpegImagePlugin
+from torch.nn.functional import affine_grid, grid_sample
+from torchvision.transforms.v2 import functional as F
+
+from raypipe import UsageError
+from raypipe.images import recipe as ops
+from raypipe.images.decode import Header, check_size, decode_shared, orient, rejected
+from raypipe.images.recipe import Finish, Recipe, check_ops, noise, padded_size
+
+_OPENCV_ONLY = "torchvision has no such filter: use --backend opencv, or another op"
+_REMEDIES = dict.fromkeys((ops.CLAHE, ops.Median, ops.Bilateral, ops.NonLocalMeans), _OPENCV_ONLY)
+
+
+def setup(threads: int) -> None:
+    """How many threads torch may use in this process, and OpenCV, which turns images upright."""
+    torch.set_num_threads(threads)
+    cv2.setNumThreads(threads)
+
+
+def check(recipe: Recipe) -> None:
+    """Raises UsageError if the recipe has an op that torchvision cannot do."""
+    check_ops(recipe, apply, "torchvision", _REMEDIES)
+
+
+def decode(data: bytes, header: Header, reduce: int = 1) -> torch.Tensor:
+    """Decodes to CHW RGB uint8, upright. A JPEG comes at 1/`reduce` (1, 2, 4, 8) of its size, rounded up. Raises Reject."""
+    if header.native:
+        try:
+            pixels = _jpeg(data, reduce)
+        except Exception as error:  # whatever a decoder raises, it is this image's fault
+            raise rejected(error) from error
+        pixels = check_size(orient(pixels, header.orientation), header, reduce)
+    else:
+        pixels = decode_shared(data, header)
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _jpeg(data: bytes, reduce: int) -> np.ndarray:
+    image = JpegImagePlugin.JpegImageFile(io.BytesIO(data))
+    if reduce > 1:
+        image.draft(image.mode, (max(1, image.width // reduce), max(1, image.height // reduce)))
+    image.load()
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def execute(image: torch.Tensor, plan: Sequence[Any], out: np.ndarray) -> None:
+    """Does all ops of a plan and leaves the result in `out`: HWC uint8, contiguous, of the plan's size."""
+    for op in plan:
+        image = apply(op, image)
+    torch.from_numpy(out).permute(2, 0, 1).copy_(image)
+
+
+@functools.singledispatch
+def apply(op: Any, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
+    """Does one plain op; never changes `image`. `out` is there for OpenCV's sake: torchvision cannot write into a given place."""
+    raise UsageError(f"the torchvision backend cannot do {op}; register a function with raypipe.images.torchvision.apply")
+
+
+@apply.register
+def _(op: ops.Resize, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
+    # Earlier ops may have left another memory layout; copying back costs less than the slow path.
+    last = image[None].contiguous(memory_format=torch.channels_last)[0]
+    return F.resize(last, [op.height, op.width], interpolation=F.InterpolationMode.BILINEAR, antialias=op.antialias)
+
+
+@apply.register
+def _(op: ops.Crop, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
+    return image[:, op.top : op.top + op.height, op.left : op.left + op.width]
+
+
+@apply.register
+def _(op: ops.Flip, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
+    return F.horizontal_flip(image) if op.axis == "horizontal" else F.vertical_flip(image)
+
+
+@apply.register
+def _(op: ops.Pad, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
+    border = [op.left, op.top, op.right, op.bottom]
+    if op.mode == "constant":
+        return F.pad(image, border, fill=list(op.fill))
+    return F.pad(image, border, padding_mode=op.mode)
+
+
+@apply.register
+def _(op: ops.Affine, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
+    _, height, width = image.shape
+    forward = np.vstack([np.array(op.matrix, np.float64).reshape(2, 3), [0, 0, 1]])
+    # grid_sample counts from -1 to 1, and asks where each pixel of the result comes from.
+    pixels = np.array([[width / 2, 0, width / 2], [0, height / 2, height / 2], [0, 0, 1]])
+    theta = torch.from_numpy((np.linalg.inv(pixels) @ np.linalg.inv(forward) @ pixels)[:2]).to(torch.float32)
+    grid = affine_grid(theta[None], [1, 3, height, width], align_corners=False)
+    fill = torch.tensor(op.fill, dtype=torch.float32)[:, None, None]
+    # Outside is 0 for grid_sample: less the fill before, plus it after, makes that the fill, and blends at the border.
+    moved = grid_sample((image - fill)[None], grid, mode="bilinear", padding_mode="zeros", align_corners=False)[0]
+    return (moved + fill).round_().clamp_(0, 255).to(torch.uint8)
+
+
+@apply.register
+def _(op: ops.Brightness, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
+    return F.adjust_brightness(image, op.factor)
+
+
+@apply.register
+def _(op: ops.Contrast, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
+    return F.adjust_contrast(image, op.factor)
+
+
+@apply.register
+def _(op: ops.Saturation, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
+    return F.adjust_saturation(image, op.factor)
+
+
+@apply.register
+def _(op: ops.Hue, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
+    return F.adjust_hue(image, op.shift)
+
+
+@apply.register
+def _(op: ops.Permute, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
+    return image[list(op.order)]
+
+
+@apply.register
+def _(op: ops.Greyscale, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
+    return F.rgb_to_grayscale(image, num_output_channels=3)
+
+
+@apply.register
+def _(op: ops.Gamma, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
+    return F.adjust_gamma(image, op.gamma, op.gain)
+
+
+@apply.register
+def _(op: ops.Equalize, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
+    return F.equalize(image)
+
+
+@apply.register
+def _(op: ops.AutoContrast, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
+    return F.autocontrast(image)
+
+
+@apply.register
+def _(op: ops.Sharpness, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
+    return F.adjust_sharpness(image, op.factor)
+
+
+@apply.register
+def _(op: ops.GaussianBlur, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
+    return F.gaussian_blur(image, [op.kernel, op.kernel], [op.sigma, op.sigma])
+
+
+@apply.register
+def _(op: ops.AddNoise, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
+    noisy = torch.from_numpy(noise(op, (image.shape[1], image.shape[2]))).permute(2, 0, 1)
+    return noisy.add_(image).round_().clamp_(0, 255).to(torch.uint8)
+
+
+@apply.register
+def _(op: ops.Erase, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
+    fill = torch.tensor(op.fill, dtype=torch.uint8)[:, None, None]
+    return F.erase(image, op.top, op.left, op.height, op.width, fill)
+
+
+def finish(batch: torch.Tensor | Sequence[torch.Tensor], finish: Finish) -> torch.Tensor:
+    """Turns uint8 images, NHWC or a sequence of HWC, on any device, into what a model wants there: float, padded if asked.
+
+    The result is of shape NCHW or NHWC as the finish says; its memory stays channels last, which is what GPUs compute fastest.
+    """
+    height, width = padded_size([tuple(image.shape[:2]) for image in batch], finish.pad_multiple)
+    if isinstance(batch, torch.Tensor) and batch.shape[1:3] == (height, width):
+        result = _normalised(batch, finish)
+    else:
+        device = batch[0].device if len(batch) else None
+        result = torch.zeros((len(batch), height, width, 3), dtype=getattr(torch, finish.dtype), device=device)
+        for image, target in zip(batch, result, strict=True):
+            target[: image.shape[0], : image.shape[1]] = _normalised(image, finish)
+    return result.permute(0, 3, 1, 2) if finish.layout == "chw" else result
+
+
+def _normalised(pixels: torch.Tensor, finish: Finish) -> torch.Tensor:
+    """Channels last in, channels last out. One multiplication and one addition, in place, with constants made in float64."""
+    std = np.array(finish.std)
+    factor, shift = (
+        torch.tensor(values, dtype=torch.float32, device=pixels.device)
+        for values in (finish.scale / std, -np.array(finish.mean) / std)
+    )
+    ordered = pixels.flip(-1) if finish.channels == "bgr" else pixels
+    return ordered.to(torch.float32).mul_(factor).add_(shift).to(getattr(torch, finish.dtype))
+
+
+def encode(image: np.ndarray, format: str, quality: int) -> bytes:
+    """Encodes HWC RGB uint8 as "jpeg" (4:2:0, baseline, standard tables) or "png" (level 3; `quality` is ignored)."""
+    file = io.BytesIO()
+    if format == "jpeg":
+        Image.fromarray(image).save(file, "JPEG", quality=quality, subsampling="4:2:0", optimize=False, progressive=False)
+    elif format == "png":
+        Image.fromarray(image).save(file, "PNG", compress_level=3)
+    else:
+        raise UsageError(f"images are encoded as jpeg or png, not {format!r}")
+    return file.getvalue()

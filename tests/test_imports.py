@@ -1,0 +1,77 @@
+"""The house rules that keep the parts apart, read from the source and from fresh processes."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "raypipe"
+
+# Imports point one way: jobs, notebooks, cli -> run -> stages -> data, images. insight stands alone.
+MAY_IMPORT = {
+    "images": {"images"},
+    "data": {"data", "images"},
+    "stages": {"stages", "data", "images"},
+    "run": {"run", "stages", "data", "images", "insight"},
+    "insight": {"insight"},
+    "cli.py": {"run", "data", "images", "insight"},
+    "__init__.py": set(),
+}
+MAY_USE_RAY = {"run", "stages"}
+
+
+def imported(path: Path) -> set[str]:
+    """Every module that `path` imports, anywhere in it; names of `from x import y` with y, as y may be a module."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return found
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0]
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_one_way(path):
+    for name in imported(path):
+        parts = name.split(".")
+        if parts[0] == "raypipe" and len(parts) > 1 and (PACKAGE / parts[1]).is_dir():
+            assert parts[1] in MAY_IMPORT[room(path)], f"{path.name} imports {name}"
+        if parts[0] == "ray":
+            assert room(path) in MAY_USE_RAY, f"{path.name} imports {name}"
+
+
+def test_rays_internals_are_touched_in_one_file_only():
+    inside = [p for p in PACKAGE.rglob("*.py") if any("ray" == m.split(".")[0] and "._" in m for m in imported(p))]
+    assert inside == [PACKAGE / "run" / "scaling.py"]
+
+
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        ("raypipe", ("ray", "torch", "cv2", "numpy", "pyarrow")),
+        ("raypipe.images.opencv", ("torch", "ray")),
+        ("raypipe.data.sinks", ("torch", "ray")),
+        ("raypipe.stages.preprocess", ("torch",)),
+        ("raypipe.stages.write", ("torch",)),
+        ("raypipe.run.pipeline", ("torch",)),
+        ("raypipe.insight.report", ("ray", "torch", "cv2")),
+    ],
+)
+def test_importing_one_thing_does_not_bring_in_another(module, heavy):
+    code = f"import sys, {module}; print(sorted(set({heavy!r}) & set(sys.modules)))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert out.stdout.strip() == "[]"
+
+
+def test_jobs_stay_short():
+    for path in (ROOT / "jobs").glob("*.py"):
+        assert len(path.read_text().splitlines()) < 100 or path.name == "benchmark.py", path
