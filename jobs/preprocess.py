@@ -20,7 +20,7 @@ from rich.console import Console
 
 from raypipe import UsageError
 from raypipe.insight.report import terminal
-from raypipe.run.pipeline import Settings, run, verdict_on
+from raypipe.run.pipeline import Settings, broken_off, run, verdict_on
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(f"\nInterrupted. {again}", markup=False)
         return 130
     except (RayError, OSError) as error:
-        console.print(f"error: the run broke off: {error}\n{again}", style="red", markup=False, highlight=False)
+        console.print(f"error: the run broke off: {broken_off(error)}\n{again}", style="red", markup=False, highlight=False)
         return 1
     if outcome.report is not None:
         Console().print(terminal(outcome.report))

@@ -50,7 +50,7 @@ def test_imports_point_one_way(path):
 
 
 def test_rays_internals_are_touched_in_one_file_only():
-    inside = [p for p in PACKAGE.rglob("*.py") if any("ray" == m.split(".")[0] and "._" in m for m in imported(p))]
+    inside = [p for p in PACKAGE.rglob("*.py") if any(m.split(".")[0] == "ray" and "._" in m for m in imported(p))]
     assert inside == [PACKAGE / "run" / "scaling.py"]
 
 

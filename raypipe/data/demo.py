@@ -6,8 +6,10 @@ cache on this machine, painting it first if need be, so any node of a cluster ca
 The cache is `raypipe/demo-vN` in $XDG_CACHE_HOME, else ~/.cache, else (not writable) the folder for temporary files.
 """
 
+import contextlib
 import functools
 import getpass
+import logging
 import math
 import os
 import tempfile
@@ -18,7 +20,10 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from raypipe import UsageError
 from raypipe.data.location import write
+
+log = logging.getLogger(__name__)
 
 COUNT = 500
 """How many images `--input demo` has."""
@@ -67,7 +72,8 @@ def layout(seed: int, index: int) -> Layout:
             break
         shape = _shape(rng, height, width, horizon)
         low, high = shape.outline.min(axis=0), shape.outline.max(axis=0)
-        box = (float(low[0]), float(low[1]), float(high[0]), float(high[1]))
+        # Outlines are in OpenCV's coordinates, where pixel 0 is around 0; in boxes it is from 0 to 1.
+        box = (float(low[0]), float(low[1]), float(high[0]) + 1, float(high[1]) + 1)
         if all(_overlap(box, other) < 0.15 for other in boxes):
             shapes.append(shape)
             boxes.append(box)
@@ -265,7 +271,7 @@ def _grain() -> np.ndarray:
 
 
 def read(seed: int, index: int) -> bytes:
-    """The JPEG of a picture, from the cache if it is there. Raises OSError if it can neither be read nor stored."""
+    """The JPEG of a picture, from the cache if it is there. Raises UsageError if there can be no cache."""
     root = cache_dir()
     relative = _relative(seed, index)
     try:
@@ -273,7 +279,8 @@ def read(seed: int, index: int) -> bytes:
             return file.read()
     except FileNotFoundError:
         data = _jpeg(seed, index)
-        write(root, relative, data, tmp="tmp")
+        with contextlib.suppress(OSError):  # a full disk costs time, not pictures
+            write(root, relative, data, tmp="tmp")
         return data
 
 
@@ -282,6 +289,7 @@ def render_missing(seed: int, count: int) -> int:
     root = cache_dir()
     missing = sorted(set(range(count)) - set(_cached(root, seed, count)))
     if missing:
+        log.log(logging.INFO if len(missing) < 1000 else logging.WARNING, "making %d demo photos in %s, once", len(missing), root)
         _clouds(), _grain()  # once, not once a thread
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for _ in pool.map(functools.partial(read, seed), missing):
@@ -307,7 +315,7 @@ def _jpeg(seed: int, index: int) -> bytes:
 
 
 def cache_dir() -> str:
-    """The cache's folder, which exists and can be written to."""
+    """The cache's folder, which exists and can be written to. Raises UsageError if there is none."""
     return _cache_dir(os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache"))
 
 
@@ -322,7 +330,9 @@ def _cache_dir(base: str) -> str:
             continue
         if os.access(folder, os.W_OK | os.X_OK):
             return folder
-    raise OSError(f"the demo images can be stored neither under {base} nor under {temporary}; set XDG_CACHE_HOME")
+    raise UsageError(
+        f"demo images can be stored neither under {base} nor under {temporary}; let XDG_CACHE_HOME name a folder to write to"
+    )
 
 
 def _user() -> str:

@@ -142,7 +142,6 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 def _parquet(block: pa.Table) -> memoryview:
     columns = ["image_id", "name", "height", "width", "image", "boxes", "labels", "crowds", "annotation_ids"]
-    small = [name for name in columns if name not in ("image", "boxes", "labels", "crowds", "annotation_ids")]
     sink = pa.BufferOutputStream()
     pq.write_table(
         block.select(columns).replace_schema_metadata(None),
@@ -150,7 +149,6 @@ def _parquet(block: pa.Table) -> memoryview:
         row_group_size=max(1, (8 << 20) // max(1, block["image"].nbytes // block.num_rows)),
         compression="none",
         use_dictionary=False,
-        write_statistics=small,  # of the image column they would be copies of whole images
     )
     return memoryview(sink.getvalue())
 

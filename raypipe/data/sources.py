@@ -85,7 +85,8 @@ SOURCE = pa.schema(
 - uri: an absolute local path or a full URI. offset, length: a range of bytes, length -1 for all to the end. In a Parquet file
   offset is the number of the row, and length is 1.
 - boxes: in pixels of the image as it is shown (EXIF orientation applied); labels: as the source numbers its classes; crowds,
-  annotation_ids: COCO's. All are empty where the source has none. Labels without boxes belong to the whole image.
+  annotation_ids: COCO's. All four have one entry a box, and none where the source has none; only labels may be there without
+  boxes, and then they are of the whole image.
 """
 
 MAX_BYTES = 512 << 20
@@ -182,7 +183,7 @@ def _find_local(input: str) -> tuple[str, Iterable[str]]:
 def _find_remote(uri: str) -> tuple[str, Iterable[str]]:
     system, path = filesystem(uri)
     magic = re.search(r"[*\[]", path)
-    base = path if magic is None else path[: magic.start()].rpartition("/")[0]
+    base = path if magic is None else path[: magic.start()].rpartition("/")[0].rstrip("/")
     try:
         if magic is None and "/" in path:
             info = system.get_file_info(path)
@@ -196,7 +197,7 @@ def _find_remote(uri: str) -> tuple[str, Iterable[str]]:
         raise UsageError(f"cannot list {uri!r}: {_line(error)}") from error
     relative = (info.path[len(base) + 1 :] for info in infos if info.type == fs.FileType.File)
     if magic is not None:
-        matches = _glob_regex(path[len(base) + 1 :])
+        matches = _glob_regex(path[len(base) :].lstrip("/"))
         relative = (name for name in relative if matches.fullmatch(name))
     visible = (name for name in relative if not any(map(_is_hidden, name.split("/"))))
     return _reroot(uri, path, base), sorted(visible, key=_components)
@@ -215,13 +216,15 @@ def _reroot(uri: str, path: str, base: str) -> str:
 def _glob_regex(pattern: str) -> re.Pattern[str]:
     """Like glob with recursive=True: `**` as a whole component is any number of folders, `*` and `[]` stay in one."""
     regex = ""
-    for piece in re.findall(r"\*\*/|\*|\[[^\]]+\]|.", pattern, re.DOTALL):
+    for piece in re.findall(r"\*\*/|\*\*$|\*|\[[^\]]+\]|.", pattern, re.DOTALL):
         if piece == "**/" and (not regex or regex.endswith("/")):
             regex += "(?:[^/]+/)*"
+        elif piece == "**" and (not regex or regex.endswith("/")):
+            regex += ".*"
         elif piece.startswith("*"):
             regex += "[^/]*" + ("/" if piece.endswith("/") else "")
         elif piece.startswith("["):
-            regex += "[" + ("^" + piece[2:] if piece[1] == "!" else piece[1:])
+            regex += "[" + ("^/" + piece[2:] if piece[1] == "!" else piece[1:])
         else:
             regex += re.escape(piece) if piece != "/" else "/"
     return re.compile(regex)
@@ -237,13 +240,20 @@ def _walk(root: str) -> Iterator[str]:
             stack.pop()
             continue
         path = prefix + entry.name
-        if not entry.is_dir():
+        if not _is_folder(entry):
             yield path
             continue
         # Only a link can lead back up; without one the real path is known by appending.
         real = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(above[-1], entry.name)
         if real not in above:
             stack.append((iter(_entries(entry.path)), path + "/", (*above, real)))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _entries(folder: str) -> list[os.DirEntry[str]]:
@@ -410,9 +420,10 @@ def unique_names(names: Sequence[str], taken: Iterable[str] = ()) -> list[str]:
             continue
         wanted = "".join(parts[index])
         candidate = wanted
+        key = _fold(wanted)
         while _fold(candidate) in used:
-            repeats[wanted] += 1
-            candidate = f"{wanted}-{repeats[wanted] + 1}"
+            repeats[key] += 1
+            candidate = f"{wanted}-{repeats[key] + 1}"
         used.add(_fold(candidate))
         out[index] = candidate
     return out  # type: ignore[return-value]
@@ -517,14 +528,14 @@ def _list_coco(input: str, annotations: str, limit: int | None) -> pa.Table:
     images = coco["images"]
     index_of = {}
     for position, image in enumerate(images):
-        if not isinstance(image, dict) or not isinstance(image.get("file_name"), str) or "id" not in image:
+        if not isinstance(image, dict) or not isinstance(image.get("file_name"), str) or not isinstance(image.get("id"), int | str):
             raise UsageError(f"{annotations!r}: image number {position} has no id or no file_name: {str(image)[:200]}")
-        if image["id"] in index_of:
+        if str(image["id"]) in index_of:
             raise UsageError(
                 f"{annotations!r}: the image id {image['id']!r} occurs twice, so it is not clear which image its annotations "
                 "belong to; make the ids unique"
             )
-        index_of[image["id"]] = position
+        index_of[str(image["id"])] = position
     boxes, labels, crowds, ids, owners = _coco_annotations(annotations, coco.get("annotations") or [], index_of)
 
     count = len(images) if limit is None else min(limit, len(images))
@@ -566,7 +577,7 @@ def annotation_id(annotation: dict[str, Any], position: int) -> int:
 
 
 def _coco_annotations(
-    location: str, annotations: list[Any], index_of: dict[Any, int]
+    location: str, annotations: list[Any], index_of: dict[str, int]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     boxes: list[list[float]] = []
     labels: list[int] = []
@@ -576,7 +587,7 @@ def _coco_annotations(
     strangers = without_box = 0
     for position, annotation in enumerate(annotations):
         try:
-            owner = index_of.get(annotation["image_id"])
+            owner = index_of.get(str(annotation["image_id"]))
             if owner is None:
                 strangers += 1
                 continue
@@ -761,66 +772,71 @@ def _sidecar(sample: _Sample) -> _Sidecar:
 _IMAGE_COLUMNS = ("image", "bytes", "jpg", "jpeg", "png", "webp", "content", "image_bytes", "img", "data")
 
 
+_WITH_IMAGE = ("image_id", "name", "boxes", "labels", "crowds", "annotation_ids", "label")
+
+
 def _list_parquet(uri: str, relative: str, limit: _Limit) -> pa.Table:
+    """Rows of a file. `name`, `boxes` (xyxy), `labels`, `crowds`, `annotation_ids` or `label` are taken along if they fit."""
     try:
-        file = _open_parquet(uri)
+        with _open_parquet(uri) as file:
+            _image_column(file.schema_arrow, uri)
+            count = file.metadata.num_rows if limit.left is None else min(limit.left, file.metadata.num_rows)
+            wanted = [name for name in _WITH_IMAGE if name in file.schema_arrow.names]
+            table = file.read_row_groups(_groups_of_first(file, count), columns=wanted, use_threads=False).slice(0, count)
     except ERRORS as error:
         raise UsageError(f"cannot read the Parquet file {uri!r}: {_line(error)}; remove it or write it again") from error
-    with file:
-        schema = file.schema_arrow
-        _image_column(schema, uri)
-        count = file.metadata.num_rows if limit.left is None else min(limit.left, file.metadata.num_rows)
-        wanted = [
-            name for name in ("image_id", "name", "boxes", "labels", "crowds", "annotation_ids", "label") if name in schema.names
-        ]
-        groups = _groups_of_first(file, count)
-        try:
-            table = file.read_row_groups(groups, columns=wanted, use_threads=False).slice(0, count) if wanted else None
-        except ERRORS as error:
-            raise UsageError(f"cannot read the Parquet file {uri!r}: {_line(error)}; remove it or write it again") from error
     if limit.left is not None:
         limit.left -= count
-
-    def column(name: str, type: pa.DataType) -> pa.Array | None:
-        if table is None or name not in table.column_names:
-            return None
-        try:
-            values = table[name].cast(type).combine_chunks()
-        except ERRORS:
-            return None  # a foreign column that happens to have this name
-        if pa.types.is_list(type):
-            values = pc.coalesce(values, pa.scalar([], type)) if values.null_count else values
-        return values
-
-    rows = range(count)
-    ids = column("image_id", pa.string())
-    ids = [
-        f"{relative}#{row}" if value is None else value
-        for row, value in zip(rows, ids.to_pylist() if ids is not None else [None] * count, strict=True)
-    ]
-    names = column("name", pa.string())
-    if names is None and "image_id" in wanted:
-        names = ids
-    elif names is None:
-        names = [f"{posixpath.splitext(relative)[0]}/{row:06d}" for row in rows]
-    labels = column("labels", SOURCE.field("labels").type)
-    if labels is None and (label := column("label", pa.int64())) is not None:
-        labels = _lists(label.is_valid().cast(pa.int64()).to_numpy(zero_copy_only=False), label.drop_null())
-    boxes = column("boxes", BOXES)
+    stem = posixpath.splitext(relative)[0]
+    own_ids = _column(table, "image_id", pa.string())
+    own_names = _column(table, "name", pa.string())
+    numbered = [f"{stem}/{row:06d}" for row in range(count)]
     return _rows(
-        ids,
-        [
-            value or f"{posixpath.splitext(relative)[0]}/{row:06d}"
-            for row, value in zip(rows, names.to_pylist() if not isinstance(names, list) else names, strict=True)
-        ],
+        _filled(own_ids, [f"{relative}#{row}" for row in range(count)]),
+        _filled(own_names if own_names is not None else own_ids, numbered),
         [local_uri(uri)] * count,
         np.arange(count),
         1,
-        boxes=boxes,
-        labels=labels,
-        crowds=column("crowds", SOURCE.field("crowds").type),
-        annotation_ids=column("annotation_ids", SOURCE.field("annotation_ids").type),
+        **_parquet_annotations(uri, table),
     )
+
+
+def _column(table: pa.Table, name: str, type: pa.DataType) -> pa.Array | None:
+    """The column as `type`, without null lists; None if there is none or a foreign one happens to have its name."""
+    if name not in table.column_names:
+        return None
+    try:
+        values = table[name].cast(type).combine_chunks()
+    except ERRORS:
+        return None
+    return pc.coalesce(values, pa.scalar([], type)) if pa.types.is_list(type) and values.null_count else values
+
+
+def _filled(values: pa.Array | None, defaults: list[str]) -> list[str]:
+    if values is None:
+        return defaults
+    return [value or default for value, default in zip(values.to_pylist(), defaults, strict=True)]
+
+
+def _parquet_annotations(uri: str, table: pa.Table) -> dict[str, pa.Array | None]:
+    boxes, labels, crowds, annotation_ids = (_column(table, field.name, field.type) for field in ANNOTATION_FIELDS)
+    if labels is None and (label := _column(table, "label", pa.int64())) is not None:
+        labels = _lists(label.is_valid().cast(pa.int64()).to_numpy(zero_copy_only=False), label.drop_null())
+    if boxes is None:
+        return {"labels": labels}
+    counts = boxes.value_lengths().to_numpy(zero_copy_only=False)
+    found = np.zeros_like(counts) if labels is None else labels.value_lengths().to_numpy(zero_copy_only=False)
+    if (wrong := np.flatnonzero((counts > 0) & (counts != found))).size:
+        row = wrong[0]
+        raise UsageError(
+            f"{uri!r}: row {row} has {counts[row]} boxes, but {found[row]} labels ({wrong.size} rows are like that); it is not "
+            "clear what is in which box. Write as many `labels` as `boxes`, or rename the column `boxes`"
+        )
+    if crowds is None or not crowds.value_lengths().equals(boxes.value_lengths()):
+        crowds = _lists(counts, np.zeros(counts.sum(), bool))
+    if annotation_ids is None or not annotation_ids.value_lengths().equals(boxes.value_lengths()):
+        annotation_ids = _lists(counts, np.arange(counts.sum()))
+    return {"boxes": boxes, "labels": labels, "crowds": crowds, "annotation_ids": annotation_ids}
 
 
 def _open_parquet(uri: str) -> pq.ParquetFile:
@@ -1146,7 +1162,7 @@ def _parquet_row(where: str, table: pa.Table, column: str, row: int) -> bytes | 
 def npy(array: np.ndarray) -> bytes:
     """The bytes of a .npy file with the array."""
     array = np.ascontiguousarray(array)
-    # One copy of the pixels; np.save into memory makes three (270 kB: 30 against 150 us).
+    # One copy of the pixels; np.save into memory makes three (270 kB: 13 against 40 us).
     return b"".join((_npy_header(array.shape, array.dtype), array.reshape(-1).view(np.uint8).data))
 
 

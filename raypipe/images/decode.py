@@ -16,6 +16,7 @@ Every image becomes 8-bit RGB, upright (EXIF orientation applied), by these rule
 A `.npy` file holds such an image already: uint8 of shape (height, width, 3), RGB.
 """
 
+import ctypes
 import io
 import struct
 import warnings
@@ -43,6 +44,7 @@ REASONS = (
     "unreadable",
     "bad boxes",
     "kills its process",
+    "failed",  # an op raised something else
 )
 """All reasons for which an image is left out, few enough to count by."""
 
@@ -109,6 +111,8 @@ def read_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Header:
     except Reject:
         raise
     except Exception as error:  # parsers of hostile bytes raise anything; whatever it is, this image has no header
+        if format == "jpeg" and _EOI not in data:
+            raise Reject("truncated", f"cut within the headers, after {len(data)} bytes") from error
         raise rejected(error) from error
     if header.height <= 0 or header.width <= 0:
         raise Reject("corrupt", f"the header says {header.width}x{header.height} pixels")
@@ -126,6 +130,22 @@ def decode_shared(data: bytes, header: Header) -> np.ndarray:
     except Exception as error:  # as above: zlib, struct, memory and syntax errors, all of them this image's
         raise rejected(error) from error
     return check_size(orient(image, header.orientation), header)
+
+
+def decode_jpeg(data: bytes, header: Header, reduce: int = 1) -> np.ndarray:
+    """Decodes a JPEG with Pillow, at 1/`reduce` (1, 2, 4, 8) of its size, rounded up. Returns and raises as decode_shared.
+
+    Strict: what libjpeg takes for an error anywhere in the file is one, also behind the last pixel.
+    """
+    try:
+        image = JpegImagePlugin.JpegImageFile(io.BytesIO(data))
+        if reduce > 1:
+            image.draft(image.mode, (max(1, image.width // reduce), max(1, image.height // reduce)))
+        image.load()
+        pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    except Exception as error:  # as above
+        raise rejected(error) from error
+    return check_size(orient(pixels, header.orientation), header, reduce)
 
 
 def check_size(image: np.ndarray, header: Header, reduce: int = 1) -> np.ndarray:
@@ -156,6 +176,44 @@ def orient(image: np.ndarray, orientation: int) -> np.ndarray:
     return image
 
 
+class _CMessages:
+    """Catches the lines that libjpeg (in OpenCV) and libtiff (in Pillow) print for damaged files, and tells if there were some.
+
+    These print through C's `stderr`, and there is no other way to stop that. So within `with` this C variable points to a
+    temporary file. Python's and C++'s messages, also of other threads, do not go through it. Takes 1.3 us.
+    """
+
+    def __init__(self) -> None:
+        self._lines = None
+        try:
+            libc = ctypes.CDLL(None)
+            self._stream = ctypes.c_void_p.in_dll(libc, "stderr")
+            libc.tmpfile.restype = ctypes.c_void_p
+            self._rewind, self._tell = libc.rewind, libc.ftell
+            self._rewind.argtypes = self._tell.argtypes = [ctypes.c_void_p]
+            self._tell.restype = ctypes.c_long
+            self._real = self._stream.value
+            self._lines = libc.tmpfile()
+        except (OSError, ValueError, AttributeError):  # not glibc: the lines are printed
+            pass
+
+    def __enter__(self) -> None:
+        if self._lines:
+            self._rewind(self._lines)
+            self._stream.value = self._lines
+
+    def __exit__(self, *_: object) -> None:
+        if self._lines:
+            self._stream.value = self._real
+
+    def appeared(self) -> bool:
+        """Whether something was printed within the last `with`."""
+        return bool(self._lines) and self._tell(self._lines) > 0
+
+
+c_messages = _CMessages()
+
+
 def _sniff(data: bytes) -> str | None:
     if data.startswith(b"\xff\xd8\xff"):
         return "jpeg"
@@ -180,7 +238,7 @@ def rejected(error: Exception) -> Reject:
     low = text.lower()
     if isinstance(error, MemoryError):
         return Reject("too many pixels", f"not enough memory to decode it ({text})")
-    if "truncated" in low or "eof" in low or ("reading image file" in low and "end of" in low):
+    if "truncated" in low or "eof" in low:
         return Reject("truncated", text)
     if isinstance(error, NotImplementedError) or "cannot handle" in low or "unsupported" in low or "pixel mode" in low:
         return Reject("unsupported mode", text)
@@ -222,7 +280,8 @@ def exif_orientation(exif: bytes) -> int:
 
 def _pillow_pixels(data: bytes, format: str) -> np.ndarray:
     image = _PLUGINS[format](io.BytesIO(data))
-    image.load()
+    with c_messages:
+        image.load()
     if image.mode.startswith("I;16"):
         high = (np.asarray(image) >> 8).astype(np.uint8)
         return cv2.cvtColor(high, cv2.COLOR_GRAY2RGB)

@@ -11,13 +11,13 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from PIL import Image, JpegImagePlugin
+from PIL import Image
 from torch.nn.functional import affine_grid, grid_sample
-from torchvision.transforms.v2 import functional as F
+from torchvision.transforms.v2 import functional
 
 from raypipe import UsageError
 from raypipe.images import recipe as ops
-from raypipe.images.decode import Header, check_size, decode_shared, orient, rejected
+from raypipe.images.decode import Header, decode_jpeg, decode_shared
 from raypipe.images.recipe import Finish, Recipe, check_ops, noise, padded_size
 
 _OPENCV_ONLY = "torchvision has no such filter: use --backend opencv, or another op"
@@ -37,23 +37,8 @@ def check(recipe: Recipe) -> None:
 
 def decode(data: bytes, header: Header, reduce: int = 1) -> torch.Tensor:
     """Decodes to CHW RGB uint8, upright. A JPEG comes at 1/`reduce` (1, 2, 4, 8) of its size, rounded up. Raises Reject."""
-    if header.native:
-        try:
-            pixels = _jpeg(data, reduce)
-        except Exception as error:  # whatever a decoder raises, it is this image's fault
-            raise rejected(error) from error
-        pixels = check_size(orient(pixels, header.orientation), header, reduce)
-    else:
-        pixels = decode_shared(data, header)
+    pixels = decode_jpeg(data, header, reduce) if header.native else decode_shared(data, header)
     return torch.from_numpy(pixels).permute(2, 0, 1)
-
-
-def _jpeg(data: bytes, reduce: int) -> np.ndarray:
-    image = JpegImagePlugin.JpegImageFile(io.BytesIO(data))
-    if reduce > 1:
-        image.draft(image.mode, (max(1, image.width // reduce), max(1, image.height // reduce)))
-    image.load()
-    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def execute(image: torch.Tensor, plan: Sequence[Any], out: np.ndarray) -> None:
@@ -73,7 +58,9 @@ def apply(op: Any, image: torch.Tensor, out: np.ndarray | None = None) -> torch.
 def _(op: ops.Resize, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
     # Earlier ops may have left another memory layout; copying back costs less than the slow path.
     last = image[None].contiguous(memory_format=torch.channels_last)[0]
-    return F.resize(last, [op.height, op.width], interpolation=F.InterpolationMode.BILINEAR, antialias=op.antialias)
+    return functional.resize(
+        last, [op.height, op.width], interpolation=functional.InterpolationMode.BILINEAR, antialias=op.antialias
+    )
 
 
 @apply.register
@@ -83,15 +70,15 @@ def _(op: ops.Crop, image: torch.Tensor, out: np.ndarray | None = None) -> torch
 
 @apply.register
 def _(op: ops.Flip, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
-    return F.horizontal_flip(image) if op.axis == "horizontal" else F.vertical_flip(image)
+    return functional.horizontal_flip(image) if op.axis == "horizontal" else functional.vertical_flip(image)
 
 
 @apply.register
 def _(op: ops.Pad, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
     border = [op.left, op.top, op.right, op.bottom]
     if op.mode == "constant":
-        return F.pad(image, border, fill=list(op.fill))
-    return F.pad(image, border, padding_mode=op.mode)
+        return functional.pad(image, border, fill=list(op.fill))
+    return functional.pad(image, border, padding_mode=op.mode)
 
 
 @apply.register
@@ -108,24 +95,25 @@ def _(op: ops.Affine, image: torch.Tensor, out: np.ndarray | None = None) -> tor
     return (moved + fill).round_().clamp_(0, 255).to(torch.uint8)
 
 
+# float: torchvision multiplies uint8 by a whole number without clipping, so that it wraps around
 @apply.register
 def _(op: ops.Brightness, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
-    return F.adjust_brightness(image, op.factor)
+    return functional.adjust_brightness(image, float(op.factor))
 
 
 @apply.register
 def _(op: ops.Contrast, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
-    return F.adjust_contrast(image, op.factor)
+    return functional.adjust_contrast(image, float(op.factor))
 
 
 @apply.register
 def _(op: ops.Saturation, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
-    return F.adjust_saturation(image, op.factor)
+    return functional.adjust_saturation(image, float(op.factor))
 
 
 @apply.register
 def _(op: ops.Hue, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
-    return F.adjust_hue(image, op.shift)
+    return functional.adjust_hue(image, float(op.shift))
 
 
 @apply.register
@@ -135,32 +123,32 @@ def _(op: ops.Permute, image: torch.Tensor, out: np.ndarray | None = None) -> to
 
 @apply.register
 def _(op: ops.Greyscale, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
-    return F.rgb_to_grayscale(image, num_output_channels=3)
+    return functional.rgb_to_grayscale(image, num_output_channels=3)
 
 
 @apply.register
 def _(op: ops.Gamma, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
-    return F.adjust_gamma(image, op.gamma, op.gain)
+    return functional.adjust_gamma(image, float(op.gamma), float(op.gain))
 
 
 @apply.register
 def _(op: ops.Equalize, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
-    return F.equalize(image)
+    return functional.equalize(image)
 
 
 @apply.register
 def _(op: ops.AutoContrast, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
-    return F.autocontrast(image)
+    return functional.autocontrast(image)
 
 
 @apply.register
 def _(op: ops.Sharpness, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
-    return F.adjust_sharpness(image, op.factor)
+    return functional.adjust_sharpness(image, float(op.factor))
 
 
 @apply.register
 def _(op: ops.GaussianBlur, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
-    return F.gaussian_blur(image, [op.kernel, op.kernel], [op.sigma, op.sigma])
+    return functional.gaussian_blur(image, [op.kernel, op.kernel], [op.sigma, op.sigma])
 
 
 @apply.register
@@ -172,7 +160,7 @@ def _(op: ops.AddNoise, image: torch.Tensor, out: np.ndarray | None = None) -> t
 @apply.register
 def _(op: ops.Erase, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
     fill = torch.tensor(op.fill, dtype=torch.uint8)[:, None, None]
-    return F.erase(image, op.top, op.left, op.height, op.width, fill)
+    return functional.erase(image, op.top, op.left, op.height, op.width, fill)
 
 
 def finish(batch: torch.Tensor | Sequence[torch.Tensor], finish: Finish) -> torch.Tensor:
@@ -203,12 +191,12 @@ def _normalised(pixels: torch.Tensor, finish: Finish) -> torch.Tensor:
 
 
 def encode(image: np.ndarray, format: str, quality: int) -> bytes:
-    """Encodes HWC RGB uint8 as "jpeg" (4:2:0, baseline, standard tables) or "png" (level 3; `quality` is ignored)."""
+    """Encodes HWC RGB uint8 as "jpeg" (4:2:0, baseline, standard tables) or "png" (`quality` is ignored)."""
     file = io.BytesIO()
     if format == "jpeg":
         Image.fromarray(image).save(file, "JPEG", quality=quality, subsampling="4:2:0", optimize=False, progressive=False)
     elif format == "png":
-        Image.fromarray(image).save(file, "PNG", compress_level=3)
+        Image.fromarray(image).save(file, "PNG", compress_level=1, compress_type=3)  # run-length matching, as OpenCV
     else:
         raise UsageError(f"images are encoded as jpeg or png, not {format!r}")
     return file.getvalue()

@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 import uuid
 import warnings
 from collections import Counter
@@ -228,7 +229,8 @@ def _without_startup_lines() -> Iterator[None]:
     pool, that its arguments are in the object store (as Ray Data puts them). They stay in Ray's log files; what raises still raises.
     """
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    # What breaks a run is raised, and told in a line (broken_off); Ray Data would log its whole trace before, twice.
     sys.stderr.flush()
     stderr = os.dup(2)
     with open(os.devnull, "wb") as nowhere:
@@ -358,11 +360,13 @@ def trainable(source: pa.Table, recipe: Recipe) -> pa.Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a run ended. `report` is None when there was nothing left to do; `rows` were to be accounted for."""
+    """How a run ended. `report` is None when there was nothing left to do; `rows` were to be accounted for; `outputs` holds when each
+    shard came out (seconds since the execution began, `setup_s` after the call) and its images."""
 
     report: dict[str, Any] | None
     rejected: list[journal.Rejected]
     rows: int
+    outputs: list[tuple[float, int]] = field(default_factory=list)
 
 
 @dataclass
@@ -462,7 +466,7 @@ def run(settings: Settings, *, consume: Callable[[pa.Table], None] | None = None
         prefix = f"{journal.STATE}/" if sink and folder == sink.root else ""
         journal.put_rejects(folder, f"{prefix}rejects.parquet", rejected)
         location.write(folder, f"{prefix}report.json", json.dumps(report, indent=1).encode())
-    return Outcome(report=report, rejected=rejected, rows=total)
+    return Outcome(report=report, rejected=rejected, rows=total, outputs=tally.outputs)
 
 
 def _folder(settings: Settings) -> str:
@@ -558,6 +562,18 @@ def _progress(console: Console, total: int) -> Iterator[Callable[[_Tally], None]
             progress.update(task, description="images", completed=tally.images, rate=rate, rejected=tally.rejected)
 
         yield bar
+
+
+def broken_off(error: BaseException) -> str:
+    """Why an execution ended early, in a line, and where the rest of Ray's account is: a file, for it runs over pages."""
+    trace = "".join(traceback.format_exception(error))
+    with tempfile.NamedTemporaryFile("w", prefix="raypipe-error-", suffix=".log", delete=False) as file:
+        file.write(trace)
+    cause: BaseException = error
+    while isinstance(below := getattr(cause, "cause", None) or cause.__cause__, BaseException):
+        cause = below
+    lines = [line for line in str(cause).splitlines() if line.strip()] or [type(cause).__name__]
+    return f"{lines[-1].strip()}. All that Ray says of it is in {file.name}."
 
 
 def verdict_on(outcome: Outcome, settings: Settings) -> str | None:

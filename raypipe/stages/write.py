@@ -1,12 +1,15 @@
 """The write stage: one block of pixels in, its files and its journal entry out."""
 
+from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pyarrow as pa
 
 from raypipe.data.journal import Entry, Rejected, Written, put_entry
 from raypipe.data.sinks import Sink, write_shard
 from raypipe.images import backend as backend_module
+from raypipe.images import opencv
 from raypipe.images.recipe import Finish
 from raypipe.stages import Meter
 from raypipe.stages.preprocess import keep_freed_memory
@@ -21,8 +24,7 @@ def write_block(block: pa.Table, sink: Sink, *, backend: str, finish: Finish | N
     Args:
         finish: applied to what is stored, for the format that stores arrays (npy). None: uint8 pixels.
     """
-    module = backend_module(backend)
-    written = write_shard(sink, block, encode=module.encode, finish=partial(module.finish, finish=finish) if finish else None)
+    written = write_shard(sink, block, encode=backend_module(backend).encode, finish=partial(_finished, finish) if finish else None)
     rows = block.drop_columns(["image", "name", "labels", "crowds"]).to_pylist()
     good = [row for row in rows if row["reason"] is None]
     files = written.files if len(written.files) == len(good) else written.files * len(good)
@@ -48,6 +50,11 @@ def write_block(block: pa.Table, sink: Sink, *, backend: str, finish: Finish | N
         files=written.files,
         bytes=written.bytes,
     )
+
+
+def _finished(finish: Finish, image: np.ndarray) -> np.ndarray:
+    # The table look-up of the OpenCV backend is exact and the fastest on a CPU; padding is for batches, not for what is stored.
+    return opencv.finish(image[None], replace(finish, pad_multiple=None))[0]
 
 
 class Write:

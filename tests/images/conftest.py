@@ -1,0 +1,45 @@
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+_DEBIAN = Path("/usr/share/doc/opencv-doc/examples/data")  # Debian's opencv-doc; used where it is installed
+_REAL = [name for name in ("fruits.jpg", "baboon.jpg", "messi5.jpg") if (_DEBIAN / name).is_file()]
+_MADE = ["texture", "edges", "noise", "grey", "dark"]
+
+
+def make_photo(kind: str) -> np.ndarray:
+    """Photo-like pictures and the extremes that hurt: RGB uint8, about 400x500, odd sizes."""
+    rng = np.random.default_rng(len(kind))
+    height, width = 381, 507
+    if kind == "noise":
+        return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    if kind == "edges":
+        image = np.full((height, width, 3), (200, 30, 90), np.uint8)
+        for _ in range(60):
+            x1, y1, x2, y2 = rng.integers(0, 500, 4).tolist()
+            cv2.line(image, (x1, y1), (x2, y2), rng.integers(0, 256, 3).tolist(), int(rng.integers(1, 9)))
+        return image
+    octaves = [rng.normal(0, 90 / 2**k, (4 * 2**k, 5 * 2**k, 3)).astype(np.float32) for k in range(6)]
+    texture = sum(cv2.resize(octave, (width, height), interpolation=cv2.INTER_CUBIC) for octave in octaves)
+    sky = np.linspace(170, 70, height, dtype=np.float32)[:, None, None]
+    image = np.clip(sky + texture * 0.5, 0, 255)
+    if kind == "grey":
+        image = image.mean(axis=2, keepdims=True).repeat(3, axis=2)
+    if kind == "dark":
+        image = 40 + image / 8
+    return image.astype(np.uint8)
+
+
+@pytest.fixture(scope="session", params=[*_MADE, *_REAL])
+def picture(request) -> np.ndarray:
+    """HWC RGB uint8, one after the other: made ones, and real photos where Debian's opencv-doc is installed."""
+    if request.param in _MADE:
+        return make_photo(request.param)
+    return cv2.cvtColor(cv2.imread(str(_DEBIAN / request.param)), cv2.COLOR_BGR2RGB)
+
+
+@pytest.fixture(scope="session")
+def scene() -> np.ndarray:
+    return make_photo("texture")

@@ -1,0 +1,19 @@
+"""An op of the user's own that kills its process at bright images, as a decoder with a bug would."""
+
+import os
+import signal
+from dataclasses import dataclass
+
+from raypipe.images import opencv
+
+
+@dataclass(frozen=True, kw_only=True)
+class DieAtBright:
+    above: float = 250.0
+
+
+@opencv.apply.register
+def _(op: DieAtBright, image, out=None):
+    if image.mean() > op.above:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return image

@@ -1,0 +1,163 @@
+"""jobs/preprocess.py as a user runs it: its own process, its own Ray, interrupted, killed, submitted."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from ray.autoscaler._private.util import fillout_defaults, validate_config
+
+from tests.conftest import files
+
+ROOT = Path(__file__).parent.parent.parent
+JOB = [sys.executable, "jobs/preprocess.py"]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """The environment of a user who has not started Ray."""
+    return {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | more
+
+
+def job(*arguments: str, **more) -> subprocess.CompletedProcess:
+    command = [*JOB, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=180, **more)
+
+
+def started_job(*arguments: str) -> subprocess.Popen:
+    command = [*JOB, *map(str, arguments)]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
+    deadline = time.time() + seconds
+    while not condition():
+        assert process.poll() is None, f"ended by itself with {process.returncode}: {process.communicate()}"
+        assert time.time() < deadline, "nothing happened"
+        time.sleep(0.05)
+
+
+SLOW = ("--input", "demo:240", "--recipe", "coco-1200", "--shard-rows", "8", "--actors", "2", "--writers", "1")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("undisturbed")
+    done = job(*SLOW, "--output", out)
+    assert done.returncode == 0, done.stderr
+    return files(out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_driver_that_is_killed_or_interrupted_goes_on_where_it_was(tmp_path, undisturbed, how):
+    out = tmp_path / "out"
+    process = started_job(*SLOW, "--output", out)
+    wait_for(lambda: len(list(out.glob("_raypipe/journal/*.json"))) >= 3, process)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert any(child.name().startswith("ray::MapWor") for child in children)
+    os.kill(process.pid, how)
+    _, errors = process.communicate(timeout=60)
+    if how == signal.SIGINT:
+        assert process.returncode == 130
+        assert "Interrupted. The same command goes on from there" in errors
+        assert "Traceback" not in errors
+    # Ray's own agents notice within a minute that their raylet is gone; nobody who writes may be left when the next run starts.
+    _, alive = psutil.wait_procs([child for child in children if child.name().startswith("ray::MapWor")], timeout=30)
+    assert not alive, f"left running: {alive}"
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.jpg")}
+    done_before = len(list(out.glob("_raypipe/journal/*.json"))) * 8
+    assert 0 < done_before < 240
+
+    again = job(*SLOW, "--output", out)
+    assert again.returncode == 0, again.stderr
+    assert f"Going on: {done_before} of 240 images are done already" in again.stderr
+    assert files(out) == undisturbed
+    journaled = [row["file"] for path in out.glob("_raypipe/journal/*.json") for row in json.loads(path.read_text())["written"]]
+    assert sorted(journaled) == sorted(undisturbed)
+    untouched = [path for path, when in before.items() if path.stat().st_mtime_ns == when]
+    assert len(untouched) >= done_before
+    assert not list((out / "_raypipe").glob("tmp/*"))
+
+
+def test_bad_arguments_end_with_status_2_and_one_clear_line(tmp_path):
+    for arguments in (["--input", "no/such/folder"], ["--input", "demo", "--actors", "many"], ["--no-such-flag"]):
+        done = job(*arguments)
+        assert done.returncode == 2, done
+        assert "Traceback" not in done.stderr
+    assert "no/such/folder" in job("--input", "no/such/folder").stderr
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """`ray start --head` on ports of its own, in a process group of its own; yields the address of its job server."""
+    gcs, dashboard, client, agent = free_ports(4)
+    env = environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="a" * 32)
+    # Nothing of raypipe on the nodes: their Python must not find this checkout.
+    command = (
+        f"ray start --head --block --num-cpus=4 --port={gcs} --dashboard-port={dashboard} --ray-client-server-port={client} "
+        f"--dashboard-agent-listen-port={agent} --temp-dir={tmp_path}/r --disable-usage-stats"
+    )
+    head = subprocess.Popen(command.split(), cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        wait_for(lambda: socket.socket().connect_ex(("127.0.0.1", dashboard)) == 0, head)
+        yield f"http://127.0.0.1:{dashboard}", env
+    finally:
+        children = psutil.Process(head.pid).children(recursive=True)
+        head.terminate()
+        psutil.wait_procs(children, timeout=20)
+        for child in children:
+            if child.is_running():
+                child.kill()
+        head.wait(timeout=20)
+
+
+@pytest.mark.slow
+def test_ray_job_submit_with_nothing_of_raypipe_on_the_nodes(cluster, tmp_path):
+    address, env = cluster
+    out = tmp_path / "out"
+    # `python -P` in the nodes' environment would hide an installed raypipe; what the job imports is asserted instead.
+    check = "import raypipe, os; assert '/runtime_resources/' in raypipe.__file__, raypipe.__file__; "
+    script = f"{check}import runpy, sys; sys.argv = ['jobs/preprocess.py', *sys.argv[1:]]; runpy.run_path('jobs/preprocess.py', run_name='__main__')"
+    command = ["ray", "job", "submit", "--address", address, "--working-dir", ".", "--", "python", "-c", f'"{script}"']
+    command += ["--input", "demo:60", "--output", str(out), "--actors", "2", "--writers", "1"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "60 images in = 60 out + 0 rejected" in done.stdout
+    assert len(list(out.glob("*.jpg"))) == 60
+
+    more = subprocess.run(
+        ["ray", "job", "submit", "--address", address, "--working-dir", ".", "--", "python", "jobs/preprocess.py", "--input", "demo:60"]
+        + ["--actors", "30"],
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=240,
+    )
+    assert more.returncode != 0
+    assert re.search(r"30 preprocess actors and 0 writers take 30 CPUs.*\s*cluster\s*has\s*4", more.stdout, re.S), more.stdout
+
+
+def test_cluster_yaml_is_what_ray_up_takes():
+    config = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    validate_config(fillout_defaults(config))
+    assert config["available_node_types"][config["head_node_type"]]["resources"]["CPU"] == 0
+    workers = {name: kind for name, kind in config["available_node_types"].items() if name != config["head_node_type"]}
+    assert all(kind["min_workers"] <= kind["max_workers"] for kind in workers.values())
+    assert sum(kind["max_workers"] for kind in workers.values()) <= config["max_workers"]

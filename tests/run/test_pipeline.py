@@ -1,0 +1,174 @@
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from rich.console import Console
+
+from raypipe import UsageError
+from raypipe.data.sinks import FORMATS, Sink
+from raypipe.data.sources import Reader
+from raypipe.data.work import shards
+from raypipe.images import BACKENDS, catalog
+from raypipe.images.recipe import Recipe, Resize
+from raypipe.run.pipeline import Settings, plan, run, size_pools, verdict_on
+from raypipe.stages.preprocess import Preprocessing, pixels, preprocess_shard
+from raypipe.stages.write import write_block
+from tests.conftest import buffer, files, jpeg
+
+
+def quiet() -> Console:
+    return Console(file=buffer(), width=200)
+
+
+def settings(**given) -> Settings:
+    given = {"actors": 2, "writers": 2, "shard_rows": 7} | given
+    return Settings(**{key: str(value) if isinstance(value, Path) else value for key, value in given.items()})
+
+
+def plain_loop(wanted: Settings, root: Path) -> None:
+    """The same work without Ray: a for-loop over the same functions."""
+    todo = plan(replace(wanted, output=None))
+    pixels = Preprocessing(recipe=todo.recipe, backend=wanted.backend, seed=wanted.seed)
+    sink = Sink(format=wanted.format, root=str(root), quality=wanted.quality)
+    reader = Reader()
+    for shard in shards(todo.work):
+        block, _ = preprocess_shard(shard, pixels, reader=reader)
+        write_block(block, sink, backend=wanted.backend, finish=todo.recipe.finish if wanted.format == "npy" else None)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("format", FORMATS)
+def test_distributed_output_equals_a_plain_loop_byte_for_byte(session, photos, tmp_path, backend, format):
+    recipe = "coco-300-pt" if format == "npy" else "coco-300"
+    wanted = settings(input=photos, output=tmp_path / "out", backend=backend, format=format, recipe=recipe)
+    outcome = run(wanted, console=quiet())
+    assert verdict_on(outcome, wanted) is None
+    plain_loop(wanted, tmp_path / "plain")
+    want = files(tmp_path / "plain")
+    assert len(want) == (60 if format in ("jpeg", "png", "npy") else 9)
+    assert files(tmp_path / "out") == want
+
+
+def test_random_augmentations_do_not_depend_on_who_does_them(session, tmp_path):
+    inputs = settings(input="demo:40", recipe="ssd-300-train", format="parquet", seed=5)
+    for name, actors in (("one", 1), ("three", 3)):
+        run(replace(inputs, output=str(tmp_path / name), actors=actors), console=quiet())
+    assert files(tmp_path / "one") == files(tmp_path / "three")
+    other = replace(inputs, output=str(tmp_path / "other"), seed=6)
+    run(other, console=quiet())
+    assert files(tmp_path / "one") != files(tmp_path / "other")
+
+
+def test_without_output_every_block_reaches_the_consumer_and_nothing_is_written(session, photos, tmp_path):
+    seen = []
+    report = run(settings(input=photos), consume=lambda block: seen.append(pixels(block).shape), console=quiet()).report
+    assert sum(shape[0] for shape in seen) == 60
+    assert {shape[1:] for shape in seen} == {(300, 300, 3)}
+    assert [stage["name"] for stage in report["stages"]] == ["preprocess"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["photos"]
+
+
+def test_running_again_does_nothing_and_says_so(session, photos, tmp_path):
+    wanted = settings(input=photos, output=tmp_path / "out")
+    run(wanted, console=quiet())
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.jpg")}
+    console = quiet()
+    outcome = run(wanted, console=console)
+    assert outcome.report is None
+    assert "Nothing to do: all 60 images" in console.file.getvalue()
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.jpg")} == before
+
+
+def test_images_added_later_are_all_that_a_second_run_does(session, photos, tmp_path):
+    wanted = settings(input=photos, output=tmp_path / "out")
+    run(wanted, console=quiet())
+    (photos / "a" / "late.jpg").write_bytes(jpeg(99))
+    report = run(wanted, console=quiet()).report
+    assert (report["images_in"], report["images_out"], report["images_done_before"]) == (61, 61, 60)
+    assert report["stages"][0]["images"] == 1
+    plain_loop(wanted, tmp_path / "plain")
+    assert files(tmp_path / "out") == files(tmp_path / "plain")
+
+
+def test_other_settings_into_the_same_output_are_refused_and_no_resume_starts_again(session, photos, tmp_path):
+    wanted = settings(input=photos, output=tmp_path / "out")
+    run(wanted, console=quiet())
+    with pytest.raises(UsageError, match=r"format: 'jpeg' there, 'png' now"):
+        run(replace(wanted, format="png"), console=quiet())
+    assert len(files(tmp_path / "out")) == 60
+    run(replace(wanted, format="png", resume=False), console=quiet())
+    assert {Path(name).suffix for name in files(tmp_path / "out")} == {".png"}
+
+
+def kill_workers(name: str, times: int, stop: threading.Event) -> None:
+    """SIGKILL one process of our own Ray whose title has `name`, `times` times, a second apart."""
+    while times and not stop.wait(0.7):
+        victims = [p for p in psutil.Process().children(recursive=True) if name in p.name() or name in "".join(p.cmdline()[:1])]
+        if victims:
+            victims[times % len(victims)].kill()
+            times -= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["Preprocess", "Write"])
+def test_killed_actors_neither_lose_nor_duplicate_an_image(session, tmp_path, stage):
+    wanted = settings(input="demo:500", output=tmp_path / "out", recipe="coco-1200", format="png", shard_rows=8)
+    stop = threading.Event()
+    killer = threading.Thread(target=kill_workers, args=(f"MapBatches({stage})", 3, stop))
+    killer.start()
+    try:
+        report = run(wanted, console=quiet()).report
+    finally:
+        stop.set()
+        killer.join()
+    assert report["images_in"] == report["images_out"] == 500
+    restarted = {actor for actor in report["actors"] if stage.lower() in actor}
+    assert restarted, "no actor of that stage was seen"
+    plain_loop(wanted, tmp_path / "plain")
+    assert files(tmp_path / "out") == files(tmp_path / "plain")
+
+
+def test_an_image_that_kills_its_process_is_rejected_and_its_shard_is_delivered(session, photos, tmp_path):
+    import cv2
+
+    from tests.run.killing import DieAtBright
+
+    white = cv2.imencode(".jpg", np.full((100, 100, 3), 255, np.uint8))[1].tobytes()
+    (photos / "a" / "white.jpg").write_bytes(white)
+    recipe = Recipe(name="deadly", ops=(DieAtBright(), Resize(height=30, width=30, antialias=False)))
+    catalog.RECIPES["deadly"] = recipe
+    try:
+        outcome = run(settings(input=photos, output=tmp_path / "out", recipe="deadly", max_reject_fraction=0.05), console=quiet())
+    finally:
+        del catalog.RECIPES["deadly"]
+    assert [(row.image_id, row.reason) for row in outcome.rejected] == [("a/white.jpg", "kills its process")]
+    assert outcome.report["images_out"] == 60 == len(files(tmp_path / "out"))
+
+
+def test_more_than_a_cluster_has_is_refused_before_starting_with_the_numbers():
+    asked = settings(input="demo", output="out", actors=30, writers=4)
+    with pytest.raises(UsageError, match=r"30 preprocess actors and 4 writers take 34 CPUs.* has 16"):
+        size_pools(asked, cpus=16, joined=True)
+    assert size_pools(asked, cpus=2, joined=False).cpus == 34  # a machine of our own: more logical CPUs than cores
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"input": "no/such/folder"}, "no/such/folder"),
+        ({"input": "demo", "recipe": "coco-30"}, "coco-300"),
+        ({"input": "demo", "actors": 0}, "--actors is 0"),
+        ({"input": "demo", "limit": -3}, "--limit is -3"),
+        ({"input": "demo", "quality": 101}, "--quality is 101"),
+        ({"input": "demo", "max_reject_fraction": 1.5}, "--max-reject-fraction is 1.5"),
+        ({"input": "demo", "run_id": "a/b"}, "--run-id is 'a/b'"),
+        ({"input": "demo", "output": "/proc/no"}, "cannot be written to"),
+    ],
+)
+def test_bad_settings_are_refused_with_the_value_and_the_remedy(given, words):
+    with pytest.raises(UsageError) as caught:
+        plan(settings(**given))
+    assert words in str(caught.value)
