@@ -876,7 +876,7 @@ def _holds_bytes(type: pa.DataType) -> bool:
 
 # --- reading -------------------------------------------------------------------------------------------------------------
 
-_CHUNK_ROWS = 16
+_CHUNK_ROWS = 16  # at most, in one I/O thread's turn
 _CHUNK_BYTES = 4 << 20
 _GAP = 64 << 10  # bytes between two ranges up to which reading them in one go is cheaper than another request
 
@@ -919,7 +919,7 @@ class Reader:
                 rows["uri"].to_pylist(), rows["offset"].to_pylist(), rows["length"].to_pylist(), strict=True
             )
         ]
-        todo = deque(_chunks(ranges))
+        todo = deque(_chunks(ranges, self._threads))
         if self._pool is None:
             while todo:
                 chunk = todo.popleft()
@@ -992,13 +992,17 @@ class Reader:
             return [_unreadable(f"{uri}: {_line(error)}")] * len(group)
 
 
-def _chunks(ranges: list[_Range]) -> Iterator[list[_Range]]:
-    """Rows that one I/O thread reads in a row: enough to make its hand-over cheap, one only if each is a request."""
+def _chunks(ranges: list[_Range], threads: int) -> Iterator[list[_Range]]:
+    """Rows that one I/O thread reads in a row: enough to make its hand-over cheap, few enough that all threads have some.
+
+    Only one if each is a request of its own to a remote store.
+    """
+    rows = min(max(len(ranges) // (4 * max(threads, 1)), 1), _CHUNK_ROWS)
     start = 0
     while start < len(ranges):
         one = ranges[start]
-        alone = one.length < 0 and is_remote(one.uri) and _kind(one.uri) == "remote"
-        stop = start + 1 if alone else min(start + _CHUNK_ROWS, len(ranges))
+        alone = one.length < 0 and _kind(one.uri) == "remote"
+        stop = start + 1 if alone else min(start + rows, len(ranges))
         yield ranges[start:stop]
         start = stop
 

@@ -103,14 +103,13 @@ def _(op: ops.Brightness, image: np.ndarray, out: np.ndarray | None = None) -> n
 
 @apply.register
 def _(op: ops.Contrast, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-    # torchvision takes the mean of grey values cut to whole numbers: half a count less on average.
-    mean = cv2.mean(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))[0] - 0.5
+    mean = cv2.mean(_luma(image))[0]
     return cv2.LUT(image, _table(_LEVELS * np.float32(op.factor) + np.float32((1 - op.factor) * mean)), dst=out)
 
 
 @apply.register
 def _(op: ops.Saturation, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-    grey = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    grey = cv2.cvtColor(_luma(image), cv2.COLOR_GRAY2RGB)
     return cv2.addWeighted(image, op.factor, grey, 1 - op.factor, _CUT, dst=out)
 
 
@@ -133,7 +132,7 @@ def _(op: ops.Permute, image: np.ndarray, out: np.ndarray | None = None) -> np.n
 
 @apply.register
 def _(op: ops.Greyscale, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-    return cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB, dst=out)
+    return cv2.cvtColor(_luma(image), cv2.COLOR_GRAY2RGB, dst=out)
 
 
 @apply.register
@@ -275,6 +274,14 @@ def _bands(old: int, new: int) -> tuple[list[int], np.ndarray]:
 _LEVELS = np.arange(256, dtype=np.float32)
 _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
 _CUT = -0.4999  # OpenCV rounds where torchvision cuts off; this much less makes rounding cut
+
+
+_LUMA = np.array([[0.2989, 0.587, 0.114, _CUT]])
+
+
+def _luma(image: np.ndarray) -> np.ndarray:
+    """Grey as torchvision has it: its weights (which make 0.9999), cut off."""
+    return cv2.transform(image, _LUMA)
 
 
 def _table(values: np.ndarray) -> np.ndarray:

@@ -448,8 +448,8 @@ def test_neighbours_in_a_tar_are_read_at_once(tmp_path, monkeypatch):
     calls = []
     pread = os.pread
     monkeypatch.setattr(os, "pread", lambda *args: calls.append(args) or pread(*args))
-    assert read(table) == [bytes([i]) * 1000 for i in range(48)]
-    assert len(calls) == 3
+    assert read(table, threads=1) == [bytes([i]) * 1000 for i in range(48)]
+    assert len(calls) == 4
 
 
 # --- Parquet ---------------------------------------------------------------------------------------------------------------
@@ -682,6 +682,15 @@ def test_read_ahead_is_bounded_in_bytes(tmp_path, monkeypatch):
                 held -= len(data)
     assert held == 0
     assert peak <= 5 * (4 + 3) << 20  # 2 * threads + 1 chunks, each at most 4 MiB and one image
+
+
+def test_few_rows_are_shared_by_all_threads(tmp_path, monkeypatch):
+    """A shard of large photos has 16 rows: on slow storage they must not wait for each other."""
+    contents = put(tmp_path, *(f"{i:02d}.jpg" for i in range(16)))
+    together = threading.Barrier(4, timeout=20)
+    original = sources._read_local
+    monkeypatch.setattr(sources, "_read_local", lambda path, group: together.wait() >= 0 and original(path, group))
+    assert read(list_images(str(tmp_path)), threads=4) == list(contents.values())
 
 
 def test_a_consumer_that_stops_leaves_the_reader_usable(tmp_path):

@@ -53,11 +53,11 @@ TOLERANCE = [
     (Affine(matrix=affine_matrix((381, 507), angle=0.4, shear=0.1, scale=1.3, shift=(9, 4)), fill=(123, 117, 104)), 1),
     (Affine(matrix=(1.0, 0.0, 0.5, 0.0, 1.0, -20.25)), 1),
     *((Brightness(factor=factor), 0) for factor in (0, 0.3, 1, 1.9, 2)),
-    *((Contrast(factor=factor), 1) for factor in (0, 0.5, 1, 1.5, 4)),
+    *((Contrast(factor=factor), 0) for factor in (0, 0.5, 1, 1.5, 4)),
     *((Saturation(factor=factor), 1) for factor in (0, 0.5, 1, 1.5, 2)),
     *((Hue(shift=shift), 1) for shift in (-0.5, -0.05, 0, 0.05, 0.3)),
     (Permute(order=(1, 2, 0)), 0),
-    (Greyscale(), 1),
+    (Greyscale(), 0),
     *((Gamma(gamma=gamma, gain=gain), 0) for gamma, gain in ((0.4, 1), (1, 1), (2.2, 1), (1.2, 1.4), (0, 1))),
     (Equalize(), 0),
     (AutoContrast(), 0),
@@ -213,7 +213,7 @@ def test_finish_pads_images_of_different_sizes_with_zeros(layout):
     ):
         np.testing.assert_array_equal(result, expected)
         assert result.dtype == np.float16
-    with pytest.raises(UsageError, match="differ in size.*set the finish's pad_multiple"):
+    with pytest.raises(UsageError, match=r"differ in size.*set the finish's pad_multiple"):
         opencv.finish(images, Finish())
 
 
@@ -290,7 +290,7 @@ def test_inference_recipes_are_mlperfs(name, backend_name, picture):
         result = np.asarray(module.finish(batch, recipe.finish))[0]
     assert result.shape == expected.shape
     delta = np.abs(result.astype(np.float64) - expected)
-    assert delta.max() <= 1.01 * count and delta.mean() <= 0.52 * count
+    assert delta.max() <= 1.01 * count and delta.mean() <= 0.6 * count
 
 
 def test_ssd_validation_is_pillows_resize(picture):

@@ -199,9 +199,8 @@ def test_drawn_numbers_never_change():
     """A resumed run must continue what an older version began: these were written down once."""
     got = plan(HorizontalFlip(), ColorJitter(brightness=0.125, contrast=0.5, saturation=0.5, hue=0.05), image_id="000000000139")
     assert [type(op).__name__ for op in got.ops] == ["Flip", "Contrast", "Hue", "Brightness", "Saturation"]
-    np.testing.assert_allclose(
-        [getattr(op, "factor", getattr(op, "shift", 0)) for op in got.ops if not isinstance(op, Flip)], GOLDEN[1]
-    )
+    numbers = [getattr(op, "factor", getattr(op, "shift", None)) for op in got.ops[1:]]
+    np.testing.assert_allclose(numbers, [0.99086464, -0.046234123, 1.097868757, 1.145965535], atol=1e-8)
 
 
 def test_no_generator_without_chance():
