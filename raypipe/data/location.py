@@ -91,7 +91,7 @@ def _filesystem(scheme: str, authority: str, query: str) -> tuple[fs.FileSystem,
         return fs.FileSystem.from_uri(f"{scheme}://{authority}/{query}")
     except (pa.ArrowException, OSError, ValueError) as error:
         raise UsageError(
-            f"cannot open {scheme}://{authority}: {_line(error)}. Give a local path or a URI of s3://, gs:// or another "
+            f"cannot open {scheme}://{authority}: {one_line(error)}. Give a local path or a URI of s3://, gs:// or another "
             "file system of pyarrow.fs, with its options as a query"
         ) from error
 
@@ -200,5 +200,6 @@ def _write_remote(uri: str, data: bytes | memoryview) -> None:
     stream.close()
 
 
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+def one_line(error: BaseException) -> str:
+    """What an error says, for a message of one line."""
+    return " ".join(str(error).split()) or type(error).__name__

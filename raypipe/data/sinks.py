@@ -26,7 +26,8 @@ import pyarrow.parquet as pq
 
 from raypipe import UsageError
 from raypipe.data.location import path_of, write
-from raypipe.data.sources import annotation_id, npy, read_coco
+from raypipe.data.reader import npy
+from raypipe.data.sources import annotation_id, read_coco
 
 FORMATS = ("jpeg", "png", "npy", "webdataset", "parquet")
 

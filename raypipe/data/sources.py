@@ -18,26 +18,18 @@ key in two tars, the same file in two epochs); only COCO refuses this, because t
 Rows whose image cannot be read are rows all the same. They become a `Reject` when they are read.
 """
 
-import bisect
 import contextlib
-import functools
 import glob
-import io
 import itertools
 import json
 import logging
 import os
 import posixpath
 import re
-import stat
 import tarfile
-import threading
-import unicodedata
-from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -48,16 +40,13 @@ from pyarrow import fs
 
 from raypipe import UsageError
 from raypipe.data import demo
-from raypipe.data.location import ERRORS, absolute, filesystem, is_remote, join, local_path, local_uri, path_of, read
-from raypipe.images.decode import Reject
+from raypipe.data.location import ERRORS, absolute, filesystem, is_remote, join, local_path, local_uri, one_line, read
+from raypipe.data.names import PARQUET, SUFFIXES, TAR, unique_names
+from raypipe.data.reader import Reader, image_column, open_parquet
+
+__all__ = ["ANNOTATION_FIELDS", "BOXES", "SOURCE", "Reader", "annotation_id", "list_images", "read_coco", "unique_names"]
 
 log = logging.getLogger(__name__)
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".npy")
-"""What a file must end with, in upper or lower case, to be listed as an image."""
-
-TAR = (".tar",)
-PARQUET = (".parquet", ".pq")
 
 BOXES = pa.list_(pa.list_(pa.float32(), 4))
 """Boxes of one image: float32, xyxy, absolute pixels."""
@@ -88,10 +77,6 @@ SOURCE = pa.schema(
   annotation_ids: COCO's. All four have one entry a box, and none where the source has none; only labels may be there without
   boxes, and then they are of the whole image.
 """
-
-MAX_BYTES = 512 << 20
-"""Encoded images above this are rejected instead of read: 0.5 GiB for one image is an accident or an attack."""
-
 
 # --- listing -----------------------------------------------------------------------------------------------------------
 
@@ -194,7 +179,7 @@ def _find_remote(uri: str) -> tuple[str, Iterable[str]]:
                 raise UsageError(f"{uri!r} does not exist; nothing can be read from it")
         infos = system.get_file_info(fs.FileSelector(base, recursive=True))
     except ERRORS as error:
-        raise UsageError(f"cannot list {uri!r}: {_line(error)}") from error
+        raise UsageError(f"cannot list {uri!r}: {one_line(error)}") from error
     relative = (info.path[len(base) + 1 :] for info in infos if info.type == fs.FileType.File)
     if magic is not None:
         matches = _glob_regex(path[len(base) :].lstrip("/"))
@@ -293,6 +278,8 @@ def _list_files(base: str, paths: Iterable[str], limit: _Limit) -> pa.Table:
 
     found = limit.take(images())
     if found:
+        if tars or parquets:
+            log.warning("%s: %d tars and %d Parquet files beside the images are left out", base, len(tars), len(parquets))
         return _image_files(base, found)
     if tars and parquets:
         raise UsageError(
@@ -309,17 +296,14 @@ def _list_files(base: str, paths: Iterable[str], limit: _Limit) -> pa.Table:
 
 
 def _image_files(base: str, paths: list[str]) -> pa.Table:
-    try:
-        ids = pa.array(paths, pa.string())
-    except UnicodeEncodeError:
-        uris = pa.array([local_uri(os.path.join(base, path)) for path in paths], pa.string())
-        readable = [os.fsencode(path).decode(errors="backslashreplace") for path in paths]
-        return _rows(readable, readable, uris)
     if is_remote(base):
-        uris = pa.array([join(base, path) for path in paths], pa.string())
-    else:
-        uris = pc.binary_join_element_wise(local_path(join(base, "")).rstrip("/"), ids, "/")
-    return _rows(ids, ids, uris)
+        return _rows(paths, paths, [join(base, path) for path in paths])
+    try:
+        ids, folder = pa.array(paths, pa.string()), pa.scalar(base.rstrip("/"))
+    except UnicodeEncodeError:  # row by row, because a million times that would take seconds
+        texts = [_text(path) for path in paths]
+        return _rows(texts, texts, [local_uri(os.path.join(base, path)) for path in paths])
+    return _rows(ids, ids, pc.binary_join_element_wise(folder, ids, "/"))
 
 
 def _rows(
@@ -386,97 +370,6 @@ def _number_repeats(ids: list[str]) -> list[str]:
     return out
 
 
-# --- names ---------------------------------------------------------------------------------------------------------------
-
-_MAX_COMPONENT = 200  # bytes; file systems allow 255, and an extension, `-12` or the source's own extension come on top
-_MAX_NAME = 1000  # bytes; PATH_MAX is 4096, and 1024 on macOS
-_PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
-_UNSAFE = re.compile(r'[\x00-\x1f\x7f-\x9f<>:"|?*\\\u2028\u2029\ud800-\udfff]')
-_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE | re.DOTALL)  # as file names on Windows
-_OURS = re.compile(r"_raypipe|epoch-\d+", re.IGNORECASE)  # as the first component: the sinks' own folders
-_LIKE_A_FILE = (*SUFFIXES, *TAR, *PARQUET, ".json", ".cls")
-
-
-def unique_names(names: Sequence[str], taken: Iterable[str] = ()) -> list[str]:
-    """Output names, without extension, for names in a source: `set/a.jpg` becomes `set/a`.
-
-    Each is a relative posix path without `..`, safe on Linux, macOS and Windows, and no two are equal, nor equal to one of
-    `taken`, even where case and Unicode normalisation do not count. Names that clash keep their extension (`a.jpg` and
-    `a.png` become `a.jpg` and `a.png`), and if they still do, get `-2`, `-3`, ... in order. With the names of an earlier
-    listing as `taken`, rows can be added without any renaming.
-    """
-    parts = [_safe_name(name) for name in names]
-    keys = [_fold(stem) for stem, _ in parts]
-    count = Counter(keys)
-    used = {_fold(name) for name in taken}
-    out: list[str | None] = []
-    for (stem, _), key in zip(parts, keys, strict=True):
-        free = count[key] == 1 and key not in used
-        out.append(stem if free else None)
-    used.update(key for key, name in zip(keys, out, strict=True) if name is not None)
-    repeats: Counter[str] = Counter()
-    for index, name in enumerate(out):
-        if name is not None:
-            continue
-        wanted = "".join(parts[index])
-        candidate = wanted
-        key = _fold(wanted)
-        while _fold(candidate) in used:
-            repeats[key] += 1
-            candidate = f"{wanted}-{repeats[key] + 1}"
-        used.add(_fold(candidate))
-        out[index] = candidate
-    return out  # type: ignore[return-value]
-
-
-def _fold(name: str) -> str:
-    if name.isascii():
-        return name.lower()
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
-
-
-def _safe_name(source: str) -> tuple[str, str]:
-    """The source's path made safe, without its image extension, and that extension ("" if it has none)."""
-    folder, _, base = source.rpartition("/")
-    stem, suffix = posixpath.splitext(base)
-    if suffix.lower() not in SUFFIXES:
-        stem, suffix = base, ""
-    prefix = _safe_folder(folder)
-    if _PLAIN.fullmatch(stem) is None or _RESERVED.fullmatch(stem) or (not prefix and _OURS.fullmatch(stem)):
-        stem = _safe_component(stem or "_", first=not prefix)
-    name = prefix + stem
-    if len(name) > _MAX_NAME // 4 and len(name.encode()) > _MAX_NAME:
-        name = f"long-{blake2b(prefix.encode(), digest_size=8).hexdigest()}/{stem}"
-    return name, suffix
-
-
-@functools.lru_cache(maxsize=1 << 16)
-def _safe_folder(folder: str) -> str:
-    """The folders made safe, with a slash at the end, or ""."""
-    parts = [part for part in folder.split("/") if part not in ("", ".")]
-    safe: list[str] = []
-    for part in parts:
-        part = _safe_component(part, first=not safe)
-        # A folder `a.jpg/` would stand where the image `a` is to become the file `a.jpg`.
-        safe.append(part + "_" if part.lower().endswith(_LIKE_A_FILE) else part)
-    return "".join(part + "/" for part in safe)
-
-
-def _safe_component(part: str, *, first: bool) -> str:
-    safe = _UNSAFE.sub("_", part)
-    if safe == "..":
-        return "_"
-    if safe.startswith("."):  # a hidden file would be left out when the output is an input again
-        safe = "_" + safe
-    if safe.endswith((".", " ")) or _RESERVED.fullmatch(safe) or (first and _OURS.fullmatch(safe)):
-        safe += "_"
-    encoded = safe.encode()
-    if len(encoded) > _MAX_COMPONENT:
-        digest = blake2b(part.encode(errors="surrogatepass"), digest_size=4).hexdigest()
-        safe = encoded[: _MAX_COMPONENT - 9].decode(errors="ignore") + "-" + digest
-    return safe
-
-
 # --- demo ----------------------------------------------------------------------------------------------------------------
 
 
@@ -528,8 +421,8 @@ def _list_coco(input: str, annotations: str, limit: int | None) -> pa.Table:
     images = coco["images"]
     index_of = {}
     for position, image in enumerate(images):
-        if not isinstance(image, dict) or not isinstance(image.get("file_name"), str) or not isinstance(image.get("id"), int | str):
-            raise UsageError(f"{annotations!r}: image number {position} has no id or no file_name: {str(image)[:200]}")
+        if not _is_coco_image(image):
+            raise UsageError(f"{annotations!r}: image number {position} has no id or no file_name: {str(image)[:200]!a}")
         if str(image["id"]) in index_of:
             raise UsageError(
                 f"{annotations!r}: the image id {image['id']!r} occurs twice, so it is not clear which image its annotations "
@@ -554,14 +447,24 @@ def _list_coco(input: str, annotations: str, limit: int | None) -> pa.Table:
     )
 
 
+def _is_coco_image(image: Any) -> bool:
+    if not isinstance(image, dict) or not isinstance(image.get("id"), int | str) or not isinstance(image.get("file_name"), str):
+        return False
+    try:  # JSON can spell what is no Unicode, and no file is called
+        f"{image['id']}{image['file_name']}".encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def read_coco(location: str) -> dict[str, Any]:
     """A COCO JSON: an object with a non-empty list `images`. Raises UsageError if it is not that."""
     try:
         coco = json.loads(read(location))
     except ERRORS as error:
-        raise UsageError(f"cannot read the annotations {location!r}: {_line(error)}") from error
+        raise UsageError(f"cannot read the annotations {location!r}: {one_line(error)}") from error
     except ValueError as error:
-        raise UsageError(f"the annotations {location!r} are not JSON: {_line(error)}") from error
+        raise UsageError(f"the annotations {location!r} are not JSON: {one_line(error)}") from error
     if not isinstance(coco, dict) or not isinstance(coco.get("images"), list):
         raise UsageError(f'the annotations {location!r} are JSON, but not COCO: there is no list "images" in them')
     if not coco["images"]:
@@ -600,7 +503,7 @@ def _coco_annotations(
             identity = int(annotation_id(annotation, position))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UsageError(
-                f"{location!r}: annotation number {position} makes no sense ({type(error).__name__}: {_line(error)}): "
+                f"{location!r}: annotation number {position} makes no sense ({type(error).__name__}: {one_line(error)}): "
                 f"{str(annotation)[:200]}. It needs image_id, category_id, an integer id and a bbox of four numbers"
             ) from error
         boxes.append([x, y, x + width, y + height])
@@ -674,7 +577,8 @@ def _list_tar(uri: str, relative: str, limit: _Limit) -> pa.Table:
 
 
 def _text(name: str) -> str:
-    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+    """The name with whatever is not Unicode in it written out: Arrow holds only UTF-8."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def _tar_samples(uri: str) -> Generator[_Sample, None, None]:
@@ -715,10 +619,10 @@ def _tar_members(uri: str) -> Iterator[tuple[_Member, bytes | None]]:
     except (tarfile.TarError, EOFError, *ERRORS) as error:
         if count == 0:
             raise UsageError(
-                f"cannot read the tar {uri!r}: {_line(error)}. It must exist and be an uncompressed tar; unpack .tar.gz first, "
+                f"cannot read the tar {uri!r}: {one_line(error)}. It must exist and be an uncompressed tar; unpack .tar.gz first, "
                 "because images inside it cannot be reached one by one"
             ) from error
-        log.warning("%s breaks off after %d members (%s); what was behind that is lost", uri, count, _line(error))
+        log.warning("%s breaks off after %d members (%s); what was behind that is lost", uri, count, one_line(error))
 
 
 @contextlib.contextmanager
@@ -769,8 +673,6 @@ def _sidecar(sample: _Sample) -> _Sidecar:
 
 # --- Parquet -------------------------------------------------------------------------------------------------------------
 
-_IMAGE_COLUMNS = ("image", "bytes", "jpg", "jpeg", "png", "webp", "content", "image_bytes", "img", "data")
-
 
 _WITH_IMAGE = ("image_id", "name", "boxes", "labels", "crowds", "annotation_ids", "label")
 
@@ -778,13 +680,13 @@ _WITH_IMAGE = ("image_id", "name", "boxes", "labels", "crowds", "annotation_ids"
 def _list_parquet(uri: str, relative: str, limit: _Limit) -> pa.Table:
     """Rows of a file. `name`, `boxes` (xyxy), `labels`, `crowds`, `annotation_ids` or `label` are taken along if they fit."""
     try:
-        with _open_parquet(uri) as file:
-            _image_column(file.schema_arrow, uri)
+        with open_parquet(uri) as file:
+            image_column(file.schema_arrow, uri)
             count = file.metadata.num_rows if limit.left is None else min(limit.left, file.metadata.num_rows)
             wanted = [name for name in _WITH_IMAGE if name in file.schema_arrow.names]
             table = file.read_row_groups(_groups_of_first(file, count), columns=wanted, use_threads=False).slice(0, count)
     except ERRORS as error:
-        raise UsageError(f"cannot read the Parquet file {uri!r}: {_line(error)}; remove it or write it again") from error
+        raise UsageError(f"cannot read the Parquet file {uri!r}: {one_line(error)}; remove it or write it again") from error
     if limit.left is not None:
         limit.left -= count
     stem = posixpath.splitext(relative)[0]
@@ -839,13 +741,6 @@ def _parquet_annotations(uri: str, table: pa.Table) -> dict[str, pa.Array | None
     return {"boxes": boxes, "labels": labels, "crowds": crowds, "annotation_ids": annotation_ids}
 
 
-def _open_parquet(uri: str) -> pq.ParquetFile:
-    if not is_remote(uri):
-        return pq.ParquetFile(local_path(uri))
-    system, path = filesystem(uri)
-    return pq.ParquetFile(system.open_input_file(path), pre_buffer=True)
-
-
 def _groups_of_first(file: pq.ParquetFile, count: int) -> list[int]:
     groups, rows = [], 0
     for group in range(file.metadata.num_row_groups):
@@ -854,329 +749,3 @@ def _groups_of_first(file: pq.ParquetFile, count: int) -> list[int]:
         groups.append(group)
         rows += file.metadata.row_group(group).num_rows
     return groups
-
-
-def _image_column(schema: pa.Schema, uri: str) -> str:
-    """The column that holds the images' bytes. Raises UsageError if there is none, or no telling which."""
-    holding = [column.name for column in schema if _holds_bytes(column.type)]
-    for name in (*_IMAGE_COLUMNS, *holding[:1] * (len(holding) == 1)):
-        if name in holding:
-            return name
-    raise UsageError(
-        f"{uri!r} has no column with images that can be told by its name or as the only binary one: its columns are "
-        f"{', '.join(f'{column.name} ({column.type})' for column in schema)}. Name it 'image'"
-    )
-
-
-def _holds_bytes(type: pa.DataType) -> bool:
-    if pa.types.is_struct(type):
-        return any(type.field(i).name == "bytes" and _holds_bytes(type.field(i).type) for i in range(type.num_fields))
-    return pa.types.is_binary(type) or pa.types.is_large_binary(type) or pa.types.is_binary_view(type)
-
-
-# --- reading -------------------------------------------------------------------------------------------------------------
-
-_CHUNK_ROWS = 16  # at most, in one I/O thread's turn
-_CHUNK_BYTES = 4 << 20
-_GAP = 64 << 10  # bytes between two ranges up to which reading them in one go is cheaper than another request
-
-
-@dataclass(frozen=True, slots=True)
-class _Range:
-    uri: str
-    offset: int
-    length: int
-
-
-class Reader:
-    """Fetches the bytes of rows ahead of who consumes them, in `threads` I/O threads (0: in the caller's, not ahead).
-
-    At most 2 * threads + 1 chunks of 16 rows or 4 MiB (and the image that exceeds them) are held. One reader may serve many
-    calls of `read`, one after another or at the same time.
-    """
-
-    def __init__(self, threads: int = 4) -> None:
-        if threads < 0:
-            raise UsageError(f"{threads} reader threads are not possible; give 0 or more")
-        self._threads = threads
-        self._pool = ThreadPoolExecutor(threads, "raypipe-read") if threads else None
-        self._parquet = _ParquetReader()
-
-    def close(self) -> None:
-        """Ends the threads. Reads in progress are finished, not started ones dropped."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
-        self._parquet.close()
-
-    def read(self, rows: pa.Table) -> Iterator[bytes | Reject]:
-        """The bytes of each row (of SOURCE's `uri`, `offset`, `length`) in order, or why they cannot be had.
-
-        Rows of raw pixels in Parquet come as the bytes of a .npy file. Raises nothing for a row that cannot be read.
-        """
-        ranges = [
-            _Range(uri, offset, length)
-            for uri, offset, length in zip(
-                rows["uri"].to_pylist(), rows["offset"].to_pylist(), rows["length"].to_pylist(), strict=True
-            )
-        ]
-        todo = deque(_chunks(ranges, self._threads))
-        if self._pool is None:
-            while todo:
-                chunk = todo.popleft()
-                done = self._read(chunk)
-                if len(done) < len(chunk):
-                    todo.appendleft(chunk[len(done) :])
-                yield from done
-            return
-        pool = self._pool
-        flying: deque[tuple[list[_Range], Future[list[bytes | Reject]]]] = deque()
-        try:
-            while todo or flying:
-                while todo and len(flying) < 2 * self._threads:
-                    chunk = todo.popleft()
-                    flying.append((chunk, pool.submit(self._read, chunk)))
-                chunk, future = flying.popleft()
-                done = future.result()
-                if len(done) < len(chunk):  # it stopped at its limit of bytes
-                    rest = chunk[len(done) :]
-                    flying.appendleft((rest, pool.submit(self._read, rest)))
-                elif todo:
-                    chunk = todo.popleft()
-                    flying.append((chunk, pool.submit(self._read, chunk)))
-                del future
-                done.reverse()
-                while done:
-                    yield done.pop()
-        finally:
-            for _, future in flying:
-                future.cancel()
-
-    def _read(self, ranges: list[_Range]) -> list[bytes | Reject]:
-        """The first of the ranges, at least one: it stops when it has read more than a chunk's bytes."""
-        out: list[bytes | Reject] = []
-        size = 0
-        for uri, run in itertools.groupby(ranges, lambda one: one.uri):
-            for group in self._groups(list(run)):
-                found = self._fetch(uri, group)
-                out += found
-                size += sum(len(one) for one in found if isinstance(one, bytes))
-                if size > _CHUNK_BYTES:
-                    return out
-        return out
-
-    def _groups(self, run: list[_Range]) -> Iterator[list[_Range]]:
-        if _kind(run[0].uri) == "parquet":
-            yield run
-            return
-        group: list[_Range] = []
-        for one in run:
-            if group and not _follows(group, one):
-                yield group
-                group = []
-            group.append(one)
-        yield group
-
-    def _fetch(self, uri: str, group: list[_Range]) -> list[bytes | Reject]:
-        try:
-            match _kind(uri):
-                case "parquet":
-                    return self._parquet.read(uri, [one.offset for one in group])
-                case "demo":
-                    seed, _, index = uri.removeprefix("demo://").partition("/")
-                    return [demo.read(int(seed), int(index))]
-                case "remote":
-                    return _read_remote(uri, group)
-                case _:
-                    return _read_local(local_path(uri), group)
-        except (*ERRORS, ValueError) as error:
-            return [_unreadable(f"{uri}: {_line(error)}")] * len(group)
-
-
-def _chunks(ranges: list[_Range], threads: int) -> Iterator[list[_Range]]:
-    """Rows that one I/O thread reads in a row: enough to make its hand-over cheap, few enough that all threads have some.
-
-    Only one if each is a request of its own to a remote store.
-    """
-    rows = min(max(len(ranges) // (4 * max(threads, 1)), 1), _CHUNK_ROWS)
-    start = 0
-    while start < len(ranges):
-        one = ranges[start]
-        alone = one.length < 0 and _kind(one.uri) == "remote"
-        stop = start + 1 if alone else min(start + rows, len(ranges))
-        yield ranges[start:stop]
-        start = stop
-
-
-def _kind(uri: str) -> str:
-    if uri.startswith("demo://"):
-        return "demo"
-    if uri.endswith(PARQUET) or path_of(uri).lower().endswith(PARQUET):
-        return "parquet"
-    return "remote" if is_remote(uri) else "local"
-
-
-def _follows(group: list[_Range], one: _Range) -> bool:
-    last = group[-1]
-    if last.length < 0 or one.length < 0:
-        return False
-    end = last.offset + last.length
-    return end <= one.offset <= end + _GAP and one.offset + one.length - group[0].offset <= _CHUNK_BYTES
-
-
-def _read_local(path: str, group: list[_Range]) -> list[bytes | Reject]:
-    # Not open(): os.open, fstat and read are what is needed. Not blocking, for whoever names a pipe x.jpg.
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            return [_unreadable(f"{path}: not a regular file")] * len(group)
-        return _slices(path, status.st_size, group, functools.partial(_pread, descriptor))
-    finally:
-        os.close(descriptor)
-
-
-def _pread(descriptor: int, length: int, offset: int) -> bytes:
-    data = os.pread(descriptor, length, offset)
-    while len(data) < length:
-        more = os.pread(descriptor, length - len(data), offset + len(data))
-        if not more:
-            break
-        data += more
-    return data
-
-
-def _read_remote(uri: str, group: list[_Range]) -> list[bytes | Reject]:
-    system, path = filesystem(uri)
-    with system.open_input_file(path) as file:
-        return _slices(uri, file.size(), group, file.read_at)
-
-
-def _slices(name: str, size: int, group: list[_Range], read_at: Callable[[int, int], bytes]) -> list[bytes | Reject]:
-    """The ranges of a file of `size` bytes, which follow each other, with one call of read_at(length, offset)."""
-    first, last = group[0], group[-1]
-    start = first.offset
-    stop = size if last.length < 0 else min(last.offset + last.length, size)
-    if start == stop and len(group) == 1:
-        return [_empty(name)] if first.length <= 0 else [_beyond(name, size, first)]
-    if stop - start > MAX_BYTES:
-        return [_unreadable(f"{name}: {stop - start} bytes for one image, more than {MAX_BYTES}")] * len(group)
-    data = read_at(stop - start, start) if 0 <= start < stop else b""
-    if len(group) == 1 and len(data) == (first.length if first.length >= 0 else size - start):
-        return [data]
-    out: list[bytes | Reject] = []
-    for one in group:
-        length = one.length if one.length >= 0 else size - one.offset
-        piece = data[one.offset - start : one.offset - start + length]
-        if length == 0:
-            out.append(_empty(name))
-        elif one.offset < 0 or len(piece) != length:
-            out.append(_beyond(name, size, one))
-        else:
-            out.append(piece)
-    return out
-
-
-def _empty(name: str) -> Reject:
-    return Reject("empty", f"{name}: zero bytes")
-
-
-def _beyond(name: str, size: int, one: _Range) -> Reject:
-    return _unreadable(f"{name}: cut short: {one.length} bytes from {one.offset} on, but the file has {size}")
-
-
-def _unreadable(detail: str) -> Reject:
-    return Reject("unreadable", detail)
-
-
-class _ParquetReader:
-    """Rows of Parquet files by number. Keeps the last row group: rows in order decode each group once, shuffled ones do not."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()  # threads that want the same row group wait for the one that reads it
-        self._files: OrderedDict[str, tuple[pq.ParquetFile, str, list[int]]] = OrderedDict()
-        self._group: tuple[str, int, pa.Table] | None = None
-
-    def close(self) -> None:
-        with self._lock:
-            for file, _, _ in self._files.values():
-                file.close()
-            self._files.clear()
-            self._group = None
-
-    def read(self, uri: str, rows: list[int]) -> list[bytes | Reject]:
-        with self._lock:
-            _, column, ends = self._open(uri)
-            by_group: dict[int, list[int]] = {}
-            out: list[bytes | Reject] = [_unreadable(f"{uri}: no such row")] * len(rows)
-            for position, row in enumerate(rows):
-                if 0 <= row < ends[-1]:
-                    by_group.setdefault(bisect.bisect_right(ends, row), []).append(position)
-                else:
-                    out[position] = _unreadable(f"{uri}: row {row}, but the file has {ends[-1]}")
-            for group, positions in by_group.items():
-                try:
-                    table = self._read_group(uri, group)
-                except ERRORS as error:
-                    for position in positions:
-                        out[position] = _unreadable(f"{uri}: row group {group}: {_line(error)}")
-                    continue
-                first = ends[group] - table.num_rows
-                for position in positions:
-                    out[position] = _parquet_row(f"{uri} row {rows[position]}", table, column, rows[position] - first)
-            return out
-
-    def _open(self, uri: str) -> tuple[pq.ParquetFile, str, list[int]]:
-        if uri not in self._files:
-            file = _open_parquet(uri)
-            sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
-            entry = (file, _image_column(file.schema_arrow, uri), list(itertools.accumulate(sizes)) or [0])
-            self._files[uri] = entry
-            if len(self._files) > 16:
-                self._files.popitem(last=False)[1][0].close()
-        self._files.move_to_end(uri)
-        return self._files[uri]
-
-    def _read_group(self, uri: str, group: int) -> pa.Table:
-        if self._group is None or self._group[:2] != (uri, group):
-            self._group = None  # not two in memory
-            file, column, _ = self._files[uri]
-            columns = [column, *(name for name in ("height", "width") if name in file.schema_arrow.names)]
-            self._group = (uri, group, file.read_row_group(group, columns=columns, use_threads=False))
-        return self._group[2]
-
-
-def _parquet_row(where: str, table: pa.Table, column: str, row: int) -> bytes | Reject:
-    value = table[column][row].as_py()
-    if isinstance(value, dict):
-        if value["bytes"] is None and value.get("path"):
-            return _unreadable(f"{where}: holds no bytes, only the path {value['path']!r}")
-        value = value["bytes"]
-    if value is None:
-        return Reject("empty", f"{where}: no bytes")
-    if not value:
-        return _empty(where)
-    if "height" in table.column_names and "width" in table.column_names:
-        height, width = table["height"][row].as_py(), table["width"][row].as_py()
-        # An encoded image of just this length would be a freak, but its first bytes would tell.
-        if isinstance(height, int) and isinstance(width, int) and len(value) == height * width * 3:
-            return npy(np.frombuffer(value, np.uint8).reshape(height, width, 3))
-    return value
-
-
-def npy(array: np.ndarray) -> bytes:
-    """The bytes of a .npy file with the array."""
-    array = np.ascontiguousarray(array)
-    # One copy of the pixels; np.save into memory makes three (270 kB: 13 against 40 us).
-    return b"".join((_npy_header(array.shape, array.dtype), array.reshape(-1).view(np.uint8).data))
-
-
-@functools.lru_cache(maxsize=1024)
-def _npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
-    buffer = io.BytesIO()
-    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(buffer, header)
-    return buffer.getvalue()
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

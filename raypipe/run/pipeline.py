@@ -461,7 +461,7 @@ def run(settings: Settings, *, consume: Callable[[pa.Table], None] | None = None
     )
     if sink is not None and settings.annotations is not None:
         rows = ((w.image_id, w.file, w.height, w.width, w.boxes, w.annotation_ids) for w in written)
-        write_annotations(settings.annotations, sink.root, rows)
+        write_annotations(settings.annotations, sink.root, rows, folder=sink.folder)
     for folder in ([f"{sink.root}"] if sink else []) + ([settings.report] if settings.report else []):
         prefix = f"{journal.STATE}/" if sink and folder == sink.root else ""
         journal.put_rejects(folder, f"{prefix}rejects.parquet", rejected)

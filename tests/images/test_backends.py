@@ -57,7 +57,7 @@ TOLERANCE = [
     *((Saturation(factor=factor), 1) for factor in (0, 0.5, 1, 1.5, 2)),
     *((Hue(shift=shift), 1) for shift in (-0.5, -0.05, 0, 0.05, 0.3)),
     (Permute(order=(1, 2, 0)), 0),
-    (Greyscale(), 0),
+    (Greyscale(), 1),
     *((Gamma(gamma=gamma, gain=gain), 0) for gamma, gain in ((0.4, 1), (1, 1), (2.2, 1), (1.2, 1.4), (0, 1))),
     (Equalize(), 0),
     (AutoContrast(), 0),
@@ -134,7 +134,7 @@ def test_jitter_within_the_tolerance_of_its_parts(picture):
         torchvision.execute(tensor(picture), plan.ops, results[1])
         # Hue of nearly grey pixels is undefined, so one count before it can be several after it; seldom.
         delta = np.abs(results[0].astype(int) - results[1])
-        assert delta.mean() < 1.2 and np.percentile(delta, 99.9) <= 8
+        assert delta.mean() < 0.6 and np.percentile(delta, 99.9) <= 5
 
 
 # ------------------------------------------------------------------------------------------------------------ antialiased resize
@@ -249,7 +249,7 @@ def test_both_backends_do_every_recipe_of_the_catalog(name, scene):
         out = np.empty((*plan.size, 3), np.uint8)
         module.execute(module.decode(data, header, RECIPES[name].reduce((header.height, header.width))), plan.ops, out)
         results.append(out)
-    assert np.abs(results[0].astype(int) - results[1]).mean() < 1.2
+    assert np.abs(results[0].astype(int) - results[1]).mean() < 0.6
 
 
 # ---------------------------------------------------------------------------------------------------------------------- catalog

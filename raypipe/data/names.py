@@ -1,0 +1,103 @@
+"""What things are called: which files are images, and safe unique names for what is made of them."""
+
+import functools
+import posixpath
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from hashlib import blake2b
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".npy")
+"""What a file must end with, in upper or lower case, to be listed as an image."""
+
+TAR = (".tar",)
+PARQUET = (".parquet", ".pq")
+
+_MAX_COMPONENT = 200  # bytes; file systems allow 255, and an extension, `-12` or the source's own extension come on top
+_MAX_NAME = 1000  # bytes; PATH_MAX is 4096, and 1024 on macOS
+_PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
+_UNSAFE = re.compile(r'[\x00-\x1f\x7f-\x9f<>:"|?*\\\u2028\u2029\ud800-\udfff]')
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE | re.DOTALL)  # as file names on Windows
+_OURS = re.compile(r"_raypipe|epoch-\d+", re.IGNORECASE)  # as the first component: the sinks' own folders
+_LIKE_A_FILE = (*SUFFIXES, *TAR, *PARQUET, ".json", ".cls")
+
+
+def unique_names(names: Sequence[str], taken: Iterable[str] = ()) -> list[str]:
+    """Output names, without extension, for names in a source: `set/a.jpg` becomes `set/a`.
+
+    Each is a relative posix path without `..`, safe on Linux, macOS and Windows, and no two are equal, nor equal to one of
+    `taken`, even where case and Unicode normalisation do not count. Names that clash keep their extension (`a.jpg` and
+    `a.png` become `a.jpg` and `a.png`), and if they still do, get `-2`, `-3`, ... in order. With the names of an earlier
+    listing as `taken`, rows can be added without any renaming.
+    """
+    parts = [_safe_name(name) for name in names]
+    keys = [_fold(stem) for stem, _ in parts]
+    count = Counter(keys)
+    used = {_fold(name) for name in taken}
+    out: list[str | None] = []
+    for (stem, _), key in zip(parts, keys, strict=True):
+        free = count[key] == 1 and key not in used
+        out.append(stem if free else None)
+    used.update(key for key, name in zip(keys, out, strict=True) if name is not None)
+    repeats: Counter[str] = Counter()
+    for index, name in enumerate(out):
+        if name is not None:
+            continue
+        wanted = "".join(parts[index])
+        candidate = wanted
+        key = _fold(wanted)
+        while _fold(candidate) in used:
+            repeats[key] += 1
+            candidate = f"{wanted}-{repeats[key] + 1}"
+        used.add(_fold(candidate))
+        out[index] = candidate
+    return out  # type: ignore[return-value]
+
+
+def _fold(name: str) -> str:
+    if name.isascii():
+        return name.lower()
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def _safe_name(source: str) -> tuple[str, str]:
+    """The source's path made safe, without its image extension, and that extension ("" if it has none)."""
+    folder, _, base = source.rpartition("/")
+    stem, suffix = posixpath.splitext(base)
+    if suffix.lower() not in SUFFIXES:
+        stem, suffix = base, ""
+    prefix = _safe_folder(folder)
+    if _PLAIN.fullmatch(stem) is None or _RESERVED.fullmatch(stem) or (not prefix and _OURS.fullmatch(stem)):
+        stem = _safe_component(stem or "_", first=not prefix)
+    name = prefix + stem
+    if len(name) > _MAX_NAME // 4 and len(name.encode()) > _MAX_NAME:
+        name = f"long-{blake2b(prefix.encode(), digest_size=8).hexdigest()}/{stem}"
+    return name, suffix
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _safe_folder(folder: str) -> str:
+    """The folders made safe, with a slash at the end, or ""."""
+    parts = [part for part in folder.split("/") if part not in ("", ".")]
+    safe: list[str] = []
+    for part in parts:
+        part = _safe_component(part, first=not safe)
+        # A folder `a.jpg/` would stand where the image `a` is to become the file `a.jpg`.
+        safe.append(part + "_" if part.lower().endswith(_LIKE_A_FILE) else part)
+    return "".join(part + "/" for part in safe)
+
+
+def _safe_component(part: str, *, first: bool) -> str:
+    safe = _UNSAFE.sub("_", part)
+    if safe == "..":
+        return "_"
+    if safe.startswith("."):  # a hidden file would be left out when the output is an input again
+        safe = "_" + safe
+    if safe.endswith((".", " ")) or _RESERVED.fullmatch(safe) or (first and _OURS.fullmatch(safe)):
+        safe += "_"
+    encoded = safe.encode()
+    if len(encoded) > _MAX_COMPONENT:
+        digest = blake2b(part.encode(errors="surrogatepass"), digest_size=4).hexdigest()
+        safe = encoded[: _MAX_COMPONENT - 9].decode(errors="ignore") + "-" + digest
+    return safe
