@@ -113,7 +113,7 @@ class Reader:
                 found = self._fetch(uri, group)
                 out += found
                 size += sum(len(one) for one in found if isinstance(one, bytes))
-                if size > _CHUNK_BYTES:
+                if size > _CHUNK_BYTES or len(found) < len(group):
                     return out
         return out
 
@@ -130,7 +130,10 @@ class Reader:
         yield group
 
     def _fetch(self, uri: str, group: list[_Range]) -> list[bytes | Reject]:
-        """Waits and tries again where a store does not answer, until that did not help once: then only after a success."""
+        """The ranges of a group; of a Parquet file perhaps only the first, at least one.
+
+        Waits and tries again where a store does not answer, until that did not help once: then only after a success.
+        """
         pauses = iter(self._pauses if is_remote(uri) else ())
         while True:
             try:
@@ -141,7 +144,8 @@ class Reader:
                 pause = next(pauses, None)
                 if pause is None:
                     self._pauses = ()
-                    return [_unreadable(f"{uri}: {one_line(error)}")] * len(group)
+                    # Of a Parquet file other rows may be in a row group that can be read.
+                    return [_unreadable(f"{uri}: {one_line(error)}")] * (1 if _kind(uri) == "parquet" else len(group))
                 time.sleep(pause)
             else:
                 self._pauses = _PAUSES
@@ -257,7 +261,7 @@ def _unreadable(detail: str) -> Reject:
 
 
 class _ParquetReader:
-    """Rows of Parquet files by number. Keeps the last row group: rows in order decode each group once, shuffled ones do not."""
+    """Rows of Parquet files by number. Keeps the last row group: rows in order decode a group once, shuffled ones once a row."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # threads that want the same row group wait for the one that reads it
@@ -272,26 +276,35 @@ class _ParquetReader:
             self._group = None
 
     def read(self, uri: str, rows: list[int]) -> list[bytes | Reject]:
+        """The first of the rows, at least one: it stops when it has read more than a chunk's bytes."""
+        out: list[bytes | Reject] = []
+        size = 0
         with self._lock:
             _, column, ends = self._open(uri)
-            by_group: dict[int, list[int]] = {}
-            out: list[bytes | Reject] = [_unreadable(f"{uri}: no such row")] * len(rows)
-            for position, row in enumerate(rows):
-                if 0 <= row < ends[-1]:
-                    by_group.setdefault(bisect.bisect_right(ends, row), []).append(position)
-                else:
-                    out[position] = _unreadable(f"{uri}: row {row}, but the file has {ends[-1]}")
-            for group, positions in by_group.items():
+            for row in rows:
                 try:
-                    table = self._read_group(uri, group)
-                except ERRORS as error:
-                    for position in positions:
-                        out[position] = _unreadable(f"{uri}: row group {group}: {one_line(error)}")
-                    continue
-                first = ends[group] - table.num_rows
-                for position in positions:
-                    out[position] = _parquet_row(f"{uri} row {rows[position]}", table, column, rows[position] - first)
-            return out
+                    found = self._row(uri, column, ends, row)
+                except ERRORS:
+                    if not out:
+                        raise
+                    break  # the next call begins with it
+                out.append(found)
+                size += len(found) if isinstance(found, bytes) else 0
+                if size > _CHUNK_BYTES:
+                    break
+        return out
+
+    def _row(self, uri: str, column: str, ends: list[int], row: int) -> bytes | Reject:
+        if not 0 <= row < ends[-1]:
+            return _unreadable(f"{uri}: row {row}, but the file has {ends[-1]}")
+        group = bisect.bisect_right(ends, row)
+        try:
+            table = self._read_group(uri, group)
+        except ERRORS as error:
+            if is_remote(uri) and not isinstance(error, ValueError):
+                raise  # it may be the store, which will be asked again
+            return _unreadable(f"{uri}: row group {group}: {one_line(error)}")
+        return _parquet_row(f"{uri} row {row}", table, column, row - (ends[group] - table.num_rows))
 
     def _open(self, uri: str) -> tuple[pq.ParquetFile, str, list[int]]:
         if uri not in self._files:
@@ -325,14 +338,19 @@ def _parquet_row(where: str, table: pa.Table, column: str, row: int) -> bytes | 
         return _empty(where)
     if "height" in table.column_names and "width" in table.column_names:
         height, width = table["height"][row].as_py(), table["width"][row].as_py()
-        # An encoded image of just this length would be a freak, but its first bytes would tell.
-        if isinstance(height, int) and isinstance(width, int) and len(value) == height * width * 3:
+        # A thumbnail's PNG may have just this length by chance, and raw pixels the first bytes of a JPEG: our own files are marked.
+        fits = isinstance(height, int) and isinstance(width, int) and len(value) == height * width * 3
+        if fits and (RAW.items() <= (table.schema.metadata or {}).items() or not value.startswith(_MAGIC)):
             return npy(np.frombuffer(value, np.uint8).reshape(height, width, 3))
     return value
 
 
 # --- Parquet -----------------------------------------------------------------------------------------------------------------
 
+RAW = {b"raypipe.image": b"HWC RGB uint8"}
+"""Schema metadata of a Parquet file whose images are raw pixels; others are looked at row by row."""
+
+_MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"\x93NUMPY")
 _IMAGE_COLUMNS = ("image", "bytes", "jpg", "jpeg", "png", "webp", "content", "image_bytes", "img", "data")
 
 

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 from raypipe import UsageError
 from raypipe.data.location import path_of, write
-from raypipe.data.reader import npy
+from raypipe.data.reader import RAW, npy
 from raypipe.data.sources import annotation_id, read_coco
 
 FORMATS = ("jpeg", "png", "npy", "webdataset", "parquet")
@@ -145,7 +145,7 @@ def _parquet(block: pa.Table) -> memoryview:
     columns = ["image_id", "name", "height", "width", "image", "boxes", "labels", "crowds", "annotation_ids"]
     sink = pa.BufferOutputStream()
     pq.write_table(
-        block.select(columns).replace_schema_metadata(None),
+        block.select(columns).replace_schema_metadata(RAW),
         sink,
         row_group_size=max(1, (8 << 20) // max(1, block["image"].nbytes // block.num_rows)),
         compression="none",

@@ -11,9 +11,10 @@
 | Parquet | rows: encoded bytes (or HF's struct of bytes and path), or raw pixels, height, width | `image_id`, or file#row |
 | `demo`, `demo:N` | procedural photos with boxes (`raypipe.data.demo`) | demo-SEED-INDEX |
 
-Hidden files and `_raypipe/` are left out. Order: directories and globs by path components, everything else as stored. The first
-N rows are the same with and without `limit` (names excepted: what clashes may be behind the limit). An image_id that occurs again gets `#2`, `#3`, ... (the same
-key in two tars, the same file in two epochs); only COCO refuses this, because there annotations refer to the id.
+Hidden files and `_raypipe/` are left out. Order: directories and globs by path components, everything else as stored. The
+first N rows are the same with and without `limit` (names excepted: what clashes may be behind the limit). An image_id that
+occurs again gets `#2`, `#3`, ... (the same key in two tars, the same file in two epochs); only COCO refuses this, because there
+annotations refer to the id. Tars are read through once to be listed, 37 us a member; remote ones are fetched whole for that.
 
 Rows whose image cannot be read are rows all the same. They become a `Reject` when they are read.
 """

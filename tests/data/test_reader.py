@@ -8,6 +8,7 @@ import threading
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from raypipe import UsageError
@@ -144,6 +145,14 @@ def test_few_rows_are_shared_by_all_threads(tmp_path, monkeypatch):
     assert read(list_images(str(tmp_path)), threads=4) == list(contents.values())
 
 
+def test_read_ahead_is_bounded_in_bytes_for_parquet_too(tmp_path):
+    pictures = [bytes([i]) * (3 << 20) for i in range(20)]
+    pq.write_table(pa.table({"image": pictures}), tmp_path / "a.parquet", row_group_size=5)
+    with contextlib.closing(reader._ParquetReader()) as files:
+        assert files.read(str(tmp_path / "a.parquet"), list(range(20))) == pictures[:2]
+    assert read(list_images(str(tmp_path)), threads=2) == pictures
+
+
 def test_a_consumer_that_stops_leaves_the_reader_usable(tmp_path):
     contents = put(tmp_path, *(f"{i}.jpg" for i in range(100)))
     table = list_images(str(tmp_path))
@@ -193,6 +202,12 @@ def test_waiting_for_a_store_ends(monkeypatch):
     assert reasons(results) == ["unreadable"] * 47 + [None] * 13
     assert store.slept == list(reader._PAUSES)
     assert isinstance(results[0], Reject) and "no answer" in results[0].detail
+    with contextlib.closing(Reader(1)) as one:
+        for _ in range(2):
+            store.failures = store.calls + 50
+            table = rows(*((f"s3://bucket/{i}.jpg", 0, -1) for i in range(60)))
+            assert reasons(list(one.read(table))) == ["unreadable"] * 47 + [None] * 13
+    assert store.slept == list(reader._PAUSES) * 3
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError, PermissionError])

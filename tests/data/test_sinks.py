@@ -265,6 +265,13 @@ def test_parquet_is_readable_by_anyone(tmp_path):
     assert os.path.getsize(tmp_path / "part-000012.parquet") < sum(image.nbytes for image in IMAGES) + 20_000
 
 
+def test_parquet_pixels_that_begin_like_a_jpeg(tmp_path):
+    image = photo(20, 30)
+    image[0, 0] = (0xFF, 0xD8, 0xFF)
+    write_block(Sink(format="parquet", root=str(tmp_path)), block([image]))
+    np.testing.assert_array_equal(pictures(list_images(str(tmp_path)))[0], image)
+
+
 def test_parquet_row_groups_stay_small(tmp_path):
     """A reader of shuffled rows decodes a row group for each: 8 MiB, not a whole shard."""
     write_block(Sink(format="parquet", root=str(tmp_path)), block([photo(600, 800)] * 12))
@@ -487,6 +494,27 @@ def test_s3_failures_while_reading_are_rejects(bucket):
         assert isinstance(results[0], bytes) and isinstance(results[-1], Reject) and results[-1].reason == "unreadable"
         location.delete(table["uri"][0].as_py())
         assert {one.reason for one in reader.read(table) if isinstance(one, Reject)} == {"unreadable"}
+
+
+def test_s3_parquet_with_a_damaged_row_group(bucket, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    contents = [os.urandom(5000) for _ in range(32)]
+
+    def parquet(pictures: list[bytes]) -> bytes:
+        buffer = io.BytesIO()
+        pq.write_table(pa.table({"image": pictures}), buffer, row_group_size=4, use_dictionary=False, compression="gzip")
+        return buffer.getvalue()
+
+    first = parquet(contents[:12])
+    location.write(bucket("set"), "a.parquet", first)
+    location.write(bucket("set"), "b.parquet", parquet(contents[12:]))
+    table = list_images(bucket("set"))
+    location.write(bucket("set"), "a.parquet", first[:45000] + bytes(600) + first[45600:])  # its last row group
+    for threads in (0, 1, 4):  # with 0 and 1, one thread reads the end of the first file and the start of the second
+        with contextlib.closing(Reader(threads)) as reader:
+            results = list(reader.read(table))
+        assert results[:8] == contents[:8] and results[12:] == contents[12:]
+        assert [one.reason for one in results[8:12] if isinstance(one, Reject)] == ["unreadable"] * 4
 
 
 def test_s3_write_that_fails_leaves_nothing(bucket):

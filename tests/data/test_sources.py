@@ -429,6 +429,14 @@ def test_parquet_of_raw_pixels(tmp_path):
         np.testing.assert_array_equal(np.load(io.BytesIO(data)), image)
 
 
+def test_parquet_of_thumbnails_as_long_as_their_pixels(tmp_path):
+    jpeg = b"\xff\xd8\xff" + bytes(297)  # 300 bytes, as 10 x 10 raw pixels have
+    columns = {"image": [jpeg, b"\xfe" + jpeg[1:]], "height": [10, 10], "width": [10, 10]}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    first, second = read(list_images(str(tmp_path)))
+    assert first == jpeg and second.startswith(b"\x93NUMPY")
+
+
 def test_parquet_with_annotations_and_holes(tmp_path):
     columns = {
         "image": pa.array([b"a", None, b""], pa.binary()),

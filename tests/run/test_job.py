@@ -1,13 +1,18 @@
 """jobs/preprocess.py as a user runs it: its own process, its own Ray, interrupted, killed, submitted."""
 
+import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import sysconfig
+import tempfile
 import time
+import venv
 from pathlib import Path
 
 import psutil
@@ -46,6 +51,13 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None
         time.sleep(0.05)
 
 
+def named(process: psutil.Process, name: str) -> bool:
+    try:
+        return process.name().startswith(name)
+    except psutil.NoSuchProcess:
+        return False
+
+
 SLOW = ("--input", "demo:240", "--recipe", "coco-1200", "--shard-rows", "8", "--actors", "2", "--writers", "1")
 
 
@@ -64,7 +76,8 @@ def test_a_driver_that_is_killed_or_interrupted_goes_on_where_it_was(tmp_path, u
     process = started_job(*SLOW, "--output", out)
     wait_for(lambda: len(list(out.glob("_raypipe/journal/*.json"))) >= 3, process)
     children = psutil.Process(process.pid).children(recursive=True)
-    assert any(child.name().startswith("ray::MapWor") for child in children)
+    workers = [child for child in children if named(child, "ray::MapWor")]
+    assert workers
     os.kill(process.pid, how)
     _, errors = process.communicate(timeout=60)
     if how == signal.SIGINT:
@@ -72,7 +85,7 @@ def test_a_driver_that_is_killed_or_interrupted_goes_on_where_it_was(tmp_path, u
         assert "Interrupted. The same command goes on from there" in errors
         assert "Traceback" not in errors
     # Ray's own agents notice within a minute that their raylet is gone; nobody who writes may be left when the next run starts.
-    _, alive = psutil.wait_procs([child for child in children if child.name().startswith("ray::MapWor")], timeout=30)
+    _, alive = psutil.wait_procs(workers, timeout=30)
     assert not alive, f"left running: {alive}"
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.jpg")}
     done_before = len(list(out.glob("_raypipe/journal/*.json"))) * 8
@@ -108,50 +121,70 @@ def free_ports(count: int) -> list[int]:
 
 
 @pytest.fixture
-def cluster(tmp_path):
-    """`ray start --head` on ports of its own, in a process group of its own; yields the address of its job server."""
+def bare_python(tmp_path) -> str:
+    """A Python that has all that this one has, but raypipe: a path that is added by a .pth file is not searched for others' .pth files,
+    by which an editable install is found."""
+    venv.create(tmp_path / "node", symlinks=True)
+    site = next((tmp_path / "node").glob("lib/python*/site-packages"))
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    python = str(tmp_path / "node/bin/python")
+    code = "import ray, cv2, torch, sys; import importlib.util as u; sys.exit(u.find_spec('raypipe') is not None)"
+    assert subprocess.run([python, "-c", code], cwd=tmp_path).returncode == 0, "raypipe is there: install it with pip install -e"
+    return python
+
+
+@pytest.fixture
+def cluster(tmp_path, bare_python):
+    """`ray start --head` on ports of its own, ended by process id; yields the address of its job server and an environment for it."""
     gcs, dashboard, client, agent = free_ports(4)
     env = environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="a" * 32)
-    # Nothing of raypipe on the nodes: their Python must not find this checkout.
-    command = (
-        f"ray start --head --block --num-cpus=4 --port={gcs} --dashboard-port={dashboard} --ray-client-server-port={client} "
-        f"--dashboard-agent-listen-port={agent} --temp-dir={tmp_path}/r --disable-usage-stats"
-    )
-    head = subprocess.Popen(command.split(), cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    env["PATH"] = f"{Path(bare_python).parent}:{env['PATH']}"  # `python` of a job's command line
+    folder = tempfile.mkdtemp(prefix="rp-")  # a short path: Ray's sockets are in it, and theirs may have 107 characters
+    command = [bare_python, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=4", "--disable-usage-stats"]
+    command += [f"--port={gcs}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}", f"--temp-dir={folder}"]
+    command += [f"--dashboard-agent-listen-port={agent}"]
+    head = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         wait_for(lambda: socket.socket().connect_ex(("127.0.0.1", dashboard)) == 0, head)
         yield f"http://127.0.0.1:{dashboard}", env
     finally:
-        children = psutil.Process(head.pid).children(recursive=True)
-        head.terminate()
-        psutil.wait_procs(children, timeout=20)
-        for child in children:
-            if child.is_running():
-                child.kill()
-        head.wait(timeout=20)
+        started = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)] if head.poll() is None else []
+        for process in started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        head.communicate(timeout=20)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.mark.slow
 def test_ray_job_submit_with_nothing_of_raypipe_on_the_nodes(cluster, tmp_path):
     address, env = cluster
+
+    def submit(*arguments: str) -> subprocess.CompletedProcess:
+        command = [
+            "ray",
+            "job",
+            "submit",
+            "--address",
+            address,
+            "--working-dir",
+            ".",
+            "--",
+            "python",
+            "jobs/preprocess.py",
+            *arguments,
+        ]
+        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+
     out = tmp_path / "out"
-    # `python -P` in the nodes' environment would hide an installed raypipe; what the job imports is asserted instead.
-    check = "import raypipe, os; assert '/runtime_resources/' in raypipe.__file__, raypipe.__file__; "
-    script = f"{check}import runpy, sys; sys.argv = ['jobs/preprocess.py', *sys.argv[1:]]; runpy.run_path('jobs/preprocess.py', run_name='__main__')"
-    command = ["ray", "job", "submit", "--address", address, "--working-dir", ".", "--", "python", "-c", f'"{script}"']
-    command += ["--input", "demo:60", "--output", str(out), "--actors", "2", "--writers", "1"]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+    done = submit("--input", "demo:60", "--output", str(out), "--actors", "2", "--writers", "1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "60 images in = 60 out + 0 rejected" in done.stdout
     assert len(list(out.glob("*.jpg"))) == 60
 
-    more = subprocess.run(
-        ["ray", "job", "submit", "--address", address, "--working-dir", ".", "--", "python", "jobs/preprocess.py", "--input", "demo:60"]
-        + ["--actors", "30"],
-        cwd=ROOT, env=env, capture_output=True, text=True, timeout=240,
-    )
-    assert more.returncode != 0
-    assert re.search(r"30 preprocess actors and 0 writers take 30 CPUs.*\s*cluster\s*has\s*4", more.stdout, re.S), more.stdout
+    refused = submit("--input", "demo:60", "--actors", "30")
+    assert refused.returncode != 0
+    assert re.search(r"30 preprocess actors and 0 writers take 30 CPUs.*\s*cluster\s*has\s*4", refused.stdout, re.S), refused.stdout
 
 
 def test_cluster_yaml_is_what_ray_up_takes():

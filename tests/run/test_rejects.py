@@ -75,16 +75,33 @@ def bad_files() -> dict[str, bytes]:
         whole = encoded(rgb, format)
         for i, share in enumerate(np.linspace(0.02, 0.97, 20)):
             bad[f"cut-{i}.{ext}"] = whole[: int(len(whole) * share)]
-    texts = [b"<html><body>404 Not Found</body></html>", b"PK\x03\x04 a zip", b"%PDF-1.7", "Grüße".encode(), b"{}", b"GIF8", b"\x00" * 4096]
+    texts = [
+        b"<html><body>404 Not Found</body></html>",
+        b"PK\x03\x04 a zip",
+        b"%PDF-1.7",
+        "Grüße".encode(),
+        b"{}",
+        b"GIF8",
+        b"\x00" * 4096,
+    ]
     bad |= {f"text-{i}.{ext}": text for i, text in enumerate(texts) for ext in ("jpg", "PNG", "tiff")}
     for i in range(30):
         noise = rng.integers(0, 256, 4000, dtype=np.uint8).tobytes()
-        start = [b"", b"\xff\xd8\xff\xe0\x00\x10JFIF\x00", b"\x89PNG\r\n\x1a\n", b"RIFF\xff\x0f\x00\x00WEBPVP8 ", b"BM", b"II*\x00"][i % 6]
+        start = [
+            b"",
+            b"\xff\xd8\xff\xe0\x00\x10JFIF\x00",
+            b"\x89PNG\r\n\x1a\n",
+            b"RIFF\xff\x0f\x00\x00WEBPVP8 ",
+            b"BM",
+            b"II*\x00",
+        ][i % 6]
         bad[f"noise-{i}.{['jpg', 'jpg', 'png', 'webp', 'bmp', 'tif'][i % 6]}"] = start + noise
     whole = jpeg(5)
     size_at = whole.index(b"\xff\xc0") + 5
     for i in range(20):
-        bad[f"header-{i}.jpg"] = whole[:size_at] + (b"\0" * 4 if i % 2 else b"\0\x10" * 2) + b"\x09" * (i % 3 + 1) + whole[size_at + 5 + i % 3 :]
+        bad[f"header-{i}.jpg"] = (
+            whole[:size_at] + (b"\0" * 4 if i % 2 else b"\0\x10" * 2) + b"\x09" * (i % 3 + 1) + whole[size_at + 5 + i % 3 :]
+        )
     png = bytearray(encoded(rgb, "PNG"))
     for i in range(10):
         damaged = bytearray(png)
@@ -143,7 +160,9 @@ def test_bad_boxes_reject_their_image_alone(session, tmp_path):
         coco["images"].append({"id": i, "file_name": f"{name}.jpg", "height": 120, "width": 160})
         coco["annotations"].append({"id": 100 + i, "image_id": i, "category_id": 1, "bbox": box, "area": 400, "iscrowd": 0})
     (tmp_path / "instances.json").write_text(json.dumps(coco))
-    wanted = Settings(input=str(folder), annotations=str(tmp_path / "instances.json"), output=str(tmp_path / "out"), actors=1, writers=1)
+    wanted = Settings(
+        input=str(folder), annotations=str(tmp_path / "instances.json"), output=str(tmp_path / "out"), actors=1, writers=1
+    )
     outcome = run(wanted, console=quiet())
     assert {row.image_id: row.reason for row in outcome.rejected} == {"2": "bad boxes", "3": "bad boxes", "4": "bad boxes"}
     assert sorted(files(tmp_path / "out")) == ["annotations/instances.json", "in/good.jpg", "in/sticks-out.jpg"]
