@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -77,7 +77,9 @@ def local_files(input: str) -> Paths:
 def load(path: str) -> np.ndarray:
     """The image file at `path`, decoded, (height, width, 3) RGB uint8."""
     with open(path, "rb") as file:
-        return cv2.imdecode(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_COLOR_RGB)
+        image = cv2.imdecode(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_COLOR_RGB)
+    assert image is not None, path
+    return image
 
 
 def resize(image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
@@ -88,7 +90,7 @@ def resize(image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
 def write(image: np.ndarray, path: str) -> None:
     """As a JPEG file."""
     with open(path, "wb") as file:
-        file.write(cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), QUALITY)[1])
+        file.write(cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), QUALITY)[1].tobytes())
 
 
 def name_of(path: str, folder: str) -> str:
@@ -170,7 +172,7 @@ def dataloader(paths: Paths, folder: str | None) -> Clock:
     """PyTorch's DataLoader over OpenCV, a worker a core."""
     from torch.utils.data import DataLoader
 
-    loader = DataLoader(_Frames(paths, folder), batch_size=BATCH, num_workers=CORES, worker_init_fn=_one_thread)  # type: ignore[arg-type]
+    loader: Any = DataLoader(_Frames(paths, folder), batch_size=BATCH, num_workers=CORES, worker_init_fn=_one_thread)  # type: ignore[arg-type]
     for batch in loader:
         yield time.perf_counter(), len(batch)
 

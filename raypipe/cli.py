@@ -2,8 +2,9 @@
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -64,10 +65,10 @@ def report(command: Report, console: Console) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The `raypipe` command; returns the exit status: 0, or 2 for bad arguments."""
-    commands = {"recipes": Recipes, "report": Report}
-    command = tyro.extras.subcommand_cli_from_dict(commands, prog="raypipe", description=__doc__, args=arguments)
+    commands: dict[str, Callable[..., Any]] = {"recipes": Recipes, "report": Report}
+    command: Any = tyro.extras.subcommand_cli_from_dict(commands, prog="raypipe", description=__doc__, args=arguments)
     try:
-        {Recipes: recipes, Report: report}[type(command)](command, Console())
+        (recipes if isinstance(command, Recipes) else report)(command, Console())
     except UsageError as error:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
         return 2

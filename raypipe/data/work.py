@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator, Set
 import numpy as np
 import pyarrow as pa
 
-from raypipe.data.sources import SOURCE, unique_names
+from raypipe.data.names import unique_names
+from raypipe.data.sources import SOURCE
 
 WORK = pa.schema([pa.field("epoch", pa.int32()), pa.field("shard", pa.int64()), *SOURCE])
 

@@ -1,5 +1,6 @@
 """What is done to an image. Pure functions, no Ray."""
 
+from importlib import import_module
 from types import ModuleType
 
 from raypipe import UsageError
@@ -12,12 +13,6 @@ def backend(name: str) -> ModuleType:
 
     An OpenCV actor never imports torch: that costs 2 s and 300 MB each.
     """
-    if name == "opencv":
-        from raypipe.images import opencv
-
-        return opencv
-    if name == "torchvision":
-        from raypipe.images import torchvision
-
-        return torchvision
-    raise UsageError(f"There is no backend {name!r}. Use one of: {', '.join(BACKENDS)}.")
+    if name not in BACKENDS:
+        raise UsageError(f"There is no backend {name!r}. Use one of: {', '.join(BACKENDS)}.")
+    return import_module(f"raypipe.images.{name}")

@@ -144,10 +144,43 @@ def busy_cpu_s(times) -> float:
 
 @dataclass(slots=True)
 class _Bucket:
+    """What one stage did in one stretch of the timeline."""
+
     images: int = 0
     busy_s: float = 0.0
     cpu_s: float = 0.0
     rss_bytes: dict[str, int] = field(default_factory=dict)
+    actors: int | None = None
+    queued: int | None = None
+    actor_s: float = 0.0
+    starved_s: float = 0.0
+
+    def add(self, other: "_Bucket") -> None:
+        """Take in the stretch that follows."""
+        self.images += other.images
+        self.busy_s += other.busy_s
+        self.cpu_s += other.cpu_s
+        self.rss_bytes |= other.rss_bytes
+        self.actors = self.actors if other.actors is None else other.actors
+        self.queued = self.queued if other.queued is None else other.queued
+        self.actor_s += other.actor_s
+        self.starved_s += other.starved_s
+
+    def record(self, width: float) -> dict[str, float | int | None]:
+        """As plain figures, for a stretch of `width` seconds. Shares need the execution's view; without it they are None."""
+        busy = min(self.busy_s / self.actor_s, 1.0) if self.actor_s else None
+        starved = None if busy is None else min(self.starved_s / self.actor_s, 1.0 - busy)
+        return {
+            "actors": self.actors,
+            "images_per_s": self.images / width,
+            "cpu_cores": self.cpu_s / width,
+            "rss_bytes": sum(self.rss_bytes.values()),
+            "gpu_percent": None,
+            "busy": busy,
+            "starved": starved,
+            "blocked": None if busy is None or starved is None else 1.0 - busy - starved,
+            "queued": self.queued,
+        }
 
 
 class Collector:
@@ -172,41 +205,37 @@ class Collector:
         self._latest[sample.actor] = sample
         together = sum(s.rss_bytes for s in self._latest.values() if s.stage == sample.stage and sample.at - s.at < 3)
         self._peak_by_stage[sample.stage] = max(self._peak_by_stage.get(sample.stage, 0), together)
-        second = int((sample.at - self._started) / self._width)
-        bucket = self._buckets.setdefault((second, sample.stage), _Bucket())
+        bucket = self._bucket(sample.at, sample.stage)
         bucket.images += sample.images - before.images
         bucket.busy_s += sample.busy_s - before.busy_s
         bucket.cpu_s += sample.cpu_s - before.cpu_s
         bucket.rss_bytes[sample.actor] = sample.rss_bytes
-        if second >= TIMELINE_BUCKETS:
-            self._coarsen()
 
-    def _coarsen(self) -> None:
-        joined: dict[tuple[int, str], _Bucket] = {}
-        for (second, stage), bucket in self._buckets.items():
-            into = joined.setdefault((second // 2, stage), _Bucket())
-            into.images += bucket.images
-            into.busy_s += bucket.busy_s
-            into.cpu_s += bucket.cpu_s
-            into.rss_bytes |= bucket.rss_bytes
-        self._buckets = joined
-        self._width *= 2
+    def _bucket(self, at: float, stage: str) -> _Bucket:
+        second = max(int((at - self._started) / self._width), 0)
+        if second >= TIMELINE_BUCKETS:
+            joined: dict[tuple[int, str], _Bucket] = {}
+            for (earlier, of), bucket in sorted(self._buckets.items()):
+                joined.setdefault((earlier // 2, of), _Bucket()).add(bucket)
+            self._buckets = joined
+            self._width *= 2
+            return self._bucket(at, stage)
+        return self._buckets.setdefault((second, stage), _Bucket())
 
     def observe(self, pools: dict[str, PoolView]) -> None:
         """The stages' actor pools as the execution sees them; totals since its start."""
+        for stage, pool in pools.items():
+            before = self._pools.get(stage) or PoolView()
+            bucket = self._bucket(time.time(), stage)
+            bucket.actors, bucket.queued = pool.end, pool.queued
+            bucket.actor_s += pool.actor_s - before.actor_s
+            bucket.starved_s += pool.starved_s - before.starved_s
         self._pools = pools
 
     def snapshot(self) -> dict:
         """All that is known, as plain records: actors (latest samples), pools, timeline."""
         timeline = [
-            {
-                "t_s": second * self._width,
-                "stage": stage,
-                "images_per_s": bucket.images / self._width,
-                "busy_actors": bucket.busy_s / self._width,
-                "cpu_cores": bucket.cpu_s / self._width,
-                "rss_bytes": sum(bucket.rss_bytes.values()),
-            }
+            {"t_s": second * self._width, "stage": stage, **bucket.record(self._width)}
             for (second, stage), bucket in sorted(self._buckets.items())
         ]
         nodes: dict[str, list[Sample]] = {}

@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 import pyarrow as pa
 
-from raypipe.data.sources import Reader
+from raypipe.data.reader import Reader
 from raypipe.data.work import BLOCK, lists, unlist
 from raypipe.images import backend as backend_module
 from raypipe.images.decode import MAX_PIXELS, Header, Reject, read_header
@@ -239,7 +239,7 @@ class Tracks:
 class Preprocess:
     """The actor. Ray Data calls it with one shard at a time."""
 
-    def __init__(self, *, settings: Preprocessing, meter: Meter, tracks: str, threads: int = 1, io_threads: int = 4):
+    def __init__(self, *, settings: Preprocessing, meter: Meter, tracks: str, threads: int = 1, io_threads: int = 2):
         keep_freed_memory()
         backend_module(settings.backend).setup(threads)
         self._settings = settings
