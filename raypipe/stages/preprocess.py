@@ -171,8 +171,8 @@ def pixels(block: pa.Table) -> np.ndarray:
         raise ValueError(f"the images of this block have {len(sizes)} sizes, such as {sorted(sizes)[:2]}; they are no one array")
     if not sizes:
         return np.empty((0, 0, 0, 3), np.uint8)
-    column = good.column("image").combine_chunks()
-    column = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
+    chunks = good.column("image")
+    column = chunks.chunk(0) if chunks.num_chunks == 1 else chunks.combine_chunks()  # which copies even a single chunk
     first = np.frombuffer(column.buffers()[1], np.int64)[column.offset]
     height, width = sizes.pop()
     flat = np.frombuffer(column.buffers()[2], np.uint8, len(column) * height * width * 3, first)

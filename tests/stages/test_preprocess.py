@@ -1,0 +1,128 @@
+import multiprocessing
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from raypipe.data.reader import Reader
+from raypipe.data.sources import list_images
+from raypipe.data.work import BLOCK, make_work
+from raypipe.images import catalog, opencv
+from raypipe.images.recipe import Recipe, Resize
+from raypipe.stages.preprocess import TRIES, Preprocessing, Tracks, pixels, preprocess_shard
+from tests.conftest import jpeg
+
+
+def shard_of(folder: Path) -> pa.Table:
+    return make_work(list_images(str(folder)), rows_per_shard=1000)
+
+
+def settings(recipe: Recipe | str = "coco-300") -> Preprocessing:
+    return Preprocessing(recipe=catalog.get(recipe) if isinstance(recipe, str) else recipe, backend="opencv")
+
+
+def test_rows_stay_in_order_and_a_bad_one_has_a_reason_and_no_pixels(photos):
+    (photos / "a" / "001.jpg").write_bytes(b"not a photo")
+    (photos / "a" / "002.jpg").write_bytes(b"")
+    shard = shard_of(photos)
+    block, bytes_in = preprocess_shard(shard, settings(), reader=Reader())
+    assert block.schema == BLOCK
+    assert block.column("image_id").to_pylist() == shard.column("image_id").to_pylist()
+    bad = {row["image_id"]: row["reason"] for row in block.drop_columns(["image"]).to_pylist() if row["reason"]}
+    assert bad == {"a/001.jpg": "not an image", "a/002.jpg": "empty"}
+    assert [p is None for p in block.column("image").to_pylist()] == [r is not None for r in block.column("reason").to_pylist()]
+    assert bytes_in == sum(path.stat().st_size for path in photos.rglob("*.jpg")) - len(b"not a photo")
+
+
+def test_pixels_of_one_size_are_one_array_without_a_copy(photos):
+    block, _ = preprocess_shard(shard_of(photos), settings(), reader=Reader())
+    array = pixels(block)
+    assert (array.shape, array.dtype) == ((60, 300, 300, 3), np.uint8)
+    buffer = block.column("image").chunk(0).buffers()[2]
+    assert array.ctypes.data == buffer.address
+    data = jpeg(2, height=102, width=152)
+    from raypipe.images.decode import read_header
+
+    header = read_header(data)
+    plain = np.empty((300, 300, 3), np.uint8)
+    opencv.execute(opencv.decode(data, header), (Resize(height=300, width=300, antialias=False),), plain)
+    index = block.column("image_id").to_pylist().index("b/001.jpg")
+    np.testing.assert_array_equal(array[index], plain)
+
+
+def test_images_of_many_sizes_share_one_buffer_and_are_not_one_array(photos):
+    block, _ = preprocess_shard(shard_of(photos), settings("mask-rcnn-train"), reader=Reader())
+    sizes = set(zip(block.column("height").to_pylist(), block.column("width").to_pylist(), strict=True))
+    assert len(sizes) > 1 and all(min(size) == 800 or max(size) == 1333 for size in sizes)
+    lengths = [len(image) for image in block.column("image").to_pylist()]
+    assert lengths == [
+        h * w * 3 for h, w in zip(block.column("height").to_pylist(), block.column("width").to_pylist(), strict=True)
+    ]
+    with pytest.raises(ValueError, match="sizes"):
+        pixels(block)
+
+
+def test_pixels_of_a_slice_and_of_a_block_with_rejects(photos):
+    (photos / "a" / "000.jpg").write_bytes(b"x")
+    block, _ = preprocess_shard(shard_of(photos), settings(), reader=Reader())
+    good = pixels(block)
+    assert len(good) == 59
+    part = block.slice(5, 10)
+    np.testing.assert_array_equal(pixels(part)[0], good[4])
+    assert pixels(block.slice(0, 1)).shape[0] == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class FailAtTall:
+    above: int = 150
+
+
+@opencv.apply.register
+def _(op: FailAtTall, image, out=None):
+    if image.shape[0] > op.above:
+        raise ZeroDivisionError("a bug in the user's op")
+    return image
+
+
+def test_an_op_that_raises_costs_its_own_image_only(photos):
+    recipe = Recipe(name="own", ops=(FailAtTall(), Resize(height=50, width=50, antialias=False)))
+    block, _ = preprocess_shard(shard_of(photos), settings(recipe), reader=Reader())
+    reasons = block.column("reason").to_pylist()
+    assert reasons.count("failed") == 9 and reasons.count(None) == 51  # heights are 100 to 159
+    assert "ZeroDivisionError: a bug in the user's op" in block.column("detail").to_pylist()
+
+
+def test_a_killer_is_not_touched_and_marks_say_where_a_process_is(photos):
+    marks: list[int] = []
+    block, _ = preprocess_shard(shard_of(photos), settings(), reader=Reader(), killers={3}, mark=marks.append)
+    assert 3 not in marks and set(marks) == set(range(60)) - {3}
+    assert block.column("reason").to_pylist()[3] == "kills its process"
+
+
+def _die_at(folder: str, shard: int, row: int) -> None:
+    Tracks(folder).mark(shard, row)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_tracks_outlive_their_process_and_blame_a_row_only_after_several_deaths(tmp_path):
+    context = multiprocessing.get_context("spawn")
+
+    def die(shard: int, row: int) -> None:
+        process = context.Process(target=_die_at, args=(str(tmp_path), shard, row))
+        process.start()
+        process.join()
+
+    tracks = Tracks(str(tmp_path))
+    tracks.mark(7, 5)  # this process is at 7, 5 and alive: no death
+    for _ in range(TRIES - 1):
+        die(7, 5)
+    die(7, 6)
+    die(8, 5)
+    assert tracks.killers(7) == set()
+    die(7, 5)
+    assert tracks.killers(7) == {5}
+    assert tracks.killers(8) == set()
