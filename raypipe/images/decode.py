@@ -18,6 +18,7 @@ A `.npy` file holds such an image already: uint8 of shape (height, width, 3), RG
 
 import ctypes
 import io
+import logging
 import struct
 import warnings
 from dataclasses import dataclass
@@ -27,8 +28,9 @@ import numpy as np
 from PIL import BmpImagePlugin, GifImagePlugin, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
 from PIL.ImageFile import ImageFile
 
-# Pillow's warnings about odd metadata would only fill a cluster's logs: damage that matters becomes a Reject with a reason.
+# What Pillow says about odd metadata would only fill a cluster's logs: damage that matters becomes a Reject with a reason.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 MAX_PIXELS = 178_956_970
 """Images with more pixels are rejected from their header: 512 MiB as RGB. The same figure at which Pillow refuses by default."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from raypipe import UsageError
 from raypipe.images import recipe as ops
-from raypipe.images.decode import Header, Reject, c_messages, check_size, decode_jpeg, decode_shared, orient
+from raypipe.images.decode import Header, c_messages, check_size, decode_jpeg, decode_shared, orient
 from raypipe.images.recipe import Finish, Recipe, check_ops, noise, padded_size
 
 _REDUCED = {1: 0, 2: cv2.IMREAD_REDUCED_GRAYSCALE_2, 4: cv2.IMREAD_REDUCED_GRAYSCALE_4, 8: cv2.IMREAD_REDUCED_GRAYSCALE_8}
@@ -39,11 +39,9 @@ def decode(data: bytes, header: Header, reduce: int = 1) -> np.ndarray:
     try:
         with c_messages:
             image = cv2.imdecode(np.frombuffer(data, np.uint8), _COLOUR | _REDUCED[reduce])
-    except cv2.error as error:
-        raise Reject("corrupt", f"OpenCV: {error.err}") from error
-    if image is None:
-        raise Reject("corrupt", "OpenCV cannot decode this JPEG")
-    if c_messages.appeared():  # OpenCV keeps some images that Pillow rejects (1 of 40 damaged ones): let it decide
+    except cv2.error:
+        image = None
+    if image is None or c_messages.appeared():  # damaged: OpenCV keeps some images that Pillow rejects, so let Pillow decide
         return decode_jpeg(data, header, reduce)
     return check_size(orient(image, header.orientation), header, reduce)
 

@@ -293,6 +293,25 @@ def test_inference_recipes_are_mlperfs(name, backend_name, picture):
     assert delta.max() <= 1.01 * count and delta.mean() <= 0.6 * count
 
 
+def test_mask_rcnn_is_blue_first_less_the_caffe_mean_in_multiples_of_32():
+    recipe = get("mask-rcnn-train")
+    data = opencv.encode(np.full((427, 640, 3), (10, 20, 30), np.uint8), "png", 0)
+    header = read_header(data)
+    plan = recipe.plan(
+        seed=0, epoch=0, image_id="x", size=(427, 640), boxes=np.array([[64, 42.7, 128, 85.4], [3, 3, 3.5, 9]], np.float32)
+    )
+    out = np.empty((*plan.size, 3), np.uint8)
+    opencv.execute(opencv.decode(data, header), plan.ops, out)
+    batch = opencv.finish([out], recipe.finish)
+    assert batch.shape == (1, 3, 800, 1216)
+    np.testing.assert_allclose(batch[0, :, 0, 0], np.array([30, 20, 10]) - (102.9801, 115.9465, 122.7717), rtol=1e-6)
+    assert (batch[0, :, :, 1199:] == 0).all() and (batch[0, :, :, :1199] != 0).all()
+    flipped = bool(plan.ops[1:])
+    x1, x2 = (0.8, 0.9) if flipped else (0.1, 0.2)
+    np.testing.assert_allclose(plan.boxes, [[x1 * 1199, 80, x2 * 1199, 160]], rtol=1e-5)
+    assert plan.keep.tolist() == [0]
+
+
 def test_ssd_validation_is_pillows_resize(picture):
     data = opencv.encode(picture, "jpeg", 95)
     reference = np.asarray(Image.open(io.BytesIO(data)).resize((300, 300), Image.Resampling.BILINEAR))

@@ -14,6 +14,7 @@ from torchvision.transforms.v2 import functional
 
 from raypipe import UsageError
 from raypipe.images import opencv, torchvision
+from raypipe.images import recipe as recipe_module
 from raypipe.images.catalog import RECIPES
 from raypipe.images.decode import Reject
 from raypipe.images.recipe import (
@@ -270,6 +271,29 @@ def test_iou_crop_ends_whatever_the_boxes(flavour, boxes, size):
     boxes = np.minimum(boxes, np.array([size[1], size[0], size[1], size[0]], np.float32))
     for index in range(20):
         plan(IoUCrop(flavour=flavour), image_id=str(index), boxes=boxes, size=size)
+
+
+@pytest.mark.parametrize("flavour", ["mlperf", "torchvision"])
+def test_iou_crop_tests_the_boxes_its_flavour_says(flavour, monkeypatch):
+    monkeypatch.setattr(recipe_module, "_MODES", (None, 0.3))
+    boxes = np.array([[100, 80, 500, 400], [150, 100, 420, 380]], np.float32)
+    crops = [op for index in range(300) for op in plan(IoUCrop(flavour=flavour), image_id=str(index), boxes=boxes).ops]
+    assert len(crops) > 20
+    least = []
+    for crop in crops:
+        overlaps = iou(boxes, (crop.left, crop.top, crop.left + crop.width, crop.top + crop.height))
+        assert overlaps.max() >= 0.3
+        least.append(overlaps.min())
+    if flavour == "mlperf":
+        assert min(least) > 0.3
+    else:
+        assert min(least) < 0.3
+
+
+@pytest.mark.parametrize("flavour", ["mlperf", "torchvision"])
+def test_iou_crop_gives_up_when_no_mode_can_be_met(flavour, monkeypatch):
+    monkeypatch.setattr(recipe_module, "_MODES", (0.9,))
+    assert plan(IoUCrop(flavour=flavour), boxes=np.array([[0, 0, 2, 2]], np.float32)).ops == ()
 
 
 def test_iou_by_hand():
