@@ -40,7 +40,7 @@ class _Times:
 
     @property
     def unit(self) -> tuple[float, str]:
-        return (1.0, "s") if self.end_s <= 120 else (60.0, "min") if self.end_s <= 7200 else (3600.0, "h")
+        return (1.0, "seconds") if self.end_s <= 120 else (60.0, "minutes") if self.end_s <= 7200 else (3600.0, "hours")
 
     def values(self, stage: str, key: str, join: Callable[[list[float]], float] = fmean) -> list[float | None]:
         """One value a column, None where nothing was measured."""
@@ -80,11 +80,11 @@ def _events(report: dict) -> list[_Event]:
 
 
 def _times(report: dict, events: list[_Event]) -> _Times | None:
-    records = [(t_s, r) for r in report.get("timeline") or [] if (t_s := known(r.get("t_s"))) is not None and t_s >= 0]
+    records = [(t_s, r) for r in report.get("timeline") or [] if (t_s := known(r.get("t_s"))) is not None and 0 <= t_s < 1e9]
     if not records:
         return None
     starts = sorted({t_s for t_s, _ in records})
-    bucket = median([after - before for before, after in pairwise(starts)] or [1.0])
+    bucket = max(median([after - before for before, after in pairwise(starts)] or [1.0]), 1e-3)
     joined = math.ceil((starts[-1] / bucket + 1) / COLUMNS)
     width = bucket * joined
     cells: dict[tuple[str, int], list[dict]] = {}
@@ -113,7 +113,7 @@ def over_time(report: dict) -> str:
         _figure(times, events, "Throughput", "images/s", lines("images_per_s"), label=True),
         _figure(times, events, "Actors", "", lines("actors", join=lambda values: values[-1], kind="steps"), label=True, whole=True),
         *(
-            _figure(times, events, f"What {name} did", "% of actor time", _states(times, name, colour), top=100)
+            _figure(times, events, name, "% of its actors' time", _states(times, name, colour), top=100)
             for name, colour in colour_of.items()
         ),
         _figure(times, events, "CPU", "cores used", lines("cpu_cores")),
@@ -123,7 +123,7 @@ def over_time(report: dict) -> str:
     listed = table(
         ["after", "actors"], [[duration(event.t_s), swatch(event.said, event.colour)] for event in events], "Scale events"
     )
-    each = f"Each point is {'the mean of ' if times.joined > 1 else ''}{duration(times.width_s)}."
+    each = f"Each point is {duration(times.width_s)}{': their mean, for memory their highest' if times.joined > 1 else ''}."
     return (
         tag("p", each, class_="dim")
         + tag("div", *figures, class_="figures")
@@ -198,8 +198,10 @@ def _path(line: _Line, times: _Times, top: float) -> str:
     for run in _runs(line.heights or line.values, max(1, 3 // times.joined)):
         first, last = run[0][0], run[-1][0]
         if line.kind == "line":
-            dot = "h.1" if first == last else ""
-            parts.append("M" + "L".join(f"{x(column + 0.5)} {y(value)}" for column, value in run) + dot)
+            points = [(x(column + 0.5), y(value)) for column, value in run]
+            if first == last:  # alone: as long as what it stands for, or nobody would see it
+                points = [(x(first), points[0][1]), (x(last + 1), points[0][1])]
+            parts.append("M" + "L".join(f"{right} {down}" for right, down in points))
             continue
         ends = [*(column for column, _ in run[1:]), last + 1]
         steps = "".join(f"V{y(value)}H{x(end)}" for (_, value), end in zip(run, ends, strict=True))
@@ -227,14 +229,14 @@ def _event_marks(times: _Times, events: list[_Event], *, label: bool) -> tuple[s
         (p - w, p) if p > 0.5 else (p, p + w) for p, w in ((p, (len(e.said) + 2) / 44) for p, e in zip(places, events, strict=True))
     ]
     rows = _rows(spans, 4) if label else [None] * len(events)
-    marks = []
+    marks, labels = [], []
     for event, place, row in zip(events, places, rows, strict=True):
         x, y = f"{100 * place:.4g}%", 0 if row is None else -8 - 15 * row
         marks.append(tag("line", class_=f"event {event.colour}", x1=x, x2=x, y1=y, y2="100%"))
         if row is not None:
             side = {"dx": -4, "text_anchor": "end"} if place > 0.5 else {"dx": 4}
-            marks.append(tag("text", text(event.said), class_="said", x=x, y=y + 6, **side))
-    return "".join(marks), 1 + max((row for row in rows if row is not None), default=-1)
+            labels.append(tag("text", text(event.said), class_="said", x=x, y=y + 6, **side))
+    return "".join(marks + labels), 1 + max((row for row in rows if row is not None), default=-1)
 
 
 def _axes(times: _Times, y_ticks: list[float]) -> str:
@@ -288,9 +290,7 @@ def _figure(
     y_ticks = _ticks(top or max(value for line in lines for value in line.values if value is not None), 4, whole=whole)
     marks, rows = _event_marks(times, events, label=label)
     # Of lines that fall together the first is the thickest, so that all are seen.
-    widths = [
-        {"style": f"stroke-width:{3 * (len(lines) - i) - 1}px"} if line.kind == "steps" else {} for i, line in enumerate(lines)
-    ]
+    widths = [{"style": f"stroke-width:{2 * (len(lines) - i)}px"} if line.kind == "steps" else {} for i, line in enumerate(lines)]
     paths = [
         tag("path", class_=f"{line.kind} {line.colour}", d=_path(line, times, y_ticks[-1]), **width)
         for line, width in zip(lines, widths, strict=True)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from raypipe.insight.figures import STATES, colours, over_time
-from raypipe.insight.markup import ARROW, DASH, bytes_of, duration, known, number, share, table, tag, text
+from raypipe.insight.markup import ARROW, DASH, bytes_of, duration, known, number, share, swatch, table, tag, text
 
 
 def page(report: dict, *, rejects: Sequence[dict] = (), more_rejects: int = 0) -> str:
@@ -57,7 +57,7 @@ def _section(title: str, content: str) -> str:
 def _bars(rows: Sequence[tuple[str, float, str]]) -> str:
     """Rows of (name, length, what to print at its end), the longest across; name and print are HTML."""
     longest = max((length for _, length, _ in rows), default=0) or 1
-    bars = [(name, tag("i", style=f"width:{max(65 * length / longest, 0):.1f}%"), said) for name, length, said in rows]
+    bars = [(name, tag("i", style=f"width:{max(60 * length / longest, 0):.1f}%"), said) for name, length, said in rows]
     return tag("dl", *(tag("dt", name) + tag("dd", bar, tag("b", said)) for name, bar, said in bars), class_="bars")
 
 
@@ -69,10 +69,10 @@ def _verdict(report: dict) -> str:
     for change in verdict.get("advice") or []:
         predicted = known(change.get("predicted_images_per_s"))
         gain = 100 * (predicted / measured - 1) if predicted is not None and measured else None
-        said = DASH if gain is None else "no gain" if abs(gain) < 2 else f"{gain:+,.0f}%"
-        cells = (text(str(change.get("change")).replace("->", ARROW)), number(predicted, " images/s"), said)
+        said = DASH if gain is None else "none" if abs(gain) < 2 else f"{gain:+,.0f}%"
+        cells = (text(str(change.get("change")).replace(" -> ", ARROW)), number(predicted), said)
         rows.append([tag("span", cell, class_="gain" if (gain or 0) >= 2 else "dim") for cell in cells])
-    advice = table(["What to change", "Expected", "Gain"], rows, "Advice") if rows else ""
+    advice = table(["What to change", "images/s expected", "gain"], rows, "Advice") if rows else ""
     return tag("h1", text(first + dot.strip())) + (tag("p", text(rest), class_="lead") if rest else "") + advice
 
 
@@ -116,6 +116,7 @@ def _spent(stage: dict, colour: str) -> str:
         "span",
         *(tag("i", class_=state, style=f"width:{100 * (share or 0):.1f}%") for state, share in shares),
         class_=f"spent {colour}",
+        aria_hidden="true",
     )
 
 
@@ -143,7 +144,7 @@ def _stage_table(report: dict) -> str:
     colour_of = [colours(report).get(str(stage.get("name")), "none") for stage in stages]
     head = ["", *(swatch(stage.get("name"), colour) for stage, colour in zip(stages, colour_of, strict=True))]
     rows = [[label, *map(cell, stages)] for label, cell in _FIGURES]
-    return table(head, [*rows, ["", *map(_spent, stages, colour_of)]], "Stages")
+    return table(head, [*rows, ["shares of its time", *map(_spent, stages, colour_of)]], "Stages")
 
 
 def _predicted(report: dict) -> str:
@@ -223,8 +224,8 @@ h3{font-size:1rem;margin:0;display:inline}
 .scroll{overflow-x:auto;max-width:100%}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;overflow-wrap:normal}
 th,td{padding:.34rem 1.4rem .34rem 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--line);font-weight:400}
-td{overflow-wrap:anywhere;min-width:6rem}
-thead th{color:var(--dim);white-space:nowrap}tbody th{color:var(--dim);position:sticky;left:0;background:var(--bg)}h1~.scroll tbody th{color:inherit}
+td{overflow-wrap:anywhere;min-width:4.5rem}
+thead th{color:var(--dim)}.key{white-space:nowrap}tbody th{color:var(--dim);position:sticky;left:0;background:var(--bg)}h1~.scroll tbody th{color:inherit}
 .tiles{display:grid;grid-template-columns:repeat(4,1fr);gap:.75rem;margin:0}.tiles :first-child{grid-column:span 2}
 .tiles div{background:var(--panel);border-radius:10px;padding:.8rem 1rem}
 .tiles dt{font-size:.85rem}.tiles dd{margin:0;font-size:.82rem;color:var(--dim);line-height:1.35}
@@ -235,7 +236,7 @@ figcaption{display:flex;flex-wrap:wrap;align-items:baseline;gap:0 .6rem;font-siz
 .legend{display:flex;flex-wrap:wrap;gap:0 1rem;margin-left:auto}
 .key::before{content:"";display:inline-block;width:.75em;height:.75em;border-radius:2px;margin-right:.4em;background:var(--c)}
 .plot{display:block;overflow:visible;height:170px;width:calc(100% - 58px);margin:10px 10px 42px 48px}
-.plot text{font-size:12px;fill:var(--dim);font-variant-numeric:tabular-nums}.plot .said{fill:var(--ink)}
+.plot text{font-size:12px;fill:var(--dim);font-variant-numeric:tabular-nums}.plot .said{fill:var(--ink);paint-order:stroke;stroke:var(--bg);stroke-width:4px;stroke-linejoin:round}
 .in{overflow:visible}.grid{stroke:var(--line)}
 path{fill:none;stroke:var(--c);vector-effect:non-scaling-stroke;stroke-width:2px;stroke-linejoin:round;stroke-linecap:round}
 path.steps{stroke-linecap:butt;stroke-linejoin:miter}path.area{fill:var(--c);stroke:none}
@@ -251,7 +252,7 @@ path.steps{stroke-linecap:butt;stroke-linejoin:miter}path.area{fill:var(--c);str
 .rows .no{display:grid;place-content:center;font-size:.75rem;color:var(--dim);text-align:center}
 .rows div{min-width:0;font-size:.85rem;line-height:1.4}.rows div>*{display:block;max-height:4.2em;overflow-y:auto}.rows em{font-style:normal;color:var(--bad)}
 details{margin:.4rem 0}summary{cursor:pointer;padding:.3rem 0;font-weight:600}
-@media (max-width:640px){.tiles{grid-template-columns:1fr 1fr}.bars{grid-template-columns:1fr;gap:0}.bars dd{margin-bottom:.5rem}}
+@media (max-width:640px){th,td{padding-right:.8rem}.tiles b{font-size:1.3rem}tbody th{min-width:8rem}.tiles{grid-template-columns:1fr 1fr}.bars{grid-template-columns:1fr;gap:0}.bars dd{margin-bottom:.5rem}}
 @media print{main{max-width:none;padding:0}body{font-size:11pt}.hit{display:none}.scroll{overflow:visible}
 *{print-color-adjust:exact;-webkit-print-color-adjust:exact}details::details-content{content-visibility:visible;height:auto}}
 """
