@@ -7,7 +7,8 @@
 Contenders: as many plain processes as cores, each looping over its share with nothing delivered (the ceiling; they get the reused
 buffers and the allocator setting that raypipe's actors get); PyTorch's DataLoader; Ray Data as its documentation does it (read_images,
 map_batches, write_images); raypipe. All resize to 300x300 (bilinear) and deliver uint8 batches of 64 to one consumer, or write JPEG
-files of quality 95. Ray runs before the clock starts. Steady is from the first batch to the last.
+files of quality 95. Ray runs before the clock starts. Images/s are over the time from the first batch to the last, that batch left out; of
+raypipe and of the plain processes over all of the time from when they could begin, which is a little harder on them.
 """
 
 import multiprocessing
@@ -43,7 +44,7 @@ QUALITY = [cv2.IMWRITE_JPEG_QUALITY, 95]
 CORES = cores_here()
 
 Paths = list[str]
-Clock = Iterator[tuple[float, int]]  # moments at which so many images were done, by time.perf_counter()
+Moments = Iterator[tuple[float, int]]  # at which so many images came out, by time.perf_counter()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +73,28 @@ def local_files(input: str) -> Paths:
         if not path.exists():
             path.write_bytes(demo.read(0, index))
     return [str(path) for path in paths]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Of one contender in one round."""
+
+    images_per_s: float
+    first_s: float  # until the first batch; of plain processes, until they could begin
+
+
+Contender = Callable[[Paths, str | None], Timing]
+
+
+def timed(batches: Callable[[Paths, str | None], Moments]) -> Contender:
+    """A contender from what yields when batches came out."""
+
+    def contender(paths: Paths, folder: str | None) -> Timing:
+        started = time.perf_counter()
+        (first, _), *rest = batches(paths, folder)
+        return Timing(sum(count for _, count in rest) / (rest[-1][0] - first), first - started)
+
+    return contender
 
 
 def load(path: str) -> np.ndarray:
@@ -128,10 +151,11 @@ def _plain_loop(backend: str, paths: Paths, folder: str | None, ready, done) -> 
     done.put((begun, time.perf_counter(), len(paths)))
 
 
-def plain(backend: str) -> Callable[[Paths, str | None], Clock]:
+def plain(backend: str) -> Contender:
     """Processes without any framework. Their clock runs from the first image, loading of libraries excepted."""
 
-    def contender(paths: Paths, folder: str | None) -> Clock:
+    def contender(paths: Paths, folder: str | None) -> Timing:
+        started = time.perf_counter()
         context = multiprocessing.get_context("spawn")
         ready, done = context.Barrier(CORES), context.Queue()
         shares = [(backend, paths[i::CORES], folder, ready, done) for i in range(CORES)]
@@ -141,8 +165,9 @@ def plain(backend: str) -> Callable[[Paths, str | None], Clock]:
         results = [done.get() for _ in processes]
         for process in processes:
             process.join()
-        yield min(begun for begun, _, _ in results), 0
-        yield max(ended for _, ended, _ in results), sum(count for _, _, count in results)
+        begun = min(begun for begun, _, _ in results)
+        took = max(ended for _, ended, _ in results) - begun
+        return Timing(sum(count for _, _, count in results) / took, begun - started)
 
     return contender
 
@@ -168,7 +193,7 @@ def _one_thread(_: int) -> None:
     cv2.setNumThreads(1)
 
 
-def dataloader(paths: Paths, folder: str | None) -> Clock:
+def dataloader(paths: Paths, folder: str | None) -> Moments:
     """PyTorch's DataLoader over OpenCV, a worker a core."""
     from torch.utils.data import DataLoader
 
@@ -182,7 +207,7 @@ def _resized(batch: dict) -> dict:
     return {"image": np.stack([resize(image) for image in batch["image"]])}
 
 
-def ray_data(paths: Paths, folder: str | None) -> Clock:
+def ray_data(paths: Paths, folder: str | None) -> Moments:
     """Ray Data as documented."""
     dataset = ray.data.read_images(paths, mode="RGB").map_batches(_resized, batch_size=BATCH)
     if folder:
@@ -205,7 +230,7 @@ class _Bare:
         return {"image": np.stack([resize(load(path)) for path in batch["path"]])}
 
 
-def ray_actors(paths: Paths, folder: str | None) -> Clock:
+def ray_actors(paths: Paths, folder: str | None) -> Moments:
     """A bare Ray Data actor pool over a table of paths: how fast Ray alone has a first block."""
     if folder:
         raise NotImplementedError("the bare pool only delivers")
@@ -216,17 +241,15 @@ def ray_actors(paths: Paths, folder: str | None) -> Clock:
         yield time.perf_counter(), len(batch["image"])
 
 
-def raypipe(backend: Literal["opencv", "torchvision"]) -> Callable[[Paths, str | None], Clock]:
+def raypipe(backend: Literal["opencv", "torchvision"]) -> Contender:
     """jobs/preprocess.py's own run."""
 
-    def contender(paths: Paths, folder: str | None) -> Clock:
-        moments: list[tuple[float, int]] = []
+    def consume(block: pa.Table) -> None:
+        batch = pixels(block)
+        for at in range(0, len(batch), BATCH):
+            assert batch[at : at + BATCH].shape[1:] == (SIZE, SIZE, 3)
 
-        def consume(block) -> None:
-            batch = pixels(block)
-            moments.extend((time.perf_counter(), len(batch[at : at + BATCH])) for at in range(0, len(batch), BATCH))
-
-        begun = time.perf_counter()
+    def contender(paths: Paths, folder: str | None) -> Timing:
         settings = Settings(
             input=os.path.commonpath([os.path.dirname(path) for path in paths]),
             limit=len(paths),
@@ -235,37 +258,26 @@ def raypipe(backend: Literal["opencv", "torchvision"]) -> Callable[[Paths, str |
             actors=CORES,
             writers=max(1, CORES // 2),
         )
-        outcome = run(settings, consume=consume, console=Console(quiet=True))
-        assert outcome.report is not None and outcome.report["images_out"] == len(paths), outcome.report
-        if folder:
-            moments = [(begun + outcome.report["setup_s"] + at, images) for at, images in outcome.outputs]
-        yield from moments
+        report = run(settings, consume=consume, console=Console(quiet=True)).report
+        assert report is not None and report["images_out"] == len(paths), report
+        return Timing(report["steady_images_per_s"], report["setup_s"] + report["first_output_s"])
 
     return contender
 
 
-CONTENDERS: dict[str, Callable[[Paths, str | None], Clock]] = {
+CONTENDERS: dict[str, Contender] = {
     "plain-opencv": plain("opencv"),
     "plain-torchvision": plain("torchvision"),
-    "dataloader": dataloader,
-    "ray-data": ray_data,
-    "ray-actors": ray_actors,
+    "dataloader": timed(dataloader),
+    "ray-data": timed(ray_data),
+    "ray-actors": timed(ray_actors),
     "raypipe-opencv": raypipe("opencv"),
     "raypipe-torchvision": raypipe("torchvision"),
 }
 
 
-@dataclass(frozen=True)
-class Result:
-    """Of one contender in one round."""
-
-    steady: float  # images/s
-    first_s: float
-    memory: int  # bytes at most, of all processes of this one and Ray's object store, above what was there before
-
-
-def measure(contender: Callable[[Paths, str | None], Clock], paths: Paths, folder: str | None) -> Result:
-    """Run it once."""
+def measure(contender: Contender, paths: Paths, folder: str | None) -> tuple[Timing, int]:
+    """Run it once; also the most memory (bytes) that this process, its children and Ray's object store took above what they had."""
     stop, peak = threading.Event(), [0]
 
     def used() -> int:
@@ -284,14 +296,12 @@ def measure(contender: Callable[[Paths, str | None], Clock], paths: Paths, folde
     before = used()
     watcher = threading.Thread(target=watch)
     watcher.start()
-    begun = time.perf_counter()
     try:
-        moments = list(contender(paths, folder))
+        timing = contender(paths, folder)
     finally:
         stop.set()
         watcher.join()
-    images = sum(count for _, count in moments[1:])
-    return Result(images / (moments[-1][0] - moments[0][0]), moments[0][0] - begun, peak[0] - before)
+    return timing, peak[0] - before
 
 
 def main() -> int:
@@ -301,7 +311,7 @@ def main() -> int:
     names = wanted.contenders or tuple(CONTENDERS)
     console = Console()
     ray.init(address="local", num_cpus=2 * CORES, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
-    results: dict[tuple[str, str], list[Result]] = {}
+    results: dict[tuple[str, str], list[tuple[Timing, int]]] = {}
     for round_ in range(wanted.rounds):
         for mode in wanted.modes:
             for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
@@ -313,22 +323,22 @@ def main() -> int:
                 finally:
                     shutil.rmtree(folder or "", ignore_errors=True)
                 results.setdefault((mode, name), []).append(result)
-                console.print(f"round {round_ + 1} {mode} {name}: {result.steady:.0f} images/s", highlight=False)
+                console.print(f"round {round_ + 1} {mode} {name}: {result[0].images_per_s:.0f} images/s", highlight=False)
     for mode in wanted.modes:
         table = Table(
             "contender", "images/s", "of plain-opencv", "min-max", "first, s", "memory, MB", title=f"{mode}, {len(paths)} images"
         )
-        ceiling = [r.steady for r in results.get((mode, "plain-opencv"), [])]
+        ceiling = [timing.images_per_s for timing, _ in results.get((mode, "plain-opencv"), [])]
         for name in (name for name in names if (mode, name) in results):
             rounds = results[mode, name]
-            ratios = [r.steady / c for r, c in zip(rounds, ceiling, strict=False)]
+            ratios = [timing.images_per_s / c for (timing, _), c in zip(rounds, ceiling, strict=False)]
             table.add_row(
                 name,
-                f"{statistics.median(r.steady for r in rounds):.0f}",
+                f"{statistics.median(timing.images_per_s for timing, _ in rounds):.0f}",
                 f"{statistics.median(ratios):.2f}" if ratios else "-",
                 f"{min(ratios):.2f}-{max(ratios):.2f}" if ratios else "-",
-                f"{statistics.median(r.first_s for r in rounds):.1f}",
-                f"{max(r.memory for r in rounds) / 1e6:.0f}",
+                f"{statistics.median(timing.first_s for timing, _ in rounds):.1f}",
+                f"{max(memory for _, memory in rounds) / 1e6:.0f}",
             )
         console.print(table)
     ray.shutdown()

@@ -97,7 +97,7 @@ _EOI = b"\xff\xd9"
 
 
 def read_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Header:
-    """Reads format, size and orientation. Takes about 30 us for a JPEG, and decodes nothing.
+    """Reads format, size and orientation. Takes about 8 us for a JPEG, 30 for others, and decodes nothing.
 
     Raises Reject if the bytes are no image, have more than `max_pixels`, or are a JPEG without its end (which OpenCV would
     silently fill up with grey).
@@ -109,7 +109,7 @@ def read_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Header:
         known = ", ".join([*_PLUGINS, "npy"])
         raise Reject("not an image", f"starts with {data[:12]!r}; known formats are {known}")
     try:
-        header = _npy_header(data) if format == "npy" else _pillow_header(data, format)
+        header = _npy_header(data) if format == "npy" else (format == "jpeg" and _jpeg_header(data)) or _pillow_header(data, format)
     except Reject:
         raise
     except Exception as error:  # parsers of hostile bytes raise anything; whatever it is, this image has no header
@@ -246,6 +246,43 @@ def rejected(error: Exception) -> Reject:
     if isinstance(error, NotImplementedError) or "cannot handle" in low or "unsupported" in low or "pixel mode" in low:
         return Reject("unsupported mode", text)
     return Reject("corrupt", text)
+
+
+_SEGMENT = struct.Struct(">BBH")
+_FRAME = struct.Struct(">BHHB")
+
+
+def _jpeg_header(data: bytes) -> Header | None:
+    """The header of a JPEG as cameras and encoders write them, None for any other: that is Pillow's to judge.
+
+    7 us against Pillow's 30: one percent of an image of 640x480, which is why this is not left to the library.
+    """
+    at, size, orientation = 2, None, 1
+    try:
+        while True:
+            mark, kind, length = _SEGMENT.unpack_from(data, at)
+            if mark != 0xFF or length < 2:
+                return None
+            if kind == 0xDA:  # start of scan: behind it FF only comes stuffed or as a marker, so an EOI found there is a real one
+                break
+            if kind in (0xC0, 0xC1, 0xC2):
+                if size is not None:
+                    return None
+                precision, height, width, components = _FRAME.unpack_from(data, at + 4)
+                if precision != 8 or components not in (1, 3):
+                    return None
+                size = height, width
+            elif kind == 0xE1 and orientation == 1 and data.startswith(b"Exif\0\0", at + 4):
+                orientation = exif_orientation(data[at + 4 : at + 2 + length])
+            elif not (kind in (0xC4, 0xDB, 0xDD, 0xFE) or 0xE0 <= kind <= 0xEF):
+                return None
+            at += 2 + length
+    except struct.error:
+        return None
+    if size is None or data.rfind(_EOI, at) < 0:
+        return None
+    height, width = size if orientation < 5 else size[::-1]
+    return Header(format="jpeg", height=height, width=width, orientation=orientation, native=True)
 
 
 def _pillow_header(data: bytes, format: str) -> Header:

@@ -46,10 +46,14 @@ class Counts:
 
 @dataclass(frozen=True, kw_only=True)
 class Clock:
-    """Seconds of a run, and images done by when. `outputs` holds (seconds since the start, images) for each shard that came out."""
+    """Seconds of a run: `setup_s` for listing, planning and Ray's own start, then `wall_s`, in which all else is counted.
+
+    `ready_s` is when the first preprocess actor could begin (None: unknown), `outputs` when each shard came out, with its images.
+    """
 
     wall_s: float
-    setup_s: float  # listing, planning and Ray's own start, before wall_s
+    setup_s: float
+    ready_s: float | None
     outputs: list[tuple[float, int]]
 
     @property
@@ -58,10 +62,13 @@ class Clock:
 
     @property
     def steady_images_per_s(self) -> float | None:
-        """Throughput between the first shard and the last: neither the actors' start nor Ray's end. Null for fewer than 3 shards."""
-        if len(self.outputs) < 3 or self.outputs[-1][0] <= self.outputs[0][0]:
+        """All images over the time from the first actor that could begin to the last output: Ray's and the actors' start left out,
+        the filling of the pipeline and its emptying not. (Counting from the first output instead would make a gift of what the other
+        actors have under way by then.)
+        """
+        if self.ready_s is None or not self.outputs or self.outputs[-1][0] <= self.ready_s:
             return None
-        return sum(images for _, images in self.outputs[1:]) / (self.outputs[-1][0] - self.outputs[0][0])
+        return sum(images for _, images in self.outputs) / (self.outputs[-1][0] - self.ready_s)
 
 
 def _ratio(a: float, b: float) -> float | None:

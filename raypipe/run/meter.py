@@ -1,7 +1,7 @@
 """What a stage used: measured in its actors with psutil, collected in one named actor.
 
-Each actor sends its running totals after every shard and once a second; the collector keeps each actor's latest totals (so a
-lost or repeated message changes nothing) and a timeline. A message costs about 0.2 ms of the actor, a shard 100 ms or more.
+Each actor sends its running totals after every shard, and within a long one every second; the collector keeps each actor's latest totals
+(so a lost or repeated message changes nothing) and a timeline. A message costs its sender 0.2 ms, a shard 100 ms or more.
 """
 
 import os
@@ -79,7 +79,8 @@ class Meter:
         while True:
             time.sleep(SAMPLE_EVERY_S)
             try:
-                self._send()
+                if time.time() - self._sent >= SAMPLE_EVERY_S:
+                    self._send()
             except Exception:  # the run is ending and Ray with it; nobody is left to tell
                 return
 
@@ -134,6 +135,7 @@ class Meter:
 
     def _send(self) -> None:
         assert self._collector is not None
+        self._sent = time.time()
         self._collector.record.remote(self.sample())
 
 
@@ -146,7 +148,7 @@ def busy_cpu_s(times) -> float:
 class _Bucket:
     """What one stage did in one stretch of the timeline."""
 
-    images: int = 0
+    images: float = 0.0
     busy_s: float = 0.0
     cpu_s: float = 0.0
     rss_bytes: dict[str, int] = field(default_factory=dict)
@@ -167,14 +169,15 @@ class _Bucket:
         self.starved_s += other.starved_s
 
     def record(self, width: float) -> dict[str, float | int | None]:
-        """As plain figures, for a stretch of `width` seconds. Shares need the execution's view; without it they are None."""
-        busy = min(self.busy_s / self.actor_s, 1.0) if self.actor_s else None
+        """As plain figures, for a stretch of `width` seconds. What no actor, or no look at the execution, told of it is None."""
+        told = bool(self.rss_bytes)
+        busy = min(self.busy_s / self.actor_s, 1.0) if self.actor_s and told else None
         starved = None if busy is None else min(self.starved_s / self.actor_s, 1.0 - busy)
         return {
             "actors": self.actors,
-            "images_per_s": self.images / width,
-            "cpu_cores": self.cpu_s / width,
-            "rss_bytes": sum(self.rss_bytes.values()),
+            "images_per_s": self.images / width if told else None,
+            "cpu_cores": self.cpu_s / width if told else None,
+            "rss_bytes": sum(self.rss_bytes.values()) if told else None,
             "gpu_percent": None,
             "busy": busy,
             "starved": starved,
@@ -188,13 +191,17 @@ class Collector:
 
     def __init__(self, run_id: str):
         self._run_id = run_id
-        self._started = time.time()
+        self._started = self._looked = time.time()
         self._latest: dict[str, Sample] = {}
         self._first: dict[str, Sample] = {}
         self._peak_by_stage: dict[str, int] = {}
         self._pools: dict[str, PoolView] = {}
         self._width = SAMPLE_EVERY_S
         self._buckets: dict[tuple[int, str], _Bucket] = {}
+
+    def begin(self, at: float) -> None:
+        """The execution begins: the timeline counts from here."""
+        self._started = self._looked = at
 
     def record(self, sample: Sample) -> None:
         before = self._latest.get(sample.actor)
@@ -205,11 +212,24 @@ class Collector:
         self._latest[sample.actor] = sample
         together = sum(s.rss_bytes for s in self._latest.values() if s.stage == sample.stage and sample.at - s.at < 3)
         self._peak_by_stage[sample.stage] = max(self._peak_by_stage.get(sample.stage, 0), together)
-        bucket = self._bucket(sample.at, sample.stage)
-        bucket.images += sample.images - before.images
-        bucket.busy_s += sample.busy_s - before.busy_s
-        bucket.cpu_s += sample.cpu_s - before.cpu_s
-        bucket.rss_bytes[sample.actor] = sample.rss_bytes
+        for bucket, share in self._between(before.at, sample.at, sample.stage):
+            bucket.images += share * (sample.images - before.images)
+            bucket.busy_s += share * (sample.busy_s - before.busy_s)
+            bucket.cpu_s += share * (sample.cpu_s - before.cpu_s)
+            bucket.rss_bytes[sample.actor] = sample.rss_bytes
+
+    def _between(self, since: float, until: float, stage: str) -> list[tuple[_Bucket, float]]:
+        """The stretches of the timeline between two moments, each with its share of the time: totals say nothing of the way there."""
+        last = self._bucket(until, stage)  # first, as it may change the width
+        seconds = range(int((since - self._started) // self._width), int((until - self._started) // self._width) + 1)
+        if until <= since or len(seconds) < 2:
+            return [(last, 1.0)]
+        parts = []
+        for second in seconds:
+            begin = self._started + second * self._width
+            inside = min(until, begin + self._width) - max(since, begin)
+            parts.append((self._bucket(begin + self._width / 2, stage), inside / (until - since)))
+        return parts
 
     def _bucket(self, at: float, stage: str) -> _Bucket:
         second = max(int((at - self._started) / self._width), 0)
@@ -224,12 +244,14 @@ class Collector:
 
     def observe(self, pools: dict[str, PoolView]) -> None:
         """The stages' actor pools as the execution sees them; totals since its start."""
+        now = time.time()
         for stage, pool in pools.items():
             before = self._pools.get(stage) or PoolView()
-            bucket = self._bucket(time.time(), stage)
-            bucket.actors, bucket.queued = pool.end, pool.queued
-            bucket.actor_s += pool.actor_s - before.actor_s
-            bucket.starved_s += pool.starved_s - before.starved_s
+            for bucket, share in self._between(self._looked, now, stage):
+                bucket.actors, bucket.queued = pool.end, pool.queued
+                bucket.actor_s += share * (pool.actor_s - before.actor_s)
+                bucket.starved_s += share * (pool.starved_s - before.starved_s)
+        self._looked = now
         self._pools = pools
 
     def snapshot(self) -> dict:

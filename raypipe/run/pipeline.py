@@ -79,7 +79,7 @@ class Settings:
     threads: int = 1
     """Threads that OpenCV or torch may use within each actor."""
     shard_rows: int | None = None
-    """Images a shard; by default as many as make 32 MiB of output."""
+    """Images a shard; by default as many as make 64 MiB of output."""
     max_reject_fraction: float = 0.01
     """The run fails when more than this share of the images was rejected; results are kept."""
     run_id: str | None = None
@@ -249,6 +249,7 @@ def preprocessed(
     *,
     pools: Pools,
     threads: int = 1,
+    io_threads: int = 1,
     sink: Sink | None = None,
     run_id: str,
     collector: ray.actor.ActorHandle | None = None,
@@ -264,6 +265,8 @@ def preprocessed(
     context.print_on_execution_start = False
     # A shard stays one block, however large.
     context.target_max_block_size = 2**62
+    # The actors measure their own memory; Ray Data would start a thread for it in every task.
+    context.memory_usage_poll_interval_s = None
     largest = max(table.num_rows for table in tables)
     if collector is not None:
         operators = {f"MapBatches({cls.__name__})": name for cls, name in ((Preprocess, "preprocess"), (Write, "write"))}
@@ -278,6 +281,7 @@ def preprocessed(
             "settings": settings,
             "threads": threads,
             "tracks": tracks_folder(run_id),
+            "io_threads": io_threads,
             "meter": Meter(stage="preprocess", collector=collector),
         },
         batch_size=None,
@@ -423,11 +427,20 @@ def run(settings: Settings, *, consume: Callable[[pa.Table], None] | None = None
     with ray_session(settings) as session:
         collector = start_collector(run_id)
         dataset = preprocessed(
-            todo.left, pixels, pools=session.pools, threads=settings.threads, sink=sink, run_id=run_id, collector=collector
+            todo.left,
+            pixels,
+            pools=session.pools,
+            threads=settings.threads,
+            # One reads ahead of the decoder; more only contend for the interpreter, unless each waits for a network.
+            io_threads=8 if location.is_remote(settings.input) else 1,
+            sink=sink,
+            run_id=run_id,
+            collector=collector,
         )
         console.print(_opening(run_id, settings, todo, session), markup=False, highlight=False)
         machine = psutil.cpu_times()
-        begun = time.perf_counter()
+        begun, begun_at = time.perf_counter(), time.time()
+        collector.begin.remote(begun_at)
         tally = _Tally()
         with _tracks(run_id), _progress(console, left) as show:
             for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
@@ -454,7 +467,12 @@ def run(settings: Settings, *, consume: Callable[[pa.Table], None] | None = None
         versions=versions(),
         hardware=_hardware(session),
         counts=counts,
-        clock=reports.Clock(wall_s=wall_s, setup_s=time.time() - started - wall_s, outputs=tally.outputs),
+        clock=reports.Clock(
+            wall_s=wall_s,
+            setup_s=begun_at - started,
+            ready_s=min((s["at"] for s in snapshot["first"] if s["stage"] == "preprocess"), default=begun_at) - begun_at,
+            outputs=tally.outputs,
+        ),
         cpu_percent=cpu_percent,
         stage_names=["preprocess"] + (["write"] if sink else []),
         snapshot=snapshot,

@@ -239,7 +239,7 @@ class Tracks:
 class Preprocess:
     """The actor. Ray Data calls it with one shard at a time."""
 
-    def __init__(self, *, settings: Preprocessing, meter: Meter, tracks: str, threads: int = 1, io_threads: int = 2):
+    def __init__(self, *, settings: Preprocessing, meter: Meter, tracks: str, threads: int = 1, io_threads: int = 1):
         keep_freed_memory()
         backend_module(settings.backend).setup(threads)
         self._settings = settings

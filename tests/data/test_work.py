@@ -79,7 +79,7 @@ def test_remaining_is_the_table_less_the_shards_that_are_done():
 @pytest.mark.parametrize(
     ("rows", "row_bytes", "expected"),
     [
-        (100_000, 300 * 300 * 3, 124),  # 32 MiB
+        (100_000, 300 * 300 * 3, 248),  # 64 MiB
         (100_000, 1200 * 1200 * 3, 16),  # a few large ones are enough to make a task worth it
         (100_000, 10, 256),
         (1000, 300 * 300 * 3, 63),  # 16 shards, so that several actors have something to do
