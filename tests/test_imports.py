@@ -64,6 +64,7 @@ def test_rays_internals_are_touched_in_one_file_only():
         ("raypipe.stages.write", ("torch",)),
         ("raypipe.run.pipeline", ("torch",)),
         ("raypipe.insight.report", ("ray", "torch", "cv2")),
+        ("raypipe.insight.html", ("ray", "torch", "cv2", "numpy")),
     ],
 )
 def test_importing_one_thing_does_not_bring_in_another(module, heavy):

@@ -128,11 +128,11 @@ def put_work(root: str, work: pa.Table) -> None:
     location.write(root, f"{STATE}/work.parquet", sink.getvalue())
 
 
-def put_rejects(root: str, path: str, rejected: Iterable[Rejected]) -> None:
-    """Write `rejected` as a Parquet file (schema REJECTS), an empty one when there are none."""
+def rejects_parquet(rejected: Iterable[Rejected]) -> pa.Buffer:
+    """`rejected` as the bytes of a Parquet file (schema REJECTS), an empty one when there are none."""
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist([asdict(row) for row in rejected], schema=REJECTS), sink)
-    location.write(root, path, sink.getvalue())
+    return sink.getvalue()
 
 
 def _flat(settings: dict, prefix: str = "") -> dict[str, Any]:

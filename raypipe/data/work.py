@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Set
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from raypipe.data.names import unique_names
 from raypipe.data.sources import SOURCE
@@ -55,6 +56,23 @@ def shard_rows(*, rows: int, row_bytes: int) -> int:
     return min(by_bytes, by_count)
 
 
+def wanted_by(source: pa.Table, *, needs_boxes: bool, drops_crowds: bool) -> pa.Table:
+    """`source` as a recipe wants it: without boxes around crowds, then without images that have no box."""
+    if drops_crowds:
+        crowds = unlist(source.column("crowds"))
+        for name in ("boxes", "labels", "annotation_ids"):
+            kept = [v[~c] if len(c) == len(v) else v for v, c in zip(unlist(source.column(name)), crowds, strict=True)]
+            source = _with(source, name, lists(kept, SOURCE.field(name).type))
+        source = _with(source, "crowds", lists([c[~c] for c in crowds], SOURCE.field("crowds").type))
+    if needs_boxes:
+        source = source.filter(pc.greater(pc.list_value_length(source.column("boxes")), 0))
+    return source
+
+
+def _with(table: pa.Table, name: str, column: pa.Array) -> pa.Table:
+    return table.set_column(table.column_names.index(name), SOURCE.field(name), column)
+
+
 def make_work(
     source: pa.Table, *, rows_per_shard: int, epochs: int = 1, shuffle_seed: int | None = None, first_shard: int = 0
 ) -> pa.Table:
@@ -83,7 +101,7 @@ def extend(work: pa.Table, source: pa.Table, *, rows_per_shard: int) -> pa.Table
     fresh = source.filter(pa.array(new))
     # Names that are on disk stay; what clashes with one of them gets another.
     names = unique_names(fresh.column("name").to_pylist(), taken=work.column("name").to_pylist())
-    fresh = fresh.set_column(fresh.column_names.index("name"), "name", pa.array(names, pa.string()))
+    fresh = _with(fresh, "name", pa.array(names, pa.string()))
     first = (work.column("shard").to_numpy().max() + 1) if work.num_rows else 0
     added = make_work(fresh, rows_per_shard=rows_per_shard, first_shard=int(first))
     return pa.concat_tables([work, added])

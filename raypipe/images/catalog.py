@@ -99,6 +99,7 @@ _ALL = (
         ops=(ShortSide(short=800, long=1333), HorizontalFlip(), SanitizeBoxes(min_size=1)),
         finish=_CAFFE,
         needs_boxes=True,
+        drops_crowds=True,
     ),
     Recipe(
         name="retinanet-train",

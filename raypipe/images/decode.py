@@ -178,6 +178,19 @@ def orient(image: np.ndarray, orientation: int) -> np.ndarray:
     return image
 
 
+def thumbnail(data: bytes, *, side: int = 96) -> bytes | None:
+    """A JPEG of at most `side` pixels each way, for a person to recognise an image by; None if it cannot be decoded."""
+    try:
+        header = read_header(data)
+        image = decode_shared(data, header)
+    except Reject:
+        return None
+    scale = side / max(image.shape[:2])
+    size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
+    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    return cv2.imencode(".jpg", cv2.cvtColor(small, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 80])[1].tobytes()
+
+
 class _CMessages:
     """Catches the lines that libjpeg (in OpenCV) and libtiff (in Pillow) print for damaged files, and tells if there were some.
 

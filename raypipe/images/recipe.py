@@ -1042,7 +1042,7 @@ class Recipe:
 
     `reduced_decode`: JPEGs may be decoded at 1/2, 1/4 or 1/8 scale if the first op shrinks them at least as much: much faster for
     large photos, and not the same pixels. `needs_boxes`: images without boxes are left out of the run (not rejected), as MLPerf
-    training does.
+    training does. `drops_crowds`: before that, boxes around crowds are taken off.
     """
 
     name: str
@@ -1051,6 +1051,7 @@ class Recipe:
     finish: Finish | None = None
     reduced_decode: bool = False
     needs_boxes: bool = False
+    drops_crowds: bool = False
 
     @property
     def random(self) -> bool:

@@ -48,7 +48,7 @@ class Counts:
 class Clock:
     """Seconds of a run: `setup_s` for listing, planning and Ray's own start, then `wall_s`, in which all else is counted.
 
-    `ready_s` is when the first preprocess actor could begin (None: unknown), `outputs` when each shard came out, with its images.
+    `ready_s` is when the preprocess actors could begin, their mean (None: unknown); `outputs` when each shard came out, with its images.
     """
 
     wall_s: float
@@ -62,7 +62,7 @@ class Clock:
 
     @property
     def steady_images_per_s(self) -> float | None:
-        """All images over the time from the first actor that could begin to the last output: Ray's and the actors' start left out,
+        """All images over the time from when actors could begin to the last output: Ray's and the actors' own start left out,
         the filling of the pipeline and its emptying not. (Counting from the first output instead would make a gift of what the other
         actors have under way by then.)
         """

@@ -31,13 +31,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from raypipe import UsageError
 from raypipe.data import journal, location
+from raypipe.data.reader import Reader
 from raypipe.data.sinks import Sink, write_annotations
 from raypipe.data.sources import list_images
 from raypipe.data.work import extend, make_work, remaining, shard_rows, shards
 from raypipe.images import backend as backend_module
 from raypipe.images import catalog
-from raypipe.images.decode import MAX_PIXELS
+from raypipe.images.decode import MAX_PIXELS, thumbnail
 from raypipe.images.recipe import Recipe, to_json
+from raypipe.insight import html
 from raypipe.insight import report as reports
 from raypipe.run.meter import Meter, busy_cpu_s, start_collector
 from raypipe.run.scaling import observe
@@ -355,13 +357,6 @@ def plan(settings: Settings) -> Todo:
     return Todo(recipe=recipe, work=listed, left=remaining(listed, journal.done_shards(root)))
 
 
-def trainable(source: pa.Table, recipe: Recipe) -> pa.Table:
-    """`source` without crowd boxes and then without images that have no box, where the recipe needs boxes, as MLPerf trains."""
-    if not recipe.needs_boxes:
-        return source
-    return source.filter(pc.greater(pc.list_value_length(source.column("boxes")), 0))
-
-
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """How a run ended. `report` is None when there was nothing left to do; `rows` were to be accounted for; `outputs` holds when each
@@ -470,20 +465,21 @@ def run(settings: Settings, *, consume: Callable[[pa.Table], None] | None = None
         clock=reports.Clock(
             wall_s=wall_s,
             setup_s=begun_at - started,
-            ready_s=min((s["at"] for s in snapshot["first"] if s["stage"] == "preprocess"), default=begun_at) - begun_at,
+            ready_s=_ready_at(snapshot, session.pools.actors, default=begun_at) - begun_at,
             outputs=tally.outputs,
         ),
         cpu_percent=cpu_percent,
         stage_names=["preprocess"] + (["write"] if sink else []),
         snapshot=snapshot,
     )
-    if sink is not None and settings.annotations is not None:
-        rows = ((w.image_id, w.file, w.height, w.width, w.boxes, w.annotation_ids) for w in written)
-        write_annotations(settings.annotations, sink.root, rows, folder=sink.folder)
-    for folder in ([f"{sink.root}"] if sink else []) + ([settings.report] if settings.report else []):
-        prefix = f"{journal.STATE}/" if sink and folder == sink.root else ""
-        journal.put_rejects(folder, f"{prefix}rejects.parquet", rejected)
-        location.write(folder, f"{prefix}report.json", json.dumps(report, indent=1).encode())
+    if sink is not None:
+        if settings.annotations is not None:
+            rows = ((w.image_id, w.file, w.height, w.width, w.boxes, w.annotation_ids) for w in written)
+            write_annotations(settings.annotations, sink.root, rows, folder=sink.folder)
+        _leave_report(sink.root, f"{journal.STATE}/", report, todo, rejected)
+        location.delete_folder(location.join(sink.root, sink.tmp))  # what killed actors had under way
+    if settings.report is not None:
+        _leave_report(settings.report, "", report, todo, rejected)
     return Outcome(report=report, rejected=rejected, rows=total, outputs=tally.outputs)
 
 
@@ -502,6 +498,37 @@ def _journaled(settings: Settings, todo: Todo) -> tuple[list[journal.Written], l
     return written, rejected
 
 
+def _leave_report(folder: str, prefix: str, report: dict[str, Any], todo: Todo, rejected: list[journal.Rejected]) -> None:
+    shown = _shown(todo, rejected)
+    page = html.page(report, rejects=shown, more_rejects=len(rejected) - len(shown))
+    files = {
+        "rejects.parquet": journal.rejects_parquet(rejected),
+        "report.json": json.dumps(report, indent=1).encode(),
+        "report.html": page.encode(),
+    }
+    for name, data in files.items():
+        location.write(folder, prefix + name, data, tmp=f"{journal.STATE}/tmp" if prefix else "")
+
+
+SHOWN_PER_REASON, SHOWN = 3, 12
+
+
+def _shown(todo: Todo, rejected: list[journal.Rejected]) -> list[dict[str, Any]]:
+    """A few rejects of each reason with what can be seen of them, for the report's page."""
+    count: Counter[str] = Counter()
+    rows = []
+    for row in rejected:
+        count[row.reason] += 1
+        if count[row.reason] <= SHOWN_PER_REASON and len(rows) < SHOWN:
+            rows.append(row)
+    # What kills an actor would kill the driver too.
+    harmless = pa.array([row.image_id for row in rows if row.reason != "kills its process"], pa.string())
+    work = todo.work.filter(pc.is_in(todo.work.column("image_id"), harmless))
+    data = Reader(threads=0).read(work)
+    seen = {i: thumbnail(d) for i, d in zip(work.column("image_id").to_pylist(), data, strict=True) if isinstance(d, bytes)}
+    return [{**asdict(row), "thumbnail": seen.get(row.image_id)} for row in rows]
+
+
 def _opening(run_id: str, settings: Settings, todo: Todo, session: Session) -> str:
     pools = session.pools
     writers = f", {pools.writers} writing {settings.format}" if pools.writers else ", nothing written"
@@ -510,6 +537,12 @@ def _opening(run_id: str, settings: Settings, todo: Todo, session: Session) -> s
         f"Run {run_id}: {todo.left.num_rows} images, recipe {todo.recipe.name}, {settings.backend}; "
         f"actors: {pools.actors} preprocessing{writers}; {session.cores:g} cores{dashboard}"
     )
+
+
+def _ready_at(snapshot: dict[str, Any], actors: int, *, default: float) -> float:
+    """The mean moment at which the preprocess actors that the run began with could begin: they start one after the other."""
+    ready = sorted(sample["at"] for sample in snapshot["first"] if sample["stage"] == "preprocess")[:actors]
+    return sum(ready) / len(ready) if ready else default
 
 
 def _hardware(session: Session) -> dict[str, Any]:

@@ -3,7 +3,7 @@ import pyarrow as pa
 import pytest
 
 from raypipe.data.sources import SOURCE
-from raypipe.data.work import WORK, extend, lists, make_work, remaining, shard_rows, shards, unlist
+from raypipe.data.work import WORK, extend, lists, make_work, remaining, shard_rows, shards, unlist, wanted_by
 
 
 def source(*names: str) -> pa.Table:
@@ -102,3 +102,15 @@ def test_lists_and_back():
 def test_unlist_reads_slices_and_nulls():
     column = pa.chunked_array([pa.array([[1, 2], None, [], [3]], pa.list_(pa.int64()))]).slice(1)
     assert [a.tolist() for a in unlist(column)] == [[], [], [3]]
+
+
+def test_crowds_are_left_out_before_images_without_boxes():
+    rows = source("a", "b", "c").to_pylist()
+    rows[0] |= {"boxes": [[0, 0, 1, 1], [2, 2, 3, 3]], "labels": [5, 6], "crowds": [True, False], "annotation_ids": [1, 2]}
+    rows[1] |= {"crowds": [True]}
+    rows[2] |= {"boxes": [], "labels": [], "crowds": [], "annotation_ids": []}
+    table = pa.Table.from_pylist(rows, schema=SOURCE)
+    kept = wanted_by(table, needs_boxes=True, drops_crowds=True).to_pylist()
+    assert [(r["name"], r["boxes"], r["labels"], r["annotation_ids"]) for r in kept] == [("a", [[2, 2, 3, 3]], [6], [2])]
+    assert wanted_by(table, needs_boxes=True, drops_crowds=False).num_rows == 2
+    assert wanted_by(table, needs_boxes=False, drops_crowds=False).equals(table)
