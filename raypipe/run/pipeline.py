@@ -34,7 +34,7 @@ from raypipe.data import journal, location
 from raypipe.data.reader import Reader
 from raypipe.data.sinks import Sink, write_annotations
 from raypipe.data.sources import list_images
-from raypipe.data.work import extend, make_work, remaining, shard_rows, shards
+from raypipe.data.work import extend, make_work, remaining, shard_rows, shards, wanted_by
 from raypipe.images import backend as backend_module
 from raypipe.images import catalog
 from raypipe.images.decode import MAX_PIXELS, thumbnail
@@ -329,9 +329,8 @@ def plan(settings: Settings) -> Todo:
     settings.check()
     recipe = catalog.get(settings.recipe)
     backend_module(settings.backend).check(recipe)
-    source = trainable(
-        list_images(settings.input, annotations=settings.annotations, limit=settings.limit, seed=settings.seed), recipe
-    )
+    listed = list_images(settings.input, annotations=settings.annotations, limit=settings.limit, seed=settings.seed)
+    source = wanted_by(listed, needs_boxes=recipe.needs_boxes, drops_crowds=recipe.drops_crowds)
     if not source.num_rows:
         raise UsageError(f"No image of {settings.input!r} has boxes, which recipe {recipe.name} needs. Give --annotations.")
     height, width = recipe.fixed_size or (480, 640)
@@ -346,15 +345,15 @@ def plan(settings: Settings) -> Todo:
     stored = journal.read_work(root) if going_on else None
     if stored is None:
         journal.check_writable(root)
-        work = listed = make_work(source, rows_per_shard=rows)
+        work = here = make_work(source, rows_per_shard=rows)
     else:
         work = extend(stored, source, rows_per_shard=rows)
-        listed = work.filter(pc.is_in(work.column("image_id"), source.column("image_id").combine_chunks()))
+        here = work.filter(pc.is_in(work.column("image_id"), source.column("image_id").combine_chunks()))
     if stored is None or work.num_rows > stored.num_rows:
         journal.put_work(root, work)
     if not going_on:
         journal.put_settings(root, deciding(settings, recipe), versions())
-    return Todo(recipe=recipe, work=listed, left=remaining(listed, journal.done_shards(root)))
+    return Todo(recipe=recipe, work=here, left=remaining(here, journal.done_shards(root)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -516,7 +515,7 @@ SHOWN_PER_REASON, SHOWN = 3, 12
 def _shown(todo: Todo, rejected: list[journal.Rejected]) -> list[dict[str, Any]]:
     """A few rejects of each reason with what can be seen of them, for the report's page."""
     count: Counter[str] = Counter()
-    rows = []
+    rows: list[journal.Rejected] = []
     for row in rejected:
         count[row.reason] += 1
         if count[row.reason] <= SHOWN_PER_REASON and len(rows) < SHOWN:
