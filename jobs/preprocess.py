@@ -8,7 +8,7 @@
     python jobs/preprocess.py --input s3://bucket/photos --output s3://bucket/photos-300 --actors 16 --writers 4
     ray job submit --working-dir . -- python jobs/preprocess.py --input demo
 
-Run it again with the same --output to go on after Ctrl-C, a crash or a lost node. `--help` lists all settings.
+Run it again with the same --output to go on after Ctrl-C, a crash or a lost node.
 Exit status: 0 when every image is accounted for and rejects stay within --max-reject-fraction, 1 when not, 2 for bad arguments.
 """
 
@@ -41,10 +41,15 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(f"\nInterrupted. {again}", markup=False)
         return 130
     except (RayError, OSError) as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # Ctrl-C again, while Ray was ending
+            return 130
         console.print(f"error: the run broke off: {broken_off(error)}\n{again}", style="red", markup=False, highlight=False)
         return 1
     if outcome.report is not None:
         Console().print(terminal(outcome.report))
+        places = [f"{settings.output}/_raypipe" if settings.output else None, settings.report]
+        for place in filter(None, places):
+            console.print(f"report: {place}/report.html", markup=False, highlight=False)
     failure = verdict_on(outcome, settings)
     if failure:
         console.print(f"error: {failure}", style="red", markup=False, highlight=False)

@@ -38,10 +38,11 @@ def recipes(command: Recipes, console: Console) -> None:
     if command.name is not None:
         console.print_json(json.dumps(to_json(catalog.get(command.name))))
         return
-    table = Table("recipe", "size", "ops", "what it is, and where from", header_style="bold", pad_edge=False)
+    table = Table("recipe", "size", "what it is, and where from", header_style="bold", pad_edge=False)
+    table.columns[0].no_wrap = True
     for name, recipe in catalog.RECIPES.items():
         size = "varies" if recipe.fixed_size is None else "{}x{}".format(*recipe.fixed_size)
-        table.add_row(name, size, ", ".join(type(op).__name__ for op in recipe.ops), recipe.description)
+        table.add_row(name, size, recipe.description)
     console.print(table)
 
 

@@ -1198,7 +1198,9 @@ def _op_class(name: str, where: str) -> type:
     except (ImportError, AttributeError, ValueError) as error:
         raise UsageError(f"{where}: own op {name!r} cannot be imported: {error}; module:Class must be importable") from error
     if not dataclasses.is_dataclass(found) or not isinstance(found, type) or getattr(found, "purpose", None) not in PURPOSES:
-        raise UsageError(f"{where}: {name!r} is no op: an op is a dataclass with a purpose, one of {', '.join(PURPOSES)}")
+        raise UsageError(
+            f"{where}: {name!r} is no op: an op is a dataclass with a line `purpose: ClassVar[str] = ...`, one of {', '.join(PURPOSES)}"
+        )
     return found
 
 

@@ -76,4 +76,8 @@ def changes(stages: list[StageCost], cores: float, measured: float) -> list[Chan
     most = [replace(s, actors=s.actors + 1) for s in base]
     options.append((f"cores {cores:g} -> {cores + 1:g} and an actor more of each stage", most, cores + 1))
     found = [Change(change=text, predicted_images_per_s=measured * bound(then, c)[0] / now) for text, then, c in options]
-    return sorted(found, key=lambda change: -change.predicted_images_per_s)
+    distinct: list[Change] = []
+    for change in found:  # what costs more and brings no more is no advice
+        if all(abs(change.predicted_images_per_s / other.predicted_images_per_s - 1) > 0.02 for other in distinct):
+            distinct.append(change)
+    return sorted(distinct, key=lambda change: -change.predicted_images_per_s)

@@ -83,7 +83,8 @@ def _stage(name: str, snapshot: dict, cores: float) -> dict[str, Any]:
     cpu_s = sum(actor["cpu_s"] for actor in actors)
     # The two clocks differ a little (10 Hz there, every call here); the shares must still sum to 1.
     total = max(pool.actor_s, busy_s)
-    starved = min(pool.starved_s, total - busy_s)
+    # Whoever writes files has nobody behind it to be held up by.
+    starved = total - busy_s if name == "write" else min(pool.starved_s, total - busy_s)
     first = min((actor["at"] for actor in snapshot["first"] if actor["stage"] == name), default=0.0)
     last = max((actor["at"] for actor in actors), default=0.0)
     return {
@@ -148,19 +149,20 @@ def build(
         "steady_images_per_s": steady,
         "cpu_percent": cpu_percent,
         "stages": stages,
-        "verdict": verdict(stages, cores, steady or _ratio(done_now, clock.wall_s) or 0.0),
+        "verdict": verdict(stages, cores, steady or _ratio(done_now, clock.wall_s) or 0.0, cpu_percent),
         "scale_events": [],
         "timeline": snapshot["timeline"],
     }
 
 
-def verdict(stages: list[dict], cores: float, measured: float) -> dict[str, Any]:
+def verdict(stages: list[dict], cores: float, measured: float, cpu_percent: float | None = None) -> dict[str, Any]:
     """Which stage limits, why, and what a change would bring.
 
     Args:
         stages: as in the report.
         cores: of all nodes.
         measured: images/s, what the predictions start from.
+        cpu_percent: of the whole machine, to see whether others use it too.
     """
     costs = [
         planner.StageCost(name=s["name"], actors=s["actors"]["max"], busy_s=s["busy_s_per_image"], cpu_s=s["cpu_s_per_image"])
@@ -169,6 +171,10 @@ def verdict(stages: list[dict], cores: float, measured: float) -> dict[str, Any]
     ]
     if not costs:
         return {"stage": None, "reason": "No stage has finished a shard, so nothing is known of what they cost.", "advice": []}
+    if max(s["busy"] or 0.0 for s in stages) < 0.5:
+        most = max(costs, key=lambda cost: cost.busy_s / cost.actors)
+        reason = "Too short a run to tell what limits: no stage was busy for even half of the time that its actors were there."
+        return {"stage": most.name, "reason": reason, "advice": []}
     _, limit = planner.bound(planner.uncontended(costs, cores), cores)
     by_name = {s["name"]: s for s in stages}
     if limit == planner.CORES:
@@ -193,6 +199,9 @@ def verdict(stages: list[dict], cores: float, measured: float) -> dict[str, Any]
             + "".join(f"; {text}" for text in others)
             + "."
         )
+    used = sum(s["cpu_percent"] or 0.0 for s in stages)
+    if cpu_percent is not None and cpu_percent > 85 and used < 70:
+        reason += f" Other programs held much of the machine: it was {cpu_percent:.0f}% busy, {used:.0f}% by these stages."
     advice = [asdict(change) for change in planner.changes(costs, cores, measured)]
     return {"stage": stage.name, "reason": reason, "advice": advice}
 
@@ -230,7 +239,8 @@ def terminal(report: dict) -> Group:
     lines = [
         f"{report['images_in']} images in = {report['images_out']} out + {report['images_rejected']} rejected{before}",
         f"{_number(report['steady_images_per_s'], '.0f')} images/s once running, {_number(report['images_per_s'], '.0f')} from start to end",
-        f"first output after {_number(report['first_output_s'], '.1f')} s of {_number(report['wall_s'], '.1f')} s; "
+        f"{_number(report['setup_s'], '.1f')} s to list and start Ray, then {_number(report['wall_s'], '.1f')} s, first output after "
+        f"{_number(report['first_output_s'], '.1f')} s; "
         f"machine {_number(report['cpu_percent'], '.0f')}% busy",
     ]
     if report["rejects_by_reason"]:

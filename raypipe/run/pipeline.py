@@ -123,6 +123,39 @@ def deciding(settings: Settings, recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def check_apart(settings: Settings) -> None:
+    """Raises UsageError where results would overwrite what they are made from, or be taken for input the next time."""
+    if settings.output is None or settings.input.startswith("demo") or location.is_remote(settings.input):
+        return
+    if location.is_remote(settings.output):
+        return
+    source, output = os.path.realpath(settings.input), os.path.realpath(settings.output)
+    if os.path.isdir(source) and os.path.commonpath([source, output]) == source:
+        raise UsageError(
+            f"--output {settings.output!r} is the input folder {settings.input!r} or in it: results would overwrite originals, or be taken "
+            f"for input by the next run. Nothing was started. Give a folder beside it."
+        )
+
+
+def check_free(settings: Settings, work: pa.Table) -> None:
+    """Raises UsageError where a first run would overwrite a file that is no result of raypipe."""
+    assert settings.output is not None
+    extension = {"jpeg": ".jpg", "png": ".png", "npy": ".npy"}.get(settings.format)
+    if location.is_remote(settings.output) or extension is None or not os.path.isdir(settings.output):
+        return
+    folder = os.path.join(location.local_path(settings.output), _folder(settings))
+    for name in work.column("name").to_pylist():
+        if os.path.lexists(os.path.join(folder, name + extension)):
+            raise UsageError(
+                f"{os.path.join(folder, name + extension)} exists and is no result of an earlier run: it would be overwritten. Nothing was "
+                f"started. Give an --output without it."
+            )
+
+
+ACTOR_BYTES = {"opencv": 250 * 10**6, "torchvision": 600 * 10**6}
+"""Memory that an actor has before it has an image (measured: resident, libraries included)."""
+
+
 def versions() -> dict[str, str]:
     """Versions of what a run's results and speed depend on."""
     names = ("raypipe", "ray", "opencv-python-headless", "torch", "torchvision", "pillow", "numpy", "pyarrow")
@@ -171,6 +204,12 @@ def size_pools(settings: Settings, *, cpus: int, joined: bool) -> Pools:
     else:
         actors = max(1, cpus - writers) if joined else cpus
     pools = Pools(actors, writers)
+    memory = psutil.virtual_memory().total
+    if not joined and pools.cpus * ACTOR_BYTES[settings.backend] > memory:
+        raise UsageError(
+            f"{actors} preprocess actors and {writers} writers need about {pools.cpus * ACTOR_BYTES[settings.backend] / 1e9:.0f} GB of memory; "
+            f"this machine has {memory / 1e9:.0f} GB and {cpus} cores. Ask for fewer with --actors and --writers."
+        )
     if joined and pools.cpus > cpus:
         raise UsageError(
             f"{actors} preprocess actors and {writers} writers take {pools.cpus} CPUs, one each, but the cluster has {cpus}: Ray would "
@@ -327,6 +366,7 @@ def plan(settings: Settings) -> Todo:
         UsageError: the settings, the input or the output cannot be used. Nothing was changed.
     """
     settings.check()
+    check_apart(settings)
     recipe = catalog.get(settings.recipe)
     backend_module(settings.backend).check(recipe)
     listed = list_images(settings.input, annotations=settings.annotations, limit=settings.limit, seed=settings.seed)
@@ -346,6 +386,7 @@ def plan(settings: Settings) -> Todo:
     if stored is None:
         journal.check_writable(root)
         work = here = make_work(source, rows_per_shard=rows)
+        check_free(settings, work)
     else:
         work = extend(stored, source, rows_per_shard=rows)
         here = work.filter(pc.is_in(work.column("image_id"), source.column("image_id").combine_chunks()))
@@ -376,6 +417,12 @@ class _Tally:
     rejected: int = 0
     rejects: list[journal.Rejected] = field(default_factory=list)  # of blocks of pixels; writers put theirs in the journal
 
+    @property
+    def rate(self) -> str:
+        """Images/s since the first shard came out, for a person: neither the actors' start nor what is still to come."""
+        took = self.outputs[-1][0] - self.outputs[0][0] if self.outputs else 0.0
+        return f"{(self.images - self.outputs[0][1]) / took:.0f}" if took else "-"
+
     def count(self, block: pa.Table, at_s: float) -> None:
         if "image" in block.column_names:
             bad = block.filter(pc.is_valid(block.column("reason"))).select(journal.REJECTS.names).to_pylist()
@@ -401,6 +448,7 @@ def run(settings: Settings, *, consume: Callable[[pa.Table], None] | None = None
     """
     started = time.time()
     console = console or Console(stderr=True)
+    console.print(f"Listing {settings.input} ...", markup=False, highlight=False)
     todo = plan(settings)
     total, left = todo.work.num_rows, todo.left.num_rows
     if not left:
@@ -418,6 +466,7 @@ def run(settings: Settings, *, consume: Callable[[pa.Table], None] | None = None
             format=settings.format, root=location.absolute(settings.output), folder=_folder(settings), quality=settings.quality
         )
     pixels = Preprocessing(recipe=todo.recipe, backend=settings.backend, seed=settings.seed, max_pixels=settings.max_pixels)
+    console.print("Starting Ray ..." if not os.environ.get("RAY_ADDRESS") else "Joining Ray ...")
     with ray_session(settings) as session:
         collector = start_collector(run_id)
         dataset = preprocessed(
@@ -587,9 +636,8 @@ def _progress(console: Console, total: int) -> Iterator[Callable[[_Tally], None]
             now = time.perf_counter()
             if now - said >= LINE_EVERY_S or tally.images == total:
                 said = now
-                rate = tally.images / (now - begun)
                 console.print(
-                    f"{tally.images}/{total} images, {tally.rejected} rejected, {rate:.0f} images/s, {now - begun:.0f} s",
+                    f"{tally.images}/{total} images, {tally.rejected} rejected, {tally.rate} images/s, {now - begun:.0f} s",
                     highlight=False,
                 )
 
@@ -608,8 +656,7 @@ def _progress(console: Console, total: int) -> Iterator[Callable[[_Tally], None]
         task = progress.add_task("starting actors", total=total, rate="-", rejected=0)
 
         def bar(tally: _Tally) -> None:
-            rate = f"{tally.images / (time.perf_counter() - begun):.0f}"
-            progress.update(task, description="images", completed=tally.images, rate=rate, rejected=tally.rejected)
+            progress.update(task, description="images", completed=tally.images, rate=tally.rate, rejected=tally.rejected)
 
         yield bar
 
