@@ -1,5 +1,6 @@
 """The preprocess stage: one shard of work rows in, one block of pixels out, row for row."""
 
+import contextlib
 import ctypes
 import os
 import struct
@@ -192,6 +193,15 @@ def keep_freed_memory() -> None:
             mallopt(parameter, value)
 
 
+def _is_alive(pid: int, created: int) -> bool:
+    try:
+        process = psutil.Process(pid)
+        # A worker that died is a zombie until its raylet looks.
+        return int(process.create_time()) == created and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 class Tracks:
     """Which row this process is at, in a file that outlives it; and which rows processes were at when they died.
 
@@ -212,14 +222,12 @@ class Tracks:
 
     def _bury(self) -> None:
         for path in self._folder.glob("*.at"):
-            pid, created = path.stem.split("-")
-            if psutil.pid_exists(int(pid)) and int(psutil.Process(int(pid)).create_time()) == int(created):
+            pid, created = map(int, path.stem.split("-"))
+            if _is_alive(pid, created):
                 continue
-            grave = self._folder / f"{path.stem}.dead"
-            try:
-                path.rename(grave)
-            except FileNotFoundError:  # another actor was faster
-                continue
+            # FileNotFoundError: another actor was faster.
+            with contextlib.suppress(FileNotFoundError):
+                path.rename(path.with_suffix(".dead"))
 
     def killers(self, shard: int) -> set[int]:
         """The rows of `shard` at which processes died TRIES times."""
