@@ -399,13 +399,11 @@ def plan(settings: Settings) -> Todo:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a run ended. `report` is None when there was nothing left to do; `rows` were to be accounted for; `outputs` holds when each
-    shard came out (seconds since the execution began, `setup_s` after the call) and its images."""
+    """How a run ended. `report` is None when there was nothing left to do; `rows` were to be accounted for."""
 
     report: dict[str, Any] | None
     rejected: list[journal.Rejected]
     rows: int
-    outputs: list[tuple[float, int]] = field(default_factory=list)
 
 
 @dataclass
@@ -528,7 +526,7 @@ def run(settings: Settings, *, consume: Callable[[pa.Table], None] | None = None
         location.delete_folder(location.join(sink.root, sink.tmp))  # what killed actors had under way
     if settings.report is not None:
         _leave_report(settings.report, "", report, todo, rejected)
-    return Outcome(report=report, rejected=rejected, rows=total, outputs=tally.outputs)
+    return Outcome(report=report, rejected=rejected, rows=total)
 
 
 def _folder(settings: Settings) -> str:
