@@ -375,9 +375,10 @@ def plan(settings: Settings) -> Todo:
         raise UsageError(f"No image of {settings.input!r} has boxes, which recipe {recipe.name} needs. Give --annotations.")
     height, width = recipe.fixed_size or (480, 640)
     rows = settings.shard_rows or shard_rows(rows=source.num_rows, row_bytes=height * width * 3)
+    cut: dict[str, Any] = {"rows_per_shard": rows, "taper": settings.shard_rows is None}
     root = settings.output
     if root is None:
-        work = make_work(source, rows_per_shard=rows)
+        work = make_work(source, **cut)
         return Todo(recipe=recipe, work=work, left=work)
     if not settings.resume:
         journal.clear(root)
@@ -385,10 +386,10 @@ def plan(settings: Settings) -> Todo:
     stored = journal.read_work(root) if going_on else None
     if stored is None:
         journal.check_writable(root)
-        work = here = make_work(source, rows_per_shard=rows)
+        work = here = make_work(source, **cut)
         check_free(settings, work)
     else:
-        work = extend(stored, source, rows_per_shard=rows)
+        work = extend(stored, source, **cut)
         here = work.filter(pc.is_in(work.column("image_id"), source.column("image_id").combine_chunks()))
     if stored is None or work.num_rows > stored.num_rows:
         journal.put_work(root, work)
@@ -484,7 +485,9 @@ def run(settings: Settings, *, consume: Callable[[pa.Table], None] | None = None
         collector.begin.remote(begun_at)
         tally = _Tally()
         with _tracks(run_id), _progress(console, left) as show:
-            for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+            # Fetching ahead is for blocks of other nodes: here it would only hand each block on a block later.
+            ahead = 1 if session.nodes > 1 and sink is None else 0
+            for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=ahead):
                 tally.count(block, time.perf_counter() - begun)
                 show(tally)
                 if consume is not None and sink is None:
