@@ -35,7 +35,9 @@ from rich.table import Table
 
 from raypipe.data import demo
 from raypipe.data.sources import list_images
-from raypipe.run.pipeline import Settings, cores_here, run
+from raypipe.run.pipeline import run
+from raypipe.run.session import cores_here
+from raypipe.run.settings import Settings
 from raypipe.stages.preprocess import keep_freed_memory, pixels
 
 SIZE = 300

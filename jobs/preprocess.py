@@ -20,7 +20,8 @@ from rich.console import Console
 
 from raypipe import UsageError
 from raypipe.insight.report import terminal
-from raypipe.run.pipeline import Settings, broken_off, run, verdict_on
+from raypipe.run.pipeline import broken_off, run, verdict_on
+from raypipe.run.settings import Settings
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -20,6 +20,9 @@ class PoolView:
     min: int = 0
     max: int = 0
     end: int = 0
+    running: int = 0
+    pending: int = 0  # starting
+    draining: int = 0  # of those running: finish what they have, and go
     queued: int = 0  # blocks waiting for the stage
     actor_s: float = 0.0  # ready, whatever they did
     starved_s: float = 0.0  # without work while no input waited
@@ -81,6 +84,8 @@ def _stage(name: str, snapshot: dict, cores: float) -> dict[str, Any]:
     images = sum(actor["images"] for actor in actors)
     busy_s = sum(actor["busy_s"] for actor in actors)
     cpu_s = sum(actor["cpu_s"] for actor in actors)
+    waits = [actor["core_wait_s"] for actor in actors]
+    core_wait_s = None if None in waits else sum(waits)
     # The two clocks differ a little (10 Hz there, every call here); the shares must still sum to 1.
     total = max(pool.actor_s, busy_s)
     # Whoever writes files has nobody behind it to be held up by.
@@ -93,6 +98,7 @@ def _stage(name: str, snapshot: dict, cores: float) -> dict[str, Any]:
         "images": images,
         "cpu_s_per_image": _ratio(cpu_s, images),
         "busy_s_per_image": _ratio(busy_s, images),
+        "core_wait_s_per_image": None if core_wait_s is None else _ratio(core_wait_s, images),
         "cpu_percent": _ratio(100 * cpu_s, (last - first) * cores),
         "rss_peak_bytes": snapshot["rss_peak_by_stage"].get(name),
         "gpu_percent": None,
@@ -116,13 +122,15 @@ def build(
     cpu_percent: float | None,
     stage_names: list[str],
     snapshot: dict,
+    predicted: float | None = None,
 ) -> dict[str, Any]:
     """The report: JSON types only. A figure that could not be measured is None.
 
     Args:
         hardware: `cores` of all nodes together, and what else is known.
         cpu_percent: mean of all cores over the run, 0 to 100.
-        snapshot: of the run's collector (raypipe.run.meter.Collector.snapshot).
+        snapshot: of the run's collector (raypipe.run.collector.Collector.snapshot).
+        predicted: images/s that the planner expected of the actors that the run began with.
 
     Returns:
         The record that design.md calls report.json. Per stage, `cpu_percent` is 0 to 100 of all cores, from its first actor's start to
@@ -150,7 +158,14 @@ def build(
         "cpu_percent": cpu_percent,
         "stages": stages,
         "verdict": verdict(stages, cores, steady or _ratio(done_now, clock.wall_s) or 0.0, cpu_percent),
-        "scale_events": [],
+        "predicted": None
+        if predicted is None
+        else {
+            "images_per_s": predicted,
+            "measured_images_per_s": steady,
+            "actors": {stage["name"]: stage["actors"]["start"] for stage in stages},
+        },
+        "scale_events": snapshot["scale_events"],
         "timeline": snapshot["timeline"],
     }
 
@@ -165,7 +180,13 @@ def verdict(stages: list[dict], cores: float, measured: float, cpu_percent: floa
         cpu_percent: of the whole machine, to see whether others use it too.
     """
     costs = [
-        planner.StageCost(name=s["name"], actors=s["actors"]["max"], busy_s=s["busy_s_per_image"], cpu_s=s["cpu_s_per_image"])
+        planner.StageCost(
+            name=s["name"],
+            actors=s["actors"]["end"] or s["actors"]["max"],
+            busy_s=s["busy_s_per_image"],
+            cpu_s=s["cpu_s_per_image"],
+            core_wait_s=s.get("core_wait_s_per_image"),
+        )
         for s in stages
         if s["busy_s_per_image"] and s["actors"]["max"]
     ]

@@ -1,12 +1,10 @@
 """A run: stages put on Ray Data and watched to their end. The only place that builds datasets."""
 
 import json
-import logging
 import os
-import platform
 import shutil
-import sys
 import tempfile
+import threading
 import time
 import traceback
 import uuid
@@ -14,10 +12,9 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from importlib.metadata import version
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 import pyarrow as pa
@@ -37,251 +34,19 @@ from raypipe.data.sources import list_images
 from raypipe.data.work import extend, make_work, remaining, shard_rows, shards, wanted_by
 from raypipe.images import backend as backend_module
 from raypipe.images import catalog
-from raypipe.images.decode import MAX_PIXELS, thumbnail
-from raypipe.images.recipe import Recipe, to_json
-from raypipe.insight import html
+from raypipe.images.decode import thumbnail
+from raypipe.images.recipe import Recipe
+from raypipe.insight import html, planner
 from raypipe.insight import report as reports
-from raypipe.run.meter import Meter, busy_cpu_s, start_collector
-from raypipe.run.scaling import observe
+from raypipe.run import probe as probes
+from raypipe.run.collector import Facts, start_collector
+from raypipe.run.control import Control
+from raypipe.run.meter import Meter, busy_cpu_s
+from raypipe.run.scaling import steer
+from raypipe.run.session import Pools, Session, hardware, ray_session, size_pools, versions
+from raypipe.run.settings import Settings, check_apart, check_free, deciding, image_folder
 from raypipe.stages.preprocess import TRIES, Preprocess, Preprocessing
 from raypipe.stages.write import Write
-
-COUNT = int | Literal["auto"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What jobs/preprocess.py takes. The first group decides the results, the second only how they come about."""
-
-    input: str
-    """Folder, glob, file, tar or Parquet files, local or s3:// gs://; or demo, demo:COUNT."""
-    annotations: str | None = None
-    """COCO JSON with the boxes; --input is then the folder its file names are relative to."""
-    output: str | None = None
-    """Where results go. Without it nothing is written: preprocessing only."""
-    recipe: str = "coco-300"
-    """Name (`raypipe recipes` lists them) or a JSON file."""
-    backend: Literal["opencv", "torchvision"] = "opencv"
-    """Library that decodes and transforms."""
-    format: Literal["jpeg", "png", "npy", "webdataset", "parquet"] = "jpeg"
-    """How results are stored."""
-    quality: int = 95
-    """JPEG quality of what is written, 1 to 100."""
-    limit: int | None = None
-    """Only the first so many images."""
-    seed: int = 0
-    """Of random augmentations, and of the demo images."""
-    max_pixels: int = MAX_PIXELS
-    """Images with more pixels are rejected before they are decoded."""
-
-    actors: COUNT = "auto"
-    """Preprocess actors; auto: one a core."""
-    writers: COUNT = "auto"
-    """Writer actors; auto: one for four cores."""
-    threads: int = 1
-    """Threads that OpenCV or torch may use within each actor."""
-    shard_rows: int | None = None
-    """Images a shard; by default as many as make 64 MiB of output."""
-    max_reject_fraction: float = 0.01
-    """The run fails when more than this share of the images was rejected; results are kept."""
-    run_id: str | None = None
-    """Name of this run; by default made from the time."""
-    resume: bool = True
-    """--no-resume deletes the results of earlier runs into --output and starts again."""
-    report: str | None = None
-    """Folder for report.json and rejects.parquet too; by default only OUTPUT/_raypipe."""
-
-    def check(self) -> None:
-        """Raises UsageError for a value that no run can use."""
-        positive = {"limit": self.limit, "actors": self.actors, "writers": self.writers, "threads": self.threads}
-        positive |= {"shard-rows": self.shard_rows, "max-pixels": self.max_pixels}
-        for name, value in positive.items():
-            if isinstance(value, int) and value < 1:
-                raise UsageError(f"--{name} is {value}; it must be at least 1.")
-        if not 1 <= self.quality <= 100:
-            raise UsageError(f"--quality is {self.quality}; JPEG quality goes from 1 to 100.")
-        if not 0 <= self.max_reject_fraction <= 1:
-            raise UsageError(f"--max-reject-fraction is {self.max_reject_fraction}; it is a share, from 0 to 1.")
-        if self.seed < 0:
-            raise UsageError(f"--seed is {self.seed}; it must not be negative.")
-        if self.run_id is not None and not all(c.isalnum() or c in "-_." for c in self.run_id or "/"):
-            raise UsageError(f"--run-id is {self.run_id!r}; use letters, digits, '-', '_' and '.' only.")
-
-
-def deciding(settings: Settings, recipe: Recipe) -> dict[str, Any]:
-    """The settings that decide the results of a run, as JSON types: what an output directory must agree with."""
-    quality = settings.quality if settings.format in ("jpeg", "webdataset") else None
-    return {
-        "input": settings.input if settings.input.startswith("demo") else location.absolute(settings.input),
-        "annotations": settings.annotations and location.absolute(settings.annotations),
-        "recipe": {key: value for key, value in to_json(recipe).items() if key != "description"},
-        "backend": settings.backend,
-        "format": settings.format,
-        "quality": quality,
-        "seed": settings.seed,
-        "max_pixels": settings.max_pixels,
-    }
-
-
-def check_apart(settings: Settings) -> None:
-    """Raises UsageError where results would overwrite what they are made from, or be taken for input the next time."""
-    if settings.output is None or settings.input.startswith("demo") or location.is_remote(settings.input):
-        return
-    if location.is_remote(settings.output):
-        return
-    source, output = os.path.realpath(settings.input), os.path.realpath(settings.output)
-    if os.path.isdir(source) and os.path.commonpath([source, output]) == source:
-        raise UsageError(
-            f"--output {settings.output!r} is the input folder {settings.input!r} or in it: results would overwrite originals, or be taken "
-            f"for input by the next run. Nothing was started. Give a folder beside it."
-        )
-
-
-def check_free(settings: Settings, work: pa.Table) -> None:
-    """Raises UsageError where a first run would overwrite a file that is no result of raypipe."""
-    assert settings.output is not None
-    extension = {"jpeg": ".jpg", "png": ".png", "npy": ".npy"}.get(settings.format)
-    if location.is_remote(settings.output) or extension is None or not os.path.isdir(settings.output):
-        return
-    folder = os.path.join(location.local_path(settings.output), _folder(settings))
-    for name in work.column("name").to_pylist():
-        if os.path.lexists(os.path.join(folder, name + extension)):
-            raise UsageError(
-                f"{os.path.join(folder, name + extension)} exists and is no result of an earlier run: it would be overwritten. Nothing was "
-                f"started. Give an --output without it."
-            )
-
-
-ACTOR_BYTES = {"opencv": 250 * 10**6, "torchvision": 600 * 10**6}
-"""Memory that an actor has before it has an image (measured: resident, libraries included)."""
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a run's results and speed depend on."""
-    names = ("raypipe", "ray", "opencv-python-headless", "torch", "torchvision", "pillow", "numpy", "pyarrow")
-    found = {"python": platform.python_version()}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except ImportError:  # PackageNotFoundError: raypipe itself, when only its source travels with a job
-            found[name] = "source" if name == "raypipe" else "missing"
-    return found
-
-
-def cores_here() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@dataclass(frozen=True)
-class Pools:
-    """How many actors each stage gets; no writers when nothing is written."""
-
-    actors: int
-    writers: int
-
-    @property
-    def cpus(self) -> int:
-        """Logical CPUs they take: one each."""
-        return self.actors + self.writers
-
-
-def size_pools(settings: Settings, *, cpus: int, joined: bool) -> Pools:
-    """How many actors to start.
-
-    Args:
-        cpus: logical CPUs of the cluster that was joined, or cores of this machine.
-        joined: a cluster's CPUs are shared out and not exceeded; a machine of our own may have more logical CPUs than cores.
-
-    Raises:
-        UsageError: the cluster has fewer CPUs than asked for.
-    """
-    writers = 0
-    if settings.output is not None:
-        writers = settings.writers if settings.writers != "auto" else max(1, cpus // 4)
-    if settings.actors != "auto":
-        actors = settings.actors
-    else:
-        actors = max(1, cpus - writers) if joined else cpus
-    pools = Pools(actors, writers)
-    memory = psutil.virtual_memory().total
-    if not joined and pools.cpus * ACTOR_BYTES[settings.backend] > memory:
-        raise UsageError(
-            f"{actors} preprocess actors and {writers} writers need about {pools.cpus * ACTOR_BYTES[settings.backend] / 1e9:.0f} GB of memory; "
-            f"this machine has {memory / 1e9:.0f} GB and {cpus} cores. Ask for fewer with --actors and --writers."
-        )
-    if joined and pools.cpus > cpus:
-        raise UsageError(
-            f"{actors} preprocess actors and {writers} writers take {pools.cpus} CPUs, one each, but the cluster has {cpus}: Ray would "
-            f"wait for ever for the rest. Ask for fewer with --actors and --writers, or add nodes first."
-        )
-    return pools
-
-
-@dataclass(frozen=True, kw_only=True)
-class Session:
-    """The Ray that a run uses."""
-
-    pools: Pools
-    cores: float  # physical on a machine of our own, logical CPUs of a cluster
-    nodes: int
-    dashboard: str | None
-
-
-@contextmanager
-def ray_session(settings: Settings) -> Iterator[Session]:
-    """Join the cluster that RAY_ADDRESS names, use the Ray that this process has already, or start one for this run alone.
-
-    Raises:
-        UsageError: the cluster has too few CPUs, or there is none at RAY_ADDRESS.
-    """
-    joined = bool(os.environ.get("RAY_ADDRESS")) or ray.is_initialized()
-    ours = not ray.is_initialized()
-    dashboard = None
-    if ours:
-        quiet = {"logging_level": "ERROR", "log_to_driver": False}
-        try:
-            with _without_startup_lines():
-                if joined:
-                    context = ray.init(**quiet)
-                else:
-                    local = size_pools(settings, cpus=cores_here(), joined=False)
-                    context = ray.init(address="local", num_cpus=max(local.cpus, cores_here()), **quiet)
-        except ConnectionError as error:
-            raise UsageError(
-                f"RAY_ADDRESS is {os.environ.get('RAY_ADDRESS')!r}, but no Ray cluster answers there ({error}). Start it, correct the "
-                f"address, or unset RAY_ADDRESS to run on this machine alone."
-            ) from error
-        dashboard = context.dashboard_url or None
-    try:
-        cpus = int(ray.cluster_resources().get("CPU", 0))
-        nodes = sum(1 for node in ray.nodes() if node["Alive"])
-        pools = size_pools(settings, cpus=cpus, joined=True) if joined else local
-        cores = min(cpus, cores_here()) if nodes == 1 else cpus
-        yield Session(pools=pools, cores=cores, nodes=nodes, dashboard=dashboard)
-    finally:
-        if ours:
-            ray.shutdown()
-
-
-@contextmanager
-def _without_startup_lines() -> Iterator[None]:
-    """Keep Ray's C++ account of itself off the terminal: a line for its log level at the start, and an alarming one for every actor
-    pool, that its arguments are in the object store (as Ray Data puts them). They stay in Ray's log files; what raises still raises.
-    """
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    # What breaks a run is raised, and told in a line (broken_off); Ray Data would log its whole trace before, twice.
-    sys.stderr.flush()
-    stderr = os.dup(2)
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        sys.stderr.flush()
-        os.dup2(stderr, 2)
-        os.close(stderr)
 
 
 def preprocessed(
@@ -289,8 +54,11 @@ def preprocessed(
     settings: Preprocessing,
     *,
     pools: Pools,
+    cpus_each: float = 1.0,
     threads: int = 1,
     io_threads: int = 1,
+    read_ms: float = 0.0,
+    store_ms: float = 0.0,
     sink: Sink | None = None,
     run_id: str,
     collector: ray.actor.ActorHandle | None = None,
@@ -311,7 +79,7 @@ def preprocessed(
     largest = max(table.num_rows for table in tables)
     if collector is not None:
         operators = {f"MapBatches({cls.__name__})": name for cls, name in ((Preprocess, "preprocess"), (Write, "write"))}
-        observe(context, collector=collector, stages=operators)
+        steer(context, collector=collector, stages=operators)
     # Ray would repeat the task of an actor that dies for ever. Each image of a shard may kill it TRIES times, then it is left out.
     # Ray 2.60 deprecates passing these through, before it has another way (docs of map_batches, "ray_remote_args").
     warnings.filterwarnings("ignore", message=".*ray_remote_args.*", category=RayDeprecationWarning)
@@ -323,12 +91,13 @@ def preprocessed(
             "threads": threads,
             "tracks": tracks_folder(run_id),
             "io_threads": io_threads,
+            "wait_ms": read_ms,
             "meter": Meter(stage="preprocess", collector=collector),
         },
         batch_size=None,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(size=pools.actors),
-        num_cpus=1,
+        num_cpus=cpus_each,
         **again,
     )
     if sink is None:
@@ -340,12 +109,13 @@ def preprocessed(
             "backend": settings.backend,
             "finish": settings.recipe.finish if sink.format == "npy" else None,
             "threads": threads,
+            "wait_ms": store_ms,
             "meter": Meter(stage="write", collector=collector),
         },
         batch_size=None,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(size=pools.writers),
-        num_cpus=1,
+        num_cpus=cpus_each,
         **again,
     )
 
@@ -415,6 +185,7 @@ class _Tally:
     images: int = 0
     rejected: int = 0
     rejects: list[journal.Rejected] = field(default_factory=list)  # of blocks of pixels; writers put theirs in the journal
+    told: float = 0.0
 
     @property
     def rate(self) -> str:
@@ -433,13 +204,29 @@ class _Tally:
         self.rejected += rejected
         self.outputs.append((at_s, images))
 
+    def tell(self, collector: ray.actor.ActorHandle) -> None:
+        """Those who watch want to know; twice a second is enough for them."""
+        now = time.time()
+        if now - self.told >= 0.5:
+            collector.progress.remote(now, self.images, self.rejected)
+            self.told = now
 
-def run(settings: Settings, *, consume: Callable[[pa.Table], None] | None = None, console: Console | None = None) -> Outcome:
-    """Do what `settings` say.
+
+def run(
+    settings: Settings,
+    *,
+    consume: Callable[[pa.Table], None] | None = None,
+    console: Console | None = None,
+    began: Callable[[Control], None] = lambda control: None,
+    stop: threading.Event | None = None,
+) -> Outcome:
+    """Do what `settings` say, to the end. `start` does the same in the background.
 
     Args:
         consume: called with each block of pixels (schema BLOCK), when nothing is written.
         console: what to tell the user on; by default the terminal (stderr).
+        began: called when the execution begins, with what looks at the run and scales it.
+        stop: when it is set, the run ends as by Ctrl-C.
 
     Raises:
         UsageError: the message is for the user; nothing was started.
@@ -459,67 +246,209 @@ def run(settings: Settings, *, consume: Callable[[pa.Table], None] | None = None
     if left < total:
         console.print(f"Going on: {total - left} of {total} images are done already.")
     run_id = settings.run_id or f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
-    sink = None
-    if settings.output is not None:
-        sink = Sink(
-            format=settings.format, root=location.absolute(settings.output), folder=_folder(settings), quality=settings.quality
-        )
+    executed = _execute(settings, todo, run_id, console=console, consume=consume, began=began, stop=stop or threading.Event())
+    return _account(settings, todo, run_id, executed, setup_s=executed.begun_at - started)
+
+
+class Run:
+    """A run in the background, of a notebook or a program: looked at and scaled while it goes on."""
+
+    def __init__(self, settings: Settings, *, consume: Callable[[pa.Table], None] | None = None, console: Console | None = None):
+        self._stop = threading.Event()
+        self._began = threading.Event()
+        self._control: Control | None = None
+        self._outcome: Outcome | None = None
+        self._error: BaseException | None = None
+
+        def begin(control: Control) -> None:
+            self._control = control
+            self._began.set()
+
+        def work() -> None:
+            try:
+                self._outcome = run(settings, consume=consume, console=console, began=begin, stop=self._stop)
+            except BaseException as error:  # it belongs to whoever waits
+                self._error = error
+            finally:
+                self._began.set()
+
+        self._thread = threading.Thread(target=work, name="raypipe-run", daemon=True)
+        self._thread.start()
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended."""
+        return not self._thread.is_alive()
+
+    def live(self) -> dict[str, Any]:
+        """How it goes (`Control.live`). Waits for the execution to begin; raises UsageError when it has ended."""
+        return self._begun().live()
+
+    def scale(self, **counts: int) -> dict[str, int]:
+        """Have so many actors, as in scale(preprocess=8, write=4) (`Control.scale`)."""
+        return self._begun().scale(counts)
+
+    def stop(self) -> None:
+        """End it after the shards that are under way come out; what is finished is kept, and the same settings go on."""
+        self._stop.set()
+
+    def wait(self) -> Outcome:
+        """Its outcome, when it has ended; raises what `run` raises."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        assert self._outcome is not None
+        return self._outcome
+
+    def _begun(self) -> Control:
+        self._began.wait()
+        if self._control is None:
+            self.wait()
+            raise UsageError("This run had nothing to do.")
+        return self._control
+
+
+def start(settings: Settings, *, consume: Callable[[pa.Table], None] | None = None, console: Console | None = None) -> Run:
+    """Begin a run in the background; the arguments are those of `run`."""
+    return Run(settings, consume=consume, console=console)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Executed:
+    """What is known of an execution when it has ended. `begun_at` and `wall_s`: seconds, of a clock and long."""
+
+    session: Session
+    pools: Pools
+    predicted: float | None  # images/s, by the planner, beforehand
+    begun_at: float
+    wall_s: float
+    snapshot: dict[str, Any]
+    cpu_percent: float | None
+    tally: _Tally
+
+
+def _sink(settings: Settings) -> Sink | None:
+    if settings.output is None:
+        return None
+    root = location.absolute(settings.output)
+    return Sink(format=settings.format, root=root, folder=image_folder(settings), quality=settings.quality)
+
+
+def _execute(
+    settings: Settings,
+    todo: Todo,
+    run_id: str,
+    *,
+    console: Console,
+    consume: Callable[[pa.Table], None] | None,
+    began: Callable[[Control], None],
+    stop: threading.Event,
+) -> _Executed:
+    left = todo.left.num_rows
+    sink = _sink(settings)
     pixels = Preprocessing(recipe=todo.recipe, backend=settings.backend, seed=settings.seed, max_pixels=settings.max_pixels)
+    # One reads ahead of the decoder; more only contend for the interpreter, unless each waits for a network.
+    io_threads = 8 if location.is_remote(settings.input) else 1
+    how: dict[str, Any] = {
+        "threads": settings.threads,
+        "io_threads": io_threads,
+        "read_ms": settings.read_ms,
+        "store_ms": settings.store_ms,
+    }
+    timing = None
+    if settings.auto:
+        timing = probes.start(probes.Probe(rows=todo.left, settings=pixels, sink=sink, **how))
     console.print("Starting Ray ..." if not os.environ.get("RAY_ADDRESS") else "Joining Ray ...")
-    with ray_session(settings) as session:
-        collector = start_collector(run_id)
-        dataset = preprocessed(
-            todo.left,
-            pixels,
-            pools=session.pools,
-            threads=settings.threads,
-            # One reads ahead of the decoder; more only contend for the interpreter, unless each waits for a network.
-            io_threads=8 if location.is_remote(settings.input) else 1,
-            sink=sink,
-            run_id=run_id,
-            collector=collector,
-        )
-        console.print(_opening(run_id, settings, todo, session), markup=False, highlight=False)
-        machine = psutil.cpu_times()
-        begun, begun_at = time.perf_counter(), time.time()
-        collector.begin.remote(begun_at)
-        tally = _Tally()
-        with _tracks(run_id), _progress(console, left) as show:
+    try:
+        with ray_session(settings) as session:
+            costs = probes.finish(timing) if timing else None
+            pools = size_pools(settings, costs, session, images=left)
+            facts = Facts(
+                input=settings.input,
+                output=settings.output,
+                recipe=todo.recipe.name,
+                backend=settings.backend,
+                images=left,
+                cores=session.cores,
+                at_most=session.at_most,
+                auto=settings.auto,
+            )
+            collector = start_collector(run_id, facts)
+            how |= {"cpus_each": session.cpus_each, "sink": sink, "run_id": run_id}
+            dataset = preprocessed(todo.left, pixels, pools=pools, collector=collector, **how)
+            console.print(_opening(run_id, settings, todo, session, pools), markup=False, highlight=False)
+            machine = psutil.cpu_times()
+            begun, begun_at = time.perf_counter(), time.time()
+            ray.get(collector.begin.remote(begun_at))
+            began(Control(run_id, collector))
+            tally = _Tally()
             # Fetching ahead is for blocks of other nodes: here it would only hand each block on a block later.
             ahead = 1 if session.nodes > 1 and sink is None else 0
-            for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=ahead):
-                tally.count(block, time.perf_counter() - begun)
-                show(tally)
-                if consume is not None and sink is None:
-                    consume(block)
-        wall_s = time.perf_counter() - begun
-        snapshot = ray.get(collector.snapshot.remote())
-        here = ray.get_runtime_context().get_node_id()
-        cpu_percent = _cpu_percent(machine, psutil.cpu_times(), [s for node, s in snapshot["nodes"].items() if node != here])
-        ray.kill(collector)
+            with _tracks(run_id), _progress(console, left) as show:
+                for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=ahead):
+                    tally.count(block, time.perf_counter() - begun)
+                    tally.tell(collector)
+                    show(tally)
+                    if consume is not None and sink is None:
+                        consume(block)
+                    if stop.is_set():
+                        raise KeyboardInterrupt
+            wall_s = time.perf_counter() - begun
+            snapshot = ray.get(collector.snapshot.remote())
+            here = ray.get_runtime_context().get_node_id()
+            others = [seen for node, seen in snapshot["nodes"].items() if node != here]
+            cpu_percent = _cpu_percent(machine, psutil.cpu_times(), others)
+            ray.kill(collector)
+    finally:
+        if timing is not None:
+            timing.kill()
+    return _Executed(
+        session=session,
+        pools=pools,
+        predicted=_predicted(costs, pools, session),
+        begun_at=begun_at,
+        wall_s=wall_s,
+        snapshot=snapshot,
+        cpu_percent=cpu_percent,
+        tally=tally,
+    )
+
+
+def _predicted(costs: list[planner.StageCost] | None, pools: Pools, session: Session) -> float | None:
+    if costs is None:
+        return None
+    counts = {"preprocess": pools.actors, "write": pools.writers}
+    return planner.bound([replace(cost, actors=counts[cost.name]) for cost in costs], session.cores)[0]
+
+
+def _account(settings: Settings, todo: Todo, run_id: str, executed: _Executed, *, setup_s: float) -> Outcome:
+    """Write and return what became of the rows, and what it cost."""
+    sink, tally, snapshot = _sink(settings), executed.tally, executed.snapshot
+    total = todo.work.num_rows
     written, rejected = ([], tally.rejects) if sink is None else _journaled(settings, todo)
     reasons = Counter(row.reason for row in rejected)
     counts = reports.Counts(
         images_in=total,
         images_out=len(written) if sink else tally.images - tally.rejected,
         rejects_by_reason=dict(reasons.most_common()),
-        before=total - left,
+        before=total - todo.left.num_rows,
     )
     report = reports.build(
         run_id=run_id,
         settings=asdict(settings),
         versions=versions(),
-        hardware=_hardware(session),
+        hardware=hardware(executed.session),
         counts=counts,
         clock=reports.Clock(
-            wall_s=wall_s,
-            setup_s=begun_at - started,
-            ready_s=_ready_at(snapshot, session.pools.actors, default=begun_at) - begun_at,
+            wall_s=executed.wall_s,
+            setup_s=setup_s,
+            ready_s=_ready_at(snapshot, executed.pools.actors, default=executed.begun_at) - executed.begun_at,
             outputs=tally.outputs,
         ),
-        cpu_percent=cpu_percent,
+        cpu_percent=executed.cpu_percent,
         stage_names=["preprocess"] + (["write"] if sink else []),
         snapshot=snapshot,
+        predicted=executed.predicted,
     )
     if sink is not None:
         if settings.annotations is not None:
@@ -530,11 +459,6 @@ def run(settings: Settings, *, consume: Callable[[pa.Table], None] | None = None
     if settings.report is not None:
         _leave_report(settings.report, "", report, todo, rejected)
     return Outcome(report=report, rejected=rejected, rows=total)
-
-
-def _folder(settings: Settings) -> str:
-    """Sub-folder of the output for the images. With annotations the layout is MLPerf's: the image folder beside annotations/."""
-    return os.path.basename(location.path_of(settings.input).rstrip("/")) if settings.annotations else ""
 
 
 def _journaled(settings: Settings, todo: Todo) -> tuple[list[journal.Written], list[journal.Rejected]]:
@@ -578,8 +502,7 @@ def _shown(todo: Todo, rejected: list[journal.Rejected]) -> list[dict[str, Any]]
     return [{**asdict(row), "thumbnail": seen.get(row.image_id)} for row in rows]
 
 
-def _opening(run_id: str, settings: Settings, todo: Todo, session: Session) -> str:
-    pools = session.pools
+def _opening(run_id: str, settings: Settings, todo: Todo, session: Session, pools: Pools) -> str:
     writers = f", {pools.writers} writing {settings.format}" if pools.writers else ", nothing written"
     dashboard = f"; Ray dashboard: http://{session.dashboard}" if session.dashboard else ""
     return (
@@ -592,15 +515,6 @@ def _ready_at(snapshot: dict[str, Any], actors: int, *, default: float) -> float
     """The mean moment at which the preprocess actors that the run began with could begin: they start one after the other."""
     ready = sorted(sample["at"] for sample in snapshot["first"] if sample["stage"] == "preprocess")[:actors]
     return sum(ready) / len(ready) if ready else default
-
-
-def _hardware(session: Session) -> dict[str, Any]:
-    return {
-        "cores": session.cores,
-        "nodes": session.nodes,
-        "memory_bytes": psutil.virtual_memory().total,
-        "processor": platform.processor() or platform.machine(),
-    }
 
 
 def _cpu_percent(before, after, others: list[dict[str, float]]) -> float | None:

@@ -1,50 +1,83 @@
-"""Ray Data's actor pools, seen from inside a running execution. THE ONLY FILE THAT TOUCHES RAY'S INTERNALS.
+"""Ray Data's actor pools, seen and changed from inside a running execution. THE ONLY FILE THAT TOUCHES RAY'S INTERNALS.
 
-Ray has no public way to see how long a stage's actors had nothing to do, and why. An execution callback runs in the executor's own
-thread after every scheduling step, which is the only place where its state is consistent. Written against Ray 2.60
-(ray/data/_internal/execution/execution_callback.py, streaming_executor_state.py, operators/actor_pool_map_operator.py).
+Ray has no public way to see how long a stage's actors had nothing to do, and why, nor to change a pool while it runs. An execution callback runs
+in the executor's own thread after every scheduling step, which is the only place where its state is consistent. Written against Ray 2.60
+(ray/data/_internal/execution/execution_callback.py, streaming_executor_state.py, operators/actor_pool_map_operator.py,
+actor_autoscaler/autoscaling_actor_pool.py); `check` says what is missing on another one.
 """
 
 import time
-from dataclasses import replace
+from collections.abc import Iterable
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
 
 import ray
 from ray.data import DataContext
+from ray.data._internal.actor_autoscaler.autoscaling_actor_pool import ActorPoolScalingRequest, AutoscalingActorConfig
 from ray.data._internal.execution.execution_callback import ExecutionCallback
+from ray.data._internal.execution.operators.actor_pool_map_operator import _ActorPool
 
 from raypipe.insight.report import PoolView
 
 _CONFIG = "raypipe.observe"
 
-OBSERVE_EVERY_S = 0.1
-SEND_EVERY_S = 1.0
+LOOK_EVERY_S = 0.1
+SEND_EVERY_S = 0.5
 
 
-def observe(context: DataContext, *, collector: ray.actor.ActorHandle, stages: dict[str, str]) -> None:
-    """Have executions under `context` tell `collector` of their actor pools.
+def check() -> list[str]:
+    """What of Ray's internals is not as this file needs it; empty: all of it is."""
+    wanted: tuple[tuple[Any, Iterable[str]], ...] = (
+        (ExecutionCallback, ("on_execution_step", "after_execution_succeeds", "after_execution_fails")),
+        (
+            _ActorPool,
+            (
+                *("num_running_actors", "num_active_actors", "num_pending_actors", "current_size", "scale", "refresh_actor_state"),
+                *("_update_rank", "_release_running_actor", "_try_remove_pending_actor"),
+            ),
+        ),
+        (ActorPoolScalingRequest, ("upscale",)),
+        (DataContext, ("set_config", "get_config")),
+    )
+    missing = [f"{owner.__name__}.{name}" for owner, names in wanted for name in names if not hasattr(owner, name)]
+    named = {field.name for field in fields(AutoscalingActorConfig)} if is_dataclass(AutoscalingActorConfig) else set()
+    missing += [f"AutoscalingActorConfig.{name}" for name in ("min_size", "max_size", "initial_size") if name not in named]
+    if "custom_execution_callback_classes" not in {field.name for field in fields(DataContext)}:
+        missing.append("DataContext.custom_execution_callback_classes")
+    return missing
+
+
+def steer(context: DataContext, *, collector: ray.actor.ActorHandle, stages: dict[str, str]) -> None:
+    """Have executions under `context` tell `collector` of their actor pools, and give these the sizes that it wants.
 
     Args:
         context: of the dataset that is about to run.
-        collector: gets `observe(pools)` once a second and at the end.
+        collector: gets `observe(pools)` twice a second and at the end; what it returns, {stage: count}, is done.
         stages: operator name (Ray Data's, such as MapBatches(Preprocess)) -> stage name.
     """
     context.set_config(_CONFIG, (collector, stages))
-    context.custom_execution_callback_classes.append(_Observer)
+    context.custom_execution_callback_classes.append(_Steering)
 
 
-class _Observer(ExecutionCallback):
+class _Steering(ExecutionCallback):
     def __init__(self) -> None:
-        self._pools: dict[str, PoolView] = {}
+        self._views: dict[str, PoolView] = {}
+        self._pools: dict[str, _Pool] = {}
         self._seen = self._sent = time.perf_counter()
+        self._answer: ray.ObjectRef | None = None
 
     def on_execution_step(self, executor) -> None:
         now = time.perf_counter()
-        if now - self._seen < OBSERVE_EVERY_S:
+        if now - self._seen < LOOK_EVERY_S:
             return
         self._look(executor, now - self._seen)
         self._seen = now
-        if now - self._sent >= SEND_EVERY_S:
-            self._send(executor)
+        if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
+            self._apply(self._answer)
+            self._answer = None
+        # One question at a time: where the collector is slow, or gone, none pile up.
+        if self._answer is None and now - self._sent >= SEND_EVERY_S:
+            self._answer = self._send(executor)
             self._sent = now
 
     def after_execution_succeeds(self, executor) -> None:
@@ -53,9 +86,18 @@ class _Observer(ExecutionCallback):
     def after_execution_fails(self, executor, error: Exception) -> None:
         self._send(executor)
 
-    def _send(self, executor) -> None:
+    def _send(self, executor) -> ray.ObjectRef:
         collector, _ = executor._data_context.get_config(_CONFIG)
-        collector.observe.remote(self._pools)
+        return collector.observe.remote(self._views)
+
+    def _apply(self, answer: ray.ObjectRef) -> None:
+        try:
+            wanted = ray.get(answer)
+        except ray.exceptions.RayError:  # without its collector a run goes on as it is
+            return
+        for stage, pool in self._pools.items():
+            if stage in wanted:
+                pool.resize(wanted[stage])
 
     def _look(self, executor, elapsed: float) -> None:
         _, stages = executor._data_context.get_config(_CONFIG)
@@ -63,20 +105,77 @@ class _Observer(ExecutionCallback):
             stage = stages.get(operator.name)
             if stage is None or operator.has_completed():
                 continue
-            for pool in operator.get_autoscaling_actor_pools():
-                running = pool.num_running_actors()
+            for of_ray in operator.get_autoscaling_actor_pools():
+                if stage not in self._pools:
+                    self._pools[stage] = _Pool(of_ray)
+                pool = self._pools[stage]
+                pool.release_drained()
+                running = of_ray.num_running_actors()
                 queued = state.total_enqueued_input_blocks()
                 # An actor without a task while input waits is held back by those behind it; else it has nothing to do.
-                idle = max(running - pool.num_active_actors(), 0)
-                wanted = running + pool.num_pending_actors()
-                view = self._pools.get(stage) or PoolView(start=wanted, min=wanted, max=wanted)
+                idle = max(running - of_ray.num_active_actors(), 0)
+                there = running + of_ray.num_pending_actors() - len(pool.draining)
+                view = self._views.get(stage) or PoolView(start=there, min=there, max=there)
                 # Shrinking at the end of the input is no scaling: Ray releases actors that have nothing left to do.
-                self._pools[stage] = replace(
+                self._views[stage] = replace(
                     view,
-                    min=min(view.min, wanted) if queued else view.min,
-                    max=max(view.max, wanted),
-                    end=wanted if queued else view.end or wanted,
+                    min=min(view.min, there) if queued else view.min,
+                    max=max(view.max, there),
+                    end=there if queued else view.end or there,
+                    running=running,
+                    pending=of_ray.num_pending_actors(),
+                    draining=len(pool.draining),
                     queued=queued,
                     actor_s=view.actor_s + running * elapsed,
                     starved_s=view.starved_s + (0.0 if queued else idle * elapsed),
                 )
+
+
+class _Pool:
+    """One of Ray Data's actor pools, made to shrink under load too.
+
+    Ray releases idle actors only, and a saturated pool has none, for dispatch comes before autoscaling. So excess actors drain: they leave
+    the dispatch heaps, as actors do that died, finish what they have, and are released. A busy one is never released: its task would be
+    done again.
+    """
+
+    def __init__(self, of_ray: _ActorPool):
+        self._of_ray = of_ray
+        self.draining: set[ray.actor.ActorHandle] = set()
+        self._rank = of_ray._update_rank
+        of_ray._update_rank = self._update_rank  # refresh_actor_state calls it for every actor, before every dispatch
+
+    def _update_rank(self, actor: ray.actor.ActorHandle, state: Any, died: bool) -> None:
+        self._rank(actor=actor, state=state, died=died or actor in self.draining)
+
+    def resize(self, count: int) -> None:
+        """Have `count` actors, starting or draining the difference."""
+        pool = self._of_ray
+        self.draining &= pool._running_actors.keys()
+        if (pool._config.min_size, pool._config.max_size) != (count, count):
+            # Ray's own autoscaler then agrees, and makes up for actors that are lost.
+            pool._config = replace(pool._config, min_size=count, max_size=count, initial_size=count)
+        excess = pool.current_size() - len(self.draining) - count
+        while excess < 0 and self.draining:
+            self.draining.pop()
+            excess += 1
+        if excess < 0:
+            pool.scale(ActorPoolScalingRequest.upscale(delta=-excess, reason="asked for"))
+        while excess > 0 and pool._try_remove_pending_actor():
+            excess -= 1
+        if excess > 0:
+            # Those with the least to finish go first.
+            running = sorted(pool._running_actors.items(), key=lambda item: item[1].num_tasks_in_flight)
+            free = [actor for actor, _ in running if actor not in self.draining]
+            self.draining.update(free[:excess])
+        pool.refresh_actor_state()
+        self.release_drained()
+
+    def release_drained(self) -> None:
+        for actor in list(self.draining):
+            state = self._of_ray._running_actors.get(actor)
+            if state is None:
+                self.draining.discard(actor)
+            elif not state.num_tasks_in_flight:
+                self._of_ray._release_running_actor(actor)
+                self.draining.discard(actor)

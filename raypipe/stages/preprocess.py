@@ -5,6 +5,7 @@ import ctypes
 import os
 import struct
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -252,11 +253,21 @@ class Tracks:
 class Preprocess:
     """The actor. Ray Data calls it with one shard at a time."""
 
-    def __init__(self, *, settings: Preprocessing, meter: Meter, tracks: str, threads: int = 1, io_threads: int = 1):
+    def __init__(
+        self,
+        *,
+        settings: Preprocessing,
+        meter: Meter,
+        tracks: str,
+        threads: int = 1,
+        io_threads: int = 1,
+        wait_ms: float = 0.0,  # more than it takes, an image
+    ):
         keep_freed_memory()
         backend_module(settings.backend).setup(threads)
         self._settings = settings
         self._meter = meter
+        self._wait_s = wait_ms / 1000
         self._reader = Reader(threads=io_threads)
         self._tracks = Tracks(tracks)
         # The first shard would pay 65 ms for memory that is new to the process; here it passes while other actors start.
@@ -274,5 +285,6 @@ class Preprocess:
                 mark=lambda row: self._tracks.mark(number, row),
             )
             self._tracks.mark(-1, -1)
+            time.sleep(self._wait_s * shard.num_rows)
             self._meter.count(images=block.num_rows, bytes_in=bytes_in, bytes_out=block.nbytes)
             return block

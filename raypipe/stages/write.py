@@ -1,5 +1,6 @@
 """The write stage: one block of pixels in, its files and its journal entry out."""
 
+import time
 from dataclasses import replace
 from functools import partial
 
@@ -60,17 +61,28 @@ def _finished(finish: Finish, image: np.ndarray) -> np.ndarray:
 class Write:
     """The actor. Ray Data calls it with one block at a time."""
 
-    def __init__(self, *, sink: Sink, backend: str, finish: Finish | None, meter: Meter, threads: int = 1):
+    def __init__(
+        self,
+        *,
+        sink: Sink,
+        backend: str,
+        finish: Finish | None,
+        meter: Meter,
+        threads: int = 1,
+        wait_ms: float = 0.0,  # more than it takes, an image
+    ):
         keep_freed_memory()
         backend_module(backend).setup(threads)
         self._sink = sink
         self._backend = backend
         self._finish = finish
         self._meter = meter
+        self._wait_s = wait_ms / 1000
         meter.start()
 
     def __call__(self, block: pa.Table) -> pa.Table:
         with self._meter.call():
+            time.sleep(self._wait_s * block.num_rows)
             entry = write_block(block, self._sink, backend=self._backend, finish=self._finish)
             put_entry(self._sink.root, entry)
             self._meter.count(images=entry.images, bytes_in=block.nbytes, bytes_out=entry.bytes)

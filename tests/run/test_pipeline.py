@@ -14,7 +14,8 @@ from raypipe.data.sources import Reader
 from raypipe.data.work import shards
 from raypipe.images import BACKENDS, catalog
 from raypipe.images.recipe import Recipe, Resize
-from raypipe.run.pipeline import Settings, plan, run, size_pools, verdict_on
+from raypipe.run.pipeline import plan, run, verdict_on
+from raypipe.run.settings import Settings
 from raypipe.stages.preprocess import Preprocessing, pixels, preprocess_shard
 from raypipe.stages.write import write_block
 from tests.conftest import buffer, files, jpeg
@@ -149,16 +150,6 @@ def test_an_image_that_kills_its_process_is_rejected_and_its_shard_is_delivered(
         del catalog.RECIPES["deadly"]
     assert [(row.image_id, row.reason) for row in outcome.rejected] == [("a/white.jpg", "kills its process")]
     assert outcome.report["images_out"] == 60 == len(files(tmp_path / "out"))
-
-
-def test_more_than_a_cluster_has_is_refused_before_starting_with_the_numbers():
-    asked = settings(input="demo", output="out", actors=30, writers=4)
-    with pytest.raises(UsageError, match=r"30 preprocess actors and 4 writers take 34 CPUs.* has 16"):
-        size_pools(asked, cpus=16, joined=True)
-    few = settings(input="demo", output="out", actors=6, writers=2)
-    assert size_pools(few, cpus=2, joined=False).cpus == 8  # a machine of our own: more logical CPUs than cores
-    with pytest.raises(UsageError, match=r"50000 preprocess actors and 2 writers need about 12500 GB"):
-        size_pools(replace(few, actors=50000), cpus=2, joined=False)
 
 
 @pytest.mark.parametrize("output", [".", "results/deep"])

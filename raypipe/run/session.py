@@ -1,0 +1,183 @@
+"""The Ray that a run uses: joined, or started for it alone; and how many actors it has room for."""
+
+import logging
+import os
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from typing import Any
+
+import psutil
+import ray
+
+from raypipe import UsageError
+from raypipe.insight import planner
+from raypipe.run.settings import Settings
+
+ACTOR_BYTES = {"opencv": 250 * 10**6, "torchvision": 600 * 10**6}
+"""Memory that an actor has before it has an image (measured: resident, libraries included)."""
+
+ROOM = 0.6
+"""Share of a machine's memory that actors may take of themselves; the rest is for the object store and others."""
+
+START_S = {"opencv": 1.0, "torchvision": 3.0}
+"""CPU seconds that the start of an actor costs (measured: libraries imported, mostly)."""
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a run's results and speed depend on."""
+    names = ("raypipe", "ray", "opencv-python-headless", "torch", "torchvision", "pillow", "numpy", "pyarrow")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except ImportError:  # PackageNotFoundError: raypipe itself, when only its source travels with a job
+            found[name] = "source" if name == "raypipe" else "missing"
+    return found
+
+
+def cores_here() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class Pools:
+    """How many actors each stage gets; no writers when nothing is written."""
+
+    actors: int
+    writers: int
+
+    @property
+    def cpus(self) -> int:
+        """Logical CPUs they take: one each."""
+        return self.actors + self.writers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """The Ray that a run uses. `at_most`: actors of all stages together that there is room for; `cpus_each`: logical CPUs of each."""
+
+    at_most: int
+    cpus_each: float
+    cores: float  # physical on a machine of our own, logical CPUs of a cluster
+    nodes: int
+    joined: bool
+    dashboard: str | None
+
+
+def room_here(settings: Settings) -> int:
+    """How many actors this machine has memory for; more than cores, as those that wait need none.
+
+    Raises:
+        UsageError: it has not for as many as asked for.
+    """
+    memory = psutil.virtual_memory().total
+    room = max(int(ROOM * memory / ACTOR_BYTES[settings.backend]), 2)
+    asked = sum(count for count in (settings.actors, settings.writers) if count != "auto")
+    if asked * ACTOR_BYTES[settings.backend] > memory:
+        raise UsageError(
+            f"{settings.actors} preprocess actors and {settings.writers} writers need about {asked * ACTOR_BYTES[settings.backend] / 1e9:.0f} GB "
+            f"of memory; this machine has {memory / 1e9:.0f} GB and {cores_here()} cores. Ask for fewer with --actors and --writers."
+        )
+    return max(room, asked + 1, cores_here())
+
+
+def size_pools(settings: Settings, costs: Sequence[planner.StageCost] | None, session: Session, *, images: int) -> Pools:
+    """How many actors to start.
+
+    Args:
+        costs: of preprocess and, if something is written, write, timed beforehand. None: unknown, then by rule of thumb.
+        images: to do.
+
+    Raises:
+        UsageError: the cluster has fewer CPUs than asked for.
+    """
+    cpus = int(session.cores)
+    fixed = {name: n for name, n in (("preprocess", settings.actors), ("write", settings.writers)) if n != "auto"}
+    if settings.output is None:
+        fixed["write"] = 0
+    if costs and len(fixed) < 2:
+        known = [replace(cost, actors=fixed.get(cost.name, 1)) for cost in costs]
+        start_s = START_S[settings.backend]
+        counts = planner.best(known, session.cores, session.at_most, fixed=fixed, images=images, start_s=start_s)
+    else:
+        writers = fixed.get("write", max(1, cpus // 4))
+        counts = {"preprocess": max(1, min(cpus, session.at_most - writers)), "write": writers}
+    pools = Pools(actors=(counts | fixed)["preprocess"], writers=(counts | fixed)["write"])
+    if pools.cpus > session.at_most:
+        raise UsageError(
+            f"{pools.actors} preprocess actors and {pools.writers} writers take {pools.cpus} CPUs, one each, but the cluster has "
+            f"{session.at_most}: Ray would wait for ever for the rest. Ask for fewer with --actors and --writers, or add nodes first."
+        )
+    return pools
+
+
+@contextmanager
+def ray_session(settings: Settings) -> Iterator[Session]:
+    """Join the cluster that RAY_ADDRESS names, use the Ray that this process has already, or start one for this run alone.
+
+    Raises:
+        UsageError: there is no cluster at RAY_ADDRESS, or no memory here for the actors asked for.
+    """
+    joined = bool(os.environ.get("RAY_ADDRESS")) or ray.is_initialized()
+    ours = not ray.is_initialized()
+    dashboard = None
+    if ours:
+        quiet = {"logging_level": "ERROR", "log_to_driver": False}
+        try:
+            with _without_startup_lines():
+                if joined:
+                    context = ray.init(**quiet)
+                else:
+                    room = room_here(settings)
+                    context = ray.init(address="local", num_cpus=cores_here(), **quiet)
+        except ConnectionError as error:
+            raise UsageError(
+                f"RAY_ADDRESS is {os.environ.get('RAY_ADDRESS')!r}, but no Ray cluster answers there ({error}). Start it, correct the "
+                f"address, or unset RAY_ADDRESS to run on this machine alone."
+            ) from error
+        dashboard = context.dashboard_url or None
+    try:
+        cpus = int(ray.cluster_resources().get("CPU", 0))
+        nodes = sum(1 for node in ray.nodes() if node["Alive"])
+        cores = min(cpus, cores_here()) if nodes == 1 else cpus
+        # On a machine of our own, actors that wait may be many more than cores, and more may be asked for while it runs. More logical CPUs
+        # instead would have Ray start an idle process for each of them.
+        at_most, each = (cpus, 1.0) if joined else (room, int(10_000 * cores / room) / 10_000)
+        yield Session(at_most=at_most, cpus_each=each, cores=cores, nodes=nodes, joined=joined, dashboard=dashboard)
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+@contextmanager
+def _without_startup_lines() -> Iterator[None]:
+    """Keep Ray's C++ account of itself off the terminal: a line for its log level at the start, and an alarming one for every actor
+    pool, that its arguments are in the object store (as Ray Data puts them). They stay in Ray's log files; what raises still raises.
+    """
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    # What breaks a run is raised, and told in a line (broken_off); Ray Data would log its whole trace before, twice.
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(stderr, 2)
+        os.close(stderr)
+
+
+def hardware(session: Session) -> dict[str, Any]:
+    return {
+        "cores": session.cores,
+        "nodes": session.nodes,
+        "memory_bytes": psutil.virtual_memory().total,
+        "processor": platform.processor() or platform.machine(),
+    }

@@ -1,0 +1,135 @@
+"""What a user asks of a run, and what of it cannot be done."""
+
+import os
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pyarrow as pa
+
+from raypipe import UsageError
+from raypipe.data import location
+from raypipe.images.decode import MAX_PIXELS
+from raypipe.images.recipe import Recipe, to_json
+
+COUNT = int | Literal["auto"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What jobs/preprocess.py takes. The first group decides the results, the second only how they come about."""
+
+    input: str
+    """Folder, glob, file, tar or Parquet files, local or s3:// gs://; or demo, demo:COUNT."""
+    annotations: str | None = None
+    """COCO JSON with the boxes; --input is then the folder its file names are relative to."""
+    output: str | None = None
+    """Where results go. Without it nothing is written: preprocessing only."""
+    recipe: str = "coco-300"
+    """Name (`raypipe recipes` lists them) or a JSON file."""
+    backend: Literal["opencv", "torchvision"] = "opencv"
+    """Library that decodes and transforms."""
+    format: Literal["jpeg", "png", "npy", "webdataset", "parquet"] = "jpeg"
+    """How results are stored."""
+    quality: int = 95
+    """JPEG quality of what is written, 1 to 100."""
+    limit: int | None = None
+    """Only the first so many images."""
+    seed: int = 0
+    """Of random augmentations, and of the demo images."""
+    max_pixels: int = MAX_PIXELS
+    """Images with more pixels are rejected before they are decoded."""
+
+    actors: COUNT = "auto"
+    """Preprocess actors; auto: as many as the planner finds best, from a shard timed before the start and corrected while it runs."""
+    writers: COUNT = "auto"
+    """Writer actors; auto: likewise."""
+    threads: int = 1
+    """Threads that OpenCV or torch may use within each actor."""
+    read_ms: float = 0.0
+    """Have every image take so many milliseconds longer to read, as from a slow store: to try what waiting does."""
+    store_ms: float = 0.0
+    """Have every image take so many milliseconds longer to write, likewise."""
+    shard_rows: int | None = None
+    """Images a shard; by default as many as make 64 MiB of output."""
+    max_reject_fraction: float = 0.01
+    """The run fails when more than this share of the images was rejected; results are kept."""
+    run_id: str | None = None
+    """Name of this run; by default made from the time."""
+    resume: bool = True
+    """--no-resume deletes the results of earlier runs into --output and starts again."""
+    report: str | None = None
+    """Folder for report.json and rejects.parquet too; by default only OUTPUT/_raypipe."""
+
+    @property
+    def auto(self) -> tuple[str, ...]:
+        """The stages whose actor count is left to the planner."""
+        stages = {"preprocess": self.actors} | ({"write": self.writers} if self.output is not None else {})
+        return tuple(stage for stage, count in stages.items() if count == "auto")
+
+    def check(self) -> None:
+        """Raises UsageError for a value that no run can use."""
+        positive = {"limit": self.limit, "actors": self.actors, "writers": self.writers, "threads": self.threads}
+        positive |= {"shard-rows": self.shard_rows, "max-pixels": self.max_pixels}
+        for name, value in positive.items():
+            if isinstance(value, int) and value < 1:
+                raise UsageError(f"--{name} is {value}; it must be at least 1.")
+        for name, delay in (("read-ms", self.read_ms), ("store-ms", self.store_ms)):
+            if not 0 <= delay < 3_600_000:
+                raise UsageError(f"--{name} is {delay}; it is milliseconds an image, from 0 to an hour's.")
+        if not 1 <= self.quality <= 100:
+            raise UsageError(f"--quality is {self.quality}; JPEG quality goes from 1 to 100.")
+        if not 0 <= self.max_reject_fraction <= 1:
+            raise UsageError(f"--max-reject-fraction is {self.max_reject_fraction}; it is a share, from 0 to 1.")
+        if self.seed < 0:
+            raise UsageError(f"--seed is {self.seed}; it must not be negative.")
+        if self.run_id is not None and not all(c.isalnum() or c in "-_." for c in self.run_id or "/"):
+            raise UsageError(f"--run-id is {self.run_id!r}; use letters, digits, '-', '_' and '.' only.")
+
+
+def deciding(settings: Settings, recipe: Recipe) -> dict[str, Any]:
+    """The settings that decide the results of a run, as JSON types: what an output directory must agree with."""
+    quality = settings.quality if settings.format in ("jpeg", "webdataset") else None
+    return {
+        "input": settings.input if settings.input.startswith("demo") else location.absolute(settings.input),
+        "annotations": settings.annotations and location.absolute(settings.annotations),
+        "recipe": {key: value for key, value in to_json(recipe).items() if key != "description"},
+        "backend": settings.backend,
+        "format": settings.format,
+        "quality": quality,
+        "seed": settings.seed,
+        "max_pixels": settings.max_pixels,
+    }
+
+
+def check_apart(settings: Settings) -> None:
+    """Raises UsageError where results would overwrite what they are made from, or be taken for input the next time."""
+    if settings.output is None or settings.input.startswith("demo") or location.is_remote(settings.input):
+        return
+    if location.is_remote(settings.output):
+        return
+    source, output = os.path.realpath(settings.input), os.path.realpath(settings.output)
+    if os.path.isdir(source) and os.path.commonpath([source, output]) == source:
+        raise UsageError(
+            f"--output {settings.output!r} is the input folder {settings.input!r} or in it: results would overwrite originals, or be taken "
+            f"for input by the next run. Nothing was started. Give a folder beside it."
+        )
+
+
+def check_free(settings: Settings, work: pa.Table) -> None:
+    """Raises UsageError where a first run would overwrite a file that is no result of raypipe."""
+    assert settings.output is not None
+    extension = {"jpeg": ".jpg", "png": ".png", "npy": ".npy"}.get(settings.format)
+    if location.is_remote(settings.output) or extension is None or not os.path.isdir(settings.output):
+        return
+    folder = os.path.join(location.local_path(settings.output), image_folder(settings))
+    for name in work.column("name").to_pylist():
+        if os.path.lexists(os.path.join(folder, name + extension)):
+            raise UsageError(
+                f"{os.path.join(folder, name + extension)} exists and is no result of an earlier run: it would be overwritten. Nothing was "
+                f"started. Give an --output without it."
+            )
+
+
+def image_folder(settings: Settings) -> str:
+    """Sub-folder of the output for the images. With annotations the layout is MLPerf's: the image folder beside annotations/."""
+    return os.path.basename(location.path_of(settings.input).rstrip("/")) if settings.annotations else ""

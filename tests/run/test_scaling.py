@@ -1,0 +1,118 @@
+"""Actor counts changed while a run goes on: from Python, from another process, by the planner. No row lost or done twice."""
+
+import io
+import json
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from raypipe import UsageError
+from raypipe.data import journal
+from raypipe.run import scaling
+from raypipe.run.pipeline import Outcome, Run, start, verdict_on
+from raypipe.run.settings import Settings
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+def begin(output: Path, **given) -> Run:
+    """A run of waiting stages in the background: 0.1 s a shard in both, so that on any machine actors decide its rate."""
+    wanted = {"actors": 2, "writers": 2, "shard_rows": 4, "read_ms": 25.0, "store_ms": 25.0} | given
+    return start(Settings(input="demo:1200", output=str(output), **wanted), console=quiet())
+
+
+def until(run: Run, met, *, at_most_s: float = 60) -> dict:
+    """The first live record that `met` accepts."""
+    ended = time.monotonic() + at_most_s
+    while True:
+        record = run.live()
+        if met(record):
+            return record
+        assert time.monotonic() < ended, record
+        time.sleep(0.1)
+
+
+def running(record: dict) -> dict[str, tuple[int, int, int]]:
+    return {stage["name"]: (stage["actors"], stage["pending"], stage["draining"]) for stage in record["stages"]}
+
+
+def check_all_done_once(outcome: Outcome, output: Path, images: int) -> None:
+    assert outcome.report is not None
+    assert verdict_on(outcome, Settings(input="demo", output=str(output))) is None
+    assert outcome.report["images_out"] == images
+    entries = journal.read_entries(str(output), sorted(journal.done_shards(str(output))))
+    done = Counter(row.image_id for entry in entries for row in entry.written)
+    assert len(done) == images and set(done.values()) == {1}
+    # What an actor did twice would count twice here, though the journal has it once.
+    assert [stage["images"] for stage in outcome.report["stages"]] == [images, images]
+
+
+def test_rays_internals_are_as_they_are_needed():
+    assert scaling.check() == []
+
+
+@pytest.mark.slow
+def test_both_stages_scale_up_and_down_under_full_load_and_every_change_is_in_the_report(session, tmp_path):
+    run = begin(tmp_path / "out")
+    until(run, lambda record: record["done"] > 0)
+    steps = [{"preprocess": 5, "write": 3}, {"preprocess": 1, "write": 1}, {"preprocess": 3}, {"write": 3}, {"preprocess": 4, "write": 4}]
+    for step in steps:
+        before = until(run, lambda record: True)
+        wanted = run.scale(**step)
+        assert {name: wanted[name] for name in step} == step
+        record = until(run, lambda record: all(running(record)[name] == (n, 0, 0) for name, n in wanted.items()))  # noqa: B023
+        # Full load: there was work for every actor all the while.
+        assert record["done"] < record["images"] and before["stages"][0]["queued"] + record["stages"][0]["queued"] > 0
+    outcome = run.wait()
+    check_all_done_once(outcome, tmp_path / "out", 1200)
+    events = [(event["stage"], event["from"], event["to"], event["by"]) for event in outcome.report["scale_events"]]
+    assert events == [
+        *(("preprocess", 2, 5, "user"), ("write", 2, 3, "user"), ("preprocess", 5, 1, "user"), ("write", 3, 1, "user")),
+        *(("preprocess", 1, 3, "user"), ("write", 1, 3, "user"), ("preprocess", 3, 4, "user"), ("write", 3, 4, "user")),
+    ]
+    assert [(stage["actors"]["start"], stage["actors"]["min"], stage["actors"]["max"]) for stage in outcome.report["stages"]] == [
+        (2, 1, 5),
+        (2, 1, 4),
+    ]
+    page = (tmp_path / "out/_raypipe/report.html").read_text()
+    assert "preprocess" in page and json.loads((tmp_path / "out/_raypipe/report.json").read_text())["scale_events"]
+
+
+@pytest.mark.slow
+def test_what_cannot_be_is_refused_with_the_reason_and_the_run_goes_on(session, tmp_path):
+    run = begin(tmp_path / "out", limit=300)
+    until(run, lambda record: record["done"] > 0)
+    for counts, reason in (
+        ({"preprocess": 500}, r"500 preprocess \+ 2 write are 502 actors, but there is room for"),
+        ({"preprocess": 0}, "at least 1"),
+        ({"train": 2}, "no stage 'train'; its stages are preprocess, write"),
+    ):
+        with pytest.raises(UsageError, match=reason):
+            run.scale(**counts)
+    assert run.live()["scale_events"] == []
+    outcome = run.wait()
+    check_all_done_once(outcome, tmp_path / "out", 300)
+    with pytest.raises(UsageError, match="has ended"):
+        run.scale(preprocess=3)
+
+
+@pytest.mark.slow
+def test_auto_gives_the_stage_that_waits_more_actors_while_the_run_goes_on(session, tmp_path):
+    # Writers are few by hand; the planner may change preprocess only, and its cost is not what the timing before the start said.
+    run = begin(tmp_path / "out", actors="auto", writers=4, read_ms=100.0, store_ms=1.0)
+    try:
+        record = until(run, lambda record: record["stages"] and record["done"] > 0)
+        assert record["auto"]
+        # By hand to what is too few: auto then leaves it alone.
+        run.scale(preprocess=1)
+        record = until(run, lambda record: running(record)["preprocess"] == (1, 0, 0))
+        assert not record["auto"]
+    finally:
+        run.stop()
+        with pytest.raises(KeyboardInterrupt):
+            run.wait()
