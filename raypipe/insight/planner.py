@@ -2,15 +2,17 @@
 
 Stage i needs b_i busy seconds and u_i CPU seconds an image. With c_i actors on C cores:
 
-    throughput = min( min_i c_i / b_i , C / sum_i u_i )     images/s
+    throughput = min( min_i c_i / b_i , C / (o + sum_i u_i) )     images/s
 
-Busy seconds contain waiting for a disk or a network, which more actors do side by side; waiting for a core is taken off, for more actors
-only make it longer (`uncontended`).
+o is the CPU that Ray itself spends on an image, where it was measured; a stage that trains has a GPU for each of its actors. Busy seconds
+contain waiting for a disk or a network, which more actors do side by side; waiting for a core is taken off, for more actors only make it
+longer (`uncontended`).
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 CORES = "cores"
 """What `bound` calls the machine's cores when no single stage's actors limit, but all of them together."""
@@ -24,23 +26,47 @@ WORTH = 1.1
 
 @dataclass(frozen=True, kw_only=True)
 class StageCost:
-    """What one image costs a stage, and how many actors it has. `core_wait_s` is part of `busy_s`; None: not known."""
+    """What one image costs a stage, and how many actors it has.
+
+    `core_wait_s` is part of `busy_s`; None: not known. `on_gpu`: each of its actors holds a GPU.
+    """
 
     name: str
     actors: int
     busy_s: float
     cpu_s: float
     core_wait_s: float | None = None
+    on_gpu: bool = False
 
 
-def bound(stages: Sequence[StageCost], cores: float) -> tuple[float, str]:
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What the stages run on. `cores` they share; `actors`: room for so many, those on GPUs not counted; `gpus`: None, those in use;
+    `overhead_s`: CPU seconds of Ray itself, an image."""
+
+    cores: float
+    actors: int = 0
+    gpus: int | None = None
+    overhead_s: float = 0.0
+
+
+def bound(stages: Sequence[StageCost], machine: Machine) -> tuple[float, str]:
     """The model's throughput in images/s, and what limits it: a stage's name, or CORES."""
     bounds = [(stage.actors / stage.busy_s, stage.name) for stage in stages if stage.busy_s > 0]
-    cpu_s = sum(stage.cpu_s for stage in stages)
-    if cpu_s > 0:
+    if sum(stage.cpu_s for stage in stages) > 0:
         # First in the list wins a tie: with as many actors as cores both are true, and "more actors" would be bad advice.
-        bounds.insert(0, (cores / cpu_s, CORES))
+        bounds.insert(0, (_by_cores(stages, machine), CORES))
     return min(bounds, key=lambda pair: pair[0], default=(0.0, CORES))
+
+
+def _by_cores(stages: Sequence[StageCost], machine: Machine) -> float:
+    cpu_s = sum(stage.cpu_s for stage in stages) + machine.overhead_s
+    return machine.cores / cpu_s if cpu_s > 0 else math.inf
+
+
+def with_actors(stages: Sequence[StageCost], counts: Mapping[str, int]) -> list[StageCost]:
+    """`stages` with other numbers of actors."""
+    return [replace(stage, actors=counts[stage.name]) for stage in stages]
 
 
 def uncontended(stages: Sequence[StageCost], cores: float) -> list[StageCost]:
@@ -61,53 +87,46 @@ def uncontended(stages: Sequence[StageCost], cores: float) -> list[StageCost]:
 
 
 def best(
-    stages: Sequence[StageCost],
-    cores: float,
-    actors: int,
-    *,
-    fixed: Collection[str] = (),
-    images: float = math.inf,
-    start_s: float = 0.0,
+    stages: Sequence[StageCost], machine: Machine, *, fixed: Collection[str] = (), images: float = math.inf, start_s: float = 0.0
 ) -> dict[str, int]:
-    """The fewest actors of each stage that reach the model's highest throughput, or finish `images` soonest.
+    """The fewest actors of each stage that reach the model's highest throughput; or, with `images`, that are done with these soonest.
 
     Args:
         stages: their costs (`uncontended`); the counts they have matter for `fixed` ones only.
-        cores: that they share.
-        actors: of all stages together, at most.
         fixed: stages whose count stays as it is.
         images: how many there are to do.
         start_s: CPU seconds that starting an actor costs.
     """
-    counts = {stage.name: stage.actors if stage.name in fixed else 1 for stage in stages}
-    cpu_s = sum(stage.cpu_s for stage in stages)
-    at_most = cores / cpu_s if cpu_s > 0 else math.inf
+    on_gpu = {stage.name for stage in stages if stage.on_gpu}
+    kept = set(fixed) | (on_gpu if machine.gpus is None else set())
+    counts = {stage.name: stage.actors if stage.name in kept else 1 for stage in stages}
+    at_most = _by_cores(stages, machine)
     found: list[tuple[float, dict[str, int]]] = []
     while True:
         rates = [(counts[stage.name] / stage.busy_s, stage.name) for stage in stages if stage.busy_s > 0]
         rate, slowest = min(rates, default=(math.inf, ""))
-        took_s = images / min(rate, at_most) + sum(counts.values()) * start_s / cores if images < math.inf else -rate
+        took_s = images / min(rate, at_most) + sum(counts.values()) * start_s / machine.cores if images < math.inf else -rate
         found.append((took_s, dict(counts)))
-        if slowest in fixed or rate >= ENOUGH * at_most or math.isinf(rate) or sum(counts.values()) >= actors:
+        on_cpu = sum(count for name, count in counts.items() if name not in on_gpu)
+        full = counts[slowest] >= (machine.gpus or 0) if slowest in on_gpu else on_cpu >= machine.actors
+        if math.isinf(rate) or rate >= ENOUGH * at_most or slowest in kept or full:
             return min(found, key=lambda pair: pair[0])[1]
         counts[slowest] += 1
 
 
-def better(stages: Sequence[StageCost], cores: float, actors: int, *, fixed: Collection[str] = ()) -> dict[str, int] | None:
+def better(stages: Sequence[StageCost], machine: Machine, *, fixed: Collection[str] = ()) -> dict[str, int] | None:
     """Counts that are worth changing to, by the costs as measured with those there are; None: what there is will do.
 
     Stages that must give some up for others do; actors that only wait are left alone, as they cost memory and no time.
     """
-    free = uncontended(stages, cores)
-    now, _ = bound(free, cores)
-    counts = best(free, cores, actors, fixed=fixed)
-    then, _ = bound([replace(stage, actors=counts[stage.name]) for stage in free], cores)
+    free = uncontended(stages, machine.cores)
+    now, _ = bound(free, machine)
+    counts = best(free, machine, fixed=fixed)
+    then, _ = bound(with_actors(free, counts), machine)
     if not now or then < WORTH * now:
         return None
-    spare = actors - sum(max(counts[stage.name], stage.actors) for stage in free)
-    if spare >= 0:
-        return {stage.name: max(counts[stage.name], stage.actors) for stage in free}
-    return counts
+    most = {stage.name: max(counts[stage.name], stage.actors) for stage in free}
+    return most if sum(most[stage.name] for stage in free if not stage.on_gpu) <= machine.actors else counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,29 +137,95 @@ class Change:
     predicted_images_per_s: float
 
 
-def changes(stages: Sequence[StageCost], cores: float, measured: float) -> list[Change]:
+def changes(stages: Sequence[StageCost], machine: Machine, measured: float) -> list[Change]:
     """What one more actor of each stage, and one more core, would bring; best first.
 
     The model gives the ratio; `measured` images/s anchors it, so what the model leaves out does not show as gain.
     """
-    base = uncontended(stages, cores)
-    now, _ = bound(base, cores)
+    base = uncontended(stages, machine.cores)
+    now, _ = bound(base, machine)
     if not now or not measured:
         return []
     options = [
         (
             f"{stage.name} actors {stage.actors} -> {stage.actors + 1}",
             [replace(s, actors=s.actors + (s is stage)) for s in base],
-            cores,
+            machine,
         )
         for stage in base
     ]
-    options.append((f"cores {cores:g} -> {cores + 1:g}", base, cores + 1))
-    most = [replace(s, actors=s.actors + 1) for s in base]
-    options.append((f"cores {cores:g} -> {cores + 1:g} and an actor more of each stage", most, cores + 1))
-    found = [Change(change=text, predicted_images_per_s=measured * bound(then, c)[0] / now) for text, then, c in options]
+    wider = replace(machine, cores=machine.cores + 1)
+    cores = f"cores {machine.cores:g} -> {wider.cores:g}"
+    options.append((cores, base, wider))
+    options.append((f"{cores} and an actor more of each stage", [replace(s, actors=s.actors + 1) for s in base], wider))
+    found = [Change(change=text, predicted_images_per_s=measured * bound(then, on)[0] / now) for text, then, on in options]
     distinct: list[Change] = []
     for change in found:  # what costs more and brings no more is no advice
         if all(abs(change.predicted_images_per_s / other.predicted_images_per_s - 1) > 0.02 for other in distinct):
             distinct.append(change)
     return sorted(distinct, key=lambda change: -change.predicted_images_per_s)
+
+
+def of_report(report: Mapping[str, Any]) -> tuple[list[StageCost], Machine]:
+    """What a report says of its stages (`uncontended`, with the actors that they had at the end) and of the machine.
+
+    Raises:
+        ValueError: no stage has finished a shard, so nothing is known of what it costs.
+    """
+    costs = [
+        StageCost(
+            name=stage["name"],
+            actors=stage["actors"]["end"] or stage["actors"]["max"],
+            busy_s=stage["busy_s_per_image"],
+            cpu_s=stage["cpu_s_per_image"],
+            core_wait_s=stage.get("core_wait_s_per_image"),
+            on_gpu=stage.get("gpu_percent") is not None,
+        )
+        for stage in report["stages"]
+        if stage["busy_s_per_image"] and stage["actors"]["max"]
+    ]
+    if not costs:
+        raise ValueError("no stage has finished a shard, so nothing is known of what an image costs")
+    cores = report["hardware"]["cores"]
+    machine = Machine(
+        cores=cores,
+        actors=sum(cost.actors for cost in costs if not cost.on_gpu),
+        gpus=sum(cost.actors for cost in costs if cost.on_gpu) or None,
+        overhead_s=report.get("overhead_cpu_s_per_image") or 0.0,
+    )
+    return uncontended(costs, cores), machine
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outlook:
+    """What a run would be on a machine. Rates are images/s; `gains`: what one more of something would bring, and the rate then."""
+
+    machine: Machine
+    counts: dict[str, int]
+    images_per_s: float
+    limit: str
+    gains: tuple[tuple[str, float], ...]
+
+
+def outlook(stages: Sequence[StageCost], machine: Machine, counts: Mapping[str, int] | None = None) -> Outlook:
+    """The best allocation on `machine` (or `counts`), its throughput and limit, and what one more actor, core or GPU would bring.
+
+    Args:
+        stages: their costs (`uncontended`).
+    """
+    chosen = dict(counts or best(stages, machine))
+
+    def rate(then: Mapping[str, int], on: Machine) -> float:
+        return bound(with_actors(stages, then), on)[0]
+
+    images_per_s, limit = bound(with_actors(stages, chosen), machine)
+    gains = []
+    for stage in stages:
+        what = f"one more {stage.name} {'worker, with its GPU' if stage.on_gpu else 'actor'}"
+        gains.append((what, rate(chosen | {stage.name: chosen[stage.name] + 1}, machine)))
+    wider = replace(machine, cores=machine.cores + 1, actors=machine.actors + 1)
+    gains.append(("one more core, and the best actors for it", rate(best(stages, wider), wider)))
+    if machine.gpus is not None and any(stage.on_gpu for stage in stages):
+        richer = replace(machine, gpus=machine.gpus + 1)
+        gains.append(("one more GPU, and the best actors for it", rate(best(stages, richer), richer)))
+    return Outlook(machine=machine, counts=chosen, images_per_s=images_per_s, limit=limit, gains=tuple(gains))

@@ -111,6 +111,20 @@ def _stage(name: str, snapshot: dict, cores: float) -> dict[str, Any]:
     }
 
 
+OVERHEAD_AT_MOST = 0.3
+"""Of the stages' own CPU. More than that is not Ray's: other programs have used the machine."""
+
+
+def _overhead(snapshot: dict, stages: list[dict]) -> float | None:
+    """CPU seconds an image that the nodes spent on other than the stages while these worked: Ray's own processes."""
+    images = max((stage["images"] for stage in stages), default=0)
+    own = sum(actor["cpu_s"] for actor in snapshot["actors"])
+    if not images or not own or not snapshot["nodes"]:
+        return None
+    busy = sum(node["cpu_busy_s"] for node in snapshot["nodes"].values())
+    return min(max(busy - own, 0.0), OVERHEAD_AT_MOST * own) / images
+
+
 def build(
     *,
     run_id: str,
@@ -156,6 +170,7 @@ def build(
         "images_per_s": _ratio(done_now, clock.wall_s),
         "steady_images_per_s": steady,
         "cpu_percent": cpu_percent,
+        "overhead_cpu_s_per_image": _overhead(snapshot, stages),
         "stages": stages,
         "verdict": verdict(stages, cores, steady or _ratio(done_now, clock.wall_s) or 0.0, cpu_percent),
         "predicted": None
@@ -196,7 +211,7 @@ def verdict(stages: list[dict], cores: float, measured: float, cpu_percent: floa
         most = max(costs, key=lambda cost: cost.busy_s / cost.actors)
         reason = "Too short a run to tell what limits: no stage was busy for even half of the time that its actors were there."
         return {"stage": most.name, "reason": reason, "advice": []}
-    _, limit = planner.bound(planner.uncontended(costs, cores), cores)
+    _, limit = planner.bound(planner.uncontended(costs, cores), planner.Machine(cores=cores))
     by_name = {s["name"]: s for s in stages}
     if limit == planner.CORES:
         stage = max(costs, key=lambda cost: cost.cpu_s)
@@ -223,7 +238,7 @@ def verdict(stages: list[dict], cores: float, measured: float, cpu_percent: floa
     used = sum(s["cpu_percent"] or 0.0 for s in stages)
     if cpu_percent is not None and cpu_percent > 85 and used < 70:
         reason += f" Other programs held much of the machine: it was {cpu_percent:.0f}% busy, {used:.0f}% by these stages."
-    advice = [asdict(change) for change in planner.changes(costs, cores, measured)]
+    advice = [asdict(change) for change in planner.changes(costs, planner.Machine(cores=cores), measured)]
     return {"stage": stage.name, "reason": reason, "advice": advice}
 
 
@@ -247,6 +262,48 @@ _ROWS: tuple[tuple[str, Callable[[dict], str]], ...] = (
     ("starved (no input)", lambda s: _number(s["starved"], ".0%")),
     ("blocked (output full)", lambda s: _number(s["blocked"], ".0%")),
 )
+
+
+def plan(report: dict, *, cpus: int | None = None, gpus: int | None = None) -> Group:
+    """What this run's costs say of other machines and allocations, as a person reads it in a terminal.
+
+    Args:
+        cpus: cores, and at most as many actors; None: of the run's own machine.
+        gpus: for stages that hold one; None: as many as the run had.
+
+    Raises:
+        ValueError: no stage has finished a shard, so nothing is known of what it costs.
+    """
+    costs, here = planner.of_report(report)
+    ran = planner.outlook(costs, here, {cost.name: cost.actors for cost in costs})
+    # A machine of one's own may have more actors than cores, where they wait; a number of CPUs asked for is a budget.
+    room = max(here.actors, int(here.cores)) if cpus is None else cpus
+    there = planner.Machine(
+        cores=cpus or here.cores, actors=room, gpus=here.gpus if gpus is None else gpus, overhead_s=here.overhead_s
+    )
+    best = planner.outlook(costs, there)
+    measured = report.get("steady_images_per_s")
+    table = Table("", "images/s", "limited by", header_style="bold", box=box.SIMPLE_HEAD)
+    for cost in costs:
+        table.add_column(cost.name, justify="right")
+
+    def row(name: str, outlook: planner.Outlook, rate: float | None = None) -> None:
+        limit = "cores" if outlook.limit == planner.CORES else outlook.limit
+        counts = [str(outlook.counts[cost.name]) for cost in costs]
+        table.add_row(name, _number(outlook.images_per_s if rate is None else rate, ".0f"), limit, *counts)
+
+    machine = f"{there.cores:g} CPUs" + (f", {there.gpus} GPU{'s' if there.gpus > 1 else ''}" if there.gpus else "")
+    if measured:
+        row("measured", ran, measured)
+    row("as it ran, by the model", ran)
+    row(f"best on {machine}", best)
+    gains = Table("what more", "images/s", "gain", header_style="bold", box=box.SIMPLE_HEAD)
+    for what, rate in best.gains:
+        gain = 100 * (rate / best.images_per_s - 1) if best.images_per_s else 0.0
+        gains.add_row(what, f"{rate:.0f}", "none" if gain < 1 else f"{gain:+.0f}%")
+    millis = ", ".join(f"{cost.name} {1000 * cost.busy_s:.2f} busy, {1000 * cost.cpu_s:.2f} CPU" for cost in costs)
+    lines = [f"ms an image: {millis}; Ray itself {1000 * here.overhead_s:.2f} CPU"]
+    return Group(*(Text(line) for line in lines), table, gains)
 
 
 def terminal(report: dict) -> Group:

@@ -7,6 +7,7 @@ back the wanted counts, `raypipe watch | scale` and `Control` ask it.
 
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -113,10 +114,11 @@ class _Bucket:
 class Collector:
     """The actor, named raypipe-RUN_ID in the namespace `raypipe`, without a CPU of its own."""
 
-    def __init__(self, run_id: str, facts: Facts | None = None):
+    def __init__(self, run_id: str, facts: Facts | None = None, clock: Callable[[], float] = time.time):
         self._run_id = run_id
         self._facts = facts or Facts()
-        self._started = self._looked = time.time()
+        self._clock = clock
+        self._started = self._looked = clock()
         self._latest: dict[str, Sample] = {}
         self._first: dict[str, Sample] = {}
         self._peak_by_stage: dict[str, int] = {}
@@ -186,7 +188,7 @@ class Collector:
 
     def observe(self, pools: dict[str, PoolView]) -> dict[str, int]:
         """The stages' actor pools as the execution sees them; totals since its start. Returns the wanted counts."""
-        now = time.time()
+        now = self._clock()
         for stage, pool in pools.items():
             before = self._pools.get(stage) or PoolView()
             for bucket, share in self._between(self._looked, now, stage):
@@ -257,7 +259,7 @@ class Collector:
         return self._wanted
 
     def _change(self, counts: dict[str, int], by: str) -> None:
-        now = time.time()
+        now = self._clock()
         for stage, count in counts.items():
             if count != self._wanted[stage]:
                 event = {"t_s": max(now - self._started, 0.0), "stage": stage, "from": self._wanted[stage], "to": count, "by": by}
@@ -276,7 +278,7 @@ class Collector:
         if costs is None or self._left_s() < WORTH_STARTING_S:
             return
         fixed = {cost.name for cost in costs} - auto
-        counts = planner.better(costs, self._facts.cores, self._facts.at_most, fixed=fixed)
+        counts = planner.better(costs, planner.Machine(cores=self._facts.cores, actors=self._facts.at_most), fixed=fixed)
         if counts is not None:
             self._change(counts, "auto")
 
@@ -305,7 +307,7 @@ class Collector:
 
     def _rate(self) -> float | None:
         (since, before), (until, images) = self._done[0], self._done[-1]
-        until = max(until, time.time())
+        until = max(until, self._clock())
         return (images - before) / (until - since) if images > before and until > since else None
 
     def _left_s(self) -> float:
@@ -314,7 +316,7 @@ class Collector:
 
     def live(self) -> dict[str, Any]:
         """How the run goes, of late: JSON types; None is unknown. Shares and rates are of the last seconds (WINDOW_S)."""
-        now = time.time()
+        now = self._clock()
         left_s = self._left_s()
         stages = [self._stage(stage, pool) for stage, pool in self._pools.items()]
         used = [stage["cpu_percent"] for stage in stages if stage["cpu_percent"] is not None]
@@ -341,7 +343,7 @@ class Collector:
         }
 
     def _stage(self, stage: str, pool: PoolView) -> dict[str, Any]:
-        fresh = [s for s in self._latest.values() if s.stage == stage and time.time() - s.at < 3 * SAMPLE_EVERY_S]
+        fresh = [s for s in self._latest.values() if s.stage == stage and self._clock() - s.at < 3 * SAMPLE_EVERY_S]
         samples = [s for s in self._latest.values() if s.stage == stage]
         window = self._window(stage)
         took = window[1].at - window[0].at if window else 0.0

@@ -12,7 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -418,7 +418,7 @@ def _predicted(costs: list[planner.StageCost] | None, pools: Pools, session: Ses
     if costs is None:
         return None
     counts = {"preprocess": pools.actors, "write": pools.writers}
-    return planner.bound([replace(cost, actors=counts[cost.name]) for cost in costs], session.cores)[0]
+    return planner.bound(planner.with_actors(costs, counts), planner.Machine(cores=session.cores))[0]
 
 
 def _account(settings: Settings, todo: Todo, run_id: str, executed: _Executed, *, setup_s: float) -> Outcome:

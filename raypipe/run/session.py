@@ -103,7 +103,8 @@ def size_pools(settings: Settings, costs: Sequence[planner.StageCost] | None, se
     if costs and len(fixed) < 2:
         known = [replace(cost, actors=fixed.get(cost.name, 1)) for cost in costs]
         start_s = START_S[settings.backend]
-        counts = planner.best(known, session.cores, session.at_most, fixed=fixed, images=images, start_s=start_s)
+        machine = planner.Machine(cores=session.cores, actors=session.at_most)
+        counts = planner.best(known, machine, fixed=fixed, images=images, start_s=start_s)
     else:
         writers = fixed.get("write", max(1, cpus // 4))
         counts = {"preprocess": max(1, min(cpus, session.at_most - writers)), "write": writers}

@@ -60,7 +60,13 @@ def test_rays_internals_are_as_they_are_needed():
 def test_both_stages_scale_up_and_down_under_full_load_and_every_change_is_in_the_report(session, tmp_path):
     run = begin(tmp_path / "out")
     until(run, lambda record: record["done"] > 0)
-    steps = [{"preprocess": 5, "write": 3}, {"preprocess": 1, "write": 1}, {"preprocess": 3}, {"write": 3}, {"preprocess": 4, "write": 4}]
+    steps = [
+        {"preprocess": 5, "write": 3},
+        {"preprocess": 1, "write": 1},
+        {"preprocess": 3},
+        {"write": 3},
+        {"preprocess": 4, "write": 4},
+    ]
     for step in steps:
         before = until(run, lambda record: True)
         wanted = run.scale(**step)

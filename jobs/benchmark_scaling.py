@@ -1,0 +1,250 @@
+"""What `--actors auto` reaches, whether it follows a change, and whether predictions hold: on stages that wait, so that any machine shows it.
+
+    python jobs/benchmark_scaling.py auto      # beside static allocations found by search, and beside Ray Data's own autoscaler
+    python jobs/benchmark_scaling.py change    # images grow 40 times halfway: how much of the new optimum is recovered after 20 s
+    python jobs/benchmark_scaling.py predict   # one run predicts 14 allocations, which are then run
+    python jobs/benchmark_scaling.py overhead  # throughput with meters, collector and steering, and without
+
+auto is the case of ray-project/ray#65540: two stages of 0.17 s and 0.21 s a task. Waiting takes no core, so logical CPUs may be many more than
+cores; only the start of actors (about 1 s of CPU each) is the machine's own. All times are whole executions, actors' start included, except
+where a table says otherwise.
+"""
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import cv2
+import numpy as np
+import ray
+import tyro
+from ray.data import ActorPoolStrategy
+from rich.console import Console
+from rich.table import Table
+
+from raypipe.data.sinks import Sink
+from raypipe.data.work import shards
+from raypipe.images import opencv
+from raypipe.images.recipe import Recipe, Resize
+from raypipe.insight import planner
+from raypipe.run.meter import Meter
+from raypipe.run.pipeline import Run, plan, preprocessed, run, tracks_folder
+from raypipe.run.session import Pools
+from raypipe.run.settings import Settings
+from raypipe.stages.preprocess import Preprocess, Preprocessing
+from raypipe.stages.write import Write
+
+TINY = Recipe(name="tiny", ops=(Resize(height=32, width=32, antialias=False),))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wait:
+    """An op of this benchmark: waits in proportion to the image's size, as a slow decoder on another machine would."""
+
+    ms_per_megapixel: float
+
+
+@opencv.apply.register
+def _(op: Wait, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    time.sleep(op.ms_per_megapixel * image.shape[0] * image.shape[1] / 1e9)
+    return image
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """What to measure."""
+
+    what: Annotated[Literal["auto", "change", "predict", "overhead"], tyro.conf.Positional]
+    cpus: int = 20
+    """Logical CPUs of the Ray that is started: as many actors may run."""
+    tasks: int = 3000
+    """Shards of one image each (auto), images (change, overhead), or a tenth of it a point (predict)."""
+    rounds: int = 3
+    """Every contender once a round, interleaved (auto, overhead)."""
+
+
+def quiet() -> Console:
+    return Console(quiet=True)
+
+
+def waiting(settings: Settings, **changes: Any) -> Settings:
+    """0.17 s to preprocess a task, 0.21 s to write it."""
+    return replace(settings, read_ms=170.0, store_ms=210.0, shard_rows=1, recipe=_file(TINY), **changes)
+
+
+def _file(recipe: Recipe) -> str:
+    from raypipe.images.recipe import to_json
+
+    path = Path(tempfile.gettempdir()) / f"raypipe-benchmark-{recipe.name}.json"
+    path.write_text(json.dumps(to_json(recipe)))
+    return str(path)
+
+
+def took(settings: Settings) -> dict[str, Any]:
+    """The report of one run into a folder of its own."""
+    with tempfile.TemporaryDirectory(prefix="raypipe-benchmark-") as folder:
+        report = run(replace(settings, output=folder), console=quiet()).report
+    assert report is not None and report["images_out"] == report["images_in"]
+    return report
+
+
+def autoscaled_by_ray_data(settings: Settings, cpus: int) -> float:
+    """Seconds of the same two stages under Ray Data's own autoscaler."""
+    todo = plan(replace(settings, output=None))
+    with tempfile.TemporaryDirectory(prefix="raypipe-benchmark-") as folder:
+        sink = Sink(format="jpeg", root=folder)
+        dataset = ray.data.from_arrow(list(shards(todo.work)))
+        pools: dict[str, Any] = {"compute": ActorPoolStrategy(min_size=1, max_size=cpus - 1), "num_cpus": 1}
+        how: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"} | pools
+        preprocess = {
+            "settings": Preprocessing(recipe=todo.recipe, backend="opencv"),
+            "tracks": tracks_folder("benchmark"),
+            "meter": Meter(stage="preprocess", collector=None),
+            "wait_ms": settings.read_ms,
+        }
+        write = {
+            "sink": sink,
+            "backend": "opencv",
+            "finish": None,
+            "meter": Meter(stage="write", collector=None),
+            "wait_ms": settings.store_ms,
+        }
+        dataset = dataset.map_batches(Preprocess, fn_constructor_kwargs=preprocess, **how)
+        dataset = dataset.map_batches(Write, fn_constructor_kwargs=write, **how)
+        begun = time.perf_counter()
+        for _ in dataset.iter_batches(batch_size=None):
+            pass
+        return time.perf_counter() - begun
+
+
+def auto(wanted: Benchmark, console: Console) -> None:
+    """Seconds for the same work: static allocations, raypipe's auto, Ray Data's autoscaler."""
+    base = waiting(Settings(input=f"demo:{wanted.tasks}", actors=1, writers=1))
+    half = round(wanted.cpus * 0.17 / 0.38)
+    static = {(p, wanted.cpus - p) for p in (half - 3, half - 1, half, half + 1, half + 3, wanted.cpus // 2)}
+
+    def seconds_of(**counts: Any) -> Callable[[], float]:
+        return lambda: took(replace(base, **counts))["wall_s"]
+
+    contenders = {f"static {p} + {w}": seconds_of(actors=p, writers=w) for p, w in sorted(static)}
+    contenders["raypipe auto"] = seconds_of(actors="auto", writers="auto")
+    contenders["Ray Data's autoscaler"] = lambda: autoscaled_by_ray_data(base, wanted.cpus)
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for round_ in range(wanted.rounds):
+        for name, contender in contenders.items():
+            seconds[name].append(contender())
+            console.print(f"round {round_ + 1} {name}: {seconds[name][-1]:.1f} s", highlight=False)
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    best = min(time for name, time in medians.items() if name.startswith("static"))
+    table = Table(
+        "contender", "s", "of the best static rate", title=f"{wanted.tasks} tasks of 0.17 + 0.21 s, {wanted.cpus} logical CPUs"
+    )
+    for name, median in medians.items():
+        table.add_row(name, f"{median:.1f} ({min(seconds[name]):.1f}-{max(seconds[name]):.1f})", f"{best / median:.2f}")
+    console.print(table)
+
+
+def change(wanted: Benchmark, console: Console) -> None:
+    """Images grow 40 times halfway; the rate 20 s and more after that, beside the best static allocation for large ones alone."""
+    with tempfile.TemporaryDirectory(prefix="raypipe-benchmark-") as folder:
+        small, large = (
+            cv2.imencode(".png", np.zeros((480, 640, 3), np.uint8))[1],
+            cv2.imencode(".png", np.zeros((3000, 4000, 3), np.uint8))[1],
+        )
+        half = wanted.tasks // 2
+        for index in range(wanted.tasks):
+            Path(folder, f"{index:06d}.png").write_bytes((small if index < half else large).tobytes())
+        from benchmark_scaling import Wait as Imported  # so that actors find it by name
+
+        recipe = Recipe(name="growing", ops=(Imported(ms_per_megapixel=40.0), *TINY.ops))
+        base = Settings(input=folder, recipe=_file(recipe), store_ms=20.0, shard_rows=8)
+        with tempfile.TemporaryDirectory() as output:
+            seen = Run(replace(base, output=output), console=quiet())
+            changed_at, points = None, []
+            while not seen.done:
+                record = seen.live()
+                points.append((record["at_s"], record["done"], {s["name"]: s["actors"] for s in record["stages"]}))
+                if changed_at is None and record["done"] >= half:
+                    changed_at = record["at_s"]
+                time.sleep(0.5)
+            events = (seen.wait().report or {})["scale_events"]
+        assert changed_at is not None
+        late = [point for point in points if point[0] >= changed_at + 20]
+        rate = (late[-1][1] - late[0][1]) / (late[-1][0] - late[0][0])
+        console.print(
+            f"{rate:.1f} images/s from 20 s after the change; actors then {late[0][2]}; changes: {events}", highlight=False
+        )
+
+
+def predict(wanted: Benchmark, console: Console) -> None:
+    """One run's costs predict other allocations, which are then run: throughput once running."""
+    waits = Settings(input=f"demo:{wanted.tasks // 4}", read_ms=60.0, store_ms=40.0, shard_rows=4, recipe=_file(TINY))
+    computes = Settings(input=f"demo:{wanted.tasks}")
+    points: list[tuple[str, Settings, list[tuple[int, int]]]] = [
+        ("computing", computes, [(1, 1), (1, 2), (2, 1), (2, 2)]),
+        ("waiting", waits, [(2, 2), (4, 2), (4, 4), (8, 4), (8, 8), (12, 8), (4, 8), (6, 3), (3, 6), (10, 6)]),
+    ]
+    table = Table(
+        "stages", "preprocess", "write", "predicted", "measured", "error", title="images/s once running, predicted from one run"
+    )
+    errors = []
+    for kind, settings, allocations in points:
+        known = took(replace(settings, actors=2, writers=1))
+        costs, machine = planner.of_report(known)
+        for actors, writers in allocations:
+            there = planner.outlook(costs, machine, {"preprocess": actors, "write": writers}).images_per_s
+            measured = took(replace(settings, actors=actors, writers=writers))["steady_images_per_s"]
+            errors.append(abs(there / measured - 1))
+            table.add_row(
+                kind, str(actors), str(writers), f"{there:.0f}", f"{measured:.0f}", f"{100 * (there / measured - 1):+.0f}%"
+            )
+            console.print(f"{kind} {actors} + {writers}: predicted {there:.0f}, measured {measured:.0f}", highlight=False)
+    console.print(table)
+    console.print(f"median error {100 * statistics.median(errors):.0f}%, worst {100 * max(errors):.0f}%", highlight=False)
+
+
+def overhead(wanted: Benchmark, console: Console) -> None:
+    """Images/s from the first block to the last, with a collector and without."""
+    todo = plan(Settings(input=f"demo:{wanted.tasks}"))
+    from raypipe.run.collector import Facts, start_collector
+
+    def rate(collector: Any) -> float:
+        pools = Pools(actors=2, writers=0)
+        pixels = Preprocessing(recipe=todo.recipe, backend="opencv")
+        dataset = preprocessed(todo.work, pixels, pools=pools, run_id=f"overhead-{time.time()}", collector=collector)
+        moments = [
+            (time.perf_counter(), len(block["image_id"])) for block in dataset.iter_batches(batch_size=None, prefetch_batches=0)
+        ]
+        return sum(count for _, count in moments[1:]) / (moments[-1][0] - moments[0][0])
+
+    ratios = []
+    for round_ in range(wanted.rounds):
+        collector = start_collector(f"overhead-{round_}", Facts(images=wanted.tasks, auto=("preprocess",), at_most=2))
+        rates = [rate(None), rate(collector)] if round_ % 2 else [rate(collector), rate(None)][::-1]
+        ray.kill(collector)
+        ratios.append(rates[1] / rates[0])
+        console.print(
+            f"round {round_ + 1}: {rates[0]:.0f} images/s without, {rates[1]:.0f} with: {ratios[-1]:.3f}", highlight=False
+        )
+    console.print(
+        f"median {statistics.median(ratios):.3f} of the throughput without ({min(ratios):.3f}-{max(ratios):.3f})", highlight=False
+    )
+
+
+def main() -> int:
+    """Measure and print."""
+    wanted = tyro.cli(Benchmark, description=__doc__)
+    ray.init(address="local", num_cpus=wanted.cpus, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+    {"auto": auto, "change": change, "predict": predict, "overhead": overhead}[wanted.what](wanted, Console())
+    ray.shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+"""What a collector makes of what it is told, without Ray: the clock and the pipeline that it watches are played here."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from raypipe.insight.report import PoolView
+from raypipe.run.collector import Collector, Facts
+from raypipe.run.meter import Sample
+
+
+class Pipeline:
+    """Two stages that take their costs, in steps of half a second, and follow what the collector wants as Ray does: actors take a second
+    to start, one after the other, and finish what they have before they go."""
+
+    def __init__(self, *, busy_s: dict[str, float], counts: dict[str, int], facts: Facts, start_s: float = 1.0):
+        self.now = 1000.0
+        self.busy_s = busy_s
+        self.start_s = start_s
+        self.collector = Collector("test", facts, clock=lambda: self.now)
+        self.collector.begin(self.now)
+        self.actors = {stage: float(count) for stage, count in counts.items()}
+        self.wanted = dict(counts)
+        self.images = dict.fromkeys(busy_s, 0.0)
+        self.busy = dict.fromkeys(busy_s, 0.0)
+        self.pools = {stage: PoolView(start=count, min=count, max=count) for stage, count in counts.items()}
+        self.rates: list[float] = []
+        self._tell()
+
+    def run(self, seconds: float, *, step: float = 0.5) -> None:
+        for _ in range(round(seconds / step)):
+            for stage, wanted in self.wanted.items():
+                if self.actors[stage] < wanted:
+                    self.actors[stage] = min(self.actors[stage] + step / self.start_s, wanted)
+                else:
+                    self.actors[stage] = wanted
+            rate = min(math.floor(self.actors[stage]) / busy for stage, busy in self.busy_s.items())
+            self.rates.append(rate)
+            for stage, busy in self.busy_s.items():
+                self.images[stage] += rate * step
+                self.busy[stage] += rate * step * busy
+                view = self.pools[stage]
+                running = math.floor(self.actors[stage])
+                pending = max(self.wanted[stage] - running, 0)
+                actor_s = view.actor_s + running * step
+                self.pools[stage] = replace(view, running=running, pending=pending, end=running, queued=9, actor_s=actor_s)
+            self.now += step
+            self._tell()
+
+    def _tell(self) -> None:
+        for stage in self.busy_s:
+            images = math.floor(self.images[stage] + 1e-6)
+            totals = {
+                "calls": images,
+                "images": images,
+                "bytes_in": 0,
+                "bytes_out": 0,
+                "busy_s": self.busy[stage],
+                "under_way_s": 0.0,
+            }
+            rest = {"core_wait_s": 0.0, "cpu_s": images * 1e-4, "rss_bytes": 10, "rss_peak_bytes": 10}
+            node = {"node": "here", "node_cpu_busy_s": self.now, "node_cpu_total_s": self.now}
+            self.collector.record(Sample(stage=stage, actor=stage, at=self.now, **totals, **rest, **node))
+        self.collector.progress(self.now, math.floor(min(self.images.values())), 0)
+        self.wanted = dict(self.collector.observe(self.pools))
+
+    @property
+    def events(self) -> list[dict]:
+        return self.collector.live()["scale_events"]
+
+
+FACTS = Facts(images=10**6, cores=2, at_most=20, auto=("preprocess", "write"))
+
+
+def test_auto_goes_to_the_best_allocation_and_stays_there():
+    played = Pipeline(busy_s={"preprocess": 0.17, "write": 0.21}, counts={"preprocess": 2, "write": 2}, facts=FACTS)
+    played.run(60)
+    assert played.wanted == {"preprocess": 9, "write": 11}
+    settled = len(played.events)
+    played.run(120)
+    assert len(played.events) == settled  # no oscillation
+    assert all(event["by"] == "auto" for event in played.events)
+
+
+def test_auto_follows_a_change_within_20_s_without_oscillating():
+    played = Pipeline(busy_s={"preprocess": 0.05, "write": 0.15}, counts={"preprocess": 5, "write": 15}, facts=FACTS)
+    played.run(30)
+    assert not played.events  # it began at its best
+    played.busy_s = {"preprocess": 0.30, "write": 0.10}
+    played.run(20)
+    played.run(20)
+    optimum = min(15 / 0.30, 5 / 0.10)
+    assert min(played.rates[-40:]) >= 0.9 * optimum
+    played.run(60)
+    assert len(played.events) <= 4
+
+
+def test_noise_of_a_few_percent_changes_nothing():
+    played = Pipeline(busy_s={"preprocess": 0.17, "write": 0.21}, counts={"preprocess": 9, "write": 11}, facts=FACTS)
+    for round_ in range(20):
+        played.busy_s = {"preprocess": 0.17 * (1 + 0.04 * math.sin(round_)), "write": 0.21 * (1 - 0.04 * math.sin(round_))}
+        played.run(5)
+    assert not played.events
+
+
+def test_a_count_set_by_hand_is_left_alone_and_the_other_stage_follows_it():
+    played = Pipeline(busy_s={"preprocess": 0.1, "write": 0.2}, counts={"preprocess": 2, "write": 4}, facts=FACTS)
+    played.run(10)
+    assert played.collector.scale({"preprocess": 3}) == played.wanted | {"preprocess": 3}
+    played.run(60)
+    assert played.wanted["preprocess"] == 3
+    assert played.wanted["write"] >= 6  # what three preprocess actors can fill
+
+
+def test_with_counts_given_nothing_is_changed():
+    fixed = replace(FACTS, auto=())
+    played = Pipeline(busy_s={"preprocess": 0.17, "write": 0.21}, counts={"preprocess": 2, "write": 2}, facts=fixed)
+    played.run(60)
+    assert played.wanted == {"preprocess": 2, "write": 2} and not played.events
+
+
+def test_shortly_before_the_end_no_actors_are_started():
+    played = Pipeline(
+        busy_s={"preprocess": 0.1, "write": 0.1}, counts={"preprocess": 2, "write": 2}, facts=replace(FACTS, images=200)
+    )
+    played.run(9)
+    assert not played.events
+
+
+@pytest.mark.parametrize(
+    ("counts", "reason"),
+    [
+        ({"preprocess": 19, "write": 2}, "19 preprocess + 2 write are 21 actors, but there is room for 20"),
+        ({"write": 0}, "write=0 is not possible"),
+        ({"read": 1}, "no stage 'read'; its stages are preprocess, write"),
+    ],
+)
+def test_what_cannot_be_changes_nothing(counts, reason):
+    played = Pipeline(busy_s={"preprocess": 0.1, "write": 0.1}, counts={"preprocess": 2, "write": 2}, facts=FACTS)
+    assert reason in played.collector.scale(counts)
+    played.run(1)
+    assert played.wanted == {"preprocess": 2, "write": 2} and not played.events
+    assert played.collector.live()["auto"]
+
+
+def test_before_the_first_look_at_the_pools_nothing_can_be_scaled():
+    assert "has not begun" in Collector("early", FACTS).scale({"preprocess": 2})
+
+
+def test_the_live_record_says_how_it_goes_of_late():
+    played = Pipeline(busy_s={"preprocess": 0.1, "write": 0.2}, counts={"preprocess": 2, "write": 2}, facts=replace(FACTS, auto=()))
+    played.run(20)
+    record = played.collector.live()
+    assert record["images_per_s"] == pytest.approx(10, rel=0.1)
+    assert record["eta_s"] == pytest.approx((10**6 - record["done"]) / record["images_per_s"])
+    preprocess, write = record["stages"]
+    assert (preprocess["busy"], preprocess["starved"]) == (pytest.approx(0.5, abs=0.05), pytest.approx(0.0))
+    assert preprocess["blocked"] == pytest.approx(0.5, abs=0.05)
+    assert write["busy"] == pytest.approx(1.0, abs=0.05)
+    assert record["verdict"]["stage"] == "write"
+    assert record["verdict"]["advice"][0]["change"] == "write actors 2 -> 3"
