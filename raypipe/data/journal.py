@@ -75,7 +75,13 @@ def _path(shard: int) -> str:
 
 def put_entry(root: str, entry: Entry) -> None:
     """Record `entry`: its shard is done from now on."""
-    location.write(root, _path(entry.shard), json.dumps(asdict(entry), separators=(",", ":")).encode())
+    # Not asdict: it copies every row deeply, 0.05 ms each, a tenth of what writing a small image costs.
+    record = _fields(entry) | {"written": list(map(_fields, entry.written)), "rejected": list(map(_fields, entry.rejected))}
+    location.write(root, _path(entry.shard), json.dumps(record, separators=(",", ":")).encode())
+
+
+def _fields(of: Entry | Written | Rejected) -> dict[str, Any]:
+    return {name: getattr(of, name) for name in of.__slots__}
 
 
 def done_shards(root: str) -> set[int]:

@@ -101,6 +101,10 @@ def list_images(input: str, *, annotations: str | None = None, limit: int | None
     if annotations is not None:
         return _unique(_list_coco(input, annotations, limit))
     listed = _list_places(_Limit(limit), input)
+    if listed.num_rows == 0 and not is_remote(input) and os.path.isfile(local_path(input)):
+        raise UsageError(
+            f"{input!r} is a file, and none that can hold images: images end in {' '.join(SUFFIXES)}, and .tar and .parquet files hold some"
+        )
     if listed.num_rows == 0:
         raise UsageError(
             f"no images in {input!r}: nothing there ends in {' '.join(SUFFIXES)} .tar .parquet (hidden files do not count). "

@@ -90,7 +90,7 @@ def _key_figures(report: dict) -> str:
     setup = known(report.get("setup_s"))
     tiles = [
         ("images in", number(into), became),
-        ("images/s, steady", number(report.get("steady_images_per_s")), "from the first shard out to the last"),
+        ("images/s, steady", number(report.get("steady_images_per_s")), "from when actors could begin to the last shard"),
         ("images/s, overall", number(report.get("images_per_s")), "from start to end"),
         ("first output", duration(report.get("first_output_s")), "after the start"),
         ("wall time", duration(report.get("wall_s")), "" if setup is None else f"after {duration(setup)} of set-up"),

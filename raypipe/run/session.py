@@ -130,7 +130,7 @@ def ray_session(settings: Settings) -> Iterator[Session]:
     if ours:
         quiet = {"logging_level": "ERROR", "log_to_driver": False}
         try:
-            with _without_startup_lines():
+            with _without_rays_lines():
                 if joined:
                     context = ray.init(**quiet)
                 else:
@@ -152,14 +152,14 @@ def ray_session(settings: Settings) -> Iterator[Session]:
         yield Session(at_most=at_most, cpus_each=each, cores=cores, nodes=nodes, joined=joined, dashboard=dashboard)
     finally:
         if ours:
-            ray.shutdown()
+            # After Ctrl-C Ray would say of every task under way that it will be retried, which it will not.
+            with _without_rays_lines():
+                ray.shutdown()
 
 
 @contextmanager
-def _without_startup_lines() -> Iterator[None]:
-    """Keep Ray's C++ account of itself off the terminal: a line for its log level at the start, and an alarming one for every actor
-    pool, that its arguments are in the object store (as Ray Data puts them). They stay in Ray's log files; what raises still raises.
-    """
+def _without_rays_lines() -> Iterator[None]:
+    """Keep Ray's account of itself off the terminal: a line for its log level at the start, and an alarming one for every actor pool, that its arguments are in the object store (as Ray Data puts them). They stay in Ray's log files; what raises still raises."""
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     # What breaks a run is raised, and told in a line (broken_off); Ray Data would log its whole trace before, twice.

@@ -1,7 +1,6 @@
 import contextlib
 import io
 import os
-import pathlib
 import pickle
 import tarfile
 import threading
@@ -16,30 +15,7 @@ from raypipe.data import reader
 from raypipe.data.reader import Reader
 from raypipe.data.sources import list_images
 from raypipe.images.decode import Reject
-
-
-def put(root: pathlib.Path, *files: str) -> dict[str, bytes]:
-    """Files of made-up bytes: neither listing nor reading looks into an image."""
-    contents = {}
-    for file in files:
-        path = root / file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        contents[file] = (file.encode() * 50)[: 100 + len(contents)]
-        path.write_bytes(contents[file])
-    return contents
-
-
-def read(table: pa.Table, threads: int = 4) -> list[bytes | Reject]:
-    with contextlib.closing(Reader(threads)) as one:
-        return list(one.read(table))
-
-
-def reasons(results: list[bytes | Reject]) -> list[str | None]:
-    return [one.reason if isinstance(one, Reject) else None for one in results]
-
-
-def ids(table: pa.Table) -> list[str]:
-    return table["image_id"].to_pylist()
+from tests.data.conftest import ids, put, read, reasons
 
 
 def rows(*ranges: tuple[str, int, int]) -> pa.Table:

@@ -1,4 +1,3 @@
-import contextlib
 import gzip
 import io
 import itertools
@@ -15,32 +14,9 @@ import pytest
 
 from raypipe import UsageError
 from raypipe.data import sources
-from raypipe.data.sources import SOURCE, Reader, list_images
+from raypipe.data.sources import SOURCE, list_images
 from raypipe.images.decode import Reject
-
-
-def put(root: pathlib.Path, *files: str) -> dict[str, bytes]:
-    """Files of made-up bytes: neither listing nor reading looks into an image."""
-    contents = {}
-    for file in files:
-        path = root / file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        contents[file] = (file.encode() * 50)[: 100 + len(contents)]
-        path.write_bytes(contents[file])
-    return contents
-
-
-def read(table: pa.Table, threads: int = 4) -> list[bytes | Reject]:
-    with contextlib.closing(Reader(threads)) as reader:
-        return list(reader.read(table))
-
-
-def reasons(results: list[bytes | Reject]) -> list[str | None]:
-    return [one.reason if isinstance(one, Reject) else None for one in results]
-
-
-def ids(table: pa.Table) -> list[str]:
-    return table["image_id"].to_pylist()
+from tests.data.conftest import ids, put, read, reasons
 
 
 def names(table: pa.Table) -> list[str]:
@@ -152,7 +128,7 @@ def test_inputs_that_hold_nothing(tmp_path):
     (tmp_path / "empty").mkdir()
     for input, message in (
         (f"{tmp_path}/empty", "no images"),
-        (f"{tmp_path}/readme.txt", "no images"),
+        (f"{tmp_path}/readme.txt", "is a file, and none that can hold images"),
         (f"{tmp_path}/nowhere", "does not exist"),
         ("", "empty"),
         ("nosuchscheme://bucket/key", "cannot open nosuchscheme://bucket"),

@@ -1,0 +1,33 @@
+"""What the tests of listing and of reading share."""
+
+import contextlib
+from pathlib import Path
+
+import pyarrow as pa
+
+from raypipe.data.reader import Reader
+from raypipe.images.decode import Reject
+
+
+def put(root: Path, *files: str) -> dict[str, bytes]:
+    """Files of made-up bytes: neither listing nor reading looks into an image."""
+    contents = {}
+    for file in files:
+        path = root / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        contents[file] = (file.encode() * 50)[: 100 + len(contents)]
+        path.write_bytes(contents[file])
+    return contents
+
+
+def read(table: pa.Table, threads: int = 4) -> list[bytes | Reject]:
+    with contextlib.closing(Reader(threads)) as reader:
+        return list(reader.read(table))
+
+
+def reasons(results: list[bytes | Reject]) -> list[str | None]:
+    return [one.reason if isinstance(one, Reject) else None for one in results]
+
+
+def ids(table: pa.Table) -> list[str]:
+    return table["image_id"].to_pylist()
