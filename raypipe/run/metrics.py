@@ -4,19 +4,19 @@ Ray's workers hand their metrics to the agent every 10 s (metrics_report_interva
 """
 
 import time
-from collections import Counter as Totals
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from ray.util.metrics import Counter, Gauge
 
-if TYPE_CHECKING:
-    from raypipe.run.meter import Sample
+from raypipe.run.meter import Sample
 
 EXPORT_EVERY_S = 10.0
 GONE_AFTER_S = 5.0
 """An actor that has sent nothing for so long has ended: they send every second."""
+
+_Place = tuple[str, str]
+"""A stage on a node."""
 
 _BY_NODE = ("run", "stage", "node")
 _BY_STAGE = ("run", "stage")
@@ -27,8 +27,10 @@ class Metrics:
 
     def __init__(self, run_id: str):
         self._run = run_id
-        self._totals: deque[tuple[float, Totals, Totals]] = deque()  # when, and per (stage, node): images, CPU seconds
-        self._counted: Totals = Totals()
+        self._totals: deque[tuple[float, dict[_Place, float], dict[_Place, float]]] = (
+            deque()
+        )  # when, and per (stage, node): images, CPU seconds
+        self._counted: dict[tuple, float] = defaultdict(float)
         self._seen: dict[str, tuple[float, float]] = {}  # actor -> when its latest sample was taken, by its clock and by this one
         self._actors = Gauge("raypipe_stage_actors", "Actors of the stage that run.", _BY_NODE)
         self._wanted = Gauge("raypipe_stage_actors_wanted", "Actors that the stage is to have.", _BY_STAGE)
@@ -45,7 +47,7 @@ class Metrics:
         self._done = Counter("raypipe_run_images_done_total", "Images done, rejected ones included.", ("run",))
         self._rejected = Counter("raypipe_run_images_rejected_total", "Images rejected.", ("run",))
 
-    def record(self, live: dict, samples: Iterable["Sample"]) -> None:
+    def record(self, live: dict, samples: Iterable[Sample]) -> None:
         """Set everything; about once a second.
 
         Args:
@@ -75,8 +77,11 @@ class Metrics:
             counter.inc(total - self._counted[key], tags)
             self._counted[key] = total
 
-    def _by_node(self, now: float, samples: list["Sample"]) -> None:
-        images, cpu_s, actors, rss = Totals(), Totals(), Totals(), Totals()
+    def _by_node(self, now: float, samples: list[Sample]) -> None:
+        images: dict[_Place, float] = defaultdict(float)
+        cpu_s: dict[_Place, float] = defaultdict(float)
+        actors: dict[_Place, int] = defaultdict(int)
+        rss: dict[_Place, int] = defaultdict(int)
         for sample in samples:
             place = (sample.stage, sample.node)
             images[place] += sample.images
