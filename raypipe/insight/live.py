@@ -102,8 +102,10 @@ def sparkline(history: Sequence[tuple[float, float | None]], now: float, columns
     return drawn
 
 
-def _actors(stage: dict) -> str:
-    """How many actors run, and how many are wanted where that differs."""
+def _actors(stage: dict, images: int) -> str:
+    """How many actors run, and how many are wanted where that differs. Of a stage that has done all `images`, what is left counts no more."""
+    if stage["images"] >= images > 0 and not stage["queued"] and not stage["images_per_s"]:
+        return "done"
     return f"{stage['actors']}" if stage["actors"] == stage["wanted"] else f"{stage['actors']} {ARROW} {stage['wanted']}"
 
 
@@ -166,20 +168,21 @@ def _stages(record: dict, looking: Looking, width: int) -> Table:
     gpu = any(known(stage["gpu_percent"]) is not None for stage in stages)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim", show_edge=False, expand=True)
     table.add_column("", width=1)
-    table.add_column("stage", no_wrap=True, overflow="ellipsis", max_width=14)
-    for name in ("actors", "images/s", "CPU", "memory", *(["GPU"] if gpu else []), "queue"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("stage", no_wrap=True, overflow="ellipsis", min_width=10, max_width=14)
+    widths = {"actors": 7, "images/s": 8, "CPU": 4, "memory": 7} | ({"GPU": 4} if gpu else {}) | {"queue": 5}
+    for name, least in widths.items():  # so that nothing jumps from one update to the next
+        table.add_column(name, justify="right", no_wrap=True, min_width=least)
     for name in [name for name, _, _ in STATES] if width >= WIDE else []:
         table.add_column(name, justify="right", no_wrap=True)
-    used = 1 + 14 + 8 + 8 + 4 + 7 + (4 if gpu else 0) + 5 + (7 + 7 + 7 if width >= WIDE else 0)
+    used = 1 + 14 + sum(widths.values()) + (4 + 7 + 7 if width >= WIDE else 0)
     room = width - used - 2 * len(table.columns)
     table.add_column("what its actors do", no_wrap=True, ratio=1)
     for index, stage in enumerate(stages):
-        chosen = index == looking.selected
+        chosen, actors = index == looking.selected, _actors(stage, record["images"])
         cells = [
             Text(SELECTED if chosen else ""),
             Text(printable(stage["name"]), style="bold" if chosen else ""),
-            Text(_actors(stage), style="bold magenta" if stage["actors"] != stage["wanted"] else ""),
+            Text(actors, style="bold magenta" if ARROW in actors else ""),
             *(Text(figure) for figure in _figures(stage, gpu=gpu, wide=width >= WIDE)),
             bar([(stage[state], glyph, colour) for state, glyph, colour in STATES], max(room, 8)),
         ]
@@ -243,7 +246,7 @@ def listing(records: Sequence[dict]) -> RenderableType:
     table.add_column("input and output", overflow="fold", style="dim")
     for record in records:
         images = f"{record['done']:,} of {record['images']:,}"
-        actors = " + ".join(_actors(stage) for stage in record["stages"])
+        actors = " + ".join(_actors(stage, record["images"]) for stage in record["stages"])
         figures = [duration(int(record["at_s"])), images, number(record["images_per_s"]), actors]
         table.add_row(Text(printable(record["run_id"])), *(Text(figure) for figure in figures), Text(_places(record)))
     return _Plain(table)
@@ -260,7 +263,7 @@ def line(record: dict) -> str:
         states = ", ".join(f"{state} {share(stage[state])}" for state, _, _ in STATES)
         memory = bytes_of(stage["rss_bytes"])
         said.append(
-            f"{printable(stage['name'])}: actors {_actors(stage)}, {number(stage['images_per_s'])} images/s, CPU {_percent(stage['cpu_percent'])}, "
+            f"{printable(stage['name'])}: actors {_actors(stage, record['images'])}, {number(stage['images_per_s'])} images/s, CPU {_percent(stage['cpu_percent'])}, "
             f"memory {memory}, {states}, {stage['queued']} queued"
         )
     if record["verdict"]["stage"] is not None:

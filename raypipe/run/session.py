@@ -129,7 +129,7 @@ def ray_session(settings: Settings) -> Iterator[Session]:
     if ours:
         quiet = {"logging_level": "ERROR", "log_to_driver": False}
         try:
-            with _without_startup_lines():
+            with without_startup_lines():
                 if joined:
                     context = ray.init(**quiet)
                 else:
@@ -155,7 +155,7 @@ def ray_session(settings: Settings) -> Iterator[Session]:
 
 
 @contextmanager
-def _without_startup_lines() -> Iterator[None]:
+def without_startup_lines() -> Iterator[None]:
     """Keep Ray's C++ account of itself off the terminal: a line for its log level at the start, and an alarming one for every actor
     pool, that its arguments are in the object store (as Ray Data puts them). They stay in Ray's log files; what raises still raises.
     """

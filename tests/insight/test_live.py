@@ -114,6 +114,15 @@ def test_what_is_not_known_is_a_dash_and_never_a_zero():
     assert "CPU - of 2 cores; preprocess: actors 0 -> 4, - images/s, CPU -, memory -, busy -" in line(unknown())
 
 
+def test_a_stage_that_has_done_everything_is_done_whatever_its_actors_are_about():
+    left = {"actors": 2, "wanted": 1, "queued": 0, "images_per_s": 0.0}
+    text = "\n".join(printed(view(record(stages=[stage("preprocess", images=5000, **left)]), Looking(), width=80), 80))
+    assert re.search(r"preprocess +done +0 ", text)
+    for not_yet in ({"images": 4999}, {"images": 5000, "queued": 1}, {"images": 5000, "images_per_s": 3.0}):
+        text = "\n".join(printed(view(record(stages=[stage("preprocess", **left | not_yet)]), Looking(), width=80), 80))
+        assert re.search(r"preprocess +2 → 1 ", text)
+
+
 def test_gpu_has_a_column_where_a_stage_has_one():
     assert "GPU" not in "\n".join(printed(view(record(), Looking(), width=80), 80))
     lines = printed(view(record(stages=[stage("train", gpu_percent=88.0), stage("preprocess")]), Looking(), width=80), 80)
