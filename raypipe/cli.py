@@ -1,9 +1,11 @@
-"""`raypipe recipes | report`: what there is to run, and what a run was. Running is what jobs/ are for."""
+"""`raypipe recipes | report | plan | runs | watch | scale | dashboard`: operate a run, and look at it. Running is what jobs/ are for."""
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.resources import files
 from typing import Annotated, Any
 
 import tyro
@@ -14,7 +16,18 @@ from raypipe import UsageError
 from raypipe.data import journal, location
 from raypipe.images import catalog
 from raypipe.images.recipe import to_json
-from raypipe.insight.report import terminal
+from raypipe.insight.live import listing
+from raypipe.insight.report import outlook, terminal
+
+# raypipe.run brings in Ray, 2 s: only commands that need it import it, when they do.
+
+Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+Address = Annotated[
+    str | None,
+    tyro.conf.arg(
+        metavar="HOST:PORT", help="Ray cluster, by its head; by default RAY_ADDRESS, or the Ray that runs on this machine."
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -33,6 +46,62 @@ class Report:
     """Output directory of the run, or the folder given as --report."""
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a finished run's costs say of other machines: the best allocation, its throughput, and what one more of each would bring."""
+
+    run: Annotated[str, tyro.conf.Positional]
+    """Output directory of the run, or the folder given as --report."""
+    cpus: int | None = None
+    """Cores, and at most as many actors; by default those of the run's machine."""
+    gpus: int | None = None
+    """GPUs for training; by default as many as the run had."""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """List the runs that are going on."""
+
+    address: Address = None
+    json: Flag = False
+    """A line of JSON a run."""
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Watch a run: per stage actors, images/s, CPU, memory, what its actors do, and which stage limits.
+
+    In a terminal the arrow keys select a stage and + and - scale it by one; q leaves, and the run goes on. Elsewhere: a line an update.
+    """
+
+    run: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[RUN]")] = None
+    """Run to watch (`raypipe runs` lists them); by default the newest."""
+    address: Address = None
+    json: Flag = False
+    """A line of JSON an update."""
+    once: Flag = False
+    """One update only."""
+    interval: float = 1.0
+    """Seconds from one update to the next."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Change how many actors a stage of a running run has: `raypipe scale preprocess=8 write=4`."""
+
+    what: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[RUN] STAGE=N ...")]
+    """Run (by default the newest), then the stages with the actors they are to have."""
+    address: Address = None
+
+
+@dataclass(frozen=True)
+class Dashboard:
+    """Write the Grafana dashboard of raypipe's metrics, to import into Grafana."""
+
+    file: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[FILE]")] = None
+    """File to write; by default it is printed."""
+
+
 def recipes(command: Recipes, console: Console) -> None:
     """All recipes as a table, or one as JSON."""
     if command.name is not None:
@@ -46,33 +115,171 @@ def recipes(command: Recipes, console: Console) -> None:
     console.print(table)
 
 
+def _of(run: str) -> tuple[dict, str]:
+    """The report.json of a finished run, and where it is.
+
+    Raises:
+        UsageError: there is none.
+    """
+    places = [location.join(run, f"{journal.STATE}/report.json"), location.join(run, "report.json")]
+    for place in places:
+        try:
+            return json.loads(location.read(place)), place
+        except FileNotFoundError:
+            continue
+        except ValueError as error:
+            raise UsageError(f"{place} is no report of raypipe ({error}).") from error
+    raise UsageError(f"There is no report in {run!r}: neither {' nor '.join(places)} exists. A run writes it when it ends.")
+
+
 def report(command: Report, console: Console) -> None:
     """The report of a finished run.
 
     Raises:
         UsageError: there is none.
     """
-    places = [location.join(command.run, f"{journal.STATE}/report.json"), location.join(command.run, "report.json")]
-    for place in places:
+    found, place = _of(command.run)
+    try:
+        console.print(terminal(found))
+    except (KeyError, TypeError) as error:
+        raise UsageError(f"{place} is no report of raypipe ({type(error).__name__}: {error}).") from error
+
+
+def plan(command: Plan, console: Console) -> None:
+    """Other allocations and machines, by the costs of a finished run.
+
+    Raises:
+        UsageError: there is none, or it says nothing of costs.
+    """
+    for name, count in (("cpus", command.cpus), ("gpus", command.gpus)):
+        if count is not None and count < 1:
+            raise UsageError(f"--{name} is {count}; it must be at least 1.")
+    found, place = _of(command.run)
+    try:
+        console.print(outlook(found, cpus=command.cpus, gpus=command.gpus))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"{place} says nothing of what stages cost: {error}. A run that finished at least a shard does."
+        ) from error
+
+
+def runs(command: Runs, console: Console) -> None:
+    """The runs of a cluster, newest first.
+
+    Raises:
+        UsageError: there is no cluster.
+    """
+    from raypipe.run import control
+
+    control.connect(command.address)
+    found = control.runs()
+    if command.json:
+        for record in found:
+            print(json.dumps(record))
+    else:
+        console.print(listing(found) if found else "No run is going on in this cluster.")
+
+
+def watch(command: Watch, console: Console) -> None:
+    """A run as it goes.
+
+    Raises:
+        UsageError: there is no cluster or no such run.
+    """
+    if not 0.1 <= command.interval <= 3600:
+        raise UsageError(f"--interval is {command.interval:g}; give seconds from 0.1 to 3600.")
+    from raypipe.run import control
+    from raypipe.watch import watch
+
+    control.connect(command.address)
+    watch(control.attach(command.run), console, interval=command.interval, as_json=command.json, once=command.once)
+
+
+def scalings(words: tuple[str, ...]) -> tuple[str | None, dict[str, int]]:
+    """`[RUN] STAGE=N ...` as the run and how many actors each stage is to have.
+
+    Raises:
+        UsageError: it is not of that form.
+    """
+    form = "Nothing was changed. Give [RUN] STAGE=N ..., such as: raypipe scale preprocess=8 write=4"
+    run, pairs = (words[0], words[1:]) if words and "=" not in words[0] else (None, words)
+    if not pairs:
+        raise UsageError(f"{'No stage is named' if run is None else f'{run!r} is taken for a run, and no stage is named'}. {form}")
+    counts: dict[str, int] = {}
+    for pair in pairs:
+        stage, _, count = pair.partition("=")
+        if not stage or not (count.isascii() and count.isdigit()):
+            raise UsageError(f"{pair!r} is not STAGE=N with N a whole number of actors. {form}")
+        if stage in counts:
+            raise UsageError(f"{stage} is given twice, as {counts[stage]} and as {count}. {form}")
+        counts[stage] = int(count)
+    return run, counts
+
+
+def scale(command: Scale, console: Console) -> None:
+    """Change a run's actor counts.
+
+    Raises:
+        UsageError: there is no cluster or no such run, or the run refuses.
+    """
+    name, counts = scalings(command.what)
+    from raypipe.run import control
+
+    control.connect(command.address)
+    run = control.attach(name)
+    accepted = run.scale(counts)
+    wanted = ", ".join(f"{stage}={accepted[stage]}" for stage in counts)
+    console.print(
+        f"Run {run.run_id}: {wanted} wanted. `raypipe watch {run.run_id}` shows it come about.", markup=False, highlight=False
+    )
+
+
+def dashboard(command: Dashboard, console: Console) -> None:
+    """The Grafana dashboard, to a file or to standard output.
+
+    Raises:
+        UsageError: the file is there already, or cannot be written.
+    """
+    text = files("raypipe.insight").joinpath("grafana.json").read_text()
+    if command.file is None:
+        print(text, end="")
+    else:
         try:
-            console.print(terminal(json.loads(location.read(place))))
-            return
-        except FileNotFoundError:
-            continue
-        except (ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"{place} is no report of raypipe ({type(error).__name__}: {error}).") from error
-    raise UsageError(f"There is no report in {command.run!r}: neither {' nor '.join(places)} exists. A run writes it when it ends.")
+            with open(command.file, "x") as file:
+                file.write(text)
+        except OSError as error:
+            raise UsageError(
+                f"{command.file!r} cannot be written: {error.strerror}. Give another file, or remove it first."
+            ) from error
+    how = "In Grafana: Dashboards, New, Import, {}; then choose the Prometheus that scrapes Ray."
+    Console(stderr=True).print(how.format(command.file or "and paste it"), markup=False, highlight=False)
+
+
+COMMANDS: dict[str, tuple[type, Callable[[Any, Console], None]]] = {
+    "recipes": (Recipes, recipes),
+    "report": (Report, report),
+    "plan": (Plan, plan),
+    "runs": (Runs, runs),
+    "watch": (Watch, watch),
+    "scale": (Scale, scale),
+    "dashboard": (Dashboard, dashboard),
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The `raypipe` command; returns the exit status: 0, or 2 for bad arguments."""
-    commands: dict[str, Callable[..., Any]] = {"recipes": Recipes, "report": Report}
+    """The `raypipe` command; returns the exit status: 0, 2 for bad arguments, 130 after Ctrl-C."""
+    commands: dict[str, Callable[..., Any]] = {name: kind for name, (kind, _) in COMMANDS.items()}
     command: Any = tyro.extras.subcommand_cli_from_dict(commands, prog="raypipe", description=__doc__, args=arguments)
     try:
-        (recipes if isinstance(command, Recipes) else report)(command, Console())
+        next(do for kind, do in COMMANDS.values() if isinstance(command, kind))(command, Console())
+        sys.stdout.flush()
     except UsageError as error:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
         return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `raypipe watch | head`: the reader has had enough; nor is there anyone to flush for at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

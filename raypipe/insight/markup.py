@@ -1,4 +1,4 @@
-"""Safe HTML from untrusted text, and figures as a person reads them: what raypipe.insight.html and raypipe.insight.figures write with."""
+"""Safe text and HTML from untrusted text, and figures as a person reads them: what html.py, figures.py and live.py write with."""
 
 from collections.abc import Sequence
 from html import escape
@@ -7,9 +7,14 @@ DASH = "\N{EN DASH}"
 ARROW = "\N{RIGHTWARDS ARROW}"
 
 
+def printable(value: object) -> str:
+    """`value` in one line: newlines, escapes to the terminal, bidi overrides, lone surrogates and their like are spelled out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
+
+
 def text(value: object) -> str:
-    """`value` for a text node or a quoted attribute. Newlines, bidi overrides, lone surrogates and their like are spelled out."""
-    return escape("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value)))
+    """`value`, printable, for a text node or a quoted attribute."""
+    return escape(printable(value))
 
 
 def tag(element: str, /, *inner: str, **attributes: object) -> str:

@@ -264,7 +264,7 @@ _ROWS: tuple[tuple[str, Callable[[dict], str]], ...] = (
 )
 
 
-def plan(report: dict, *, cpus: int | None = None, gpus: int | None = None) -> Group:
+def outlook(report: dict, *, cpus: int | None = None, gpus: int | None = None) -> Group:
     """What this run's costs say of other machines and allocations, as a person reads it in a terminal.
 
     Args:
@@ -287,12 +287,14 @@ def plan(report: dict, *, cpus: int | None = None, gpus: int | None = None) -> G
     for cost in costs:
         table.add_column(cost.name, justify="right")
 
-    def row(name: str, outlook: planner.Outlook, rate: float | None = None) -> None:
-        limit = "cores" if outlook.limit == planner.CORES else outlook.limit
-        counts = [str(outlook.counts[cost.name]) for cost in costs]
-        table.add_row(name, _number(outlook.images_per_s if rate is None else rate, ".0f"), limit, *counts)
+    def row(name: str, seen: planner.Outlook, rate: float | None = None) -> None:
+        limit = "cores" if seen.limit == planner.CORES else seen.limit
+        counts = [str(seen.counts[cost.name]) for cost in costs]
+        table.add_row(name, _number(seen.images_per_s if rate is None else rate, ".0f"), limit, *counts)
 
-    machine = f"{there.cores:g} CPUs" + (f", {there.gpus} GPU{'s' if there.gpus > 1 else ''}" if there.gpus else "")
+    machine = f"{there.cores:g} CPUs" + (
+        f", {there.gpus} GPU{'s' if there.gpus > 1 else ''}" if there.gpus and any(cost.on_gpu for cost in costs) else ""
+    )
     if measured:
         row("measured", ran, measured)
     row("as it ran, by the model", ran)

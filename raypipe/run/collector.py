@@ -16,6 +16,7 @@ import ray
 from raypipe.insight import planner
 from raypipe.insight.report import PoolView, verdict
 from raypipe.run.meter import SAMPLE_EVERY_S, Sample
+from raypipe.run.metrics import Metrics
 
 NAMESPACE = "raypipe"
 
@@ -132,6 +133,7 @@ class Collector:
         self._by_hand: set[str] = set()
         self._events: list[dict[str, Any]] = []
         self._settled_at = self._started
+        self._metrics = Metrics(run_id)
 
     def begin(self, at: float) -> None:
         """The execution begins: the timeline counts from here."""
@@ -201,6 +203,7 @@ class Collector:
         for stage in pools:
             self._remember(stage, now)
         self._steer(now)
+        self._metrics.record(self.live(), self._latest.values())
         return self._wanted
 
     def _remember(self, stage: str, now: float) -> None:

@@ -9,6 +9,7 @@ from ray.exceptions import RayError
 
 from raypipe import UsageError
 from raypipe.run.collector import NAMESPACE
+from raypipe.run.session import without_rays_lines
 
 _NAME = "raypipe-"
 _ANSWER_S = 10.0
@@ -22,15 +23,20 @@ def connect(address: str | None = None) -> None:
     """
     if ray.is_initialized():
         return
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     wanted = address or os.environ.get("RAY_ADDRESS") or "auto"
     try:
-        ray.init(address=wanted, namespace=NAMESPACE, logging_level="ERROR", log_to_driver=False)
+        with without_rays_lines():
+            ray.init(address=wanted, namespace=NAMESPACE, logging_level="ERROR", log_to_driver=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
         if wanted == "auto":
             raise UsageError(
                 "No Ray runs on this machine, so there is no run to look at. Start one (python jobs/preprocess.py ...), or name its cluster "
                 "with --address or RAY_ADDRESS."
+            ) from error
+        if "InvalidAuthToken" in str(error.__cause__):
+            raise UsageError(
+                f"The Ray cluster at {wanted!r} wants a token, and none was sent: Ray sends it to an address that is given only where "
+                f"RAY_AUTH_MODE=token says so. Set that; and RAY_AUTH_TOKEN, unless the token is in ~/.ray/auth_token."
             ) from error
         raise UsageError(
             f"No Ray cluster answers at {wanted!r} ({str(error).splitlines()[0]}). Correct --address or RAY_ADDRESS."

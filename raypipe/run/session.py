@@ -130,7 +130,7 @@ def ray_session(settings: Settings) -> Iterator[Session]:
     if ours:
         quiet = {"logging_level": "ERROR", "log_to_driver": False}
         try:
-            with _without_rays_lines():
+            with without_rays_lines():
                 if joined:
                     context = ray.init(**quiet)
                 else:
@@ -153,12 +153,12 @@ def ray_session(settings: Settings) -> Iterator[Session]:
     finally:
         if ours:
             # After Ctrl-C Ray would say of every task under way that it will be retried, which it will not.
-            with _without_rays_lines():
+            with without_rays_lines():
                 ray.shutdown()
 
 
 @contextmanager
-def _without_rays_lines() -> Iterator[None]:
+def without_rays_lines() -> Iterator[None]:
     """Keep Ray's account of itself off the terminal: a line for its log level at the start, and an alarming one for every actor pool, that its arguments are in the object store (as Ray Data puts them). They stay in Ray's log files; what raises still raises."""
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)

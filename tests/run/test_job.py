@@ -1,17 +1,12 @@
 """jobs/preprocess.py as a user runs it: its own process, its own Ray, interrupted, killed, submitted."""
 
-import contextlib
 import json
 import os
 import re
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import sysconfig
-import tempfile
-import time
 import venv
 from pathlib import Path
 
@@ -21,14 +16,10 @@ import yaml
 from ray.autoscaler._private.util import fillout_defaults, validate_config
 
 from tests.conftest import files
+from tests.run.clusters import environment, head, wait_for
 
 ROOT = Path(__file__).parent.parent.parent
 JOB = [sys.executable, "jobs/preprocess.py"]
-
-
-def environment(**more: str) -> dict[str, str]:
-    """The environment of a user who has not started Ray."""
-    return {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | more
 
 
 def job(*arguments: str, **more) -> subprocess.CompletedProcess:
@@ -41,14 +32,6 @@ def started_job(*arguments: str) -> subprocess.Popen:
     return subprocess.Popen(
         command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-
-
-def wait_for(condition, process: subprocess.Popen, seconds: float = 300) -> None:
-    deadline = time.time() + seconds
-    while not condition():
-        assert process.poll() is None, f"ended by itself with {process.returncode}: {process.communicate()}"
-        assert time.time() < deadline, "nothing happened"
-        time.sleep(0.05)
 
 
 def named(process: psutil.Process, name: str) -> bool:
@@ -110,16 +93,6 @@ def test_bad_arguments_end_with_status_2_and_one_clear_line(tmp_path):
     assert "no/such/folder" in job("--input", "no/such/folder").stderr
 
 
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
-
-
 @pytest.fixture
 def bare_python(tmp_path) -> str:
     """A Python that has all that this one has, but raypipe: a path that is added by a .pth file is not searched for others' .pth files,
@@ -134,26 +107,12 @@ def bare_python(tmp_path) -> str:
 
 
 @pytest.fixture
-def cluster(tmp_path, bare_python):
-    """`ray start --head` on ports of its own, ended by process id; yields the address of its job server and an environment for it."""
-    gcs, dashboard, client, agent = free_ports(4)
+def cluster(bare_python):
+    """`ray start --head` with token authentication; yields the address of its job server and an environment for it."""
     env = environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="a" * 32)
     env["PATH"] = f"{Path(bare_python).parent}:{env['PATH']}"  # `python` of a job's command line
-    folder = tempfile.mkdtemp(prefix="rp-")  # a short path: Ray's sockets are in it, and theirs may have 107 characters
-    command = [bare_python, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=4", "--disable-usage-stats"]
-    command += [f"--port={gcs}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}", f"--temp-dir={folder}"]
-    command += [f"--dashboard-agent-listen-port={agent}"]
-    head = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        wait_for(lambda: socket.socket().connect_ex(("127.0.0.1", dashboard)) == 0, head)
-        yield f"http://127.0.0.1:{dashboard}", env
-    finally:
-        started = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)] if head.poll() is None else []
-        for process in started:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        head.communicate(timeout=20)
-        shutil.rmtree(folder, ignore_errors=True)
+    with head(cpus=4, env=env, python=bare_python) as started:
+        yield started.dashboard, env
 
 
 @pytest.mark.slow

@@ -1,0 +1,77 @@
+"""A Ray of its own for a test: started as a user starts one, on ports of its own, ended by process id."""
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+
+def environment(**more: str) -> dict[str, str]:
+    """The environment of a user who has not started Ray."""
+    return {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | more
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 300) -> None:
+    """Until `condition` holds, while `process` runs."""
+    deadline = time.time() + seconds
+    while not condition():
+        assert process.poll() is None, f"ended by itself with {process.returncode}: {process.communicate()}"
+        assert time.time() < deadline, "nothing happened"
+        time.sleep(0.05)
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+def answers(port: int) -> bool:
+    """Whether something listens on a port of this machine."""
+    with socket.socket() as s:
+        return s.connect_ex(("127.0.0.1", port)) == 0
+
+
+@dataclass(frozen=True)
+class Head:
+    """A cluster of one node."""
+
+    address: str  # for RAY_ADDRESS
+    dashboard: str  # for `ray job submit`
+    session: Path  # Ray's folder for it: logs, metrics, service discovery
+
+
+@contextlib.contextmanager
+def head(*, cpus: int, env: dict[str, str], python: str = sys.executable) -> Iterator[Head]:
+    """`ray start --head` with so many logical CPUs."""
+    gcs, dashboard, client, agent = free_ports(4)
+    folder = tempfile.mkdtemp(prefix="rp-")  # a short path: Ray's sockets are in it, and theirs may have 107 characters
+    command = [python, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--num-cpus={cpus}", "--disable-usage-stats"]
+    command += [f"--port={gcs}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}", f"--temp-dir={folder}"]
+    command += [f"--dashboard-agent-listen-port={agent}"]
+    process = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        wait_for(lambda: answers(dashboard), process)
+        yield Head(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", Path(folder) / "session_latest")
+    finally:
+        started = (
+            [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []
+        )
+        for each in started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+        process.communicate(timeout=20)
+        shutil.rmtree(folder, ignore_errors=True)
