@@ -1,6 +1,7 @@
 """A run from outside: which there are, how they go, and how many actors they shall have. For other processes, nodes and notebooks."""
 
 import os
+import socket
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,11 +24,14 @@ def connect(address: str | None = None) -> None:
     """
     if ray.is_initialized():
         return
+    # Ray would ask 20 times, 40 s each where nobody listens; who types a command wants to know sooner.
+    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "2")
     wanted = address or os.environ.get("RAY_ADDRESS") or "auto"
     try:
+        _check_listens(wanted)
         with without_rays_lines():
             ray.init(address=wanted, namespace=NAMESPACE, logging_level="ERROR", log_to_driver=False)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         if wanted == "auto":
             raise UsageError(
                 "No Ray runs on this machine, so there is no run to look at. Start one (python jobs/preprocess.py ...), or name its cluster "
@@ -41,6 +45,13 @@ def connect(address: str | None = None) -> None:
         raise UsageError(
             f"No Ray cluster answers at {wanted!r} ({str(error).splitlines()[0]}). Correct --address or RAY_ADDRESS."
         ) from error
+
+
+def _check_listens(address: str) -> None:
+    """Raises OSError where nobody does, if `address` is HOST:PORT."""
+    host, _, port = address.rpartition(":")
+    if host and "/" not in host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=5).close()
 
 
 def names() -> list[str]:
@@ -115,3 +126,5 @@ class Control:
             return ray.get(getattr(self._collector, question).remote(*given), timeout=_ANSWER_S)
         except RayError as error:
             raise UsageError(f"The run {self.run_id} has ended, or its cluster does not answer.") from error
+        except AttributeError as error:
+            raise UsageError(f"The run {self.run_id} is one of another version of raypipe, which cannot be asked.") from error

@@ -1,0 +1,71 @@
+"""Commands that read what a run left behind. Those for running runs: test_watch.py and run/test_watching.py."""
+
+import json
+
+import pytest
+
+from raypipe.cli import main
+
+
+def report(**given) -> dict:
+    """The parts of a report.json that a plan needs: 2 preprocess actors that compute and a writer that waits for a slow store."""
+
+    def stage(name: str, actors: int, busy_ms: float, cpu_ms: float) -> dict:
+        counts = dict.fromkeys(("start", "min", "max", "end"), actors)
+        costs = {"busy_s_per_image": busy_ms / 1000, "cpu_s_per_image": cpu_ms / 1000, "core_wait_s_per_image": 0.0}
+        return {"name": name, "actors": counts, "gpu_percent": None, **costs}
+
+    stages = [stage("preprocess", 2, 4.0, 4.0), stage("write", 1, 20.0, 1.0)]
+    return {"stages": stages, "hardware": {"cores": 4}, "steady_images_per_s": 48.0, "overhead_cpu_s_per_image": 0.0005} | given
+
+
+def planned(capsys, tmp_path, found: dict, *flags: str) -> tuple[int, str]:
+    (tmp_path / "report.json").write_text(json.dumps(found))
+    status = main(["plan", str(tmp_path), *flags])
+    out, err = capsys.readouterr()
+    return status, out + err
+
+
+def cells(text: str, start: str) -> list[str]:
+    return next(line for line in text.splitlines() if line.strip().startswith(start)).split()
+
+
+def test_a_plan_names_the_bottleneck_the_best_allocation_and_what_more_would_bring(capsys, tmp_path):
+    status, text = planned(capsys, tmp_path, report(), "--cpus", "32")
+    assert status == 0
+    assert cells(text, "measured")[-4:] == ["48", "write", "2", "1"]
+    assert cells(text, "as it ran")[-4:] == ["50", "write", "2", "1"]
+    best = cells(text, "best on 32 CPUs")
+    images_per_s, preprocess, write = float(best[-4]), int(best[-2]), int(best[-1])
+    assert preprocess + write == 32 and images_per_s == pytest.approx(min(preprocess / 0.004, write / 0.020), abs=1)
+    # No other way to share 32 out is better.
+    assert images_per_s >= max(min(p / 0.004, (32 - p) / 0.020) for p in range(1, 32)) - 1
+    assert "one more write actor" in text and "one more core" in text
+
+
+def test_gpus_matter_only_to_a_stage_that_has_one(capsys, tmp_path):
+    _, text = planned(capsys, tmp_path, report(), "--cpus", "8", "--gpus", "8")
+    assert "GPU" not in text
+    train = report()["stages"][1] | {"name": "train", "gpu_percent": 93.0}
+    _, text = planned(capsys, tmp_path, report(stages=[report()["stages"][0], train]), "--cpus", "8", "--gpus", "3")
+    assert cells(text, "best on 8 CPUs, 3 GPUs")[-1] == "3"
+    assert "one more GPU" in text
+
+
+@pytest.mark.parametrize(
+    ("found", "flags", "words"),
+    [
+        (report(), ("--cpus", "0"), "--cpus is 0"),
+        (report(), ("--gpus", "-1"), "--gpus is -1"),
+        (report(stages=[]), (), "says nothing of what stages cost"),
+        ({"not": "a report"}, (), "says nothing of what stages cost"),
+    ],
+)
+def test_what_cannot_be_planned_is_said_and_exits_with_2(capsys, tmp_path, found, flags, words):
+    status, text = planned(capsys, tmp_path, found, *flags)
+    assert status == 2 and words in " ".join(text.split())
+
+
+def test_a_folder_without_a_report_is_named(capsys, tmp_path):
+    assert main(["plan", str(tmp_path / "nowhere")]) == 2
+    assert "There is no report in" in " ".join(capsys.readouterr().err.split())
