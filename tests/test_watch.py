@@ -99,7 +99,7 @@ def test_the_end_of_the_run_is_shown_and_no_failure():
         assert terminal.ends() == 0
         assert terminal.restored
         left = terminal.output.rsplit("\x1b[?1049l", 1)[1]
-        assert "800 of 5,000" in left
+        assert "800 of 5,000" in left and "last minute" in left and "▶" not in left
         assert "has ended. Last seen at 800 of 5000 images, 3 rejected." in left.replace("\r\n", " ")
         assert "/data/out/_raypipe/report.html" in left
 

@@ -104,6 +104,19 @@ def test_every_figure_of_a_run_is_there():
     assert text.index("preprocess 4 → 8  at 80 s by auto") < text.index("preprocess 2 → 4  at 12 s by user")
 
 
+def test_advice_is_what_keys_can_do_first_then_what_would_bring_clearly_more():
+    def advice(**predicted: float) -> list[str]:
+        changes = {"write": "write actors 1 -> 2", "cores": "cores 2 -> 3", "nothing": "preprocess actors 4 -> 5"}
+        given = [{"change": changes[name], "predicted_images_per_s": rate} for name, rate in predicted.items()]
+        what = record(verdict={"stage": "write", "reason": "Because.", "advice": given})
+        return [text.split(":")[0].strip() for text in printed(view(what, Looking(), width=80), 80) if "expected" in text]
+
+    assert advice(cores=500.0, write=400.0, nothing=345.0) == ["write actors 1 -> 2", "cores 2 -> 3"]
+    assert advice(cores=404.0, write=400.0) == ["write actors 1 -> 2"]
+    assert advice(cores=500.0, nothing=345.0) == ["cores 2 -> 3"]
+    assert advice(nothing=345.0) == advice() == []
+
+
 def test_what_is_not_known_is_a_dash_and_never_a_zero():
     text = "\n".join(printed(view(unknown(), Looking(), width=80), 80))
     assert f"{DASH} images/s" in text
