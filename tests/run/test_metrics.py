@@ -1,6 +1,7 @@
 """What a run exports: scraped by a real Prometheus, asked with the very expressions of the dashboard that raypipe ships."""
 
 import contextlib
+import dataclasses
 import json
 import re
 import shutil
@@ -14,6 +15,8 @@ import pytest
 import yaml
 
 from raypipe.cli import main
+from raypipe.run.meter import Sample
+from raypipe.run.metrics import Places, Share
 from tests.run.clusters import answers, environment, free_ports, head, wait_for
 
 ROOT = Path(__file__).parent.parent.parent
@@ -62,6 +65,27 @@ def prometheus(session: Path, folder: Path):
     finally:
         process.terminate()
         process.communicate(timeout=60)
+
+
+def sample(actor: str, node: str, at: float, images: int, *, stage: str = "preprocess", **figures) -> Sample:
+    zero = {field.name: 0 for field in dataclasses.fields(Sample)}
+    return Sample(**zero | {"stage": stage, "actor": actor, "node": node, "at": at, "images": images, "rss_bytes": 100} | figures)
+
+
+def test_figures_are_summed_by_stage_and_node_whatever_the_nodes_clocks_say():
+    places = Places()
+    first = places.look(100.0, [sample("a", "n1", 5e9, 10), sample("b", "n1", 5e9, 5), sample("c", "n2", 7.0, 1, stage="write")])
+    assert first["preprocess", "n1"] == Share(actors=2, images=15, images_per_s=None, cpu_cores=None, rss_bytes=200)
+    assert first["write", "n2"] == Share(actors=1, images=1, images_per_s=None, cpu_cores=None, rss_bytes=100)
+    second = places.look(104.0, [sample("a", "n1", 5e9 + 4, 30, cpu_s=6.0), sample("b", "n1", 5e9 + 4, 5)])
+    assert second["preprocess", "n1"] == Share(actors=2, images=35, images_per_s=5.0, cpu_cores=1.5, rss_bytes=200)
+
+
+def test_an_actor_that_is_gone_leaves_its_images_and_takes_its_memory():
+    places = Places()
+    for second in range(30):
+        seen = places.look(float(second), [sample("a", "n1", second, 10 * second), sample("b", "n1", min(second, 10), 7)])
+    assert seen["preprocess", "n1"] == Share(actors=1, images=297, images_per_s=10.0, cpu_cores=0.0, rss_bytes=100)
 
 
 @pytest.mark.slow
