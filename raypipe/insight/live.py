@@ -130,7 +130,7 @@ def _places(record: dict) -> str:
 def _title(record: dict) -> Table:
     grid = Table.grid(expand=True, padding=(0, 2, 0, 0))
     grid.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
-    grid.add_column(no_wrap=True, justify="right")
+    grid.add_column(no_wrap=True, overflow="ellipsis", justify="right", max_width=30)  # not to push the run's name away
     grid.add_row(Text(f"run {printable(record['run_id'])}", style="bold"), Text(duration(int(record["at_s"]))))
     how = printable(f"{record['recipe']}, {record['backend']}")
     grid.add_row(Text(_places(record), style="dim"), Text(how, style="dim"))

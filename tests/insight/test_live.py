@@ -61,6 +61,11 @@ def unknown() -> dict:
     return record(stages=stages, verdict=verdict, scale_events=[], auto=False, **blank)
 
 
+HOSTILES = [record(**{field: HOSTILE}) for field in ("run_id", "input", "output", "recipe", "backend")]
+HOSTILES += [record(stages=[stage(HOSTILE)]), record(verdict={"stage": HOSTILE, "reason": HOSTILE, "advice": []})]
+HOSTILES += [record(scale_events=[{"t_s": 1.0, "stage": HOSTILE, "from": 1, "to": 2, "by": HOSTILE}])]
+
+
 class Ascii(io.StringIO):
     encoding = "ascii"
 
@@ -72,11 +77,14 @@ def printed(renderable: RenderableType, width: int, height: int | None = None, f
 
 
 @pytest.mark.parametrize("width", [80, 120, 200])
-@pytest.mark.parametrize("what", [record(), unknown(), record(run_id=HOSTILE, input=HOSTILE, output=HOSTILE, recipe=HOSTILE)])
+@pytest.mark.parametrize(
+    "what", [record(), unknown(), record(run_id=HOSTILE, input=HOSTILE, output=HOSTILE, recipe=HOSTILE), *HOSTILES]
+)
 def test_no_line_is_wider_than_the_terminal_and_nothing_of_it_is_a_control_character(what, width):
     lines = printed(view(what, Looking(selected=0), width=width), width)
     assert max(map(cell_len, lines)) <= width
     assert all(part.isprintable() for part in lines)
+    assert re.match(r"run [2x]", lines[0])
 
 
 def test_every_figure_of_a_run_is_there():
