@@ -98,8 +98,8 @@ LOOK_EVERY_S = 0.25
 """How often a change of the terminal's size is noticed while no key is pressed."""
 
 
-def _full_screen(run: Watched, record: dict, console: Console, interval: float) -> tuple[dict, str | None]:
-    """The view with keys, until the run ends or the user has seen enough: the last record, and in the first case how it ended."""
+def _full_screen(run: Watched, record: dict, console: Console, interval: float) -> tuple[dict, Looking, str | None]:
+    """The view with keys, until the run ends or the user has seen enough: what was seen last, and in the first case how it ended."""
     looking = Looking(selected=0, history=remember((), record))
     drawn = None
     due = time.monotonic() + interval
@@ -110,13 +110,13 @@ def _full_screen(run: Watched, record: dict, console: Console, interval: float) 
                 drawn = state
             for key in keys(min(due - time.monotonic(), LOOK_EVERY_S)):
                 if key in ("q", "Q"):
-                    return record, None
+                    return record, looking, None
                 looking, record = pressed(key, looking, record, run)
             if time.monotonic() >= due:
                 try:
                     record = run.live()
                 except UsageError as ended:
-                    return record, str(ended)
+                    return record, replace(looking, selected=None), str(ended)
                 looking = replace(looking, history=remember(looking.history, record))
                 due = time.monotonic() + interval
 
@@ -159,7 +159,7 @@ def watch(run: Watched, console: Console, *, interval: float, as_json: bool, onc
         record, ended = _lines(run, record, form, interval)
         print(_last_words(record, ended), file=sys.stderr if as_json else sys.stdout)
         return
-    record, left = _full_screen(run, record, console, interval)
+    record, looking, left = _full_screen(run, record, console, interval)
     if left is not None:
-        console.print(view(record, Looking(), width=console.width))
+        console.print(view(record, looking, width=console.width))
         console.print(_last_words(record, left), markup=False, highlight=False)

@@ -80,6 +80,10 @@ class Terminal:
         return self.process.returncode
 
     @property
+    def stops_at_ctrl_z(self) -> bool:
+        return termios.tcgetattr(self._its)[6][termios.VSUSP] != b"\0"
+
+    @property
     def restored(self) -> bool:
         """Whether the terminal is as it was: modes, the normal screen, a visible cursor."""
 

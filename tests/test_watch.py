@@ -71,15 +71,15 @@ def test_keys_scale_the_selected_stage_and_q_leaves_the_terminal_as_it_was():
         terminal.shows(r"▶ +preprocess +4 → 2 .*write +4 → 5 ")
         terminal.press("\t=")
         terminal.shows(r"▶ +write +4 → 6 .*write: 6 wanted")
-        assert not terminal.restored
+        assert not terminal.restored and not terminal.stops_at_ctrl_z
         terminal.press("q")
         assert terminal.ends() == 0
-        assert terminal.restored
+        assert terminal.restored and terminal.stops_at_ctrl_z
 
 
 @pytest.mark.parametrize(
     ("how", "status"),
-    [("\x03", 130), (signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), ("breaks", 1), ("\x1aq", 0)],
+    [("\x03", 130), (signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), ("breaks", 1)],
 )
 def test_the_terminal_is_restored_however_it_ends(how, status):
     flags, updates = (("breaks",), 5) if how == "breaks" else ((), 10_000)
@@ -99,7 +99,7 @@ def test_the_end_of_the_run_is_shown_and_no_failure():
         assert terminal.ends() == 0
         assert terminal.restored
         left = terminal.output.rsplit("\x1b[?1049l", 1)[1]
-        assert "800 of 5,000" in left
+        assert "800 of 5,000" in left and "last minute" in left and "▶" not in left
         assert "has ended. Last seen at 800 of 5000 images, 3 rejected." in left.replace("\r\n", " ")
         assert "/data/out/_raypipe/report.html" in left
 
@@ -119,6 +119,17 @@ def test_without_a_terminal_each_update_is_a_line_and_the_end_another():
     assert len(lines) == 4
     assert [line.split(" images, ")[0] for line in lines[:3]] == ["1 s: 100/5000", "2 s: 200/5000", "3 s: 300/5000"]
     assert lines[3].startswith("Run 20261124-114200-ab12 has ended.")
+
+
+def test_a_reader_that_has_had_enough_is_no_error():
+    reading, writing = os.pipe()
+    os.close(reading)
+    shown = subprocess.run(
+        [sys.executable, "-m", "raypipe.cli", "dashboard"], cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60
+    )
+    os.close(writing)
+    assert shown.returncode == 0
+    assert "Traceback" not in shown.stderr and "BrokenPipe" not in shown.stderr
 
 
 def test_json_is_a_record_a_line_and_nothing_else():

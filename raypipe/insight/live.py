@@ -130,7 +130,7 @@ def _places(record: dict) -> str:
 def _title(record: dict) -> Table:
     grid = Table.grid(expand=True, padding=(0, 2, 0, 0))
     grid.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
-    grid.add_column(no_wrap=True, justify="right")
+    grid.add_column(no_wrap=True, overflow="ellipsis", justify="right", max_width=30)  # not to push the run's name away
     grid.add_row(Text(f"run {printable(record['run_id'])}", style="bold"), Text(duration(int(record["at_s"]))))
     how = printable(f"{record['recipe']}, {record['backend']}")
     grid.add_row(Text(_places(record), style="dim"), Text(how, style="dim"))
@@ -197,13 +197,16 @@ def _legend() -> Text:
 
 
 def _verdict(record: dict) -> list[tuple[str, RenderableType]]:
-    verdict = record["verdict"]
-    now = known(record["images_per_s"]) or 0.0
-    best = max(verdict["advice"], key=lambda advice: advice["predicted_images_per_s"], default=None)
+    """Why, the best that keys can do about it, and the best of all where that is clearly more."""
+    verdict, shown = record["verdict"], known(record["images_per_s"]) or 0.0
     rows: list[tuple[str, RenderableType]] = [("verdict", Text(printable(verdict["reason"])))]
-    if best is not None and best["predicted_images_per_s"] > 1.02 * now:
-        expected = f"{printable(best['change'])}: about {number(best['predicted_images_per_s'])} images/s expected"
-        rows.append(("", Text(expected, style="cyan")))
+    here = tuple(f"{stage['name']} actors" for stage in record["stages"])
+    at_hand = [advice for advice in verdict["advice"] if advice["change"].startswith(here)]
+    for choice in (at_hand, verdict["advice"]):
+        best = max(choice, key=lambda advice: advice["predicted_images_per_s"], default=None)
+        if best is not None and best["predicted_images_per_s"] > 1.02 * shown:
+            shown = best["predicted_images_per_s"]
+            rows.append(("", Text(f"{printable(best['change'])}: about {number(shown)} images/s expected", style="cyan")))
     return rows
 
 

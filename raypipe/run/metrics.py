@@ -6,6 +6,7 @@ Ray's workers hand their metrics to the agent every 10 s (metrics_report_interva
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from ray.util.metrics import Counter, Gauge
 
@@ -15,8 +16,63 @@ EXPORT_EVERY_S = 10.0
 GONE_AFTER_S = 5.0
 """An actor that has sent nothing for so long has ended: they send every second."""
 
-_Place = tuple[str, str]
+Place = tuple[str, str]
 """A stage on a node."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """What one stage does on one node. Rates are means of the last EXPORT_EVERY_S; None before there are two looks."""
+
+    actors: int
+    images: int
+    images_per_s: float | None
+    cpu_cores: float | None
+    rss_bytes: int
+
+
+class Places:
+    """From actors' running totals to what happens where."""
+
+    def __init__(self) -> None:
+        self._totals: deque[tuple[float, dict[Place, int], dict[Place, float]]] = deque()  # when; images and CPU seconds by then
+        self._seen: dict[str, tuple[float, float]] = {}  # actor -> when its latest sample was taken, by its clock and by ours
+
+    def look(self, now: float, samples: Iterable[Sample]) -> dict[Place, Share]:
+        """Every place that ever had an actor.
+
+        Args:
+            now: seconds of a clock that is never set.
+            samples: the latest of every actor that ever was.
+        """
+        images: dict[Place, int] = defaultdict(int)
+        cpu_s: dict[Place, float] = defaultdict(float)
+        there: dict[Place, list[Sample]] = defaultdict(list)
+        for sample in samples:
+            place = (sample.stage, sample.node)
+            images[place] += sample.images
+            cpu_s[place] += sample.cpu_s
+            # Whether an actor is there shows in its samples' times moving: the clocks of two nodes may differ.
+            if self._seen.get(sample.actor, (None, 0.0))[0] != sample.at:
+                self._seen[sample.actor] = (sample.at, now)
+            if now - self._seen[sample.actor][1] < GONE_AFTER_S:
+                there[place].append(sample)
+        while self._totals and now - self._totals[0][0] > EXPORT_EVERY_S:
+            self._totals.popleft()
+        since, images_then, cpu_then = self._totals[0] if self._totals else (now, images, cpu_s)
+        self._totals.append((now, images, cpu_s))
+        took = now - since
+        return {
+            place: Share(
+                actors=len(there[place]),
+                images=images[place],
+                images_per_s=(images[place] - images_then.get(place, 0)) / took if took else None,
+                cpu_cores=(cpu_s[place] - cpu_then.get(place, 0.0)) / took if took else None,
+                rss_bytes=sum(sample.rss_bytes for sample in there[place]),
+            )
+            for place in images
+        }
+
 
 _BY_NODE = ("run", "stage", "node")
 _BY_STAGE = ("run", "stage")
@@ -27,18 +83,15 @@ class Metrics:
 
     def __init__(self, run_id: str):
         self._run = run_id
-        self._totals: deque[tuple[float, dict[_Place, float], dict[_Place, float]]] = (
-            deque()
-        )  # when, and per (stage, node): images, CPU seconds
+        self._places = Places()
         self._counted: dict[tuple, float] = defaultdict(float)
-        self._seen: dict[str, tuple[float, float]] = {}  # actor -> when its latest sample was taken, by its clock and by this one
         self._actors = Gauge("raypipe_stage_actors", "Actors of the stage that run.", _BY_NODE)
         self._wanted = Gauge("raypipe_stage_actors_wanted", "Actors that the stage is to have.", _BY_STAGE)
         self._images = Counter("raypipe_stage_images_total", "Images that the stage has done.", _BY_NODE)
         self._rate = Gauge("raypipe_stage_images_per_second", "Images a second, mean of the last 10 s.", _BY_NODE)
         self._cpu = Gauge("raypipe_stage_cpu_cores", "Cores that the stage's actors kept busy, mean of the last 10 s.", _BY_NODE)
         self._rss = Gauge("raypipe_stage_rss_bytes", "Resident memory of the stage's actors.", _BY_NODE)
-        self._shares = {
+        self._ratios = {
             state: Gauge(f"raypipe_stage_{state}_ratio", f"Share of its time that an actor of the stage {meaning}.", _BY_STAGE)
             for state, meaning in (("busy", "works"), ("starved", "has no input"), ("blocked", "waits for the next stage"))
         }
@@ -54,16 +107,15 @@ class Metrics:
             live: the run's live record.
             samples: of every actor that ever was its latest.
         """
-        now = time.monotonic()
         self._run_totals(live)
         for stage in live["stages"]:
             tags = {"run": self._run, "stage": stage["name"]}
             self._wanted.set(stage["wanted"], tags)
             self._queued.set(stage["queued"], tags)
-            for state, gauge in self._shares.items():
+            for state, gauge in self._ratios.items():
                 if stage[state] is not None:
                     gauge.set(stage[state], tags)
-        self._by_node(now, list(samples))
+        self._by_node(self._places.look(time.monotonic(), samples))
 
     def _run_totals(self, live: dict) -> None:
         tags = {"run": self._run}
@@ -77,31 +129,13 @@ class Metrics:
             counter.inc(total - self._counted[key], tags)
             self._counted[key] = total
 
-    def _by_node(self, now: float, samples: list[Sample]) -> None:
-        images: dict[_Place, float] = defaultdict(float)
-        cpu_s: dict[_Place, float] = defaultdict(float)
-        actors: dict[_Place, int] = defaultdict(int)
-        rss: dict[_Place, int] = defaultdict(int)
-        for sample in samples:
-            place = (sample.stage, sample.node)
-            images[place] += sample.images
-            cpu_s[place] += sample.cpu_s
-            at, seen = self._seen.get(sample.actor, (0.0, now))
-            if at != sample.at:  # by whether it moves, as the clocks of two nodes may differ
-                seen = now
-                self._seen[sample.actor] = (sample.at, now)
-            if now - seen < GONE_AFTER_S:
-                actors[place] += 1
-                rss[place] += sample.rss_bytes
-        while self._totals and now - self._totals[0][0] > EXPORT_EVERY_S:
-            self._totals.popleft()
-        since, images_then, cpu_then = self._totals[0] if self._totals else (now, images, cpu_s)
-        self._totals.append((now, images, cpu_s))
-        for place in images:
+    def _by_node(self, shares: dict[Place, Share]) -> None:
+        for place, share in shares.items():
             tags = dict(zip(_BY_NODE, (self._run, *place), strict=True))
-            self._actors.set(actors[place], tags)
-            self._rss.set(rss[place], tags)
-            self._raise(self._images, images[place], tags)
-            if now > since:
-                self._rate.set((images[place] - images_then[place]) / (now - since), tags)
-                self._cpu.set((cpu_s[place] - cpu_then[place]) / (now - since), tags)
+            self._actors.set(share.actors, tags)
+            self._rss.set(share.rss_bytes, tags)
+            self._raise(self._images, share.images, tags)
+            if share.images_per_s is not None:
+                self._rate.set(share.images_per_s, tags)
+            if share.cpu_cores is not None:
+                self._cpu.set(share.cpu_cores, tags)

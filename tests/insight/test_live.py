@@ -61,6 +61,11 @@ def unknown() -> dict:
     return record(stages=stages, verdict=verdict, scale_events=[], auto=False, **blank)
 
 
+HOSTILES = [record(**{field: HOSTILE}) for field in ("run_id", "input", "output", "recipe", "backend")]
+HOSTILES += [record(stages=[stage(HOSTILE)]), record(verdict={"stage": HOSTILE, "reason": HOSTILE, "advice": []})]
+HOSTILES += [record(scale_events=[{"t_s": 1.0, "stage": HOSTILE, "from": 1, "to": 2, "by": HOSTILE}])]
+
+
 class Ascii(io.StringIO):
     encoding = "ascii"
 
@@ -72,11 +77,14 @@ def printed(renderable: RenderableType, width: int, height: int | None = None, f
 
 
 @pytest.mark.parametrize("width", [80, 120, 200])
-@pytest.mark.parametrize("what", [record(), unknown(), record(run_id=HOSTILE, input=HOSTILE, output=HOSTILE, recipe=HOSTILE)])
+@pytest.mark.parametrize(
+    "what", [record(), unknown(), record(run_id=HOSTILE, input=HOSTILE, output=HOSTILE, recipe=HOSTILE), *HOSTILES]
+)
 def test_no_line_is_wider_than_the_terminal_and_nothing_of_it_is_a_control_character(what, width):
     lines = printed(view(what, Looking(selected=0), width=width), width)
     assert max(map(cell_len, lines)) <= width
     assert all(part.isprintable() for part in lines)
+    assert re.match(r"run [2x]", lines[0])
 
 
 def test_every_figure_of_a_run_is_there():
@@ -102,6 +110,19 @@ def test_every_figure_of_a_run_is_there():
     assert re.search(r"▶ +write +4 +345", text)
     assert "preprocess actors 4 -> 5: about 432 images/s expected" in text  # the better of two
     assert text.index("preprocess 4 → 8  at 80 s by auto") < text.index("preprocess 2 → 4  at 12 s by user")
+
+
+def test_advice_is_what_keys_can_do_first_then_what_would_bring_clearly_more():
+    def advice(**predicted: float) -> list[str]:
+        changes = {"write": "write actors 1 -> 2", "cores": "cores 2 -> 3", "nothing": "preprocess actors 4 -> 5"}
+        given = [{"change": changes[name], "predicted_images_per_s": rate} for name, rate in predicted.items()]
+        what = record(verdict={"stage": "write", "reason": "Because.", "advice": given})
+        return [text.split(":")[0].strip() for text in printed(view(what, Looking(), width=80), 80) if "expected" in text]
+
+    assert advice(cores=500.0, write=400.0, nothing=345.0) == ["write actors 1 -> 2", "cores 2 -> 3"]
+    assert advice(cores=404.0, write=400.0) == ["write actors 1 -> 2"]
+    assert advice(cores=500.0, nothing=345.0) == ["cores 2 -> 3"]
+    assert advice(nothing=345.0) == advice() == []
 
 
 def test_what_is_not_known_is_a_dash_and_never_a_zero():
