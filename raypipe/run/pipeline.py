@@ -229,8 +229,11 @@ class Session:
 
 
 @contextmanager
-def ray_session(settings: Settings) -> Iterator[Session]:
+def ray_session(settings: Settings, *, beside: int = 0) -> Iterator[Session]:
     """Join the cluster that RAY_ADDRESS names, use the Ray that this process has already, or start one for this run alone.
+
+    Args:
+        beside: CPUs that others than these pools take: the workers of a training.
 
     Raises:
         UsageError: the cluster has too few CPUs, or there is none at RAY_ADDRESS.
@@ -246,7 +249,7 @@ def ray_session(settings: Settings) -> Iterator[Session]:
                     context = ray.init(**quiet)
                 else:
                     local = size_pools(settings, cpus=cores_here(), joined=False)
-                    context = ray.init(address="local", num_cpus=max(local.cpus, cores_here()), **quiet)
+                    context = ray.init(address="local", num_cpus=max(local.cpus + beside, cores_here()), **quiet)
         except ConnectionError as error:
             raise UsageError(
                 f"RAY_ADDRESS is {os.environ.get('RAY_ADDRESS')!r}, but no Ray cluster answers there ({error}). Start it, correct the "
@@ -256,7 +259,7 @@ def ray_session(settings: Settings) -> Iterator[Session]:
     try:
         cpus = int(ray.cluster_resources().get("CPU", 0))
         nodes = sum(1 for node in ray.nodes() if node["Alive"])
-        pools = size_pools(settings, cpus=cpus, joined=True) if joined else local
+        pools = size_pools(settings, cpus=cpus - beside, joined=True) if joined else local
         cores = min(cpus, cores_here()) if nodes == 1 else cpus
         yield Session(pools=pools, cores=cores, nodes=nodes, dashboard=dashboard)
     finally:

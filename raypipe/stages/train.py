@@ -368,6 +368,11 @@ class Clock:
 
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
+        self.start()
+
+    def start(self) -> None:
+        """Count from now on: what was before is start-up."""
+        self.began = time.time()
         self._started = time.perf_counter()
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self.seconds = dict.fromkeys(("wait", "step", "evaluate", "checkpoint"), 0.0)
@@ -447,6 +452,7 @@ class Worker:
         self._amp = training.amp == "on" or (training.amp == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
         self._gpu = GpuMeter(device)
         self._clock = Clock(device)
+        self._begun = False
         self._log = _RowLog(assignment.row_log, assignment.attempt, peers.rank)
         self._lost = torch.zeros((), device=device)  # sum over this epoch's images of this rank of the loss
         self._images = 0
@@ -490,6 +496,11 @@ class Worker:
                 placed = self._feed.peek()
                 batch = placed.batch if placed else None
                 table = self._peers.gather(*((batch.epoch, len(batch.good), len(batch.rows)) if batch else (epochs, 0, 0)))
+            if not self._begun:  # until here actors were starting
+                self._begun = True
+                self._clock.start()
+                self._epoch_begun = (time.perf_counter(), self._progress.images, self._clock.read())
+                self._told = time.perf_counter()
             upcoming = int(table[:, 0].min())
             while self._progress.epoch < upcoming:
                 self._end_epoch()
@@ -585,7 +596,16 @@ class Worker:
         )
         self._checkpoint(ended=progress.epoch)
         if record:
-            self._assignment.board.tell({"kind": "epoch", **record, "workers": clocks, "progress": asdict(self._progress)})
+            self._assignment.board.tell(
+                {
+                    "kind": "epoch",
+                    "began": self._clock.began,
+                    "at": time.time(),
+                    "rows": self._progress.rows,
+                    "workers": clocks,
+                    **record,
+                }
+            )
         self._lost.zero_()
         self._images = 0
         self._epoch_begun = (time.perf_counter(), self._progress.images, self._clock.read())
@@ -642,6 +662,8 @@ class Worker:
         self._assignment.board.tell(
             {
                 "kind": "step",
+                "began": self._clock.began,
+                "at": time.time(),
                 "epoch": self._progress.epoch,
                 "step": self._progress.step,
                 "rows": self._progress.rows,
