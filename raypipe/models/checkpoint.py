@@ -11,7 +11,7 @@ object store. Nothing that is read can run code: state.pt goes through torch's w
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -130,13 +130,19 @@ def load(folder: str, *, device: str = "cpu") -> Checkpoint:
         state = torch.load(io.BytesIO(data["state.pt"]), map_location=device, weights_only=True)
     except Exception as error:  # pickle's and zip's many; also what weights_only refuses
         raise UsageError(f"{location.join(folder, 'state.pt')} cannot be loaded safely: {location.one_line(error)}") from error
-    known = {one.name for one in fields(Progress)}
     return Checkpoint(
         settings=found["settings"],
-        progress=Progress(**{name: value for name, value in found["progress"].items() if name in known}),
+        progress=Progress(**found["progress"]),
         consumed=pq.read_table(pa.BufferReader(data["consumed.parquet"])).column("image_id").to_pylist(),
         state=state,
     )
+
+
+def progress_of(folder: str) -> Progress:
+    """How far the training of a finished checkpoint is, without reading its weights."""
+    found = about(folder)
+    assert found is not None
+    return Progress(**found["progress"])
 
 
 def name_of(step: int) -> str:

@@ -25,6 +25,7 @@ import pyarrow.compute as pc
 import ray
 import ray.train
 import torch
+from ray.exceptions import RayError
 from ray.train.torch import TorchTrainer
 from rich.console import Console
 
@@ -348,6 +349,7 @@ def run(settings: Settings, *, console: Console | None = None) -> Outcome:
         held, held_rejects = _held_out(todo, settings, session.pools, run_id)
         watch = _Watch(console, total, begun_at=begun_at, rows=before)
         failures = attempt = 0
+        said: str | None = None
         while True:
             attempt += 1
             try:
@@ -367,7 +369,8 @@ def run(settings: Settings, *, console: Console | None = None) -> Outcome:
             except ray.train.TrainingFailedError as error:
                 now, latest = _latest(storage, todo)
                 failures = 1 if now.rows > progress.rows else failures + 1
-                _give_up(error, failures, settings)
+                _give_up(error, failures, settings, before=said if failures > 1 else None)
+                said = _cause(error)
                 progress, folder = now, latest
                 _say(
                     console,
@@ -376,7 +379,9 @@ def run(settings: Settings, *, console: Console | None = None) -> Outcome:
                 )
         wall_s = time.perf_counter() - begun
         snapshot = ray.get(collector.snapshot.remote())
-        cpu_percent = pipeline._cpu_percent(machine, psutil.cpu_times(), [])
+        here = ray.get_runtime_context().get_node_id()
+        others = [node for name, node in snapshot["nodes"].items() if name != here]
+        cpu_percent = pipeline._cpu_percent(machine, psutil.cpu_times(), others)
         ray.kill(collector)
     progress, folder = _latest(storage, todo)
     assert folder is not None
@@ -402,7 +407,7 @@ def _latest(storage: str, todo: Todo) -> tuple[Progress, str | None]:
     if not found:
         return Progress(), None
     checkpoints.check_same(found[-1], todo.deciding)
-    return checkpoints.load(found[-1]).progress, found[-1]
+    return checkpoints.progress_of(found[-1]), found[-1]
 
 
 def _check_writable(storage: str) -> None:
@@ -457,7 +462,8 @@ def _held_out(todo: Todo, settings: Settings, pools: Pools, run_id: str) -> tupl
     dataset = preprocessed(
         todo.holdout, pixels, pools=pools, threads=settings.threads, io_threads=_io_threads(settings), run_id=run_id
     )
-    made = dataset.materialize()
+    with pipeline._tracks(run_id):
+        made = dataset.materialize()
     refs = made.to_arrow_refs()
     rejected = sum(
         pc.count(block.column("reason")).as_py() for block in made.select_columns(["reason"]).iter_batches(batch_format="pyarrow")
@@ -541,7 +547,7 @@ def _attempt(
         datasets=datasets,
         dataset_config=_Uneven(),
     )
-    with watch.on(board):
+    with watch.on(board), pipeline._tracks(name):
         _fit(trainer)
 
 
@@ -645,12 +651,14 @@ def _cause(error: BaseException) -> str:
     return lines[-1].strip() if lines else type(error).__name__
 
 
-def _give_up(error: ray.train.TrainingFailedError, failures: int, settings: Settings) -> None:
-    """Raises what ends the run: what the user must change, or a failure too often repeated."""
-    for cause in _causes(error):
+def _give_up(error: ray.train.TrainingFailedError, failures: int, settings: Settings, *, before: str | None) -> None:
+    """Raises what ends the run: what the user must change, a failure too often repeated, or an error of the code's own that came twice."""
+    causes = list(_causes(error))
+    for cause in causes:
         if isinstance(cause, UsageError):
             raise cause
-    if failures > settings.retries:
+    died = any(isinstance(cause, RayError) for cause in causes)
+    if failures > settings.retries or (not died and _cause(error) == before):
         raise error
 
 

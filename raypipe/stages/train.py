@@ -344,7 +344,21 @@ class _Loss(nn.Module):
         if not images:
             # Zero, but it depends on every parameter: DDP gets a gradient of zeros for each, and batch norms see nothing.
             return torch.stack([parameter.sum() for parameter in self.model.parameters() if parameter.requires_grad]).sum() * 0.0
-        return detection.total(self.model(images, targets))
+        with _settled_norms(self.model) if len(images) == 1 else contextlib.nullcontext():
+            return detection.total(self.model(images, targets))
+
+
+@contextlib.contextmanager
+def _settled_norms(model: nn.Module) -> Iterator[None]:
+    """Batch norms use what they know of other batches: one image alone has no statistics where its feature map is 1x1, and torch raises."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training]
+    for norm in norms:
+        norm.eval()
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.train()
 
 
 # --- schedule and clock --------------------------------------------------------------------------------------------------

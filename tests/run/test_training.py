@@ -170,14 +170,16 @@ def test_a_killed_driver_goes_on_with_the_same_command_and_other_numbers_of_work
         text=True,
         start_new_session=True,
     )
-    wait_for(mark.exists, first)  # in the second epoch, after 8 steps
-    below = psutil.Process(first.pid).children(recursive=True)
-    first.send_signal(signal.SIGKILL)
-    first.communicate()
-    for process in below:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(below, timeout=30)
+    try:
+        wait_for(mark.exists, first)  # in the second epoch, after 8 steps
+    finally:
+        below = psutil.Process(first.pid).children(recursive=True)
+        first.send_signal(signal.SIGKILL)
+        first.communicate()
+        for process in below:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(below, timeout=30)
     left = checkpoints.load(checkpoints.all_in(given.storage)[-1]).progress
     assert (left.epoch, left.step) == (1, 8)
 

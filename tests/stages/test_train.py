@@ -234,6 +234,13 @@ def test_a_loss_that_is_no_number_ends_the_training_and_is_not_kept(tmp_path):
         assert torch.isfinite(checkpoints.load(folder).state["model"]["weights"]).all()
 
 
+def test_a_last_batch_of_one_image_is_trained_on_although_it_has_no_statistics(tmp_path):
+    given = assignment(str(tmp_path), rows=3, epochs=1, model="ssd_tiny", batch_size=2)
+    worker = train(given, [block(0, range(3), size=(64, 64))])
+    assert sorted(i for step in logged(tmp_path).values() for i in step) == ["0/i0", "0/i1", "0/i2"]
+    assert all(module.training for module in worker._model.modules())
+
+
 @pytest.mark.parametrize("lr", [0.05, 1e30])
 def test_the_feeding_thread_ends_with_the_training_and_also_when_that_breaks_off(tmp_path, lr):
     before = {thread for thread in threading.enumerate() if thread.name == "raypipe-feed"}
