@@ -145,9 +145,9 @@ def progress_of(folder: str) -> Progress:
     return Progress(**found["progress"])
 
 
-def name_of(step: int) -> str:
-    """The folder's name for a checkpoint after `step` steps."""
-    return f"checkpoint-{step:09d}"
+def name_of(progress: Progress) -> str:
+    """The folder's name. With the epoch: the last step of one may be followed by a checkpoint of its own, then by that of the epoch's end."""
+    return f"checkpoint-{progress.epoch:04d}-{progress.step:09d}"
 
 
 def all_in(storage: str) -> list[str]:

@@ -645,7 +645,7 @@ class Worker:
                 random["cuda"] = torch.cuda.get_rng_state(self._device)
             everybody = self._peers.collect((self._new, self._rejects, random))
             self._new, self._rejects = [], []
-            name = checkpoints.name_of(self._progress.step)
+            name = checkpoints.name_of(self._progress)
             if self._peers.rank == 0:
                 self._consumed = [] if ended is not None else self._consumed + [i for ids, _, _ in everybody for i in ids]
                 known = {row["image_id"] for row in self._progress.rejects}

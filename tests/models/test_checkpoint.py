@@ -45,14 +45,18 @@ def test_what_is_kept_comes_back_equal(tmp_path):
 
 
 def test_a_folder_that_was_not_finished_is_no_checkpoint(tmp_path):
-    for step in (3, 20):
-        save(str(tmp_path / "run-1" / checkpoints.name_of(step)), made(step=step, rows=10 * step))
-    save(str(tmp_path / "run-2" / checkpoints.name_of(5)), made(step=5, rows=50))
-    rest = tmp_path / "run-2" / checkpoints.name_of(30)
-    save(str(rest), made(step=30, rows=300))
+    def put(run: str, step: int) -> Path:
+        one = made(step=step, rows=10 * step)
+        folder = tmp_path / run / checkpoints.name_of(one.progress)
+        save(str(folder), one)
+        return folder
+
+    for run, step in (("run-1", 3), ("run-1", 20), ("run-2", 5)):
+        put(run, step)
+    rest = put("run-2", 30)
     (rest / "about.json").unlink()
     found = [Path(folder).relative_to(tmp_path).as_posix() for folder in checkpoints.all_in(str(tmp_path))]
-    assert found == ["run-1/checkpoint-000000003", "run-2/checkpoint-000000005", "run-1/checkpoint-000000020"]
+    assert found == ["run-1/checkpoint-0001-000000003", "run-2/checkpoint-0001-000000005", "run-1/checkpoint-0001-000000020"]
     checkpoints.prune(str(tmp_path), keep=checkpoints.all_in(str(tmp_path))[-1:])
     assert len(checkpoints.all_in(str(tmp_path))) == 1
     assert checkpoints.all_in(str(tmp_path / "nowhere")) == []
@@ -119,7 +123,7 @@ import torch
 big = made()
 for step in range(1, 10**6):
     now = replace(big, progress=replace(big.progress, step=step, rows=step), state={"w": torch.full((500_000,), float(step))})
-    save(f"{sys.argv[1]}/{name_of(step)}", now)
+    save(f"{sys.argv[1]}/{name_of(now.progress)}", now)
 """
 
 

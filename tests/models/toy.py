@@ -47,14 +47,3 @@ def mortal(*, num_classes: int, at: int, mark: str, hang: bool = False):
 
     model.register_forward_pre_hook(count)
     return model
-
-
-def raising(*, num_classes: int):
-    """ssd_tiny that fails in its first step, as a model with a defect would."""
-    model = ssd_tiny(num_classes=num_classes)
-
-    def fail(module, inputs):
-        raise ValueError("a defect of the model's own")
-
-    model.register_forward_pre_hook(fail)
-    return model
