@@ -10,12 +10,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "raypipe"
 
-# Imports point one way: jobs, notebooks, cli -> run -> stages -> data, images. insight stands alone.
+# Imports point one way: jobs, notebooks, cli -> run -> stages -> models, data, images. insight stands alone.
 MAY_IMPORT = {
     "images": {"images"},
     "data": {"data", "images"},
-    "stages": {"stages", "data", "images"},
-    "run": {"run", "stages", "data", "images", "insight"},
+    "models": {"models", "data", "images"},
+    "stages": {"stages", "models", "data", "images"},
+    "run": {"run", "stages", "models", "data", "images", "insight"},
     "insight": {"insight"},
     "watch.py": {"insight"},
     "cli.py": {"watch", "run", "data", "images", "insight"},
@@ -64,6 +65,9 @@ def test_rays_internals_are_touched_in_one_file_only():
         ("raypipe.stages.preprocess", ("torch",)),
         ("raypipe.stages.write", ("torch",)),
         ("raypipe.run.pipeline", ("torch",)),
+        ("raypipe.models.detection", ("ray",)),
+        ("raypipe.models.evaluate", ("ray", "torch")),
+        ("raypipe.models.checkpoint", ("ray",)),
         ("raypipe.insight.report", ("ray", "torch", "cv2")),
         ("raypipe.insight.html", ("ray", "torch", "cv2", "numpy")),
         ("raypipe.insight.live", ("ray", "torch", "cv2", "numpy")),

@@ -154,6 +154,13 @@ def _flat(settings: dict, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def differences(before: dict, now: dict) -> str:
+    """What differs between two settings (JSON types), a line each, as deep as it goes; empty if nothing does."""
+    before, now = _flat(before), _flat(now)
+    changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    return "\n".join(f"  {name}: {before.get(name)!r} there, {now.get(name)!r} now" for name in changed)
+
+
 def check_settings(root: str, settings: dict) -> bool:
     """Whether `root` holds a run already; one with the same `settings`, or it is refused.
 
@@ -172,12 +179,10 @@ def check_settings(root: str, settings: dict) -> bool:
             f"{location.join(root, STATE)}/run.json cannot be read, so it is unknown how these results were made. Use another --output, or "
             f"--no-resume to start this one again."
         ) from None
-    before, settings = _flat(before), _flat(settings)
-    changed = [name for name in sorted(before.keys() | settings.keys()) if before.get(name) != settings.get(name)]
+    changed = differences(before, settings)
     if changed:
-        lines = "\n".join(f"  {name}: {before.get(name)!r} there, {settings.get(name)!r} now" for name in changed)
         raise UsageError(
-            f"{root} holds results made with other settings; going on would mix the two:\n{lines}\n"
+            f"{root} holds results made with other settings; going on would mix the two:\n{changed}\n"
             f"Use another --output, or the settings it was made with, or --no-resume to delete its results and start again."
         )
     return True

@@ -119,6 +119,19 @@ def names(folder: str) -> list[str]:
     return sorted(info.base_name for info in found if info.is_file)
 
 
+def folders(folder: str) -> list[str]:
+    """Names of the folders directly in a folder, sorted; none if there is no such folder. Raises one of ERRORS."""
+    if not is_remote(folder):
+        try:
+            with os.scandir(local_path(folder)) as entries:
+                return sorted(entry.name for entry in entries if entry.is_dir())
+        except FileNotFoundError:
+            return []
+    system, path = filesystem(folder)
+    found = system.get_file_info(fs.FileSelector(path, allow_not_found=True))
+    return sorted(info.base_name for info in found if info.type == fs.FileType.Directory)
+
+
 def delete(location: str) -> None:
     """Deletes a file, if it is there. Raises one of ERRORS."""
     with contextlib.suppress(FileNotFoundError):

@@ -133,6 +133,13 @@ def remaining(work: pa.Table, done: Set[int]) -> pa.Table:
     return work.filter(pa.array(todo))
 
 
+def untouched(work: pa.Table, *, epoch: int, image_ids: pa.Array) -> pa.Table:
+    """The rows of `work` from `epoch` on, less those of `epoch` itself that are among `image_ids`; shards keep their numbers."""
+    epochs = work.column("epoch")
+    fresh = pc.invert(pc.is_in(work.column("image_id"), value_set=image_ids))
+    return work.filter(pc.or_(pc.greater(epochs, epoch), pc.and_(pc.equal(epochs, epoch), fresh)))
+
+
 def shards(work: pa.Table) -> Iterator[pa.Table]:
     """`work` cut at its shard boundaries, in order. Rows of a shard are adjacent."""
     if not work.num_rows:

@@ -1105,6 +1105,30 @@ class Recipe:
         return Plan(tuple(done), size, boxes, keep)
 
 
+def for_evaluation(recipe: Recipe) -> Recipe:
+    """The recipe without chance: what a model trained with it is judged on, and given when it serves.
+
+    Random ops that decide the size become their middle or largest way without chance; the others fall away. Images without boxes stay.
+    """
+    ops = tuple(plain for op in recipe.ops for plain in (_settled(op) if getattr(op, "random", False) else (op,)))
+    return dataclasses.replace(recipe, name=f"{recipe.name}-evaluation", ops=ops, needs_boxes=False, drops_crowds=False)
+
+
+def _settled(op: Any) -> tuple[Any, ...]:
+    if isinstance(op, MultiScale):
+        return (ShortSide(short=max(op.sizes), long=op.long, antialias=op.antialias),)
+    if isinstance(op, LargeScaleJitter):
+        fitted = ShortSide(short=min(op.height, op.width), long=max(op.height, op.width), antialias=op.antialias)
+        return (fitted, PadTo(height=op.height, width=op.width, fill=op.fill)) if op.height == op.width else (_stretched(op),)
+    if isinstance(op, RandomCrop):
+        return (CenterCrop(height=op.height, width=op.width),)
+    return ()
+
+
+def _stretched(op: LargeScaleJitter) -> Resize:
+    return Resize(height=op.height, width=op.width, antialias=op.antialias)
+
+
 def generator(seed: int, epoch: int, image_id: str) -> np.random.Generator:
     """The random numbers of one image in one epoch. Takes 20 us."""
     key = blake2b(f"{seed}/{epoch}/{image_id}".encode("utf-8", "surrogatepass"), digest_size=16).digest()

@@ -118,8 +118,11 @@ def size_pools(settings: Settings, costs: Sequence[planner.StageCost] | None, se
 
 
 @contextmanager
-def ray_session(settings: Settings) -> Iterator[Session]:
+def ray_session(settings: Settings, *, beside: int = 0) -> Iterator[Session]:
     """Join the cluster that RAY_ADDRESS names, use the Ray that this process has already, or start one for this run alone.
+
+    Args:
+        beside: CPUs that others than these actors take: the workers of a training.
 
     Raises:
         UsageError: there is no cluster at RAY_ADDRESS, or no memory here for the actors asked for.
@@ -135,7 +138,7 @@ def ray_session(settings: Settings) -> Iterator[Session]:
                     context = ray.init(**quiet)
                 else:
                     room = room_here(settings)
-                    context = ray.init(address="local", num_cpus=cores_here(), **quiet)
+                    context = ray.init(address="local", num_cpus=cores_here() + beside, **quiet)
         except ConnectionError as error:
             raise UsageError(
                 f"RAY_ADDRESS is {os.environ.get('RAY_ADDRESS')!r}, but no Ray cluster answers there ({error}). Start it, correct the "
@@ -143,9 +146,9 @@ def ray_session(settings: Settings) -> Iterator[Session]:
             ) from error
         dashboard = context.dashboard_url or None
     try:
-        cpus = int(ray.cluster_resources().get("CPU", 0))
+        cpus = int(ray.cluster_resources().get("CPU", 0)) - (beside if joined else 0)
         nodes = sum(1 for node in ray.nodes() if node["Alive"])
-        cores = min(cpus, cores_here()) if nodes == 1 else cpus
+        cores = min(cpus + (beside if joined else 0), cores_here()) if nodes == 1 else cpus + beside
         # On a machine of our own, actors that wait may be many more than cores, and more may be asked for while it runs. More logical CPUs
         # instead would have Ray start an idle process for each of them.
         at_most, each = (cpus, 1.0) if joined else (room, int(10_000 * cores / room) / 10_000)

@@ -3,7 +3,7 @@ import pyarrow as pa
 import pytest
 
 from raypipe.data.sources import SOURCE
-from raypipe.data.work import WORK, extend, lists, make_work, remaining, shard_rows, shards, unlist, wanted_by
+from raypipe.data.work import WORK, extend, lists, make_work, remaining, shard_rows, shards, unlist, untouched, wanted_by
 
 
 def source(*names: str) -> pa.Table:
@@ -114,3 +114,14 @@ def test_crowds_are_left_out_before_images_without_boxes():
     assert [(r["name"], r["boxes"], r["labels"], r["annotation_ids"]) for r in kept] == [("a", [[2, 2, 3, 3]], [6], [2])]
     assert wanted_by(table, needs_boxes=True, drops_crowds=False).num_rows == 2
     assert wanted_by(table, needs_boxes=False, drops_crowds=False).equals(table)
+
+
+def test_what_was_consumed_of_an_unfinished_epoch_comes_off_and_later_epochs_stay_whole():
+    work = make_work(source(*names(6)), rows_per_shard=2, epochs=3, shuffle_seed=1)
+    left = untouched(work, epoch=1, image_ids=pa.array(["n001.jpg", "n004.jpg"]))
+    rows = list(zip(left.column("epoch").to_pylist(), left.column("image_id").to_pylist(), strict=True))
+    both = list(zip(work.column("epoch").to_pylist(), work.column("image_id").to_pylist(), strict=True))
+    assert rows == [row for row in both if row[0] > 0 and row not in [(1, "n001.jpg"), (1, "n004.jpg")]]
+    assert sum(part.num_rows for part in shards(left)) == 10
+    assert untouched(work, epoch=3, image_ids=pa.array([], pa.string())).num_rows == 0
+    assert untouched(work, epoch=0, image_ids=pa.array([], pa.string())).equals(work)

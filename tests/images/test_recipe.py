@@ -522,3 +522,21 @@ def test_every_op_has_a_purpose_and_a_docstring():
 def test_recipes_are_values():
     assert recipe(Contrast(factor=2), finish=Finish()) == recipe(Contrast(factor=2.0), finish=Finish())
     assert len({recipe(Flip()), recipe(Flip())}) == 1
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_evaluation_takes_chance_out_of_a_recipe_and_keeps_its_size_and_finish(name):
+    judged = recipe_module.for_evaluation(RECIPES[name])
+    assert not judged.random
+    assert judged.finish == RECIPES[name].finish
+    assert not judged.needs_boxes and not judged.drops_crowds
+    if RECIPES[name].fixed_size is not None:
+        assert judged.plan(seed=0, epoch=0, image_id="x", size=(480, 640)).size == RECIPES[name].fixed_size
+
+
+def test_evaluation_of_a_training_recipe_is_its_validation_recipe():
+    assert recipe_module.for_evaluation(RECIPES["ssd-300-train"]).ops == RECIPES["ssd-300-val"].ops
+    scaled = recipe_module.for_evaluation(RECIPES["torchvision-multiscale"])
+    assert scaled.plan(seed=0, epoch=0, image_id="x", size=(480, 640)).size == (800, 1066)
+    cut = recipe_module.for_evaluation(recipe(recipe_module.RandomCrop(height=20, width=30)))
+    assert cut.plan(seed=0, epoch=0, image_id="x", size=(40, 50)).ops == (Crop(top=10, left=10, height=20, width=30),)

@@ -1,0 +1,187 @@
+"""A training run as it stands, in a folder: enough to go on from, to predict with, and to tell what it was made with.
+
+    about.json        what decides the run (model, classes, recipe, ...) and how far it is; the sizes of the other files
+    state.pt          weights, optimizer, random states: tensors and plain values only
+    consumed.parquet  epoch, image_id of the rows of the unfinished epoch that the weights have seen
+
+about.json is put last, and each file whole: a folder counts as a checkpoint exactly when all of it is there, on a local disk as in an
+object store. Nothing that is read can run code: state.pt goes through torch's weights_only loader, the rest is JSON and Parquet.
+"""
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from raypipe import UsageError
+from raypipe.data import location
+from raypipe.data.journal import differences
+
+VERSION = 1
+"""Of the format. Raise it when older code could not read a folder, or would misread it."""
+
+CONSUMED = pa.schema([("epoch", pa.int32()), ("image_id", pa.string())])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a run is. `epoch` is the one under way: those before it are complete. Rows are of all epochs together."""
+
+    epoch: int = 0
+    step: int = 0
+    rows: int = 0  # accounted for: trained on or rejected
+    images: int = 0  # trained on
+    rejects: list[dict[str, str]] = field(default_factory=list)  # a row an image: image_id, uri, reason, detail
+    epochs: list[dict[str, Any]] = field(default_factory=list)  # what was reported of each complete epoch
+
+    @property
+    def rejected(self) -> int:
+        """Rows rejected; an image counts in each epoch."""
+        return self.rows - self.images
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """Settings are what decides the weights, JSON types. State holds tensors and plain values, by name."""
+
+    settings: dict[str, Any]
+    progress: Progress
+    consumed: list[str]
+    """image_ids of `progress.epoch` that were trained on or rejected."""
+    state: dict[str, Any]
+
+
+def save(folder: str, checkpoint: Checkpoint) -> None:
+    """Put a checkpoint into `folder`, a local path or URI; it counts when this returns, and not before.
+
+    Raises one of location.ERRORS.
+    """
+    state = io.BytesIO()
+    torch.save(checkpoint.state, state)
+    consumed = pa.table(
+        {"epoch": pa.array([checkpoint.progress.epoch] * len(checkpoint.consumed), pa.int32()), "image_id": checkpoint.consumed},
+        schema=CONSUMED,
+    )
+    rows = pa.BufferOutputStream()
+    pq.write_table(consumed, rows, compression="zstd")
+    files = {"state.pt": state.getbuffer(), "consumed.parquet": memoryview(rows.getvalue())}
+    location.delete(location.join(folder, "about.json"))  # of an earlier one, whose other files are now replaced
+    for name, data in files.items():
+        location.write(folder, name, data, tmp="")
+    about = {
+        "version": VERSION,
+        "settings": checkpoint.settings,
+        "progress": asdict(checkpoint.progress),
+        "bytes": {name: data.nbytes for name, data in files.items()},
+    }
+    location.write(folder, "about.json", json.dumps(about, indent=1).encode(), tmp="")
+
+
+def about(folder: str) -> dict[str, Any] | None:
+    """The content of about.json; None if the folder is no checkpoint, or one that was not finished.
+
+    Raises:
+        UsageError: it was made by another version of the format.
+    """
+    try:
+        found = json.loads(location.read(location.join(folder, "about.json")))
+        version = found["version"]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"{folder}/about.json cannot be read ({error}), so it is unknown what this checkpoint is. Delete the folder to go on from the "
+            f"one before it."
+        ) from error
+    if version != VERSION:
+        raise UsageError(
+            f"{folder} is a checkpoint of format version {version}; this raypipe reads version {VERSION}. Use the raypipe that made it, or "
+            f"start anew in another --storage."
+        )
+    return found
+
+
+def load(folder: str, *, device: str = "cpu") -> Checkpoint:
+    """Read a checkpoint back; tensors go to `device`.
+
+    Raises:
+        UsageError: there is none, it is of another version, or its files are not those that were written.
+    """
+    found = about(folder)
+    if found is None:
+        raise UsageError(f"{folder!r} is no checkpoint: there is no about.json in it. Give the folder of one.")
+    data = {}
+    for name, size in found["bytes"].items():
+        try:
+            data[name] = location.read(location.join(folder, name))
+        except FileNotFoundError:
+            data[name] = b""
+        if len(data[name]) != size:
+            raise UsageError(
+                f"{location.join(folder, name)} has {len(data[name])} bytes, {size} were written: it is damaged. Delete {folder} to go on from "
+                f"the checkpoint before it."
+            )
+    try:
+        state = torch.load(io.BytesIO(data["state.pt"]), map_location=device, weights_only=True)
+    except Exception as error:  # pickle's and zip's many; also what weights_only refuses
+        raise UsageError(f"{location.join(folder, 'state.pt')} cannot be loaded safely: {location.one_line(error)}") from error
+    return Checkpoint(
+        settings=found["settings"],
+        progress=Progress(**found["progress"]),
+        consumed=pq.read_table(pa.BufferReader(data["consumed.parquet"])).column("image_id").to_pylist(),
+        state=state,
+    )
+
+
+def progress_of(folder: str) -> Progress:
+    """How far the training of a finished checkpoint is, without reading its weights."""
+    found = about(folder)
+    assert found is not None
+    return Progress(**found["progress"])
+
+
+def name_of(progress: Progress) -> str:
+    """The folder's name. With the epoch: the last step of one may be followed by a checkpoint of its own, then by that of the epoch's end."""
+    return f"checkpoint-{progress.epoch:04d}-{progress.step:09d}"
+
+
+def all_in(storage: str) -> list[str]:
+    """The finished checkpoints one or two levels below `storage`, the least trained first."""
+    found = []
+    for outer in location.folders(storage):
+        inner = location.join(storage, outer)
+        for folder in [inner, *(location.join(inner, name) for name in location.folders(inner))]:
+            if location.path_of(folder).rstrip("/").rpartition("/")[2].startswith("checkpoint-"):
+                one = about(folder)
+                if one is not None:
+                    found.append((one["progress"]["rows"], one["progress"]["step"], folder))
+    return [folder for _, _, folder in sorted(found)]
+
+
+def check_same(folder: str, settings: Mapping[str, Any]) -> None:
+    """Whether the checkpoint was made with `settings`, so that going on from it makes sense.
+
+    Raises:
+        UsageError: it was not; the message shows each difference.
+    """
+    found = about(folder)
+    assert found is not None
+    changed = differences(found["settings"], json.loads(json.dumps(settings)))
+    if changed:
+        raise UsageError(
+            f"{folder} is of a training with other settings; going on from it would give a model of neither:\n{changed}\n"
+            f"Use another --storage, or the settings it was made with, or --no-resume to delete its checkpoints and start again."
+        )
+
+
+def prune(storage: str, keep: Sequence[str] = ()) -> None:
+    """Delete all finished checkpoints below `storage` but those to keep."""
+    for folder in all_in(storage):
+        if folder not in keep:
+            location.delete(location.join(folder, "about.json"))  # first: what is left of it is no checkpoint
+            location.delete_folder(folder)

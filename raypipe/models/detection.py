@@ -1,0 +1,226 @@
+"""Detection models by name, fed with what a recipe made: the model neither resizes nor normalises again.
+
+All keep torchvision's contract. Training: `model(images, targets)` -> dict of losses, scalars; evaluating: `model(images)` -> list of
+{boxes, labels, scores}. images: a list of float tensors (3, height, width); targets: a list of {boxes: float32 (n, 4), labels: int64 (n,)}.
+Boxes are x1 y1 x2 y2 in pixels of the image as the recipe left it; labels are classes from 1 on, 0 is background.
+
+No model has pretrained weights: nothing is downloaded, and the recipe's finish is free to be anything.
+"""
+
+import importlib
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchvision.models import detection
+from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
+from torchvision.models.detection.ssd import SSD
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+
+from raypipe import UsageError
+from raypipe.images.recipe import Size, did_you_mean
+
+
+@dataclass(frozen=True, slots=True)
+class Classes:
+    """A data set's category ids, which may have gaps (COCO's do), and the model's classes 1..K, which may not."""
+
+    ids: tuple[int, ...]
+    """Ascending; ids[i] is class i + 1."""
+
+    @classmethod
+    def among(cls, labels: Iterable[np.ndarray]) -> "Classes":
+        """The classes that occur in `labels`, (n,) int64 an image."""
+        arrays = list(labels)
+        return cls(tuple(np.unique(np.concatenate(arrays)).tolist()) if arrays else ())
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def of(self, labels: np.ndarray) -> np.ndarray:
+        """The classes, (n,) int64 from 1, of category ids (n,).
+
+        Raises:
+            UsageError: an id that is none of these.
+        """
+        ids = np.asarray(self.ids, np.int64)
+        at = np.searchsorted(ids, labels)
+        known = at < len(ids)
+        known[known] = ids[at[known]] == labels[known]
+        if not known.all():
+            raise UsageError(
+                f"category {labels[~known][0]} is none of the {len(ids)} that the model knows ({_some(self.ids)}), so it cannot be trained on. "
+                f"Leave its boxes out, or train a new model in another --storage."
+            )
+        return at.astype(np.int64) + 1
+
+    def ids_of(self, classes: np.ndarray) -> np.ndarray:
+        """The inverse: category ids, (n,) int64, of classes (n,) from 1."""
+        return np.asarray(self.ids, np.int64)[np.asarray(classes) - 1]
+
+
+def _some(ids: tuple[int, ...]) -> str:
+    return ", ".join(map(str, ids[:10])) + (", ..." if len(ids) > 10 else "")
+
+
+class AsGiven(GeneralizedRCNNTransform):
+    """torchvision's transform without what the recipe has done: no resize, no mean, no std. Batches are padded as before.
+
+    Results need no mapping back for it, because an image's size before is its size after.
+    """
+
+    def __init__(self, size_divisible: int) -> None:
+        super().__init__(min_size=1, max_size=1, image_mean=[], image_std=[], size_divisible=size_divisible)
+
+    def normalize(self, image: Tensor) -> Tensor:
+        return image
+
+    def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
+        return image, target
+
+    def batch_images(self, images: list[Tensor], size_divisible: int = 32) -> Tensor:
+        """One tensor (n, 3, height, width) whose memory is channels last, as the finish left it and as GPUs want it."""
+        height, width = (math.ceil(max(image.shape[side] for image in images) / size_divisible) * size_divisible for side in (1, 2))
+        batch = images[0].new_zeros((len(images), height, width, 3)).permute(0, 3, 1, 2)
+        for image, place in zip(images, batch, strict=True):
+            place[:, : image.shape[1], : image.shape[2]].copy_(image)
+        return batch
+
+
+class _Tiny(nn.Module):
+    """Seven 3x3 convolutions with strides to 8, 16, 32 and 64; four feature maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(_conv(3, 16), _conv(16, 32), _conv(32, 64), _conv(64, 64, stride=1))
+        self.deeper = nn.ModuleList([_conv(64, 96), _conv(96, 128), _conv(128, 128)])
+        self.out_channels = [64, 96, 128, 128]
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        maps = [self.stem(images)]
+        for layer in self.deeper:
+            maps.append(layer(maps[-1]))
+        return OrderedDict((str(level), features) for level, features in enumerate(maps))
+
+
+def _conv(before: int, after: int, stride: int = 2) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU(inplace=True)
+    )
+
+
+def ssd_tiny(*, num_classes: int, **arguments: Any) -> SSD:
+    """An SSD with 0.5 million parameters that a CPU trains: for trying out, and for tests. Any size of image from 64x64."""
+    # Scales are shares of the image's side: objects from 5% of it on.
+    anchors = DefaultBoxGenerator([[2], [2], [2], [2]], scales=[0.08, 0.16, 0.32, 0.5, 0.75])
+    return SSD(_Tiny(), anchors, (0, 0), num_classes, **arguments)
+
+
+def _torchvision(name: str) -> Callable[..., nn.Module]:
+    def make(*, num_classes: int, **arguments: Any) -> nn.Module:
+        return getattr(detection, name)(weights=None, weights_backbone=None, num_classes=num_classes, **arguments)
+
+    return make
+
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "ssd_tiny": ssd_tiny,
+    **{
+        name: _torchvision(name)
+        for name in (
+            "ssd300_vgg16",
+            "ssdlite320_mobilenet_v3_large",
+            "retinanet_resnet50_fpn_v2",
+            "fasterrcnn_resnet50_fpn_v2",
+        )
+    },
+}
+"""The models by name. Each takes num_classes (background included) and its own arguments."""
+
+_ONE_SIZE = ("ssd_tiny", "ssd300_vgg16", "ssdlite320_mobilenet_v3_large")
+"""SSDs lay their anchors out by the size of the batch, so images of one batch must have one size."""
+
+
+def check(name: str, size: Size | None) -> None:
+    """Whether the model takes what the recipe makes.
+
+    Args:
+        size: (height, width) of all images after the recipe; None: it varies.
+
+    Raises:
+        UsageError: no such model, or it cannot take images of that size.
+    """
+    maker(name)
+    if name == "ssd300_vgg16" and size != (300, 300):
+        given = "different sizes" if size is None else "{}x{}".format(*size)
+        raise UsageError(
+            f"--model ssd300_vgg16 has layers for images of exactly 300x300, but the recipe makes {given}. Choose a recipe that ends in "
+            f"300x300, such as ssd-300-train, or another model."
+        )
+    if name in _ONE_SIZE and size is None:
+        raise UsageError(
+            f"--model {name} needs images of one size, but the recipe leaves them as they come. Add a Resize to the recipe, or choose "
+            f"retinanet_resnet50_fpn_v2 or fasterrcnn_resnet50_fpn_v2."
+        )
+
+
+def maker(name: str) -> Callable[..., nn.Module]:
+    """What makes the model: one of MODELS, or the user's own function, as `module:function`.
+
+    Raises:
+        UsageError: there is no such model or function.
+    """
+    if name in MODELS:
+        return MODELS[name]
+    module, colon, function = name.partition(":")
+    if not colon:
+        raise UsageError(f"unknown model {name!r}{did_you_mean(name, MODELS)}; own ones are written module:function")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UsageError(
+            f"own model {name!r} cannot be imported: {error}; module:function must be importable on every node"
+        ) from error
+    if not callable(found):
+        raise UsageError(
+            f"own model {name!r} is a {type(found).__name__}; give a function that takes num_classes and returns a module"
+        )
+    return found
+
+
+def build(name: str, *, num_classes: int, arguments: Mapping[str, Any] | None = None) -> nn.Module:
+    """The model, with random weights drawn from torch's generator, taking images as the recipe left them.
+
+    Args:
+        num_classes: background included.
+        arguments: of the model's own, such as trainable_backbone_layers or detections_per_img.
+
+    Raises:
+        UsageError: no such model, or it does not take these arguments.
+    """
+    make = maker(name)
+    try:
+        model = make(num_classes=num_classes, **(arguments or {}))
+    except TypeError as error:
+        raise UsageError(f"--model {name} does not take the arguments {dict(arguments or {})}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"own model {name!r} gives a {type(model).__name__}; it must return a torch.nn.Module")
+    transform = getattr(model, "transform", None)
+    if isinstance(transform, GeneralizedRCNNTransform):
+        model.transform = AsGiven(transform.size_divisible)
+    return model
+
+
+def parameters(model: nn.Module) -> int:
+    """How many numbers are trained."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def total(losses: Mapping[str, Tensor]) -> Tensor:
+    """The loss to minimise: the sum of what the model returned, a float32 scalar."""
+    return torch.stack([loss.float() for loss in losses.values()]).sum()

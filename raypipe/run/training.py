@@ -1,0 +1,789 @@
+"""A training run: preprocess actors feed Ray Train workers, all epochs in one execution; it goes on from its last checkpoint.
+
+The work is a table, here too: all epochs' rows, shuffled, less those that the checkpoint says were consumed. A worker that dies, a node
+that is lost or a driver that is killed all end the same way: the table is made again from the last checkpoint, and training goes on from
+there, with as many workers and actors as there are then. Ray Train's own restarts are off, because it would run the same dataset again.
+"""
+
+import json
+import os
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from hashlib import blake2b
+from typing import Any, Literal
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+import ray.train
+import torch
+from ray.exceptions import RayError
+from ray.train.torch import TorchTrainer
+from rich.console import Console
+
+from raypipe import UsageError
+from raypipe.data import journal, location
+from raypipe.data.journal import Rejected
+from raypipe.data.sources import list_images
+from raypipe.data.work import make_work, shard_rows, unlist, untouched, wanted_by
+from raypipe.images import backend as backend_module
+from raypipe.images import catalog
+from raypipe.images.decode import MAX_PIXELS
+from raypipe.images.recipe import Finish, Recipe, for_evaluation, to_json
+from raypipe.insight import html
+from raypipe.insight import report as reports
+from raypipe.insight.report import PoolView
+from raypipe.models import checkpoint as checkpoints
+from raypipe.models import detection
+from raypipe.models.checkpoint import Progress
+from raypipe.models.detection import Classes
+from raypipe.run import pipeline
+from raypipe.run.collector import Facts, start_collector
+from raypipe.run.meter import Meter
+from raypipe.run.pipeline import preprocessed
+from raypipe.run.session import Pools, Session, cores_here, hardware, ray_session, size_pools, versions
+from raypipe.run.settings import COUNT
+from raypipe.run.settings import Settings as Preprocess
+from raypipe.stages.preprocess import Preprocessing
+from raypipe.stages.train import Assignment, Training, train_worker
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What jobs/train.py takes. The first two groups decide the weights, the last only how they come about."""
+
+    input: str
+    """Folder, glob, file, tar or Parquet files, local or s3:// gs://; or demo, demo:COUNT. Images with boxes and labels."""
+    storage: str
+    """Folder or URI for the checkpoints and the report; with several nodes one that all of them see."""
+    annotations: str | None = None
+    """COCO JSON with the boxes; --input is then the folder its file names are relative to."""
+    recipe: str = "ssd-300-train"
+    """Name (`raypipe recipes` lists them) or a JSON file."""
+    backend: Literal["opencv", "torchvision"] = "opencv"
+    """Library that decodes and transforms."""
+    limit: int | None = None
+    """Only the first so many images."""
+    seed: int = 0
+    """Of the weights, the order, the augmentations, the hold-out, and the demo images."""
+    max_pixels: int = MAX_PIXELS
+    """Images with more pixels are rejected before they are decoded."""
+    holdout: float = 0.1
+    """Share of the images that is not trained on but judged on after each epoch; 0: none."""
+    holdout_input: str | None = None
+    """Images to judge on instead: whatever --input may be."""
+    holdout_annotations: str | None = None
+    """COCO JSON of --holdout-input."""
+
+    model: str = "ssd_tiny"
+    """ssd_tiny (CPU), ssd300_vgg16, ssdlite320_mobilenet_v3_large, retinanet_resnet50_fpn_v2, fasterrcnn_resnet50_fpn_v2, or module:function."""
+    model_arguments: str = "{}"
+    """JSON object of the model's own arguments."""
+    epochs: int = 10
+    """How often each image is seen; decides the schedule of the learning rate too."""
+    batch_size: int = 16
+    """Images a step, over all workers together."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """How weights follow gradients."""
+    lr: float = 1e-3
+    """Learning rate, after the warm-up."""
+    momentum: float = 0.9
+    """Of sgd."""
+    weight_decay: float = 5e-4
+    """Pull of the weights to zero."""
+    schedule: Literal["cosine", "step"] = "cosine"
+    """How the learning rate falls: cosine to 0, or step: to a tenth at 2/3 and again at 8/9 of the run."""
+    warmup: float = 0.05
+    """Share of the run in which the learning rate rises from 0."""
+    clip: float = 10.0
+    """Largest norm of a gradient; 0: any."""
+    amp: Literal["auto", "on", "off"] = "auto"
+    """bfloat16 arithmetic; auto: on GPUs that have it."""
+    compile: bool = False
+    """Compile the model's backbone: minutes at the start, faster steps."""
+
+    workers: int = 1
+    """Training workers: one a GPU, or one a CPU."""
+    gpu: bool = False
+    """Train on GPUs, or fail. By default on GPUs if there are enough."""
+    cpu: bool = False
+    """Train on CPUs."""
+    worker_threads: int = 1
+    """Threads of each training worker on CPUs."""
+    actors: COUNT = "auto"
+    """Preprocess actors; auto: one for each core that no worker takes."""
+    threads: int = 1
+    """Threads that OpenCV or torch may use within each preprocess actor."""
+    shard_rows: int | None = None
+    """Images a shard; by default as many as make 64 MiB of output."""
+    checkpoint_every: int | None = None
+    """A checkpoint every so many steps, beside the one after each epoch."""
+    keep: int = 2
+    """Checkpoints to keep, the latest ones."""
+    resume: bool = True
+    """--no-resume deletes the checkpoints in --storage and starts again."""
+    retries: int = 3
+    """How often to go on by itself after workers died, without a new checkpoint in between."""
+    max_reject_fraction: float = 0.01
+    """The run counts as failed when more than this share of the rows was rejected."""
+    run_id: str | None = None
+    """Name of this run; by default made from the time."""
+    report: str | None = None
+    """Folder for report.json and report.html too; by default only STORAGE/_raypipe."""
+    row_log: str | None = None
+    """Local folder for a log of the image ids of each step: JSON lines, a file a worker."""
+
+    def check(self) -> None:
+        """Raises UsageError for a value that no run can use."""
+        self.preprocessing.check()
+        positive: dict[str, int | None] = {
+            "epochs": self.epochs,
+            "batch-size": self.batch_size,
+            "workers": self.workers,
+            "keep": self.keep,
+        }
+        positive |= {"worker-threads": self.worker_threads, "checkpoint-every": self.checkpoint_every}
+        for name, value in positive.items():
+            if value is not None and value < 1:
+                raise UsageError(f"--{name} is {value}; it must be at least 1.")
+        above_zero = {"lr": self.lr}
+        not_negative = {"momentum": self.momentum, "weight-decay": self.weight_decay, "clip": self.clip, "retries": self.retries}
+        for name, number in (above_zero | not_negative).items():
+            if not np.isfinite(number) or number < 0 or (name in above_zero and number == 0):
+                raise UsageError(f"--{name} is {number}; it must be {'above 0' if name in above_zero else 'at least 0'}.")
+        for name, share in {"holdout": self.holdout, "warmup": self.warmup}.items():
+            if not 0 <= share < 1:
+                raise UsageError(f"--{name} is {share}; it is a share, from 0 to less than 1.")
+        if self.gpu and self.cpu:
+            raise UsageError("--gpu and --cpu were both given; a run trains on one of them. Leave one out.")
+        if self.batch_size < self.workers:
+            raise UsageError(
+                f"--batch-size is {self.batch_size} for {self.workers} workers, so some would have no image in any step. It counts the images of "
+                f"all workers together: give at least {self.workers}."
+            )
+        if self.holdout_annotations is not None and self.holdout_input is None:
+            raise UsageError(
+                f"--holdout-annotations {self.holdout_annotations!r} says nothing of where its images are. Give --holdout-input."
+            )
+
+    @property
+    def preprocessing(self) -> Preprocess:
+        """The input side, as jobs/preprocess.py has it."""
+        names = ("input", "annotations", "recipe", "backend", "limit", "seed", "max_pixels", "actors", "threads", "shard_rows")
+        return Preprocess(
+            **{name: getattr(self, name) for name in names}, max_reject_fraction=self.max_reject_fraction, run_id=self.run_id
+        )
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The model's own. Raises UsageError if they are no JSON object."""
+        try:
+            found = json.loads(self.model_arguments)
+        except ValueError as error:
+            raise UsageError(f"--model-arguments {self.model_arguments!r} is not JSON: {error}") from error
+        if not isinstance(found, dict):
+            raise UsageError(f'--model-arguments {self.model_arguments!r} must be an object, like {{"detections_per_img": 50}}')
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Todo:
+    """What a training has to do: `work` are the rows of all epochs, `holdout` those that it is judged on (schema WORK)."""
+
+    recipe: Recipe
+    work: pa.Table
+    holdout: pa.Table
+    training: Training
+    deciding: dict[str, Any]
+
+
+def split(source: pa.Table, *, share: float, seed: int) -> tuple[pa.Table, pa.Table]:
+    """`source` without a random share of its rows, and these; each in the order of `source`. A function of the seed and the number."""
+    held = np.zeros(source.num_rows, bool)
+    count = round(share * source.num_rows)
+    held[np.random.default_rng([seed, 0x401D]).permutation(source.num_rows)[:count]] = True
+    return source.filter(pa.array(~held)), source.filter(pa.array(held))
+
+
+def plan(settings: Settings) -> Todo:
+    """List the input, and decide what is trained on in which order.
+
+    Raises:
+        UsageError: the settings, the model or the input cannot be used. Nothing was changed.
+    """
+    settings.check()
+    recipe = catalog.get(settings.recipe)
+    backend_module(settings.backend).check(recipe)
+    detection.check(settings.model, recipe.fixed_size)
+    listed = list_images(settings.input, annotations=settings.annotations, limit=settings.limit, seed=settings.seed)
+    if settings.holdout_input is not None:
+        held = list_images(settings.holdout_input, annotations=settings.holdout_annotations, seed=settings.seed)
+    else:
+        listed, held = split(listed, share=settings.holdout, seed=settings.seed)
+    source = wanted_by(listed, needs_boxes=recipe.needs_boxes, drops_crowds=recipe.drops_crowds)
+    classes = Classes.among(unlist(source.column("labels")))
+    if not len(classes) or not pc.sum(pc.list_value_length(source.column("boxes"))).as_py():
+        raise UsageError(f"No image of {settings.input!r} has labelled boxes, so there is nothing to learn. Give --annotations.")
+    height, width = recipe.fixed_size or (480, 640)
+    rows = settings.shard_rows or shard_rows(rows=source.num_rows, row_bytes=height * width * 3)
+    work = make_work(source, rows_per_shard=rows, epochs=settings.epochs, shuffle_seed=settings.seed)
+    training = Training(
+        model=settings.model,
+        arguments=settings.arguments,
+        classes=classes,
+        finish=recipe.finish or Finish(scale=1 / 255),
+        rows=work.num_rows,
+        clip=settings.clip or None,
+        threads=settings.worker_threads,
+        **{name: getattr(settings, name) for name in _PASSED_ON},
+    )
+    deciding = {
+        "input": settings.input if settings.input.startswith("demo") else location.absolute(settings.input),
+        "images": _told_apart(source),
+        "holdout": _told_apart(held),
+        "recipe": {key: value for key, value in to_json(recipe).items() if key != "description"},
+        "model": {"name": settings.model, "arguments": settings.arguments},
+        "classes": list(classes.ids),
+        **{name: getattr(settings, name) for name in _DECIDING},
+    }
+    return Todo(recipe=recipe, work=work, holdout=make_work(held, rows_per_shard=rows), training=training, deciding=deciding)
+
+
+_DECIDING = (
+    *("backend", "seed", "max_pixels", "epochs", "batch_size", "optimizer", "lr", "momentum", "weight_decay", "schedule"),
+    *("warmup", "clip", "amp"),
+)
+_PASSED_ON = (
+    *("epochs", "batch_size", "optimizer", "lr", "momentum", "weight_decay", "schedule", "warmup", "amp", "compile"),
+    *("seed", "checkpoint_every"),
+)
+
+
+def _told_apart(source: pa.Table) -> dict[str, Any]:
+    """What tells one list of images from another: their number, and a digest of their ids in order."""
+    ids = "\n".join(source.column("image_id").to_pylist())
+    return {"count": source.num_rows, "digest": blake2b(ids.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a training ended. `report` is None when there was nothing left to do. `checkpoint`: the last one's folder."""
+
+    report: dict[str, Any] | None
+    progress: Progress
+    rows: int
+    checkpoint: str
+
+
+class Board:
+    """Where workers say how it goes, and the driver looks. An actor without a CPU of its own."""
+
+    def __init__(self) -> None:
+        self._records: list[dict[str, Any]] = []
+
+    def tell(self, record: dict[str, Any]) -> None:
+        self._records.append(record)
+
+    def since(self, count: int) -> list[dict[str, Any]]:
+        """All records after the first `count`."""
+        return self._records[count:]
+
+
+@dataclass(frozen=True)
+class _ToBoard:
+    board: ray.actor.ActorHandle
+
+    def tell(self, record: dict[str, Any]) -> None:
+        self.board.tell.remote(record)
+
+
+class _Uneven(ray.train.DataConfig):
+    """Hands each block to the worker with the fewest rows so far. Ray Train's own way would drop rows to make the numbers equal."""
+
+    def configure(self, datasets, world_size, worker_handles, worker_node_ids, **kwargs):
+        splits = {name: dataset.streaming_split(world_size, equal=False) for name, dataset in datasets.items()}
+        return [{name: parts[rank] for name, parts in splits.items()} for rank in range(world_size)]
+
+
+def run(settings: Settings, *, console: Console | None = None) -> Outcome:
+    """Do what `settings` say.
+
+    Args:
+        console: what to tell the user on; by default the terminal (stderr).
+
+    Raises:
+        UsageError: the message is for the user.
+        KeyboardInterrupt: checkpoints so far are kept, and the same settings go on.
+    """
+    started = time.time()
+    console = console or Console(stderr=True)
+    storage = location.absolute(settings.storage)
+    _say(console, f"Listing {settings.input} ...")
+    todo = plan(settings)
+    if not settings.resume:
+        checkpoints.prune(storage)
+    progress, folder = _latest(storage, todo)
+    total = todo.work.num_rows
+    if folder is not None and progress.epoch == settings.epochs:
+        _say(console, f"Nothing to do: all {settings.epochs} epochs are done; the model is in {folder}. --no-resume trains again.")
+        return Outcome(report=None, progress=progress, rows=total, checkpoint=folder)
+    if folder is not None:
+        _say(console, f"Going on from {folder}: {progress.rows} of {total} rows are done, in {progress.step} steps.")
+    else:
+        _check_writable(storage)
+    before = progress.rows
+    run_id = settings.run_id or f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
+    _say(console, "Starting Ray ..." if not os.environ.get("RAY_ADDRESS") else "Joining Ray ...")
+    with ray_session(_sized(settings), beside=_cpus_for_workers(settings)) as session:
+        on_gpu = _on_gpu(settings)
+        pools = size_pools(_sized(settings), None, session, images=total)
+        collector = start_collector(run_id, _facts(settings, todo, session, rows=total - before))
+        board = ray.remote(num_cpus=0)(Board).remote()
+        _say(console, _opening(run_id, settings, todo, session, pools, on_gpu))
+        machine = psutil.cpu_times()
+        begun, begun_at = time.perf_counter(), time.time()
+        collector.begin.remote(begun_at)
+        held, held_rejects = _held_out(todo, settings, pools, session, run_id)
+        watch = _Watch(console, total, begun_at=begun_at, rows=before)
+        failures = attempt = 0
+        said: str | None = None
+        while True:
+            attempt += 1
+            try:
+                _attempt(
+                    settings,
+                    todo,
+                    name=f"{run_id}-{attempt}",
+                    resume=folder,
+                    on_gpu=on_gpu,
+                    pools=pools,
+                    cpus_each=session.cpus_each,
+                    held=held,
+                    collector=collector,
+                    board=board,
+                    watch=watch,
+                )
+                break
+            except ray.train.TrainingFailedError as error:
+                now, latest = _latest(storage, todo)
+                failures = 1 if now.rows > progress.rows else failures + 1
+                _give_up(error, failures, settings, before=said if failures > 1 else None)
+                said = _cause(error)
+                progress, folder = now, latest
+                _say(
+                    console,
+                    f"A worker ended ({_cause(error)}). Going on from {folder or 'the start'}: {progress.rows} of {total} rows are done; "
+                    f"retry {failures} of {settings.retries}.",
+                )
+        wall_s = time.perf_counter() - begun
+        snapshot = ray.get(collector.snapshot.remote())
+        here = ray.get_runtime_context().get_node_id()
+        others = [node for name, node in snapshot["nodes"].items() if name != here]
+        cpu_percent = pipeline._cpu_percent(machine, psutil.cpu_times(), others)
+        ray.kill(collector)
+    progress, folder = _latest(storage, todo)
+    assert folder is not None
+    checkpoints.prune(storage, keep=checkpoints.all_in(storage)[-settings.keep :])
+    report = _report(
+        settings, run_id, session, progress, watch,
+        clock=reports.Clock(wall_s=wall_s, setup_s=begun_at - started, ready_s=watch.began and watch.began - begun_at, outputs=watch.outputs),
+        snapshot=snapshot, cpu_percent=cpu_percent, total=total, before=before, on_gpu=on_gpu, held_rejects=held_rejects,
+    )  # fmt: skip
+    _leave_report(storage, f"{journal.STATE}/", report, progress)
+    if settings.report is not None:
+        _leave_report(settings.report, "", report, progress)
+    return Outcome(report=report, progress=progress, rows=total, checkpoint=folder)
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False)
+
+
+def _latest(storage: str, todo: Todo) -> tuple[Progress, str | None]:
+    """How far the training in `storage` is, and its last checkpoint. Raises UsageError if that is of another training."""
+    found = checkpoints.all_in(storage)
+    if not found:
+        return Progress(), None
+    checkpoints.check_same(found[-1], todo.deciding)
+    return checkpoints.progress_of(found[-1]), found[-1]
+
+
+def _check_writable(storage: str) -> None:
+    try:
+        location.write(storage, f"{journal.STATE}/probe", b"")
+        location.delete(location.join(storage, f"{journal.STATE}/probe"))
+    except location.ERRORS as error:
+        raise UsageError(
+            f"--storage {storage!r} cannot be written to ({error}). Nothing was started. Give a folder that can."
+        ) from error
+
+
+def _sized(settings: Settings) -> Preprocess:
+    """The input side, with the number of actors for a machine of our own."""
+    given = settings.preprocessing
+    joined = bool(os.environ.get("RAY_ADDRESS")) or ray.is_initialized()
+    if given.actors == "auto" and not joined:
+        return replace(given, actors=max(1, cores_here() - _cpus_for_workers(settings)))
+    return given
+
+
+def _facts(settings: Settings, todo: Todo, session: Session, *, rows: int) -> Facts:
+    return Facts(
+        input=settings.input,
+        output=settings.storage,
+        recipe=todo.recipe.name,
+        backend=settings.backend,
+        images=rows,
+        cores=session.cores,
+        at_most=session.at_most,
+    )
+
+
+def _cpus_for_workers(settings: Settings) -> int:
+    """Logical CPUs that the training workers take: one each, none where they are on GPUs."""
+    return 0 if settings.gpu or (not settings.cpu and torch.cuda.is_available()) else settings.workers
+
+
+def _on_gpu(settings: Settings) -> bool:
+    gpus = ray.cluster_resources().get("GPU", 0)
+    if settings.gpu and gpus < settings.workers:
+        raise UsageError(
+            f"--gpu with --workers {settings.workers} needs as many GPUs, but Ray sees {gpus:g}. Ask for fewer workers, add GPU nodes, or "
+            f"train with --cpu."
+        )
+    return not settings.cpu and gpus >= settings.workers
+
+
+def _opening(run_id: str, settings: Settings, todo: Todo, session: Session, pools: Pools, on_gpu: bool) -> str:
+    images = todo.work.num_rows // settings.epochs
+    dashboard = f"; Ray dashboard: http://{session.dashboard}" if session.dashboard else ""
+    return (
+        f"Run {run_id}: {settings.model} on {images} images, {settings.epochs} epochs, {todo.holdout.num_rows} held out, "
+        f"{len(todo.training.classes)} classes, recipe {todo.recipe.name}, {settings.backend}; {pools.actors} preprocessing, "
+        f"{settings.workers} training on {'GPU' if on_gpu else 'CPU'}; {session.cores:g} cores{dashboard}"
+    )
+
+
+def _held_out(todo: Todo, settings: Settings, pools: Pools, session: Session, run_id: str) -> tuple[list[ray.ObjectRef], int]:
+    """The blocks to judge on, made once: without chance they are the same in each epoch. And how many rows were rejected."""
+    if not todo.holdout.num_rows:
+        return [], 0
+    pixels = replace(_pixels(todo, settings), recipe=for_evaluation(todo.recipe))
+    dataset = preprocessed(
+        todo.holdout,
+        pixels,
+        pools=pools,
+        cpus_each=session.cpus_each,
+        threads=settings.threads,
+        io_threads=_io_threads(settings),
+        run_id=run_id,
+    )
+    with pipeline._tracks(run_id):
+        made = dataset.materialize()
+    refs = made.to_arrow_refs()
+    rejected = sum(
+        pc.count(block.column("reason")).as_py() for block in made.select_columns(["reason"]).iter_batches(batch_format="pyarrow")
+    )
+    return refs, rejected
+
+
+def _pixels(todo: Todo, settings: Settings) -> Preprocessing:
+    return Preprocessing(recipe=todo.recipe, backend=settings.backend, seed=settings.seed, max_pixels=settings.max_pixels)
+
+
+def _io_threads(settings: Settings) -> int:
+    return 8 if location.is_remote(settings.input) else 1
+
+
+def _attempt(
+    settings: Settings,
+    todo: Todo,
+    *,
+    name: str,
+    resume: str | None,
+    on_gpu: bool,
+    pools: Pools,
+    cpus_each: float,
+    held: list[ray.ObjectRef],
+    collector: ray.actor.ActorHandle,
+    board: ray.actor.ActorHandle,
+    watch: "_Watch",
+) -> None:
+    """Train from checkpoint `resume` to the end, or until a worker dies.
+
+    Raises:
+        ray.train.TrainingFailedError: a worker died or raised.
+    """
+    storage = location.absolute(settings.storage)
+    left = todo.work
+    if resume is not None:
+        at = checkpoints.load(resume)
+        left = untouched(left, epoch=at.progress.epoch, image_ids=pa.array(at.consumed, pa.string()))
+    datasets = {}
+    if left.num_rows:
+        datasets["train"] = preprocessed(
+            left,
+            _pixels(todo, settings),
+            pools=pools,
+            cpus_each=cpus_each,
+            threads=settings.threads,
+            io_threads=_io_threads(settings),
+            run_id=name,
+            collector=collector,
+        )
+        # Epochs come one after the other, and a run is the same each time.
+        datasets["train"].context.execution_options.preserve_order = True
+    assignment = Assignment(
+        training=todo.training,
+        settings=todo.deciding,
+        attempt=location.join(storage, name),
+        resume=resume,
+        has_rows=bool(left.num_rows),
+        holdout=held,
+        board=_ToBoard(board),
+        meter=Meter(stage="train", collector=collector),
+        row_log=settings.row_log and os.path.abspath(settings.row_log),
+    )
+    remote = {}
+    if location.is_remote(storage):
+        system, path = location.filesystem(storage)
+        remote = {"storage_filesystem": system, "storage_path": path}
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"assignment": assignment},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=settings.workers,
+            use_gpu=on_gpu,
+            resources_per_worker={"GPU": 1, "CPU": 0} if on_gpu else {"CPU": 1},
+        ),
+        run_config=ray.train.RunConfig(
+            name=name,
+            **(remote or {"storage_path": storage}),
+            failure_config=ray.train.FailureConfig(max_failures=0),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=settings.keep),
+        ),
+        datasets=datasets,
+        dataset_config=_Uneven(),
+    )
+    with watch.on(board), pipeline._tracks(name):
+        _fit(trainer)
+
+
+def _fit(trainer: TorchTrainer) -> None:
+    """trainer.fit() in a thread of its own: in the main thread it would take Ctrl-C for itself."""
+    ended: list[BaseException | None] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+            ended.append(None)
+        except BaseException as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=fit, daemon=True, name="raypipe-fit")
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+    if ended and ended[0] is not None:
+        raise ended[0]
+
+
+@dataclass
+class _Watch:
+    """Follows the board while an attempt runs: tells the user, and keeps what the report needs."""
+
+    console: Console
+    total: int
+    begun_at: float
+    rows: int  # done by now
+    outputs: list[tuple[float, int]] = field(default_factory=list)
+    workers: list[list[dict[str, Any]]] = field(default_factory=list)  # of each attempt, what its workers last said
+    began: float | None = None  # when the first step did, time.time()
+    _seen: int = 0
+    _said: float = 0.0
+
+    @contextmanager
+    def on(self, board: ray.actor.ActorHandle) -> Iterator[None]:
+        self.workers.append([])
+        stop = threading.Event()
+
+        def follow() -> None:
+            while not stop.wait(0.3):
+                self._look(board)
+
+        thread = threading.Thread(target=follow, daemon=True, name="raypipe-watch")
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+            self._look(board)
+
+    def _look(self, board: ray.actor.ActorHandle) -> None:
+        for record in ray.get(board.since.remote(self._seen)):
+            self._seen += 1
+            self.began = self.began or record["began"]
+            if record["rows"] > self.rows:
+                self.outputs.append((record["at"] - self.begun_at, record["rows"] - self.rows))
+                self.rows = record["rows"]
+            if record["kind"] == "epoch":
+                self.workers[-1] = record["workers"]
+                _say(self.console, _epoch_line(record))
+            elif time.perf_counter() - self._said >= pipeline.LINE_EVERY_S:
+                self._said = time.perf_counter()
+                _say(self.console, _step_line(record, self.total))
+
+
+def _epoch_line(record: dict[str, Any]) -> str:
+    judged = "" if record["map"] is None else f", mAP {record['map']:.3f} (at .50 {record['map50']:.3f})"
+    loss = "no image" if record["loss"] is None else f"loss {record['loss']:.3f}"
+    return (
+        f"epoch {record['epoch']} done: {loss}{judged}, {record['images']} images in {record['seconds']:.1f} s, "
+        f"{record['images_per_s']:.1f} images/s, {100 * record['wait_share']:.0f}% waiting for data"
+    )
+
+
+def _step_line(record: dict[str, Any], total: int) -> str:
+    loss = "-" if record["loss"] is None else f"{record['loss']:.3f}"
+    return (
+        f"{record['rows']}/{total} rows, epoch {record['epoch']}, step {record['step']}, loss {loss}, lr {record['lr']:.2g}, "
+        f"{record['images_per_s']:.1f} images/s, {100 * record['wait_share']:.0f}% waiting for data, {record['rejected']} rejected"
+    )
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error and all that it was made from."""
+    yield error
+    for below in getattr(error, "worker_failures", {}).values():
+        yield from _causes(below)
+    for name in ("_base_exc", "cause", "__cause__"):
+        below = getattr(error, name, None)
+        if isinstance(below, BaseException):
+            yield from _causes(below)
+            return
+
+
+def _cause(error: BaseException) -> str:
+    lines = [line for line in str(list(_causes(error))[-1]).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
+
+
+def _give_up(error: ray.train.TrainingFailedError, failures: int, settings: Settings, *, before: str | None) -> None:
+    """Raises what ends the run: what the user must change, a failure too often repeated, or an error of the code's own that came twice."""
+    causes = list(_causes(error))
+    for cause in causes:
+        if isinstance(cause, UsageError):
+            raise cause
+    died = any(isinstance(cause, RayError) for cause in causes)
+    if failures > settings.retries or (not died and _cause(error) == before):
+        raise error
+
+
+# --- the report ----------------------------------------------------------------------------------------------------------
+
+
+def _report(
+    settings: Settings,
+    run_id: str,
+    session: Session,
+    progress: Progress,
+    watch: _Watch,
+    *,
+    clock: reports.Clock,
+    snapshot: dict[str, Any],
+    cpu_percent: float | None,
+    total: int,
+    before: int,
+    on_gpu: bool,
+    held_rejects: int,
+) -> dict[str, Any]:
+    workers = [worker for attempt in watch.workers for worker in attempt]
+    spent = {what: sum(worker[what] for worker in workers) for what in ("wait", "step", "evaluate", "checkpoint", "wall")}
+    busy = spent["step"] + spent["evaluate"] + spent["checkpoint"]
+    count = settings.workers
+    snapshot["pools"]["train"] = asdict(
+        PoolView(start=count, min=count, max=count, end=count, actor_s=spent["wall"], starved_s=spent["wait"])
+    )
+    mine = [actor for actor in snapshot["actors"] if actor["stage"] == "train"]
+    for actor in mine:  # the meter counts what the feeding thread does meanwhile; the workers know better
+        actor["busy_s"] = busy / len(mine)
+    reasons = Counter(row["reason"] for row in progress.rejects)
+    report = reports.build(
+        run_id=run_id,
+        settings=asdict(settings),
+        versions=versions(),
+        hardware={**hardware(session), "gpus": count if on_gpu else 0},
+        counts=reports.Counts(
+            images_in=total, images_out=progress.images, rejects_by_reason=_in_all(reasons, progress), before=before
+        ),
+        clock=clock,
+        cpu_percent=cpu_percent,
+        stage_names=["preprocess", "train"],
+        snapshot=snapshot,
+    )
+    train = report["stages"][-1]
+    measured = [worker["percent"] for worker in workers if worker["percent"] is not None]
+    train["gpu_percent"] = sum(measured) / len(measured) if measured else None
+    train["gpu_memory_peak_bytes"] = max(
+        (w["memory_peak_bytes"] for w in workers if w["memory_peak_bytes"] is not None), default=None
+    )
+    report["train"] = {
+        "epochs": progress.epochs,
+        "steps": progress.step,
+        "map": progress.epochs[-1]["map"] if progress.epochs else None,
+        "holdout_rejected": held_rejects,
+        "attempts": len(watch.workers),
+        "workers": workers,
+        "accelerator_utilisation": spent["step"] / spent["wall"] if spent["wall"] else None,
+        "wait_share": spent["wait"] / spent["wall"] if spent["wall"] else None,
+    }
+    return report
+
+
+def _in_all(reasons: Counter[str], progress: Progress) -> dict[str, int]:
+    """Rejected rows of all epochs by reason, from the images that were rejected: each is in every epoch, but the last may not be over."""
+    images, rows = reasons.total(), progress.rejected
+    if not images:
+        return {"unknown": rows} if rows else {}
+    spread = {reason: count * rows // images for reason, count in reasons.most_common()}
+    first = next(iter(spread))
+    spread[first] += rows - sum(spread.values())
+    return spread
+
+
+def _leave_report(folder: str, prefix: str, report: dict[str, Any], progress: Progress) -> None:
+    page = html.page(report, rejects=[], more_rejects=len(progress.rejects))
+    files = {
+        "rejects.parquet": journal.rejects_parquet([Rejected(**row) for row in progress.rejects]),
+        "report.json": json.dumps(report, indent=1).encode(),
+        "report.html": page.encode(),
+    }
+    for name, data in files.items():
+        location.write(folder, prefix + name, data, tmp=f"{journal.STATE}/tmp" if prefix else "")
+
+
+def verdict_on(outcome: Outcome, settings: Settings) -> str | None:
+    """Why a finished training counts as failed: rows lost, or too many rejected. None: it does not."""
+    progress = outcome.progress
+    if progress.rows != outcome.rows:
+        return (
+            f"{progress.rows} of {outcome.rows} rows are accounted for: some were missed, or seen twice. This is a defect of raypipe; report it. "
+            f"--no-resume trains again."
+        )
+    if progress.rejected > settings.max_reject_fraction * outcome.rows:
+        first = progress.rejects[0]
+        return (
+            f"{progress.rejected} of {outcome.rows} rows were rejected, more than --max-reject-fraction {settings.max_reject_fraction:g} allows; "
+            f"the model is kept. The first: {first['uri']}: {first['reason']} ({first['detail']}). All are in "
+            f"{settings.storage}/{journal.STATE}/rejects.parquet."
+        )
+    return None

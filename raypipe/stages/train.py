@@ -1,0 +1,767 @@
+"""The train stage: blocks of pixels in, a trained model out. Each Ray Train worker runs `train_worker`.
+
+A step is one batch over all workers. Before each, the workers tell each other what they have next (one tiny gather): rows of the
+epoch that all still have to finish, of a later one, or none. So ranks may get different numbers of rows: who has none left takes part
+with an empty step, nobody waits for ever, and no row is dropped to make the numbers even. The gradient is that of the mean over all images of
+the step, whoever had them.
+
+A worker thread prepares the next batches on the device while the model trains on this one: copied from pinned memory on a stream of its own,
+finished (float, normalised, padded) there.
+"""
+
+import contextlib
+import json
+import math
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from raypipe import UsageError
+from raypipe.data import location
+from raypipe.data.work import unlist
+from raypipe.images import torchvision as on_torch
+from raypipe.images.recipe import Finish
+from raypipe.models import checkpoint as checkpoints
+from raypipe.models import detection
+from raypipe.models.checkpoint import Checkpoint, Progress
+from raypipe.models.detection import Classes
+from raypipe.models.evaluate import Found, Precision, Truth, mean_average_precision
+from raypipe.stages import Meter
+from raypipe.stages.gpu import GpuMeter
+
+PREFETCHED = 2
+"""Batches that wait on the device, beside the one in training."""
+
+TELL_EVERY_S = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How to train. `rows` are of all epochs; `batch_size` is over all workers, so that results do not hang on how many there are."""
+
+    model: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    classes: Classes
+    finish: Finish
+    epochs: int
+    rows: int
+    batch_size: int
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 1e-3
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    schedule: Literal["cosine", "step"] = "cosine"
+    warmup: float = 0.05
+    clip: float | None = 10.0
+    amp: Literal["auto", "on", "off"] = "auto"
+    compile: bool = False
+    seed: int = 0
+    threads: int = 1
+    checkpoint_every: int | None = None
+
+
+class Tell(Protocol):
+    """Where rank 0 says how it goes."""
+
+    def tell(self, record: dict[str, Any]) -> None:
+        """Take one record; `record["kind"]` is "step" or "epoch"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assignment:
+    """What a worker is started with. `holdout`: references to blocks (schema BLOCK) that nobody trains on."""
+
+    training: Training
+    settings: dict[str, Any]
+    attempt: str  # folder for this attempt's checkpoints
+    resume: str | None
+    has_rows: bool
+    holdout: Sequence[ray.ObjectRef]
+    board: Tell
+    meter: Meter
+    row_log: str | None = None
+
+
+# --- batches -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One image of a block: pixels (height, width, 3) uint8, a view; None with a reason if it was rejected."""
+
+    epoch: int
+    image_id: str
+    pixels: np.ndarray | None
+    boxes: np.ndarray
+    labels: np.ndarray
+    crowds: np.ndarray
+    reject: dict[str, str] | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """Rows of one epoch, in order: `good` ones have pixels."""
+
+    epoch: int
+    rows: list[Row]
+
+    @property
+    def good(self) -> list[Row]:
+        return [row for row in self.rows if row.pixels is not None]
+
+
+def rows_of(block: pa.Table) -> Iterator[Row]:
+    """The rows of a block (schema BLOCK), their pixels as views of it."""
+    column = block.column("image").combine_chunks()
+    column = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
+    offsets = np.frombuffer(column.buffers()[1], np.int64)[column.offset : column.offset + len(column) + 1]
+    flat = np.frombuffer(column.buffers()[2], np.uint8) if column.buffers()[2] is not None else np.empty(0, np.uint8)
+    boxes, labels, crowds = (unlist(block.column(name)) for name in ("boxes", "labels", "crowds"))
+    names = ("epoch", "image_id", "uri", "height", "width", "reason", "detail")
+    for at, row in enumerate(block.select(names).to_pylist()):
+        good = row["reason"] is None
+        yield Row(
+            epoch=row["epoch"],
+            image_id=row["image_id"],
+            pixels=flat[offsets[at] : offsets[at + 1]].reshape(row["height"], row["width"], 3) if good else None,
+            boxes=boxes[at],
+            labels=labels[at],
+            crowds=crowds[at],
+            reject=None if good else {name: row[name] or "" for name in ("image_id", "uri", "reason", "detail")},
+        )
+
+
+def batches(blocks: Iterable[pa.Table], size: int) -> Iterator[Batch]:
+    """Batches of `size` good rows, in the order of `blocks`; none spans two epochs, so the last of each may be smaller.
+
+    Raises:
+        ValueError: an epoch comes after a later one.
+    """
+    rows: list[Row] = []
+    good = 0
+    for block in blocks:
+        for row in rows_of(block):
+            if rows and row.epoch != rows[0].epoch:
+                if row.epoch < rows[0].epoch:
+                    raise ValueError(
+                        f"a row of epoch {row.epoch} came after one of epoch {rows[0].epoch}; blocks must come in order"
+                    )
+                yield Batch(epoch=rows[0].epoch, rows=rows)
+                rows, good = [], 0
+            rows.append(row)
+            good += row.pixels is not None
+            if good == size:
+                yield Batch(epoch=row.epoch, rows=rows)
+                rows, good = [], 0
+    if rows:
+        yield Batch(epoch=rows[0].epoch, rows=rows)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Placed:
+    """A batch on the device: images float (3, height, width) each, targets as the model wants them. Ready after the event."""
+
+    batch: Batch
+    images: list[Tensor]
+    targets: list[dict[str, Tensor]]
+    ready: torch.cuda.Event | None = None
+
+
+class Placer:
+    """Brings batches to a device, finished. On CUDA: from pinned memory, on a stream of its own."""
+
+    def __init__(self, device: torch.device, finish: Finish, classes: Classes):
+        self._device = device
+        # The models want channels first and float32; autocast makes bf16 of it where that is wanted.
+        self._finish = replace(finish, layout="chw", dtype="float32")
+        self._classes = classes
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, batch: Batch) -> Placed:
+        if self._stream is None:
+            return Placed(batch=batch, images=self._images(batch), targets=self._targets(batch))
+        with torch.cuda.stream(self._stream):
+            images, targets = self._images(batch), self._targets(batch)
+            ready = torch.cuda.Event()
+            ready.record(self._stream)
+        return Placed(batch=batch, images=images, targets=targets, ready=ready)
+
+    def take(self, placed: Placed) -> None:
+        """Make the current stream wait for the batch, and keep its memory until that stream is done with it."""
+        if placed.ready is None:
+            return
+        stream = torch.cuda.current_stream(self._device)
+        stream.wait_event(placed.ready)
+        for tensor in [*placed.images, *(tensor for target in placed.targets for tensor in target.values())]:
+            tensor.record_stream(stream)
+
+    def _images(self, batch: Batch) -> list[Tensor]:
+        pixels = [row.pixels for row in batch.good if row.pixels is not None]
+        if not pixels:
+            return []
+        sizes = [image.shape[:2] for image in pixels]
+        if len(set(sizes)) == 1:
+            return list(on_torch.finish(self._sent(pixels), self._finish))
+        apart = [self._sent([image])[0] for image in pixels]
+        if self._finish.pad_multiple is None:  # the model pads
+            return [on_torch.finish(image[None], self._finish)[0] for image in apart]
+        padded = on_torch.finish(apart, self._finish)
+        return [image[:, :height, :width] for image, (height, width) in zip(padded, sizes, strict=True)]
+
+    def _sent(self, pixels: list[np.ndarray]) -> Tensor:
+        """uint8 (n, height, width, 3) on the device, from images of one size."""
+        together = torch.empty((len(pixels), *pixels[0].shape), dtype=torch.uint8, pin_memory=self._stream is not None)
+        np.stack(pixels, out=together.numpy())
+        return together.to(self._device, non_blocking=True)
+
+    def _targets(self, batch: Batch) -> list[dict[str, Tensor]]:
+        targets = []
+        for row in batch.good:
+            boxes, labels = trainable(row)
+            classes = self._classes.of(labels)
+            targets.append(
+                {
+                    "boxes": torch.from_numpy(np.ascontiguousarray(boxes, np.float32)).to(self._device, non_blocking=True),
+                    "labels": torch.from_numpy(classes).to(self._device, non_blocking=True),
+                }
+            )
+        return targets
+
+
+def trainable(row: Row) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes (n, 4) and labels (n,) to learn from: no crowds, and none that the recipe left without an area."""
+    if len(row.labels) != len(row.boxes):
+        raise UsageError(
+            f"image {row.image_id} has {len(row.boxes)} boxes, but {len(row.labels)} labels, so it is unknown what is in them. Give a label for "
+            f"each box, or leave the image out."
+        )
+    kept = (row.boxes[:, 2] > row.boxes[:, 0]) & (row.boxes[:, 3] > row.boxes[:, 1])
+    if len(row.crowds):
+        kept &= ~row.crowds
+    return row.boxes[kept], row.labels[kept]
+
+
+class Feed:
+    """Prepares items ahead in a thread; what goes wrong there is raised here."""
+
+    def __init__(self, items: Iterator[Batch], prepare: Callable[[Batch], Placed]):
+        self._queue: queue.Queue[Placed | BaseException | None] = queue.Queue(PREFETCHED)
+        self._next: Placed | None = None
+        self._ended = self._closed = False
+        self._thread = threading.Thread(target=self._fill, args=(items, prepare), daemon=True, name="raypipe-feed")
+        self._thread.start()
+
+    def _fill(self, items: Iterator[Batch], prepare: Callable[[Batch], Placed]) -> None:
+        try:
+            for item in items:
+                self._queue.put(prepare(item))
+                if self._closed:  # else it would hold batches, and the execution behind them, for ever
+                    return
+            self._queue.put(None)
+        except BaseException as error:
+            self._queue.put(error)
+
+    def peek(self) -> Placed | None:
+        """The next one, which stays the next; None at the end. Waits for it."""
+        if self._next is None and not self._ended:
+            item = self._queue.get()
+            if isinstance(item, BaseException):
+                raise item
+            self._next, self._ended = item, item is None
+        return self._next
+
+    def take(self) -> Placed:
+        """The next one."""
+        item = self.peek()
+        assert item is not None
+        self._next = None
+        return item
+
+    def close(self) -> None:
+        """End the thread, once it is done with what it prepares now."""
+        self._closed = True
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._queue.get_nowait()
+
+
+# --- workers together ----------------------------------------------------------------------------------------------------
+
+
+class Peers:
+    """The workers of the run. Small things go over gloo, also where gradients go over NCCL: then no GPU waits for them."""
+
+    def __init__(self, rank: int, size: int):
+        self.rank, self.size = rank, size
+        self._group: Any = dist.new_group(backend="gloo") if size > 1 else None
+
+    def gather(self, *numbers: int) -> np.ndarray:
+        """Everybody's numbers, int64 (size, len(numbers)), to everybody."""
+        mine = torch.tensor(numbers, dtype=torch.int64)
+        if self._group is None:
+            return mine.numpy()[None]
+        all_ = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(all_, mine, group=self._group)
+        return torch.stack(all_).numpy()
+
+    def collect(self, item: Any) -> list[Any]:
+        """Everybody's item, by rank, to rank 0; an empty list to the others."""
+        if self._group is None:
+            return [item]
+        items = [None] * self.size if self.rank == 0 else None
+        dist.gather_object(item, items, dst=0, group=self._group)
+        return items or []
+
+    def agree(self, tensors: Iterable[Tensor]) -> None:
+        """Give everybody rank 0's values of `tensors`, in place."""
+        if self._group is not None:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
+
+class _Loss(nn.Module):
+    """The model and its loss as one module, so that DDP sees each step as one call; also an empty one."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> Tensor:
+        if not images:
+            # Zero, but it depends on every parameter: DDP gets a gradient of zeros for each, and batch norms see nothing.
+            return torch.stack([parameter.sum() for parameter in self.model.parameters() if parameter.requires_grad]).sum() * 0.0
+        with _settled_norms(self.model) if len(images) == 1 else contextlib.nullcontext():
+            return detection.total(self.model(images, targets))
+
+
+@contextlib.contextmanager
+def _settled_norms(model: nn.Module) -> Iterator[None]:
+    """Batch norms use what they know of other batches: one image alone has no statistics where its feature map is 1x1, and torch raises."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training]
+    for norm in norms:
+        norm.eval()
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.train()
+
+
+# --- schedule and clock --------------------------------------------------------------------------------------------------
+
+
+def lr_factor(done: float, *, schedule: str, warmup: float) -> float:
+    """What the learning rate is multiplied by when the share `done` (0 to 1) of all rows is done.
+
+    A function of rows, not of steps: it is the same with another number of workers, and after a resume. Linear warm-up over the share
+    `warmup`; then "cosine" to 0, or "step": a tenth from 2/3 on, a hundredth from 8/9 on (torchvision's and MLPerf's SSD).
+    """
+    if done < warmup:
+        return max(done / warmup, 1e-3)
+    if schedule == "step":
+        return 0.1 ** ((done >= 2 / 3) + (done >= 8 / 9))
+    return 0.5 * (1 + math.cos(math.pi * min((done - warmup) / (1 - warmup), 1.0)))
+
+
+class Clock:
+    """Where a worker's time goes, in seconds. Steps on a GPU are timed by events on its stream: nobody waits for them."""
+
+    def __init__(self, device: torch.device):
+        self._cuda = device.type == "cuda"
+        self.start()
+
+    def start(self) -> None:
+        """Count from now on: what was before is start-up."""
+        self.began = time.time()
+        self._started = time.perf_counter()
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self.seconds = dict.fromkeys(("wait", "step", "evaluate", "checkpoint"), 0.0)
+
+    @contextlib.contextmanager
+    def on(self, what: str) -> Iterator[None]:
+        """Around what the time goes on."""
+        if self._cuda and what == "step":
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            yield
+            end.record()
+            self._events.append((begin, end))
+            return
+        begun = time.perf_counter()
+        yield
+        self.seconds[what] += time.perf_counter() - begun
+
+    def read(self) -> dict[str, float]:
+        """The seconds so far by what they went on, and "wall", all since the start."""
+        waiting = []
+        for begin, end in self._events:
+            if end.query():
+                self.seconds["step"] += begin.elapsed_time(end) / 1000
+            else:
+                waiting.append((begin, end))
+        self._events = waiting
+        return {**self.seconds, "wall": time.perf_counter() - self._started}
+
+
+# --- the worker ----------------------------------------------------------------------------------------------------------
+
+
+class Worker:
+    """One rank. `run` trains to the end; `report` is called together by all ranks at each checkpoint."""
+
+    def __init__(
+        self,
+        assignment: Assignment,
+        *,
+        device: torch.device,
+        peers: Peers,
+        blocks: Iterable[pa.Table],
+        holdout: Sequence[pa.Table],
+        report: Callable[[dict[str, Any], str | None], None],
+    ):
+        training = assignment.training
+        self._assignment, self._training = assignment, training
+        self._device, self._peers, self._holdout, self._report = device, peers, holdout, report
+        torch.set_num_threads(training.threads)
+        torch.manual_seed(training.seed)
+        self._model = detection.build(training.model, num_classes=len(training.classes) + 1, arguments=training.arguments).to(
+            device
+        )
+        if device.type == "cuda":
+            self._model = self._model.to(memory_format=torch.channels_last)
+        self._optimizer = optimizer_for(self._model, training)
+        self._progress = Progress()
+        self._consumed: list[str] = []  # of all ranks, on rank 0 alone; of this rank since the last checkpoint elsewhere
+        self._new: list[str] = []
+        self._rejects: list[dict[str, str]] = []
+        if assignment.resume is None:
+            self._seed_rank()
+        else:
+            self._restore(checkpoints.load(assignment.resume, device=str(device)))
+        if training.compile:
+            # The backbone is nearly all of the arithmetic; the rest of a detection model has shapes that differ from image to image.
+            getattr(self._model, "backbone", self._model).compile()
+        loss = _Loss(self._model)
+        self._loss: nn.Module = loss
+        if peers.size > 1:
+            self._loss = DistributedDataParallel(loss, device_ids=[device] if device.type == "cuda" else None)
+        self._placer = Placer(device, training.finish, training.classes)
+        share = training.batch_size // peers.size + (peers.rank < training.batch_size % peers.size)
+        self._share = max(share, 1)
+        self._feed = Feed(batches(blocks, self._share), self._placer)
+        self._amp = training.amp == "on" or (training.amp == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
+        self._gpu = GpuMeter(device)
+        self._clock = Clock(device)
+        self._begun = False
+        self._log = _RowLog(assignment.row_log, assignment.attempt, peers.rank)
+        self._lost = torch.zeros((), device=device)  # sum over this epoch's images of this rank of the loss
+        self._images = 0
+        self._epoch_begun = (time.perf_counter(), self._progress.images, self._clock.read())
+        self._told = time.perf_counter()
+        self._told_images = self._progress.images
+
+    def _seed_rank(self) -> None:
+        key = np.random.SeedSequence([self._training.seed, self._peers.rank, self._progress.step]).generate_state(1, np.uint64)
+        torch.manual_seed(int(key[0] >> np.uint64(1)))
+
+    def _restore(self, before: Checkpoint) -> None:
+        self._model.load_state_dict(before.state["model"])
+        self._optimizer.load_state_dict(before.state["optimizer"])
+        self._progress = before.progress
+        self._consumed = list(before.consumed) if self._peers.rank == 0 else []
+        random = before.state["random"]
+        self._seed_rank()
+        if len(random) == self._peers.size:  # with another number of workers there is nothing to go on with
+            mine = random[self._peers.rank]
+            torch.set_rng_state(mine["cpu"].cpu())
+            if self._device.type == "cuda" and "cuda" in mine:
+                torch.cuda.set_rng_state(mine["cuda"].cpu(), self._device)
+
+    def run(self) -> None:
+        """Train on all blocks; evaluate and checkpoint after each epoch.
+
+        Raises:
+            UsageError: the loss is no number any more, or labels make no sense.
+        """
+        try:
+            self._run()
+        finally:
+            self._feed.close()
+
+    def _run(self) -> None:
+        self._model.train()
+        epochs = self._training.epochs
+        while True:
+            with self._clock.on("wait"):
+                placed = self._feed.peek()
+                batch = placed.batch if placed else None
+                table = self._peers.gather(*((batch.epoch, len(batch.good), len(batch.rows)) if batch else (epochs, 0, 0)))
+            if not self._begun:  # until here actors were starting
+                self._begun = True
+                self._clock.start()
+                self._epoch_begun = (time.perf_counter(), self._progress.images, self._clock.read())
+                self._told = time.perf_counter()
+            upcoming = int(table[:, 0].min())
+            while self._progress.epoch < upcoming:
+                self._end_epoch()
+            if upcoming == epochs:
+                return
+            taking = table[table[:, 0] == upcoming]
+            self._step(
+                self._feed.take() if batch is not None and batch.epoch == upcoming else None,
+                images=int(taking[:, 1].sum()),
+                rows=int(taking[:, 2].sum()),
+            )
+            every = self._training.checkpoint_every
+            if every is not None and self._progress.step % every == 0:
+                self._checkpoint()
+            self._tell_step()
+
+    def _step(self, placed: Placed | None, *, images: int, rows: int) -> None:
+        """Train on this rank's batch (None: it has none) of `images` that all ranks have together, of `rows` with rejected ones."""
+        if images:
+            with self._clock.on("step"), self._assignment.meter.call():
+                self._optimize(placed, images)
+        step = self._progress.step + 1
+        self._progress = replace(self._progress, step=step, rows=self._progress.rows + rows, images=self._progress.images + images)
+        if placed is None:
+            return
+        good, taken = placed.batch.good, placed.batch.rows
+        pixels = sum(row.pixels.nbytes for row in good if row.pixels is not None)
+        self._assignment.meter.count(images=len(taken), bytes_in=pixels, bytes_out=0)
+        self._new += [row.image_id for row in taken]
+        self._rejects += [row.reject for row in taken if row.reject is not None]
+        self._log.write(step, placed.batch)
+
+    def _optimize(self, placed: Placed | None, images: int) -> None:
+        training = self._training
+        done = self._progress.rows / training.rows
+        for group in self._optimizer.param_groups:
+            group["lr"] = training.lr * lr_factor(done, schedule=training.schedule, warmup=training.warmup)
+        mine: list[Tensor] = []
+        targets: list[dict[str, Tensor]] = []
+        if placed is not None:
+            self._placer.take(placed)
+            mine, targets = placed.images, placed.targets
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._amp):
+            loss = self._loss(mine, targets)
+        # DDP averages over ranks; this makes it the mean over images.
+        (loss * (len(mine) * self._peers.size / images)).backward()
+        if training.clip is not None:
+            nn.utils.clip_grad_norm_(self._model.parameters(), training.clip)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._lost += loss.detach() * len(mine)
+        self._images += len(mine)
+
+    def _mean_loss(self) -> tuple[float, int]:
+        """The sum of this epoch's losses over this rank's images, and their number."""
+        lost = float(self._lost)
+        if not math.isfinite(lost):
+            raise UsageError(
+                f"The loss became {lost} in epoch {self._progress.epoch}, by step {self._progress.step}: training diverged, and the weights are "
+                f"lost since the last checkpoint. Lower --lr (it is {self._training.lr:g}), lengthen --warmup or lower --clip."
+            )
+        return lost, self._images
+
+    def _end_epoch(self) -> None:
+        precision = None
+        with self._clock.on("evaluate"):
+            if self._assignment.holdout:
+                precision = self._evaluate()
+        lost = self._peers.collect(self._mean_loss())
+        clocks = self._peers.collect({**self._clock.read(), **asdict(self._gpu.use())})
+        begun, images_before, clock_before = self._epoch_begun
+        took = time.perf_counter() - begun
+        progress = self._progress
+        record: dict[str, Any] = {}
+        if self._peers.rank == 0:
+            images = sum(count for _, count in lost)
+            mine = clocks[0]
+            record = {
+                "epoch": progress.epoch,
+                "step": progress.step,
+                "loss": sum(loss for loss, _ in lost) / images if images else None,
+                "map": precision.map if precision else None,
+                "map50": precision.map50 if precision else None,
+                "map75": precision.map75 if precision else None,
+                "map_by_label": {str(k): v for k, v in precision.by_label.items()} if precision else None,
+                "images": progress.images - images_before,
+                "seconds": took,
+                "images_per_s": (progress.images - images_before) / took,
+                "wait_share": (mine["wait"] - clock_before["wait"]) / took,
+            }
+        self._progress = replace(
+            progress, epoch=progress.epoch + 1, epochs=[*progress.epochs, record] if record else progress.epochs
+        )
+        self._checkpoint(ended=progress.epoch)
+        if record:
+            self._assignment.board.tell(
+                {
+                    "kind": "epoch",
+                    "began": self._clock.began,
+                    "at": time.time(),
+                    "rows": self._progress.rows,
+                    "workers": clocks,
+                    **record,
+                }
+            )
+        self._lost.zero_()
+        self._images = 0
+        self._epoch_begun = (time.perf_counter(), self._progress.images, self._clock.read())
+
+    def _evaluate(self) -> Precision | None:
+        self._peers.agree(self._model.buffers())  # batch norms' running means differ; judged is what is kept, rank 0's
+        found_and_true = evaluate(
+            self._model, self._holdout, placer=self._placer, classes=self._training.classes, batch_size=self._share, amp=self._amp
+        )
+        self._model.train()
+        everybody = self._peers.collect(found_and_true)
+        if not everybody:
+            return None
+        truths = [truth for pairs in everybody for truth, _ in pairs]
+        return mean_average_precision(truths, [found for pairs in everybody for _, found in pairs])
+
+    def _checkpoint(self, *, ended: int | None = None) -> None:
+        """Keep all there is; together with all ranks. `ended`: an epoch is over, and its rows need not be known any more."""
+        with self._clock.on("checkpoint"):
+            self._mean_loss()  # raises rather than keep weights that are lost
+            random = {"cpu": torch.get_rng_state()}
+            if self._device.type == "cuda":
+                random["cuda"] = torch.cuda.get_rng_state(self._device)
+            everybody = self._peers.collect((self._new, self._rejects, random))
+            self._new, self._rejects = [], []
+            name = checkpoints.name_of(self._progress)
+            if self._peers.rank == 0:
+                self._consumed = [] if ended is not None else self._consumed + [i for ids, _, _ in everybody for i in ids]
+                known = {row["image_id"] for row in self._progress.rejects}
+                fresh = [row for _, rejects, _ in everybody for row in rejects if row["image_id"] not in known]
+                self._progress = replace(self._progress, rejects=[*self._progress.rejects, *fresh])
+                checkpoints.save(
+                    location.join(self._assignment.attempt, name),
+                    Checkpoint(
+                        settings=self._assignment.settings,
+                        progress=self._progress,
+                        consumed=self._consumed,
+                        state={
+                            "model": self._model.state_dict(),
+                            "optimizer": self._optimizer.state_dict(),
+                            "random": [one for _, _, one in everybody],
+                        },
+                    ),
+                )
+            record = self._progress.epochs[-1] if self._progress.epochs else {}
+            self._report({"step": self._progress.step, "map": record.get("map")}, name if self._peers.rank == 0 else None)
+
+    def _tell_step(self) -> None:
+        now = time.perf_counter()
+        if self._peers.rank or now - self._told < TELL_EVERY_S:
+            return
+        lost, images = self._mean_loss()
+        begun, _, clock_before = self._epoch_begun
+        self._assignment.board.tell(
+            {
+                "kind": "step",
+                "began": self._clock.began,
+                "at": time.time(),
+                "epoch": self._progress.epoch,
+                "step": self._progress.step,
+                "rows": self._progress.rows,
+                "rejected": self._progress.rejected,
+                "loss": lost / images if images else None,
+                "lr": self._optimizer.param_groups[0]["lr"],
+                "images_per_s": (self._progress.images - self._told_images) / (now - self._told),
+                "wait_share": (self._clock.read()["wait"] - clock_before["wait"]) / (now - begun),
+            }
+        )
+        self._told, self._told_images = now, self._progress.images
+
+
+def optimizer_for(model: nn.Module, training: Training) -> torch.optim.Optimizer:
+    """The optimizer over all parameters that are trained."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if training.optimizer == "adamw":
+        return torch.optim.AdamW(trained, lr=training.lr, weight_decay=training.weight_decay)
+    return torch.optim.SGD(trained, lr=training.lr, momentum=training.momentum, weight_decay=training.weight_decay)
+
+
+# Not inference_mode: anchors that a model keeps between calls would then be tensors that training must not touch.
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, blocks: Iterable[pa.Table], *, placer: Placer, classes: Classes, batch_size: int, amp: bool
+) -> list[tuple[Truth, Found]]:
+    """What is in the good images of `blocks`, and what the model finds there, by the data set's category ids. Leaves it in eval mode."""
+    model.eval()
+    pairs = []
+    for batch in batches(blocks, batch_size):
+        placed = placer(batch)
+        placer.take(placed)
+        if not placed.images:
+            continue
+        with torch.autocast(placed.images[0].device.type, torch.bfloat16, enabled=amp):
+            results = model(placed.images)
+        for row, result in zip(batch.good, results, strict=True):
+            found = Found(
+                boxes=result["boxes"].float().cpu().numpy(),
+                labels=classes.ids_of(result["labels"].cpu().numpy()),
+                scores=result["scores"].float().cpu().numpy(),
+            )
+            pairs.append((Truth(boxes=row.boxes, labels=row.labels, crowds=row.crowds), found))
+    return pairs
+
+
+class _RowLog:
+    """Which rows each step trained on, a JSON line a step: the proof that none is missed or seen twice. `folder` is local."""
+
+    def __init__(self, folder: str | None, attempt: str, rank: int):
+        self._file = None
+        if folder is not None:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            name = location.path_of(attempt).rstrip("/").rpartition("/")[2]
+            self._file = (Path(folder) / f"{name}-{rank}.jsonl").open("a", buffering=1)
+
+    def write(self, step: int, batch: Batch) -> None:
+        if self._file is not None:
+            ids = [row.image_id for row in batch.rows]
+            self._file.write(json.dumps({"step": step, "epoch": batch.epoch, "image_ids": ids}) + "\n")
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """What Ray Train runs in each worker; `config["assignment"]` is an Assignment."""
+    assignment: Assignment = config["assignment"]
+    context = ray.train.get_context()
+    rank, size = context.get_world_rank(), context.get_world_size()
+    blocks: Iterable[pa.Table] = ()
+    if assignment.has_rows:
+        blocks = ray.train.get_dataset_shard("train").iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+    storage = context.get_storage()
+
+    def report(metrics: dict[str, Any], name: str | None) -> None:
+        kept = None
+        if name is not None:
+            kept = ray.train.Checkpoint(f"{storage.experiment_fs_path}/{name}", filesystem=storage.storage_filesystem)
+        ray.train.report(metrics, kept, checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD)
+
+    assignment.meter.start()
+    Worker(
+        assignment,
+        device=ray.train.torch.get_device(),
+        peers=Peers(rank, size),
+        blocks=blocks,
+        holdout=[ray.get(ref) for ref in assignment.holdout[rank::size]],
+        report=report,
+    ).run()

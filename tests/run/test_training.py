@@ -1,0 +1,266 @@
+"""Training on a real local Ray: every row once an epoch, whoever dies; and as a user runs it."""
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import psutil
+import pytest
+import torch
+from ray.exceptions import ActorDiedError
+from ray.train import WorkerGroupError
+
+from raypipe import UsageError
+from raypipe.models import checkpoint as checkpoints
+from raypipe.models.checkpoint import Checkpoint, Progress
+from raypipe.run.training import Settings, _cause, _give_up, plan, run, verdict_on
+from tests.conftest import photo
+from tests.run.test_job import ROOT, environment, wait_for
+from tests.run.test_pipeline import quiet
+
+RECIPE = {
+    "name": "small",
+    "ops": [{"op": "HorizontalFlip"}, {"op": "Resize", "height": 64, "width": 64}],
+    "finish": {"scale": 1 / 255, "mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]},
+}
+
+
+@pytest.fixture
+def labelled(tmp_path) -> Path:
+    """45 photos with a square or two of category 3 or 90 on each, a COCO JSON, a recipe; photo 7 is corrupt."""
+    (tmp_path / "photos").mkdir()
+    images, annotations = [], []
+    for number in range(45):
+        image = photo(number, height=90, width=120)
+        images.append({"id": number + 1, "file_name": f"{number:03d}.jpg", "height": 90, "width": 120})
+        for which in range(1 + number % 2):
+            x, y, side = 5 + 55 * which, 10 + number % 30, 30 + number % 10
+            category = 3 if (number + which) % 3 else 90
+            image[y : y + side, x : x + side] = (250, 20, 20) if category == 3 else (20, 20, 250)
+            box = {"bbox": [x, y, side, side], "category_id": category, "area": side * side, "iscrowd": 0}
+            annotations.append({"id": len(annotations) + 1, "image_id": number + 1, **box})
+        data = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1].tobytes()
+        (tmp_path / "photos" / f"{number:03d}.jpg").write_bytes(data[:300] if number == 7 else data)
+    categories = [{"id": 3, "name": "red"}, {"id": 90, "name": "blue"}]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (tmp_path / "boxes.json").write_text(json.dumps(content))
+    (tmp_path / "small.json").write_text(json.dumps(RECIPE))
+    return tmp_path
+
+
+def settings(root: Path, **given) -> Settings:
+    defaults = {
+        "input": root / "photos",
+        "annotations": root / "boxes.json",
+        "recipe": root / "small.json",
+        "storage": root / "storage",
+        "row_log": root / "log",
+        "epochs": 2,
+        "batch_size": 8,
+        "actors": 2,
+        "shard_rows": 5,
+        "cpu": True,
+        "max_reject_fraction": 0.05,
+    }
+    given = defaults | given
+    return Settings(**{key: str(value) if isinstance(value, Path) else value for key, value in given.items()})
+
+
+def lineage(root: Path) -> list[str]:
+    """What the final weights were trained on, as epoch/image, from the log of ids: of each attempt the steps that the next one kept."""
+    attempts: dict[str, dict[int, list[str]]] = {}
+    for path in sorted((root / "log").iterdir(), key=lambda path: path.stat().st_ctime_ns):
+        steps = attempts.setdefault(path.stem.rpartition("-")[0], {})
+        for line in path.read_text().splitlines():
+            record = json.loads(line)
+            steps.setdefault(record["step"], []).extend(f"{record['epoch']}/{i}" for i in record["image_ids"])
+    rows: list[str] = []
+    firsts = [min(steps) for steps in attempts.values()]
+    for steps, first_of_next in zip(attempts.values(), [*firsts[1:], 10**9], strict=True):
+        rows += [row for step, those in steps.items() if step < first_of_next for row in those]
+    return rows
+
+
+def every_row(given: Settings) -> Counter[str]:
+    work = plan(given).work
+    return Counter(f"{e}/{i}" for e, i in zip(work["epoch"].to_pylist(), work["image_id"].to_pylist(), strict=True))
+
+
+def test_a_run_trains_on_every_row_once_an_epoch_and_reports_what_it_cost(session, labelled):
+    given = settings(labelled, workers=2, holdout=0.2)
+    console = quiet()
+    outcome = run(given, console=console)
+    assert verdict_on(outcome, given) is None
+    assert Counter(lineage(labelled)) == every_row(given)
+    assert set(every_row(given).values()) == {1}
+
+    report = outcome.report
+    assert report["images_in"] == 72 == report["images_out"] + report["images_rejected"]
+    assert report["images_rejected"] + 2 * report["train"]["holdout_rejected"] == 2  # photo 7, in two epochs or held out
+    preprocess, train = report["stages"]
+    assert (preprocess["name"], train["name"]) == ("preprocess", "train")
+    assert preprocess["images"] == train["images"] == 72
+    assert train["actors"]["max"] == 2 and train["gpu_percent"] is None and train["gpu_memory_peak_bytes"] is None
+    assert train["cpu_s_per_image"] > 0 and train["rss_peak_bytes"] > 10**8
+    assert train["busy"] + train["starved"] + train["blocked"] == pytest.approx(1)
+    assert 0 < report["train"]["accelerator_utilisation"] < 1
+    assert len(report["train"]["workers"]) == 2
+    epochs = report["train"]["epochs"]
+    assert [epoch["epoch"] for epoch in epochs] == [0, 1]
+    assert all(0 <= epoch["map"] <= 1 and epoch["loss"] > 0 and epoch["images_per_s"] > 0 for epoch in epochs)
+    assert set(epochs[0]["map_by_label"]) == {"3", "90"}
+    stored = json.loads((labelled / "storage/_raypipe/report.json").read_text())
+    assert stored["train"]["map"] == epochs[-1]["map"]
+    assert "<svg" in (labelled / "storage/_raypipe/report.html").read_text()
+
+    kept = checkpoints.load(outcome.checkpoint)
+    assert kept.settings["classes"] == [3, 90]
+    assert kept.settings["recipe"]["name"] == "small"
+    assert kept.progress == outcome.progress
+    assert "epoch 1 done: loss" in console.file.getvalue()
+
+    console = quiet()
+    again = run(given, console=console)
+    assert again.report is None and again.checkpoint == outcome.checkpoint
+    assert "Nothing to do: all 2 epochs are done" in console.file.getvalue()
+
+
+@pytest.mark.slow
+def test_a_killed_worker_goes_on_in_the_epoch_and_the_weights_are_those_of_an_undisturbed_run(session, labelled):
+    mark = labelled / "killed"
+    own = {"model": "tests.models.toy:mortal", "model_arguments": json.dumps({"at": 8, "mark": str(mark)}), "checkpoint_every": 2}
+    disturbed = settings(labelled, holdout=0.0, **own)
+    console = quiet()
+    outcome = run(disturbed, console=console)
+    assert mark.exists()
+    assert "retry 1 of 3" in console.file.getvalue()
+    assert verdict_on(outcome, disturbed) is None
+    assert Counter(lineage(labelled)) == every_row(disturbed)
+    assert outcome.report["train"]["attempts"] == 2
+
+    plain = replace(disturbed, storage=str(labelled / "undisturbed"), row_log=None)
+    undisturbed = run(plain, console=quiet())  # the mark is there now: nobody dies
+    assert undisturbed.report["train"]["attempts"] == 1
+    one, other = (checkpoints.load(where.checkpoint).state for where in (outcome, undisturbed))
+    for name, tensor in other["model"].items():
+        assert torch.equal(one["model"][name], tensor), name
+    losses = [[epoch["loss"] for epoch in where.progress.epochs] for where in (outcome, undisturbed)]
+    assert losses[0][0] == losses[1][0]
+
+
+@pytest.mark.slow
+def test_a_killed_driver_goes_on_with_the_same_command_and_other_numbers_of_workers_and_actors(labelled):
+    mark = labelled / "hangs"
+    model = {"model": "tests.models.toy:mortal", "model_arguments": json.dumps({"at": 9, "mark": str(mark), "hang": True})}
+    given = settings(labelled, holdout=0.0, **model)
+    names = (
+        "input",
+        "annotations",
+        "recipe",
+        "storage",
+        "row_log",
+        "epochs",
+        "batch_size",
+        "shard_rows",
+        "max_reject_fraction",
+        "holdout",
+    )
+    flags = {f"--{name.replace('_', '-')}": str(getattr(given, name)) for name in (*names, "model", "model_arguments")}
+    command = [sys.executable, "jobs/train.py", "--cpu", *(word for flag in flags.items() for word in flag)]
+    around = environment(PYTHONPATH=str(ROOT))  # for the model
+    first = subprocess.Popen(
+        [*command, "--workers", "1", "--actors", "2", "--checkpoint-every", "1"],
+        cwd=ROOT,
+        env=around,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        wait_for(mark.exists, first)  # in the second epoch, after 8 steps
+    finally:
+        below = psutil.Process(first.pid).children(recursive=True)
+        first.send_signal(signal.SIGKILL)
+        first.communicate()
+        for process in below:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(below, timeout=30)
+    left = checkpoints.load(checkpoints.all_in(given.storage)[-1]).progress
+    assert (left.epoch, left.step) == (1, 8)
+
+    second = subprocess.run(
+        [*command, "--workers", "2", "--actors", "1"], cwd=ROOT, env=around, capture_output=True, text=True, timeout=300
+    )
+    assert second.returncode == 0, second.stderr
+    assert f"{left.rows} of 90 rows are done, in 8 steps" in " ".join(second.stderr.split())
+    assert Counter(lineage(labelled)) == every_row(given)
+    assert "images in = " in second.stdout
+
+
+def test_a_checkpoint_of_another_model_or_recipe_is_refused_with_the_difference(labelled):
+    given = settings(labelled)
+    folder = labelled / "storage/earlier" / checkpoints.name_of(Progress(step=4))
+    state = {"model": {}, "optimizer": {}, "random": []}
+    checkpoints.save(str(folder), Checkpoint(settings=plan(given).deciding, progress=Progress(step=4), consumed=[], state=state))
+    (labelled / "small.json").write_text(json.dumps(RECIPE | {"ops": RECIPE["ops"][1:]}))
+    with pytest.raises(UsageError) as caught:
+        run(replace(given, model="ssdlite320_mobilenet_v3_large", lr=0.5), console=quiet())
+    said = str(caught.value)
+    assert "model.name: 'ssd_tiny' there, 'ssdlite320_mobilenet_v3_large' now" in said
+    assert "lr: 0.001 there, 0.5 now" in said
+    assert "recipe.ops.0.op: 'HorizontalFlip' there, 'Resize' now" in said
+    assert "--no-resume" in said
+    assert folder.exists()
+
+
+def test_deaths_are_retried_as_often_as_allowed_but_not_what_the_code_itself_raises_twice(labelled):
+    given = settings(labelled, retries=2)
+    died = WorkerGroupError("rank 0", {0: ActorDiedError()})
+    _give_up(died, 1, given, before=None)
+    _give_up(died, 2, given, before=_cause(died))
+    with pytest.raises(WorkerGroupError):
+        _give_up(died, 3, given, before=_cause(died))
+    defect = WorkerGroupError("rank 0", {0: ValueError("a defect of the model's own")})
+    _give_up(defect, 1, given, before=None)
+    with pytest.raises(WorkerGroupError, match="rank 0"):
+        _give_up(defect, 2, given, before=_cause(defect))
+    with pytest.raises(UsageError, match="Lower --lr"):
+        _give_up(WorkerGroupError("rank 1", {1: UsageError("Lower --lr")}), 1, given, before=None)
+
+
+def test_the_hold_out_is_a_function_of_the_seed_and_is_never_trained_on(labelled):
+    first, again, other = (plan(settings(labelled, holdout=0.2, seed=seed)) for seed in (1, 1, 2))
+    held = set(first.holdout["image_id"].to_pylist())
+    assert len(held) == 9
+    assert held == set(again.holdout["image_id"].to_pylist()) != set(other.holdout["image_id"].to_pylist())
+    assert not held & set(first.work["image_id"].to_pylist())
+    assert first.work.num_rows == 2 * 36
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"epochs": 0}, "--epochs is 0"),
+        ({"lr": 0.0}, "--lr is 0.0; it must be above 0"),
+        ({"lr": float("nan")}, "--lr is nan"),
+        ({"holdout": 1.0}, "--holdout is 1.0"),
+        ({"gpu": True}, "--gpu and --cpu"),
+        ({"workers": 9}, "--batch-size is 8 for 9 workers"),
+        ({"model_arguments": "[1]"}, "must be an object"),
+        ({"model": "ssd300_vgg16"}, "exactly 300x300"),
+        ({"annotations": None}, "has labelled boxes"),
+        ({"holdout_annotations": "x.json"}, "Give --holdout-input"),
+    ],
+)
+def test_bad_settings_are_refused_with_the_value_and_the_remedy(labelled, given, words):
+    with pytest.raises(UsageError) as caught:
+        run(settings(labelled, **given), console=quiet())
+    assert words in str(caught.value)

@@ -1,0 +1,252 @@
+"""The train stage without Ray: batches, schedule, and workers as plain processes."""
+
+import json
+import multiprocessing
+import os
+import threading
+from contextlib import nullcontext
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+import torch.distributed as dist
+
+from raypipe import UsageError
+from raypipe.data.work import BLOCK
+from raypipe.images.recipe import Finish
+from raypipe.models import checkpoint as checkpoints
+from raypipe.models.detection import Classes
+from raypipe.stages.train import Assignment, Feed, Peers, Placer, Training, Worker, batches, lr_factor, rows_of, trainable
+
+
+def block(epoch: int, numbers, *, size=(4, 6), rejected=(), boxes=1) -> pa.Table:
+    """A block of images, each filled with its number."""
+    rows = []
+    for number in numbers:
+        bad = number in rejected
+        rows.append(
+            {
+                "epoch": epoch,
+                "shard": 0,
+                "image_id": f"i{number}",
+                "name": f"i{number}",
+                "uri": f"/i{number}",
+                "height": None if bad else size[0],
+                "width": None if bad else size[1],
+                "image": None if bad else np.full((*size, 3), number % 256, np.uint8).tobytes(),
+                "reason": "truncated" if bad else None,
+                "detail": None,
+                "boxes": [[0.0, 0.0, 2.0, 2.0]] * (number % 3 if boxes is None else boxes),
+                "labels": [5] * (number % 3 if boxes is None else boxes),
+                "crowds": [],
+                "annotation_ids": [],
+            }
+        )
+    return pa.Table.from_pylist(rows, schema=BLOCK)
+
+
+def ids(batch) -> list[str]:
+    return [row.image_id for row in batch.rows]
+
+
+def test_batches_keep_the_order_fill_up_across_blocks_and_never_span_epochs():
+    made = list(batches([block(0, range(5)), block(0, range(5, 7)), block(1, range(3))], 3))
+    assert [(batch.epoch, ids(batch)) for batch in made] == [
+        (0, ["i0", "i1", "i2"]),
+        (0, ["i3", "i4", "i5"]),
+        (0, ["i6"]),
+        (1, ["i0", "i1", "i2"]),
+    ]
+    assert all((row.pixels == int(row.image_id[1:])).all() and row.pixels.shape == (4, 6, 3) for b in made for row in b.rows)
+
+
+def test_rejected_rows_ride_along_without_filling_a_batch():
+    made = list(batches([block(0, range(7), rejected=(1, 2, 6))], 2))
+    assert [ids(batch) for batch in made] == [["i0", "i1", "i2", "i3"], ["i4", "i5"], ["i6"]]
+    assert [len(batch.good) for batch in made] == [2, 2, 0]
+    assert made[2].rows[0].reject == {"image_id": "i6", "uri": "/i6", "reason": "truncated", "detail": ""}
+
+
+def test_slices_and_joined_blocks_are_read_like_whole_ones():
+    whole = block(0, range(9), rejected=(4,))
+    for table in (whole.slice(3, 4), pa.concat_tables([whole.slice(3, 2), whole.slice(5, 2)])):
+        rows = list(rows_of(table))
+        assert [row.image_id for row in rows] == ["i3", "i4", "i5", "i6"]
+        assert [None if row.pixels is None else int(row.pixels.mean()) for row in rows] == [3, None, 5, 6]
+
+
+def test_an_epoch_that_comes_after_a_later_one_is_an_error():
+    with pytest.raises(ValueError, match="epoch 0 came after one of epoch 1"):
+        list(batches([block(1, [1]), block(0, [2])], 4))
+
+
+def test_crowds_and_boxes_without_an_area_are_not_learned_and_boxes_without_labels_are_refused():
+    (row,) = rows_of(block(0, [3], boxes=3))
+    row = replace(row, boxes=np.float32([[0, 0, 2, 2], [1, 1, 1, 3], [0, 0, 4, 4]]), crowds=np.array([False, False, True]))
+    boxes, labels = trainable(row)
+    assert boxes.tolist() == [[0, 0, 2, 2]] and labels.tolist() == [5]
+    with pytest.raises(UsageError, match="i3 has 3 boxes, but 0 labels"):
+        trainable(replace(row, labels=np.array([], np.int64)))
+
+
+def test_a_batch_is_finished_on_the_device_and_ragged_ones_keep_their_own_sizes():
+    (batch,) = batches([block(0, [10]), block(0, [20], size=(5, 3))], 2)
+    finish = Finish(scale=1 / 2, mean=(1.0, 2.0, 3.0), channels="bgr", layout="hwc")
+    for multiple in (None, 8):
+        placed = Placer(torch.device("cpu"), replace(finish, pad_multiple=multiple), Classes((5,)))(batch)
+        assert [tuple(image.shape) for image in placed.images] == [(3, 4, 6), (3, 5, 3)]
+        assert placed.images[0][:, 0, 0].tolist() == [4.0, 3.0, 2.0]
+        assert placed.images[1][:, 4, 2].tolist() == [9.0, 8.0, 7.0]
+    assert placed.targets[1]["labels"].tolist() == [1]
+
+
+def test_the_learning_rate_warms_up_and_falls():
+    cosine = [lr_factor(done, schedule="cosine", warmup=0.1) for done in (0, 0.05, 0.1, 0.55, 1.0)]
+    assert cosine == pytest.approx([0.001, 0.5, 1.0, 0.5, 0.0], abs=1e-9)
+    step = [lr_factor(done, schedule="step", warmup=0.0) for done in (0, 0.66, 0.67, 0.88, 0.89, 1.0)]
+    assert step == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+
+
+def test_what_goes_wrong_ahead_is_raised_where_batches_are_taken():
+    def broken():
+        yield from batches([block(0, range(2))], 2)
+        raise OSError("the store is gone")
+
+    feed = Feed(broken(), Placer(torch.device("cpu"), Finish(), Classes((5,))))
+    assert ids(feed.peek().batch) == ids(feed.take().batch) == ["i0", "i1"]
+    with pytest.raises(OSError, match="the store is gone"):
+        feed.peek()
+
+
+# --- workers -------------------------------------------------------------------------------------------------------------
+
+
+class Quiet:
+    """A meter and a board that keep to themselves."""
+
+    def __init__(self):
+        self.records = []
+
+    def start(self):
+        pass
+
+    def call(self):
+        return nullcontext()
+
+    def count(self, **_):
+        pass
+
+    def tell(self, record):
+        self.records.append(record)
+
+
+FINISH = Finish(scale=1 / 255)
+
+
+def assignment(folder: str, *, rows: int, epochs: int, board=None, **training) -> Assignment:
+    given = {"model": "tests.models.toy:Toy", "batch_size": 4, "optimizer": "sgd", "lr": 0.05, "warmup": 0.0, "clip": None}
+    return Assignment(
+        training=Training(classes=Classes((5,)), finish=FINISH, epochs=epochs, rows=rows, **(given | training)),
+        settings={},
+        attempt=folder,
+        resume=None,
+        has_rows=True,
+        holdout=[],
+        board=board or Quiet(),
+        meter=Quiet(),
+        row_log=os.path.join(folder, "log"),
+    )
+
+
+def train(given: Assignment, blocks, rank: int = 0, size: int = 1, report=lambda metrics, name: None) -> Worker:
+    worker = Worker(given, device=torch.device("cpu"), peers=Peers(rank, size), blocks=blocks, holdout=[], report=report)
+    worker.run()
+    return worker
+
+
+def in_process(rank: int, size: int, folder: str, blocks: list, given: Assignment) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
+    train(given, blocks, rank, size)
+    dist.destroy_process_group()
+
+
+def logged(folder) -> dict[int, list[str]]:
+    """The image ids of each step, all ranks together, in their order."""
+    steps: dict[int, list[str]] = {}
+    for path in sorted((folder / "log").iterdir()):
+        for line in map(json.loads, path.read_text().splitlines()):
+            steps.setdefault(line["step"], []).extend(f"{line['epoch']}/{i}" for i in line["image_ids"])
+    return steps
+
+
+@pytest.mark.slow
+def test_uneven_workers_neither_hang_nor_drop_a_row_and_give_the_gradient_of_all_images_together(tmp_path):
+    # 2 images of each step are rank 0's and 2 rank 1's while both have some: 9 + 3 rows of one epoch, 2 + 7 of the next.
+    mine = [[block(0, range(9), boxes=None), block(1, range(2), boxes=None)]]
+    mine += [[block(0, range(9, 12), boxes=None, rejected=(10,)), block(1, range(2, 9), boxes=None)]]
+    given = assignment(str(tmp_path), rows=21, epochs=2)
+    spawn = multiprocessing.get_context("spawn")
+    processes = [spawn.Process(target=in_process, args=(rank, 2, str(tmp_path), mine[rank], given)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    steps = logged(tmp_path)
+    assert sorted(i for step in steps.values() for i in step) == sorted(
+        [f"0/i{n}" for n in range(12)] + [f"1/i{n}" for n in range(9)]
+    )
+    assert len(steps) == 5 + 4  # as many as the longer rank needs in each epoch
+
+    weights, done = torch.tensor([0.1, -0.2, 0.3]), 0
+    velocity = torch.zeros(3)
+    for step in sorted(steps):
+        numbers = [int(i.split("/i")[1]) for i in steps[step] if i != "0/i10"]
+        means = torch.tensor(numbers, dtype=torch.float32)[:, None].expand(-1, 3) / 255
+        error = means @ weights - torch.tensor([n % 3 for n in numbers])
+        gradient = (2 * error[:, None] * means).mean(dim=0) + 5e-4 * weights
+        velocity = 0.9 * velocity + gradient
+        weights = weights - 0.05 * lr_factor(done / 21, schedule="cosine", warmup=0.0) * velocity
+        done += len(steps[step])
+    kept = checkpoints.load(checkpoints.all_in(str(tmp_path))[-1])
+    torch.testing.assert_close(kept.state["model"]["weights"], weights)
+    assert (kept.progress.rows, kept.progress.images, kept.progress.rejected, kept.progress.epoch) == (21, 20, 1, 2)
+    assert [row["image_id"] for row in kept.progress.rejects] == ["i10"]
+
+
+def test_a_checkpoint_within_an_epoch_names_the_rows_that_were_seen(tmp_path):
+    names: list[str] = []
+    given = assignment(str(tmp_path), rows=11, epochs=1, checkpoint_every=1)
+    train(given, [block(0, range(11), rejected=(2,))], report=lambda metrics, name: names.append(name))
+    assert len(names) == len(set(names)) == 4  # Ray Train deletes by name: the end of the epoch is not its last step
+    found = [checkpoints.load(folder) for folder in checkpoints.all_in(str(tmp_path))]
+    within = [one for one in found if one.progress.epoch == 0]
+    assert [one.consumed for one in within] == [[f"i{n}" for n in range(end)] for end in (5, 9, 11)]
+    assert [one.progress.rows for one in within] == [5, 9, 11]
+    assert found[-1].progress.rows == 11 and found[-1].consumed == [] and found[-1].progress.epoch == 1
+
+
+def test_a_loss_that_is_no_number_ends_the_training_and_is_not_kept(tmp_path):
+    with pytest.raises(UsageError, match=r"loss became (nan|inf).*Lower --lr \(it is 1e\+30\)"):
+        train(assignment(str(tmp_path), rows=40, epochs=1, lr=1e30, checkpoint_every=1), [block(0, range(40))])
+    for folder in checkpoints.all_in(str(tmp_path)):
+        assert torch.isfinite(checkpoints.load(folder).state["model"]["weights"]).all()
+
+
+def test_a_last_batch_of_one_image_is_trained_on_although_it_has_no_statistics(tmp_path):
+    given = assignment(str(tmp_path), rows=3, epochs=1, model="ssd_tiny", batch_size=2)
+    worker = train(given, [block(0, range(3), size=(64, 64))])
+    assert sorted(i for step in logged(tmp_path).values() for i in step) == ["0/i0", "0/i1", "0/i2"]
+    assert all(module.training for module in worker._model.modules())
+
+
+@pytest.mark.parametrize("lr", [0.05, 1e30])
+def test_the_feeding_thread_ends_with_the_training_and_also_when_that_breaks_off(tmp_path, lr):
+    before = {thread for thread in threading.enumerate() if thread.name == "raypipe-feed"}
+    with nullcontext() if lr < 1 else pytest.raises(UsageError):
+        train(assignment(str(tmp_path), rows=400, epochs=1, lr=lr, checkpoint_every=1), [block(0, range(400))])
+    for thread in {thread for thread in threading.enumerate() if thread.name == "raypipe-feed"} - before:
+        thread.join(10)
+        assert not thread.is_alive()
