@@ -23,6 +23,7 @@ class PoolView:
     running: int = 0
     pending: int = 0  # starting
     draining: int = 0  # of those running: finish what they have, and go
+    done: bool = False  # nothing is left for the stage to do
     queued: int = 0  # blocks waiting for the stage
     actor_s: float = 0.0  # ready, whatever they did
     starved_s: float = 0.0  # without work while no input waited

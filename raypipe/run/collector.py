@@ -249,7 +249,7 @@ class Collector:
             if stage not in self._wanted:
                 return f"this run has no stage {stage!r}; its stages are {', '.join(self._wanted)}"
             if count < 1:
-                return f"{stage}={count} is not possible: a stage needs at least 1 actor"
+                return "a stage needs at least 1 actor"
         wanted = self._wanted | counts
         if sum(wanted.values()) > self._facts.at_most:
             parts = " + ".join(f"{count} {stage}" for stage, count in wanted.items())
@@ -273,7 +273,7 @@ class Collector:
     def _steer(self, now: float) -> None:
         """Let the planner change what it may, when the last change has taken effect and enough has been seen since."""
         auto = set(self._facts.auto) - self._by_hand
-        if not auto or not self._pools:
+        if not auto or not self._pools or any(pool.done for pool in self._pools.values()):
             return
         if any(pool.pending or pool.draining or not pool.running for pool in self._pools.values()):
             self._settled_at = now + SETTLE_S
@@ -289,6 +289,8 @@ class Collector:
         """What an image costs each stage of late; None: some stage has not made so many calls an actor."""
         costs = []
         for stage, count in self._wanted.items():
+            if self._pools[stage].done:
+                continue
             window = self._window(stage, calls=calls * count, since=since)
             if window is None or window[1].images == window[0].images:
                 return None
@@ -388,6 +390,7 @@ class Collector:
                 "core_wait_s_per_image": costs[stage["name"]].core_wait_s,
             }
             for stage in stages
+            if stage["name"] in costs
         ]
         return verdict(seen, self._facts.cores, rate)
 

@@ -114,7 +114,8 @@ def preprocessed(
         },
         batch_size=None,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(size=pools.writers),
+        # Ray Data hands out tasks ten times a second: two short ones would leave a writer without work for most of that.
+        compute=ActorPoolStrategy(size=pools.writers, max_tasks_in_flight_per_actor=4),
         num_cpus=cpus_each,
         **again,
     )

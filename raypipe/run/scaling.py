@@ -103,7 +103,11 @@ class _Steering(ExecutionCallback):
         _, stages = executor._data_context.get_config(_CONFIG)
         for operator, state in executor._topology.items():
             stage = stages.get(operator.name)
-            if stage is None or operator.has_completed():
+            if stage is None:
+                continue
+            if operator.has_completed():
+                if stage in self._views:
+                    self._views[stage] = replace(self._views[stage], running=0, pending=0, draining=0, queued=0, done=True)
                 continue
             for of_ray in operator.get_autoscaling_actor_pools():
                 if stage not in self._pools:

@@ -62,7 +62,7 @@ class Pipeline:
             rest = {"core_wait_s": 0.0, "cpu_s": images * 1e-4, "rss_bytes": 10, "rss_peak_bytes": 10}
             node = {"node": "here", "node_cpu_busy_s": self.now, "node_cpu_total_s": self.now}
             self.collector.record(Sample(stage=stage, actor=stage, at=self.now, **totals, **rest, **node))
-        self.collector.progress(self.now, math.floor(min(self.images.values())), 0)
+        self.collector.progress(self.now, math.floor(min(self.images[stage] for stage in self.busy_s)), 0)
         self.wanted = dict(self.collector.observe(self.pools))
 
     @property
@@ -132,7 +132,7 @@ def test_shortly_before_the_end_no_actors_are_started():
     ("counts", "reason"),
     [
         ({"preprocess": 19, "write": 2}, "19 preprocess + 2 write are 21 actors, but there is room for 20"),
-        ({"write": 0}, "write=0 is not possible"),
+        ({"write": 0}, "needs at least 1 actor"),
         ({"read": 1}, "no stage 'read'; its stages are preprocess, write"),
     ],
 )
@@ -160,3 +160,13 @@ def test_the_live_record_says_how_it_goes_of_late():
     assert write["busy"] == pytest.approx(1.0, abs=0.05)
     assert record["verdict"]["stage"] == "write"
     assert record["verdict"]["advice"][0]["change"] == "write actors 2 -> 3"
+
+
+def test_a_stage_that_is_done_limits_nothing_any_more():
+    played = Pipeline(busy_s={"preprocess": 0.1, "write": 0.2}, counts={"preprocess": 2, "write": 2}, facts=replace(FACTS, auto=()))
+    played.run(20)
+    played.pools["preprocess"] = replace(played.pools["preprocess"], running=0, pending=0, queued=0, done=True)
+    played.busy_s = {"write": 0.2}
+    played.run(20)
+    verdict = played.collector.live()["verdict"]
+    assert verdict["stage"] == "write" and "preprocess" not in verdict["reason"]
