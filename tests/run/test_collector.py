@@ -163,7 +163,7 @@ def test_the_live_record_says_how_it_goes_of_late():
 
 
 def test_a_stage_that_is_done_limits_nothing_any_more():
-    played = Pipeline(busy_s={"preprocess": 0.1, "write": 0.2}, counts={"preprocess": 2, "write": 2}, facts=replace(FACTS, auto=()))
+    played = Pipeline(busy_s={"preprocess": 0.3, "write": 0.2}, counts={"preprocess": 2, "write": 2}, facts=replace(FACTS, auto=()))
     played.run(20)
     played.pools["preprocess"] = replace(played.pools["preprocess"], running=0, pending=0, queued=0, done=True)
     played.busy_s = {"write": 0.2}

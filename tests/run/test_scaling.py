@@ -108,17 +108,17 @@ def test_what_cannot_be_is_refused_with_the_reason_and_the_run_goes_on(session, 
 
 
 @pytest.mark.slow
-def test_auto_gives_the_stage_that_waits_more_actors_while_the_run_goes_on(session, tmp_path):
-    # Writers are few by hand; the planner may change preprocess only, and its cost is not what the timing before the start said.
-    run = begin(tmp_path / "out", actors="auto", writers=4, read_ms=100.0, store_ms=1.0)
-    try:
-        record = until(run, lambda record: record["stages"] and record["done"] > 0)
-        assert record["auto"]
-        # By hand to what is too few: auto then leaves it alone.
-        run.scale(preprocess=1)
-        record = until(run, lambda record: running(record)["preprocess"] == (1, 0, 0))
-        assert not record["auto"]
-    finally:
-        run.stop()
-        with pytest.raises(KeyboardInterrupt):
-            run.wait()
+def test_auto_sizes_pools_from_a_timing_before_the_start_and_leaves_alone_what_is_set_by_hand(session, tmp_path):
+    run = begin(tmp_path / "out", actors="auto", writers="auto", read_ms=100.0, store_ms=0.0, limit=400)
+    record = until(run, lambda record: record["stages"] and record["done"] > 0)
+    counts = {stage["name"]: stage["wanted"] for stage in record["stages"]}
+    # 400 images of 0.1 s, room for 8 actors: nearly all of it is for those that wait. By rule of thumb it would be 2.
+    assert counts["preprocess"] >= 5 and counts["write"] == 1
+    assert record["auto"]
+    run.scale(preprocess=3, write=1)
+    assert not until(run, lambda record: running(record)["preprocess"] == (3, 0, 0))["auto"]
+    outcome = run.wait()
+    check_all_done_once(outcome, tmp_path / "out", 400)
+    assert outcome.report["predicted"]["actors"] == counts
+    assert [event["by"] for event in outcome.report["scale_events"]] == ["user"]
+    assert not list((tmp_path / "out/_raypipe").glob("tmp/*"))  # what the timing wrote is gone
