@@ -122,7 +122,8 @@ def test_tracks_outlive_their_process_and_blame_a_row_only_after_several_deaths(
         die(7, 5)
     die(7, 6)
     die(8, 5)
-    assert tracks.killers(7) == set()
+    assert Tracks(str(tmp_path)).killers(7) == set()
     die(7, 5)
-    assert tracks.killers(7) == {5}
-    assert tracks.killers(8) == set()
+    after = Tracks(str(tmp_path))  # as the actor that takes the place of the dead one has it
+    assert after.killers(7) == {5}
+    assert after.killers(8) == set()
