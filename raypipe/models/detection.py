@@ -114,11 +114,19 @@ def _conv(before: int, after: int, stride: int = 2) -> nn.Module:
     )
 
 
-def ssd_tiny(*, num_classes: int, **arguments: Any) -> SSD:
+def ssd_tiny(*, num_classes: int, score_thresh: float = 0.01, nms_thresh: float = 0.45, detections_per_img: int = 200) -> SSD:
     """An SSD with 0.5 million parameters that a CPU trains: for trying out, and for tests. Any size of image from 64x64."""
     # Scales are shares of the image's side: objects from 5% of it on.
     anchors = DefaultBoxGenerator([[2], [2], [2], [2]], scales=[0.08, 0.16, 0.32, 0.5, 0.75])
-    return SSD(_Tiny(), anchors, (0, 0), num_classes, **arguments)
+    return SSD(
+        _Tiny(),
+        anchors,
+        (0, 0),  # the transform's, which `build` replaces
+        num_classes,
+        score_thresh=score_thresh,
+        nms_thresh=nms_thresh,
+        detections_per_img=detections_per_img,
+    )
 
 
 def _torchvision(name: str) -> Callable[..., nn.Module]:

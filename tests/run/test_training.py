@@ -93,7 +93,7 @@ def every_row(given: Settings) -> Counter[str]:
 
 
 def test_a_run_trains_on_every_row_once_an_epoch_and_reports_what_it_cost(session, labelled):
-    given = settings(labelled, workers=2, holdout=0.2)
+    given = settings(labelled, workers=2, holdout=0.18, epochs=3)  # 37 rows an epoch, an odd number in all
     console = quiet()
     outcome = run(given, console=console)
     assert verdict_on(outcome, given) is None
@@ -101,18 +101,18 @@ def test_a_run_trains_on_every_row_once_an_epoch_and_reports_what_it_cost(sessio
     assert set(every_row(given).values()) == {1}
 
     report = outcome.report
-    assert report["images_in"] == 72 == report["images_out"] + report["images_rejected"]
-    assert report["images_rejected"] + 2 * report["train"]["holdout_rejected"] == 2  # photo 7, in two epochs or held out
+    assert report["images_in"] == 111 == report["images_out"] + report["images_rejected"]
+    assert report["images_rejected"] + 3 * report["train"]["holdout_rejected"] == 3  # photo 7, in each epoch or held out
     preprocess, train = report["stages"]
     assert (preprocess["name"], train["name"]) == ("preprocess", "train")
-    assert preprocess["images"] == train["images"] == 72
+    assert preprocess["images"] == train["images"] == 111
     assert train["actors"]["max"] == 2 and train["gpu_percent"] is None and train["gpu_memory_peak_bytes"] is None
     assert train["cpu_s_per_image"] > 0 and train["rss_peak_bytes"] > 10**8
     assert train["busy"] + train["starved"] + train["blocked"] == pytest.approx(1)
     assert 0 < report["train"]["accelerator_utilisation"] < 1
     assert len(report["train"]["workers"]) == 2
     epochs = report["train"]["epochs"]
-    assert [epoch["epoch"] for epoch in epochs] == [0, 1]
+    assert [epoch["epoch"] for epoch in epochs] == [0, 1, 2]
     assert all(0 <= epoch["map"] <= 1 and epoch["loss"] > 0 and epoch["images_per_s"] > 0 for epoch in epochs)
     assert set(epochs[0]["map_by_label"]) == {"3", "90"}
     stored = json.loads((labelled / "storage/_raypipe/report.json").read_text())
@@ -128,7 +128,7 @@ def test_a_run_trains_on_every_row_once_an_epoch_and_reports_what_it_cost(sessio
     console = quiet()
     again = run(given, console=console)
     assert again.report is None and again.checkpoint == outcome.checkpoint
-    assert "Nothing to do: all 2 epochs are done" in console.file.getvalue()
+    assert "Nothing to do: all 3 epochs are done" in console.file.getvalue()
 
 
 @pytest.mark.slow
