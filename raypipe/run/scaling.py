@@ -97,7 +97,7 @@ class _Steering(ExecutionCallback):
             return
         for stage, pool in self._pools.items():
             if stage in wanted:
-                pool.resize(wanted[stage])
+                pool.want(wanted[stage])
 
     def _look(self, executor, elapsed: float) -> None:
         _, stages = executor._data_context.get_config(_CONFIG)
@@ -145,6 +145,7 @@ class _Pool:
 
     def __init__(self, of_ray: _ActorPool):
         self._of_ray = of_ray
+        self._count = of_ray.min_size()  # pools begin with a fixed size
         self.draining: set[ray.actor.ActorHandle] = set()
         self._rank = of_ray._update_rank
         of_ray._update_rank = self._update_rank  # refresh_actor_state calls it for every actor, before every dispatch
@@ -152,13 +153,15 @@ class _Pool:
     def _update_rank(self, actor: ray.actor.ActorHandle, state: Any, died: bool) -> None:
         self._rank(actor=actor, state=state, died=died or actor in self.draining)
 
-    def resize(self, count: int) -> None:
-        """Have `count` actors, starting or draining the difference."""
+    def want(self, count: int) -> None:
+        """Have `count` actors, starting or draining the difference. Asked again for what was asked, it does nothing: at the end of its input
+        Ray releases actors, and these are not to be started again.
+        """
+        if count == self._count:
+            return
         pool = self._of_ray
+        self._count = count
         self.draining &= pool._running_actors.keys()
-        if (pool._config.min_size, pool._config.max_size) != (count, count):
-            # Ray's own autoscaler then agrees, and makes up for actors that are lost.
-            pool._config = replace(pool._config, min_size=count, max_size=count, initial_size=count)
         excess = pool.current_size() - len(self.draining) - count
         while excess < 0 and self.draining:
             self.draining.pop()
@@ -176,6 +179,9 @@ class _Pool:
         self.release_drained()
 
     def release_drained(self) -> None:
+        """Let go of those that have finished, and have Ray's own autoscaler agree with what is there: it makes up for actors that are
+        lost, and would take draining ones for too many and release an idle one that is to stay.
+        """
         for actor in list(self.draining):
             state = self._of_ray._running_actors.get(actor)
             if state is None:
@@ -183,3 +189,6 @@ class _Pool:
             elif not state.num_tasks_in_flight:
                 self._of_ray._release_running_actor(actor)
                 self.draining.discard(actor)
+        config, most = self._of_ray._config, self._count + len(self.draining)
+        if (config.min_size, config.max_size) != (self._count, most):
+            self._of_ray._config = replace(config, min_size=self._count, max_size=most, initial_size=self._count)
