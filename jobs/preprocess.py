@@ -15,12 +15,10 @@ Exit status: 0 when every image is accounted for and rejects stay within --max-r
 import sys
 
 import tyro
-from ray.exceptions import RayError
 from rich.console import Console
 
-from raypipe import UsageError
 from raypipe.insight.report import terminal
-from raypipe.run.pipeline import broken_off, run, verdict_on
+from raypipe.run.pipeline import attempt, run, verdict_on
 from raypipe.run.settings import Settings
 
 
@@ -33,19 +31,9 @@ def main(arguments: list[str] | None = None) -> int:
         if settings.output
         else "Nothing was kept."
     )
-    try:
-        outcome = run(settings, console=console)
-    except UsageError as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False)
-        return 2
-    except KeyboardInterrupt:
-        console.print(f"\nInterrupted. {again}", markup=False)
-        return 130
-    except (RayError, OSError) as error:
-        if isinstance(error.__context__, KeyboardInterrupt):  # Ctrl-C again, while Ray was ending
-            return 130
-        console.print(f"error: the run broke off: {broken_off(error)}\n{again}", style="red", markup=False, highlight=False)
-        return 1
+    outcome = attempt(lambda: run(settings, console=console), again=again, console=console)
+    if isinstance(outcome, int):
+        return outcome
     if outcome.report is not None:
         Console().print(terminal(outcome.report))
         places = [f"{settings.output}/_raypipe" if settings.output else None, settings.report]

@@ -20,9 +20,8 @@ from ray.exceptions import RayError
 from ray.train import TrainingFailedError
 from rich.console import Console
 
-from raypipe import UsageError
 from raypipe.insight.report import terminal
-from raypipe.run.pipeline import broken_off
+from raypipe.run.pipeline import attempt
 from raypipe.run.training import Settings, run, verdict_on
 
 
@@ -31,19 +30,10 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console(stderr=True)
     settings = tyro.cli(Settings, args=arguments, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
     again = f"The same command goes on from the last checkpoint in {settings.storage}."
-    try:
-        outcome = run(settings, console=console)
-    except UsageError as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False)
-        return 2
-    except KeyboardInterrupt:
-        console.print(f"\nInterrupted. {again}", markup=False)
-        return 130
-    except (RayError, TrainingFailedError, OSError) as error:
-        if isinstance(error.__context__, KeyboardInterrupt):  # Ctrl-C again, while Ray was ending
-            return 130
-        console.print(f"error: the run broke off: {broken_off(error)}\n{again}", style="red", markup=False, highlight=False)
-        return 1
+    breaks = (RayError, TrainingFailedError, OSError)
+    outcome = attempt(lambda: run(settings, console=console), again=again, console=console, breaks=breaks)
+    if isinstance(outcome, int):
+        return outcome
     if outcome.report is not None:
         Console().print(terminal(outcome.report))
         trained = outcome.report["train"]

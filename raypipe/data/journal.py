@@ -188,8 +188,8 @@ def check_settings(root: str, settings: dict) -> bool:
     return True
 
 
-def check_writable(root: str) -> None:
-    """Write and delete a file in `root`.
+def check_writable(root: str, *, option: str = "--output") -> None:
+    """Write and delete a file in `root`, which the user gave as `option`.
 
     Raises:
         UsageError: that does not work.
@@ -199,7 +199,7 @@ def check_writable(root: str) -> None:
         location.delete(location.join(root, f"{STATE}/probe"))
     except location.ERRORS as error:
         raise UsageError(
-            f"--output {root!r} cannot be written to ({error}). Nothing was started. Give a folder that can."
+            f"{option} {root!r} cannot be written to ({error}). Nothing was started. Give a folder that can."
         ) from error
 
 

@@ -108,28 +108,24 @@ def read(location: str) -> bytes:
 
 def names(folder: str) -> list[str]:
     """Names of the files directly in a folder, sorted; none if there is no such folder. Raises one of ERRORS."""
-    if not is_remote(folder):
-        try:
-            with os.scandir(local_path(folder)) as entries:
-                return sorted(entry.name for entry in entries if entry.is_file())
-        except FileNotFoundError:
-            return []
-    system, path = filesystem(folder)
-    found = system.get_file_info(fs.FileSelector(path, allow_not_found=True))
-    return sorted(info.base_name for info in found if info.is_file)
+    return _listed(folder, fs.FileType.File)
 
 
 def folders(folder: str) -> list[str]:
     """Names of the folders directly in a folder, sorted; none if there is no such folder. Raises one of ERRORS."""
+    return _listed(folder, fs.FileType.Directory)
+
+
+def _listed(folder: str, kind: fs.FileType) -> list[str]:
     if not is_remote(folder):
         try:
             with os.scandir(local_path(folder)) as entries:
-                return sorted(entry.name for entry in entries if entry.is_dir())
+                return sorted(e.name for e in entries if (e.is_file() if kind == fs.FileType.File else e.is_dir()))
         except FileNotFoundError:
             return []
     system, path = filesystem(folder)
     found = system.get_file_info(fs.FileSelector(path, allow_not_found=True))
-    return sorted(info.base_name for info in found if info.type == fs.FileType.Directory)
+    return sorted(info.base_name for info in found if info.type == kind)
 
 
 def delete(location: str) -> None:

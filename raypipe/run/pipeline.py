@@ -10,11 +10,11 @@ import traceback
 import uuid
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import pyarrow as pa
@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy
+from ray.exceptions import RayError
 from ray.util.annotations import RayDeprecationWarning
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -47,6 +48,8 @@ from raypipe.run.session import Pools, Session, hardware, ray_session, size_pool
 from raypipe.run.settings import Settings, check_apart, check_free, deciding, image_folder
 from raypipe.stages.preprocess import TRIES, Preprocess, Preprocessing
 from raypipe.stages.write import Write
+
+T = TypeVar("T")
 
 
 def preprocessed(
@@ -385,7 +388,7 @@ def _execute(
             tally = _Tally()
             # Fetching ahead is for blocks of other nodes: here it would only hand each block on a block later.
             ahead = 1 if session.nodes > 1 and sink is None else 0
-            with _tracks(run_id), _progress(console, left) as show:
+            with tracks(run_id), _progress(console, left) as show:
                 for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=ahead):
                     tally.count(block, time.perf_counter() - begun)
                     tally.tell(collector)
@@ -395,11 +398,7 @@ def _execute(
                     if stop.is_set():
                         raise KeyboardInterrupt
             wall_s = time.perf_counter() - begun
-            snapshot = ray.get(collector.snapshot.remote())
-            here = ray.get_runtime_context().get_node_id()
-            others = [seen for node, seen in snapshot["nodes"].items() if node != here]
-            cpu_percent = _cpu_percent(machine, psutil.cpu_times(), others)
-            ray.kill(collector)
+            snapshot, cpu_percent = collected(collector, since=machine)
     finally:
         if timing is not None:
             timing.kill()
@@ -451,14 +450,15 @@ def _account(settings: Settings, todo: Todo, run_id: str, executed: _Executed, *
         snapshot=snapshot,
         predicted=executed.predicted,
     )
+    shown = _shown(todo, rejected) if sink is not None or settings.report is not None else []
     if sink is not None:
         if settings.annotations is not None:
             rows = ((w.image_id, w.file, w.height, w.width, w.boxes, w.annotation_ids) for w in written)
             write_annotations(settings.annotations, sink.root, rows, folder=sink.folder)
-        _leave_report(sink.root, f"{journal.STATE}/", report, todo, rejected)
+        leave_report(sink.root, f"{journal.STATE}/", report, rejected, shown)
         location.delete_folder(location.join(sink.root, sink.tmp))  # what killed actors had under way
     if settings.report is not None:
-        _leave_report(settings.report, "", report, todo, rejected)
+        leave_report(settings.report, "", report, rejected, shown)
     return Outcome(report=report, rejected=rejected, rows=total)
 
 
@@ -472,8 +472,10 @@ def _journaled(settings: Settings, todo: Todo) -> tuple[list[journal.Written], l
     return written, rejected
 
 
-def _leave_report(folder: str, prefix: str, report: dict[str, Any], todo: Todo, rejected: list[journal.Rejected]) -> None:
-    shown = _shown(todo, rejected)
+def leave_report(
+    folder: str, prefix: str, report: dict[str, Any], rejected: list[journal.Rejected], shown: Sequence[dict[str, Any]] = ()
+) -> None:
+    """Put report.json, report.html and rejects.parquet into `folder`, their names after `prefix`. `shown`: rejects that the page shows."""
     page = html.page(report, rejects=shown, more_rejects=len(rejected) - len(shown))
     files = {
         "rejects.parquet": journal.rejects_parquet(rejected),
@@ -518,6 +520,16 @@ def _ready_at(snapshot: dict[str, Any], actors: int, *, default: float) -> float
     return sum(ready) / len(ready) if ready else default
 
 
+def collected(collector: ray.actor.ActorHandle, *, since: Any) -> tuple[dict[str, Any], float | None]:
+    """Ends the collector: its snapshot, and the mean use of all cores, 0 to 100, since `since` (psutil.cpu_times() of this node)."""
+    snapshot = ray.get(collector.snapshot.remote())
+    here = ray.get_runtime_context().get_node_id()
+    others = [seen for node, seen in snapshot["nodes"].items() if node != here]
+    cpu_percent = _cpu_percent(since, psutil.cpu_times(), others)
+    ray.kill(collector)
+    return snapshot, cpu_percent
+
+
 def _cpu_percent(before, after, others: list[dict[str, float]]) -> float | None:
     """Mean use of all cores, 0 to 100: of this node between two psutil.cpu_times(), and of `others` as their actors saw it."""
     used = busy_cpu_s(after) - busy_cpu_s(before) + sum(node["cpu_busy_s"] for node in others)
@@ -526,7 +538,8 @@ def _cpu_percent(before, after, others: list[dict[str, float]]) -> float | None:
 
 
 @contextmanager
-def _tracks(run_id: str) -> Iterator[None]:
+def tracks(run_id: str) -> Iterator[None]:
+    """Where a run's actors leave their tracks is cleared on this node afterwards."""
     try:
         yield
     finally:
@@ -577,7 +590,31 @@ def _progress(console: Console, total: int) -> Iterator[Callable[[_Tally], None]
         yield bar
 
 
-def broken_off(error: BaseException) -> str:
+def attempt(
+    do: Callable[[], T], *, again: str, console: Console, breaks: tuple[type[Exception], ...] = (RayError, OSError)
+) -> T | int:
+    """What `do` returns; or where it did not come to its end, the exit status of a job, and the user is told why.
+
+    Args:
+        again: what starting it again does, in a sentence.
+        breaks: errors by which an execution breaks off. Others are defects, and raised.
+    """
+    try:
+        return do()
+    except UsageError as error:
+        console.print(f"error: {error}", style="red", markup=False, highlight=False)
+        return 2
+    except KeyboardInterrupt:
+        console.print(f"\nInterrupted. {again}", markup=False)
+        return 130
+    except breaks as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # Ctrl-C again, while Ray was ending
+            return 130
+        console.print(f"error: the run broke off: {_broken_off(error)}\n{again}", style="red", markup=False, highlight=False)
+        return 1
+
+
+def _broken_off(error: BaseException) -> str:
     """Why an execution ended early, in a line, and where the rest of Ray's account is: a file, for it runs over pages."""
     trace = "".join(traceback.format_exception(error))
     with tempfile.NamedTemporaryFile("w", prefix="raypipe-error-", suffix=".log", delete=False) as file:

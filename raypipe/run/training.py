@@ -38,7 +38,6 @@ from raypipe.images import backend as backend_module
 from raypipe.images import catalog
 from raypipe.images.decode import MAX_PIXELS
 from raypipe.images.recipe import Finish, Recipe, for_evaluation, to_json
-from raypipe.insight import html
 from raypipe.insight import report as reports
 from raypipe.insight.report import PoolView
 from raypipe.models import checkpoint as checkpoints
@@ -338,7 +337,7 @@ def run(settings: Settings, *, console: Console | None = None) -> Outcome:
     if folder is not None:
         _say(console, f"Going on from {folder}: {progress.rows} of {total} rows are done, in {progress.step} steps.")
     else:
-        _check_writable(storage)
+        journal.check_writable(storage, option="--storage")
     before = progress.rows
     run_id = settings.run_id or f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
     _say(console, "Starting Ray ..." if not os.environ.get("RAY_ADDRESS") else "Joining Ray ...")
@@ -384,11 +383,7 @@ def run(settings: Settings, *, console: Console | None = None) -> Outcome:
                     f"retry {failures} of {settings.retries}.",
                 )
         wall_s = time.perf_counter() - begun
-        snapshot = ray.get(collector.snapshot.remote())
-        here = ray.get_runtime_context().get_node_id()
-        others = [node for name, node in snapshot["nodes"].items() if name != here]
-        cpu_percent = pipeline._cpu_percent(machine, psutil.cpu_times(), others)
-        ray.kill(collector)
+        snapshot, cpu_percent = pipeline.collected(collector, since=machine)
     progress, folder = _latest(storage, todo)
     assert folder is not None
     checkpoints.prune(storage, keep=checkpoints.all_in(storage)[-settings.keep :])
@@ -397,9 +392,10 @@ def run(settings: Settings, *, console: Console | None = None) -> Outcome:
         clock=reports.Clock(wall_s=wall_s, setup_s=begun_at - started, ready_s=watch.began and watch.began - begun_at, outputs=watch.outputs),
         snapshot=snapshot, cpu_percent=cpu_percent, total=total, before=before, on_gpu=on_gpu, held_rejects=held_rejects,
     )  # fmt: skip
-    _leave_report(storage, f"{journal.STATE}/", report, progress)
+    rejected = [Rejected(**row) for row in progress.rejects]
+    pipeline.leave_report(storage, f"{journal.STATE}/", report, rejected)
     if settings.report is not None:
-        _leave_report(settings.report, "", report, progress)
+        pipeline.leave_report(settings.report, "", report, rejected)
     return Outcome(report=report, progress=progress, rows=total, checkpoint=folder)
 
 
@@ -414,16 +410,6 @@ def _latest(storage: str, todo: Todo) -> tuple[Progress, str | None]:
         return Progress(), None
     checkpoints.check_same(found[-1], todo.deciding)
     return checkpoints.progress_of(found[-1]), found[-1]
-
-
-def _check_writable(storage: str) -> None:
-    try:
-        location.write(storage, f"{journal.STATE}/probe", b"")
-        location.delete(location.join(storage, f"{journal.STATE}/probe"))
-    except location.ERRORS as error:
-        raise UsageError(
-            f"--storage {storage!r} cannot be written to ({error}). Nothing was started. Give a folder that can."
-        ) from error
 
 
 def _sized(settings: Settings) -> Preprocess:
@@ -486,7 +472,7 @@ def _held_out(todo: Todo, settings: Settings, pools: Pools, session: Session, ru
         io_threads=_io_threads(settings),
         run_id=run_id,
     )
-    with pipeline._tracks(run_id):
+    with pipeline.tracks(run_id):
         made = dataset.materialize()
     refs = made.to_arrow_refs()
     rejected = sum(
@@ -573,7 +559,7 @@ def _attempt(
         datasets=datasets,
         dataset_config=_Uneven(),
     )
-    with watch.on(board), pipeline._tracks(name):
+    with watch.on(board), pipeline.tracks(name):
         _fit(trainer)
 
 
@@ -758,17 +744,6 @@ def _in_all(reasons: Counter[str], progress: Progress) -> dict[str, int]:
     first = next(iter(spread))
     spread[first] += rows - sum(spread.values())
     return spread
-
-
-def _leave_report(folder: str, prefix: str, report: dict[str, Any], progress: Progress) -> None:
-    page = html.page(report, rejects=[], more_rejects=len(progress.rejects))
-    files = {
-        "rejects.parquet": journal.rejects_parquet([Rejected(**row) for row in progress.rejects]),
-        "report.json": json.dumps(report, indent=1).encode(),
-        "report.html": page.encode(),
-    }
-    for name, data in files.items():
-        location.write(folder, prefix + name, data, tmp=f"{journal.STATE}/tmp" if prefix else "")
 
 
 def verdict_on(outcome: Outcome, settings: Settings) -> str | None:

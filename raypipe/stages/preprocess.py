@@ -236,7 +236,7 @@ class Tracks:
                 path.rename(path.with_suffix(".dead"))
 
     def killers(self, shard: int) -> set[int]:
-        """The rows of `shard` at which processes died TRIES times, as this one found when it started.
+        """The rows of `shard` at which processes died TRIES times, as far as actors that started since have found.
 
         Looking for the dead again at each shard would cost 0.1 ms for each actor of the node; the task of one that died is repeated by the
         one that takes its place.
