@@ -18,7 +18,8 @@ from raypipe.data.work import BLOCK
 from raypipe.images.recipe import Finish
 from raypipe.models import checkpoint as checkpoints
 from raypipe.models.detection import Classes
-from raypipe.stages.train import Assignment, Feed, Peers, Placer, Training, Worker, batches, lr_factor, rows_of, trainable
+from raypipe.stages.batches import Placer, batches, rows_of, trainable
+from raypipe.stages.train import Assignment, Feed, Peers, Training, Worker, lr_factor
 
 
 def block(epoch: int, numbers, *, size=(4, 6), rejected=(), boxes=1) -> pa.Table:

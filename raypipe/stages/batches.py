@@ -1,0 +1,197 @@
+"""From blocks of pixels to batches on a device, and to what a model finds in them: what training, judging and predicting share."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+
+from raypipe import UsageError
+from raypipe.data.work import unlist
+from raypipe.images import torchvision as on_torch
+from raypipe.images.recipe import Finish
+from raypipe.models.detection import Classes
+from raypipe.models.evaluate import Found, Truth
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One image of a block: pixels (height, width, 3) uint8, a view; None with a reason if it was rejected."""
+
+    epoch: int
+    image_id: str
+    pixels: np.ndarray | None
+    boxes: np.ndarray
+    labels: np.ndarray
+    crowds: np.ndarray
+    reject: dict[str, str] | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """Rows of one epoch, in order: `good` ones have pixels."""
+
+    epoch: int
+    rows: list[Row]
+
+    @property
+    def good(self) -> list[Row]:
+        return [row for row in self.rows if row.pixels is not None]
+
+
+def rows_of(block: pa.Table) -> Iterator[Row]:
+    """The rows of a block (schema BLOCK), their pixels as views of it."""
+    column = block.column("image").combine_chunks()
+    column = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
+    offsets = np.frombuffer(column.buffers()[1], np.int64)[column.offset : column.offset + len(column) + 1]
+    flat = np.frombuffer(column.buffers()[2], np.uint8) if column.buffers()[2] is not None else np.empty(0, np.uint8)
+    boxes, labels, crowds = (unlist(block.column(name)) for name in ("boxes", "labels", "crowds"))
+    names = ("epoch", "image_id", "uri", "height", "width", "reason", "detail")
+    for at, row in enumerate(block.select(names).to_pylist()):
+        good = row["reason"] is None
+        yield Row(
+            epoch=row["epoch"],
+            image_id=row["image_id"],
+            pixels=flat[offsets[at] : offsets[at + 1]].reshape(row["height"], row["width"], 3) if good else None,
+            boxes=boxes[at],
+            labels=labels[at],
+            crowds=crowds[at],
+            reject=None if good else {name: row[name] or "" for name in ("image_id", "uri", "reason", "detail")},
+        )
+
+
+def batches(blocks: Iterable[pa.Table], size: int) -> Iterator[Batch]:
+    """Batches of `size` good rows, in the order of `blocks`; none spans two epochs, so the last of each may be smaller.
+
+    Raises:
+        ValueError: an epoch comes after a later one.
+    """
+    rows: list[Row] = []
+    good = 0
+    for block in blocks:
+        for row in rows_of(block):
+            if rows and row.epoch != rows[0].epoch:
+                if row.epoch < rows[0].epoch:
+                    raise ValueError(
+                        f"a row of epoch {row.epoch} came after one of epoch {rows[0].epoch}; blocks must come in order"
+                    )
+                yield Batch(epoch=rows[0].epoch, rows=rows)
+                rows, good = [], 0
+            rows.append(row)
+            good += row.pixels is not None
+            if good == size:
+                yield Batch(epoch=row.epoch, rows=rows)
+                rows, good = [], 0
+    if rows:
+        yield Batch(epoch=rows[0].epoch, rows=rows)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Placed:
+    """A batch on the device: images float (3, height, width) each, targets as the model wants them. Ready after the event."""
+
+    batch: Batch
+    images: list[Tensor]
+    targets: list[dict[str, Tensor]]
+    ready: torch.cuda.Event | None = None
+
+
+class Placer:
+    """Brings batches to a device, finished. On CUDA: from pinned memory, on a stream of its own."""
+
+    def __init__(self, device: torch.device, finish: Finish, classes: Classes):
+        self._device = device
+        # The models want channels first and float32; autocast makes bf16 of it where that is wanted.
+        self._finish = replace(finish, layout="chw", dtype="float32")
+        self._classes = classes
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, batch: Batch) -> Placed:
+        if self._stream is None:
+            return Placed(batch=batch, images=self._images(batch), targets=self._targets(batch))
+        with torch.cuda.stream(self._stream):
+            images, targets = self._images(batch), self._targets(batch)
+            ready = torch.cuda.Event()
+            ready.record(self._stream)
+        return Placed(batch=batch, images=images, targets=targets, ready=ready)
+
+    def take(self, placed: Placed) -> None:
+        """Make the current stream wait for the batch, and keep its memory until that stream is done with it."""
+        if placed.ready is None:
+            return
+        stream = torch.cuda.current_stream(self._device)
+        stream.wait_event(placed.ready)
+        for tensor in [*placed.images, *(tensor for target in placed.targets for tensor in target.values())]:
+            tensor.record_stream(stream)
+
+    def _images(self, batch: Batch) -> list[Tensor]:
+        pixels = [row.pixels for row in batch.good if row.pixels is not None]
+        if not pixels:
+            return []
+        sizes = [image.shape[:2] for image in pixels]
+        if len(set(sizes)) == 1:
+            return list(on_torch.finish(self._sent(pixels), self._finish))
+        apart = [self._sent([image])[0] for image in pixels]
+        if self._finish.pad_multiple is None:  # the model pads
+            return [on_torch.finish(image[None], self._finish)[0] for image in apart]
+        padded = on_torch.finish(apart, self._finish)
+        return [image[:, :height, :width] for image, (height, width) in zip(padded, sizes, strict=True)]
+
+    def _sent(self, pixels: list[np.ndarray]) -> Tensor:
+        """uint8 (n, height, width, 3) on the device, from images of one size."""
+        together = torch.empty((len(pixels), *pixels[0].shape), dtype=torch.uint8, pin_memory=self._stream is not None)
+        np.stack(pixels, out=together.numpy())
+        return together.to(self._device, non_blocking=True)
+
+    def _targets(self, batch: Batch) -> list[dict[str, Tensor]]:
+        targets = []
+        for row in batch.good:
+            boxes, labels = trainable(row)
+            classes = self._classes.of(labels)
+            targets.append(
+                {
+                    "boxes": torch.from_numpy(np.ascontiguousarray(boxes, np.float32)).to(self._device, non_blocking=True),
+                    "labels": torch.from_numpy(classes).to(self._device, non_blocking=True),
+                }
+            )
+        return targets
+
+
+def trainable(row: Row) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes (n, 4) and labels (n,) to learn from: no crowds, and none that the recipe left without an area."""
+    if len(row.labels) != len(row.boxes):
+        raise UsageError(
+            f"image {row.image_id} has {len(row.boxes)} boxes, but {len(row.labels)} labels, so it is unknown what is in them. Give a label for "
+            f"each box, or leave the image out."
+        )
+    kept = (row.boxes[:, 2] > row.boxes[:, 0]) & (row.boxes[:, 3] > row.boxes[:, 1])
+    if len(row.crowds):
+        kept &= ~row.crowds
+    return row.boxes[kept], row.labels[kept]
+
+
+# Not inference_mode: anchors that a model keeps between calls would then be tensors that training must not touch.
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, blocks: Iterable[pa.Table], *, placer: Placer, classes: Classes, batch_size: int, amp: bool
+) -> list[tuple[Truth, Found]]:
+    """What is in the good images of `blocks`, and what the model finds there, by the data set's category ids. Leaves it in eval mode."""
+    model.eval()
+    pairs = []
+    for batch in batches(blocks, batch_size):
+        placed = placer(batch)
+        placer.take(placed)
+        if not placed.images:
+            continue
+        with torch.autocast(placed.images[0].device.type, torch.bfloat16, enabled=amp):
+            results = model(placed.images)
+        for row, result in zip(batch.good, results, strict=True):
+            found = Found(
+                boxes=result["boxes"].float().cpu().numpy(),
+                labels=classes.ids_of(result["labels"].cpu().numpy()),
+                scores=result["scores"].float().cpu().numpy(),
+            )
+            pairs.append((Truth(boxes=row.boxes, labels=row.labels, crowds=row.crowds), found))
+    return pairs
