@@ -43,6 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"{100 * trained['wait_share']:.0f}% of their time",
             highlight=False,
         )
+        Console().print(f"Preprocess once, or while training? {trained['break_even']['reason']}", highlight=False)
         console.print(
             f"model: {outcome.checkpoint}\nreport: {settings.storage}/_raypipe/report.html", markup=False, highlight=False
         )

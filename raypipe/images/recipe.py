@@ -1105,6 +1105,12 @@ class Recipe:
         return Plan(tuple(done), size, boxes, keep)
 
 
+def left_of(values: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    """What belongs to the boxes that a plan kept, (m,), of what belongs to those it was given, (n,). A source may know boxes without
+    labels or ids: then there is nothing to choose from."""
+    return values[keep] if len(values) > keep.max(initial=-1) else values[:0]
+
+
 def for_evaluation(recipe: Recipe) -> Recipe:
     """The recipe without chance: what a model trained with it is judged on, and given when it serves.
 

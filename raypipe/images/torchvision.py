@@ -1,6 +1,7 @@
 """How torchvision does it: decoding (Pillow), every plain op, the finish, encoding.
 
-Images are CHW RGB uint8 tensors whose memory is HWC (channels last): torchvision resizes these twice as fast.
+Images are CHW RGB uint8 tensors whose memory is HWC (channels last): torchvision resizes these twice as fast. Every op also does many images of one
+size at once, (n, 3, height, width), and on whatever device they are: so a recipe's ops can be left to the device that trains.
 """
 
 import functools
@@ -50,13 +51,16 @@ def execute(image: torch.Tensor, plan: Sequence[Any], out: np.ndarray) -> None:
 
 @functools.singledispatch
 def apply(op: Any, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
-    """Does one plain op; never changes `image`. `out` is there for OpenCV's sake: torchvision cannot write into a given place."""
+    """Does one plain op on (..., 3, height, width) uint8; never changes `image`. `out` is there for OpenCV's sake: torchvision cannot write
+    into a given place."""
     raise UsageError(f"the torchvision backend cannot do {op}; register a function with raypipe.images.torchvision.apply")
 
 
 @apply.register
 def _(op: ops.Resize, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
-    if not image.is_contiguous():  # a crop: gathering it first saves a third of the time; plain CHW would take longer
+    if (
+        image.ndim == 3 and not image.is_contiguous()
+    ):  # a crop: gathering it first saves a third of the time; plain CHW would take longer
         image = image[None].contiguous(memory_format=torch.channels_last)[0]
     return functional.resize(
         image, [op.height, op.width], interpolation=functional.InterpolationMode.BILINEAR, antialias=op.antialias
@@ -65,7 +69,7 @@ def _(op: ops.Resize, image: torch.Tensor, out: np.ndarray | None = None) -> tor
 
 @apply.register
 def _(op: ops.Crop, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
-    return image[:, op.top : op.top + op.height, op.left : op.left + op.width]
+    return image[..., op.top : op.top + op.height, op.left : op.left + op.width]
 
 
 @apply.register
@@ -83,16 +87,17 @@ def _(op: ops.Pad, image: torch.Tensor, out: np.ndarray | None = None) -> torch.
 
 @apply.register
 def _(op: ops.Affine, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
-    _, height, width = image.shape
+    height, width = image.shape[-2:]
+    images = image.reshape(-1, 3, height, width)
     forward = np.vstack([np.array(op.matrix, np.float64).reshape(2, 3), [0, 0, 1]])
     # grid_sample counts from -1 to 1, and asks where each pixel of the result comes from.
     pixels = np.array([[width / 2, 0, width / 2], [0, height / 2, height / 2], [0, 0, 1]])
-    theta = torch.from_numpy((np.linalg.inv(pixels) @ np.linalg.inv(forward) @ pixels)[:2]).to(torch.float32)
-    grid = affine_grid(theta[None], [1, 3, height, width], align_corners=False)
-    fill = torch.tensor(op.fill, dtype=torch.float32)[:, None, None]
+    theta = torch.from_numpy((np.linalg.inv(pixels) @ np.linalg.inv(forward) @ pixels)[:2]).to(image.device, torch.float32)
+    grid = affine_grid(theta.expand(len(images), 2, 3), list(images.shape), align_corners=False)
+    fill = torch.tensor(op.fill, dtype=torch.float32, device=image.device)[:, None, None]
     # Outside is 0 for grid_sample: less the fill before, plus it after, makes that the fill, and blends at the border.
-    moved = grid_sample((image - fill)[None], grid, mode="bilinear", padding_mode="zeros", align_corners=False)[0]
-    return (moved + fill).round_().clamp_(0, 255).to(torch.uint8)
+    moved = grid_sample(images - fill, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    return (moved + fill).round_().clamp_(0, 255).to(torch.uint8).reshape(image.shape)
 
 
 # float: torchvision multiplies uint8 by a whole number without clipping, so that it wraps around
@@ -118,7 +123,7 @@ def _(op: ops.Hue, image: torch.Tensor, out: np.ndarray | None = None) -> torch.
 
 @apply.register
 def _(op: ops.Permute, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
-    return image[list(op.order)]
+    return image[..., list(op.order), :, :]
 
 
 @apply.register
@@ -153,13 +158,13 @@ def _(op: ops.GaussianBlur, image: torch.Tensor, out: np.ndarray | None = None) 
 
 @apply.register
 def _(op: ops.AddNoise, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
-    noisy = torch.from_numpy(noise(op, (image.shape[1], image.shape[2]))).permute(2, 0, 1)
-    return noisy.add_(image).round_().clamp_(0, 255).to(torch.uint8)
+    noisy = torch.from_numpy(noise(op, (image.shape[-2], image.shape[-1]))).permute(2, 0, 1).to(image.device)
+    return (noisy + image).round_().clamp_(0, 255).to(torch.uint8)
 
 
 @apply.register
 def _(op: ops.Erase, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
-    fill = torch.tensor(op.fill, dtype=torch.uint8)[:, None, None]
+    fill = torch.tensor(op.fill, dtype=torch.uint8, device=image.device)[:, None, None]
     return functional.erase(image, op.top, op.left, op.height, op.width, fill)
 
 

@@ -40,6 +40,7 @@ def page(report: dict, *, rejects: Sequence[dict] = (), more_rejects: int = 0) -
         _section("Key figures", _key_figures(report)),
         _section("Over time", over_time(report)),
         _section("Stages", _stage_table(report)),
+        _section("Training", _training(report)),
         _section("Predicted against measured", _predicted(report)),
         _section("Rejects", _rejects(report, rejects, more_rejects)),
         _section(
@@ -145,6 +146,30 @@ def _stage_table(report: dict) -> str:
     head = ["", *(swatch(stage.get("name"), colour) for stage, colour in zip(stages, colour_of, strict=True))]
     rows = [[label, *map(cell, stages)] for label, cell in _FIGURES]
     return table(head, [*rows, ["shares of its time", *map(_spent, stages, colour_of)]], "Stages")
+
+
+_EPOCHS: tuple[tuple[str, Callable[[dict], str]], ...] = (
+    ("epoch", lambda e: number(e.get("epoch"))),
+    ("loss", lambda e: number(e.get("loss"))),
+    ("mAP", lambda e: number(e.get("map"))),
+    ("at IoU .50", lambda e: number(e.get("map50"))),
+    ("images", lambda e: number(e.get("images"))),
+    ("images/s", lambda e: number(e.get("images_per_s"))),
+    ("waiting for data", lambda e: share(e.get("wait_share"))),
+)
+
+
+def _training(report: dict) -> str:
+    training = report.get("train") or {}
+    epochs = training.get("epochs") or []
+    if not training:
+        return ""
+    computed, waited = (share(training.get(key)) for key in ("accelerator_utilisation", "wait_share"))
+    said = tag("p", f"The workers were in steps for {computed} of their time and waited for data for {waited}.")
+    reason = (training.get("break_even") or {}).get("reason")
+    stored = tag("p", tag("b", "Preprocess once, or while training? "), text(reason)) if reason else ""
+    rows = [[cell(epoch) for _, cell in _EPOCHS] for epoch in epochs]
+    return said + stored + (table([name for name, _ in _EPOCHS], rows, "Epochs") if rows else "")
 
 
 def _predicted(report: dict) -> str:

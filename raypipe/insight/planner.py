@@ -148,7 +148,7 @@ def changes(stages: Sequence[StageCost], machine: Machine, measured: float) -> l
         return []
     options = [
         (
-            f"{stage.name} actors {stage.actors} -> {stage.actors + 1}",
+            f"{stage.name} {'workers' if stage.on_gpu else 'actors'} {stage.actors} -> {stage.actors + 1}{', with a GPU more' if stage.on_gpu else ''}",
             [replace(s, actors=s.actors + (s is stage)) for s in base],
             machine,
         )
@@ -229,3 +229,52 @@ def outlook(stages: Sequence[StageCost], machine: Machine, counts: Mapping[str, 
         richer = replace(machine, gpus=machine.gpus + 1)
         gains.append(("one more GPU, and the best actors for it", rate(best(stages, richer), richer)))
     return Outlook(machine=machine, counts=chosen, images_per_s=images_per_s, limit=limit, gains=tuple(gains))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Designs:
+    """The two designs of a training, in seconds: preprocess in every epoch while training (`continuous_s` an epoch), or once into a store
+    (`once_s`) and train from there (`stored_s` an epoch)."""
+
+    once_s: float
+    continuous_s: float
+    stored_s: float
+
+    @property
+    def break_even_epochs(self) -> float | None:
+        """From how many epochs on storing takes less time in all; None: never, as an epoch from the store saves less than 2%, within the
+        noise of what stages cost."""
+        saved = self.continuous_s - self.stored_s
+        return self.once_s / saved if saved > 0.02 * self.continuous_s else None
+
+
+def designs(
+    *,
+    images: int,
+    preprocess: StageCost,
+    write: StageCost,
+    stored: StageCost,
+    machine: Machine,
+    train: StageCost | None = None,
+) -> Designs:
+    """What both designs would take by the model.
+
+    Args:
+        images: an epoch.
+        preprocess: of the source, with its actors.
+        write: of what preprocessing made; its actors are chosen.
+        stored: preprocessing what was written; as many actors as `preprocess` has.
+        train: with its workers; None: whatever takes the images is fast enough.
+    """
+    trains = [train] if train is not None else []
+    first = [preprocess, write]
+    counts = best(first, replace(machine, actors=max(machine.actors, preprocess.actors + 1)), fixed={preprocess.name})
+
+    def seconds(stages: Sequence[StageCost]) -> float:
+        return images / bound(stages, machine)[0]
+
+    return Designs(
+        once_s=seconds(with_actors(first, counts)),
+        continuous_s=seconds([preprocess, *trains]),
+        stored_s=seconds([replace(stored, actors=preprocess.actors), *trains]),
+    )

@@ -85,6 +85,7 @@ def _stage(name: str, snapshot: dict, cores: float) -> dict[str, Any]:
     images = sum(actor["images"] for actor in actors)
     busy_s = sum(actor["busy_s"] for actor in actors)
     cpu_s = sum(actor["cpu_s"] for actor in actors)
+    gpu_seen_s = sum(actor["gpu_seen_s"] for actor in actors)
     waits = [actor["core_wait_s"] for actor in actors]
     core_wait_s = None if None in waits else sum(waits)
     # The two clocks differ a little (10 Hz there, every call here); the shares must still sum to 1.
@@ -102,8 +103,10 @@ def _stage(name: str, snapshot: dict, cores: float) -> dict[str, Any]:
         "core_wait_s_per_image": None if core_wait_s is None else _ratio(core_wait_s, images),
         "cpu_percent": _ratio(100 * cpu_s, (last - first) * cores),
         "rss_peak_bytes": snapshot["rss_peak_by_stage"].get(name),
-        "gpu_percent": None,
-        "gpu_memory_peak_bytes": None,
+        "gpu_percent": _ratio(100 * sum(actor["gpu_busy_s"] for actor in actors), gpu_seen_s),
+        "gpu_memory_peak_bytes": max(
+            (actor["gpu_memory_peak_bytes"] for actor in actors if actor["gpu_memory_peak_bytes"] is not None), default=None
+        ),
         "bytes_in": sum(actor["bytes_in"] for actor in actors),
         "bytes_out": sum(actor["bytes_out"] for actor in actors),
         "busy": _ratio(busy_s, total),
@@ -166,6 +169,7 @@ def build(
         "images_done_before": counts.before,
         "rejects_by_reason": counts.rejects_by_reason,
         "setup_s": clock.setup_s,
+        "ready_s": clock.ready_s,
         "wall_s": clock.wall_s,
         "first_output_s": clock.first_output_s,
         "images_per_s": _ratio(done_now, clock.wall_s),
@@ -186,6 +190,10 @@ def build(
     }
 
 
+_WAITS_FOR = {"preprocess": "the input", "write": "the store"}
+"""What a stage waits for where an image keeps it longer than its CPU does: a disk or a network."""
+
+
 def verdict(stages: list[dict], cores: float, measured: float, cpu_percent: float | None = None) -> dict[str, Any]:
     """Which stage limits, why, and what a change would bring.
 
@@ -202,6 +210,7 @@ def verdict(stages: list[dict], cores: float, measured: float, cpu_percent: floa
             busy_s=s["busy_s_per_image"],
             cpu_s=s["cpu_s_per_image"],
             core_wait_s=s.get("core_wait_s_per_image"),
+            on_gpu=s.get("gpu_percent") is not None,
         )
         for s in stages
         if s["busy_s_per_image"] and s["actors"]["max"]
@@ -236,6 +245,9 @@ def verdict(stages: list[dict], cores: float, measured: float, cpu_percent: floa
             + "".join(f"; {text}" for text in others)
             + "."
         )
+        idle = 1 - (stage.cpu_s + (stage.core_wait_s or 0.0)) / stage.busy_s
+        if limit in _WAITS_FOR and idle > 0.5:
+            reason += f" {100 * idle:.0f}% of that it waited for {_WAITS_FOR[limit]}, not for a core."
     used = sum(s["cpu_percent"] or 0.0 for s in stages)
     if cpu_percent is not None and cpu_percent > 85 and used < 70:
         reason += f" Other programs held much of the machine: it was {cpu_percent:.0f}% busy, {used:.0f}% by these stages."

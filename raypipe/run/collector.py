@@ -8,7 +8,7 @@ back the wanted counts, `raypipe watch | scale` and `Control` ask it.
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import ray
@@ -68,6 +68,8 @@ class _Totals:
     actor_s: float
     starved_s: float
     spent_s: float  # busy, calls under way included
+    gpu_seen_s: float
+    gpu_busy_s: float
 
 
 @dataclass(slots=True)
@@ -82,6 +84,8 @@ class _Bucket:
     queued: int | None = None
     actor_s: float = 0.0
     starved_s: float = 0.0
+    gpu_seen_s: float = 0.0
+    gpu_busy_s: float = 0.0
 
     def add(self, other: "_Bucket") -> None:
         """Take in the stretch that follows."""
@@ -93,6 +97,8 @@ class _Bucket:
         self.queued = self.queued if other.queued is None else other.queued
         self.actor_s += other.actor_s
         self.starved_s += other.starved_s
+        self.gpu_seen_s += other.gpu_seen_s
+        self.gpu_busy_s += other.gpu_busy_s
 
     def record(self, width: float) -> dict[str, float | int | None]:
         """As plain figures, for a stretch of `width` seconds. What no actor, or no look at the execution, told of it is None."""
@@ -104,7 +110,7 @@ class _Bucket:
             "images_per_s": self.images / width if told else None,
             "cpu_cores": self.cpu_s / width if told else None,
             "rss_bytes": sum(self.rss_bytes.values()) if told else None,
-            "gpu_percent": None,
+            "gpu_percent": 100 * self.gpu_busy_s / self.gpu_seen_s if self.gpu_seen_s else None,
             "busy": busy,
             "starved": starved,
             "blocked": None if busy is None or starved is None else 1.0 - busy - starved,
@@ -162,6 +168,8 @@ class Collector:
             bucket.images += share * (sample.images - before.images)
             bucket.busy_s += share * (sample.busy_s - before.busy_s)
             bucket.cpu_s += share * (sample.cpu_s - before.cpu_s)
+            bucket.gpu_seen_s += share * (sample.gpu_seen_s - before.gpu_seen_s)
+            bucket.gpu_busy_s += share * (sample.gpu_busy_s - before.gpu_busy_s)
             bucket.rss_bytes[sample.actor] = sample.rss_bytes
 
     def _between(self, since: float, until: float, stage: str) -> list[tuple[_Bucket, float]]:
@@ -192,12 +200,14 @@ class Collector:
         """The stages' actor pools as the execution sees them; totals since its start. Returns the wanted counts."""
         now = self._clock()
         for stage, pool in pools.items():
+            self._wanted.setdefault(stage, pool.start)
+        pools = pools | self._without_pool(pools)
+        for stage, pool in pools.items():
             before = self._pools.get(stage) or PoolView()
             for bucket, share in self._between(self._looked, now, stage):
                 bucket.actors, bucket.queued = pool.end, pool.queued
                 bucket.actor_s += share * (pool.actor_s - before.actor_s)
                 bucket.starved_s += share * (pool.starved_s - before.starved_s)
-            self._wanted.setdefault(stage, pool.start)
         self._looked = now
         self._pools = pools
         for stage in pools:
@@ -205,6 +215,25 @@ class Collector:
         self._steer(now)
         self._metrics.record(self.live(), self._latest.values())
         return self._wanted
+
+    def _without_pool(self, pools: dict[str, PoolView]) -> dict[str, PoolView]:
+        """The stages whose actors take their input by themselves, as those of `pools` are seen: Ray Data knows nothing of training workers."""
+        views: dict[str, PoolView] = {}
+        for actor, sample in self._latest.items():
+            if sample.stage in pools or sample.starved_s is None:
+                continue
+            view = views.get(sample.stage) or PoolView()
+            before = self._pools.get(sample.stage)
+            running = view.running + (self._clock() - sample.at < 3 * SAMPLE_EVERY_S)
+            views[sample.stage] = replace(
+                view,
+                running=running,
+                end=running,
+                start=before.start if before else running,
+                actor_s=view.actor_s + sample.at - self._first[actor].at,
+                starved_s=view.starved_s + sample.starved_s,
+            )
+        return views
 
     def _remember(self, stage: str, now: float) -> None:
         samples = [sample for sample in self._latest.values() if sample.stage == stage]
@@ -222,6 +251,8 @@ class Collector:
                 actor_s=pool.actor_s,
                 starved_s=pool.starved_s,
                 spent_s=sum(sample.busy_s for sample in samples),
+                gpu_seen_s=sum(sample.gpu_seen_s for sample in samples),
+                gpu_busy_s=sum(sample.gpu_busy_s for sample in samples),
             )
         )
         while len(recent) > 2 and recent[1].at < now - WINDOW_AT_MOST_S:
@@ -288,8 +319,9 @@ class Collector:
     def _costs(self, *, since: float = 0.0, calls: int = 1) -> list[planner.StageCost] | None:
         """What an image costs each stage of late; None: some stage has not made so many calls an actor."""
         costs = []
-        for stage, count in self._wanted.items():
-            if self._pools[stage].done:
+        for stage, pool in self._pools.items():
+            count = self._wanted.get(stage, pool.running)
+            if pool.done or not count:
                 continue
             window = self._window(stage, calls=calls * count, since=since)
             if window is None or window[1].images == window[0].images:
@@ -304,6 +336,7 @@ class Collector:
                     busy_s=(last.busy_s - first.busy_s) / images,
                     cpu_s=(last.cpu_s - first.cpu_s) / images,
                     core_wait_s=None if wait_s is None else wait_s / images,
+                    on_gpu=last.gpu_seen_s > 0,
                 )
             )
         return costs or None
@@ -352,12 +385,14 @@ class Collector:
         samples = [s for s in self._latest.values() if s.stage == stage]
         window = self._window(stage)
         took = window[1].at - window[0].at if window else 0.0
-        record: dict[str, Any] = dict.fromkeys(("images_per_s", "cpu_percent", "busy", "starved", "blocked"))
+        record: dict[str, Any] = dict.fromkeys(("images_per_s", "cpu_percent", "gpu_percent", "busy", "starved", "blocked"))
         if window and took > 0:
             first, last = window
             actor_s = last.actor_s - first.actor_s
             record["images_per_s"] = (last.images - first.images) / took
             record["cpu_percent"] = 100 * (last.cpu_s - first.cpu_s) / took / self._facts.cores
+            if last.gpu_seen_s > first.gpu_seen_s:
+                record["gpu_percent"] = 100 * (last.gpu_busy_s - first.gpu_busy_s) / (last.gpu_seen_s - first.gpu_seen_s)
             if actor_s > 0:
                 busy = min((last.spent_s - first.spent_s) / actor_s, 1.0)
                 # Whoever writes files has nobody behind it to be held up by.
@@ -368,10 +403,9 @@ class Collector:
             "actors": pool.running,
             "pending": pool.pending,
             "draining": pool.draining,
-            "wanted": self._wanted.get(stage, pool.start),
+            "wanted": self._wanted.get(stage, pool.running),
             "images": sum(sample.images for sample in samples),
             "rss_bytes": sum(sample.rss_bytes for sample in fresh) if fresh else None,
-            "gpu_percent": None,
             "queued": pool.queued,
             **record,
         }

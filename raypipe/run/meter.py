@@ -15,6 +15,8 @@ from pathlib import Path
 import psutil
 import ray
 
+from raypipe.stages import Gpu, GpuUse
+
 SAMPLE_EVERY_S = 1.0
 
 
@@ -38,6 +40,10 @@ class Sample:
     rss_peak_bytes: int
     node_cpu_busy_s: float
     node_cpu_total_s: float
+    starved_s: float | None = None  # without input; None: not the actor but the execution knows
+    gpu_seen_s: float = 0.0  # its GPU was looked at for so long; 0: it has none
+    gpu_busy_s: float = 0.0
+    gpu_memory_peak_bytes: int | None = None
 
 
 class Meter:
@@ -46,13 +52,22 @@ class Meter:
     Busy is the wall time inside calls, and the CPU time between them: there Ray copies the block into the object store. CPU and
     resident memory are the whole process's, threads included, from psutil; the peak is over samples, not between them. Waiting for a
     core is that of the thread that makes the calls, from Linux's /proc/self/task/*/schedstat.
+
+    Args:
+        loops: the actor is not called but takes its input by itself, as a training worker does: it is busy whenever it does not `wait`.
     """
 
-    def __init__(self, *, stage: str, collector: ray.actor.ActorHandle | None):
+    def __init__(self, *, stage: str, collector: ray.actor.ActorHandle | None, loops: bool = False):
         self._stage = stage
         self._collector = collector
+        self._loops = loops
 
-    def start(self) -> None:
+    def start(self, gpu: Gpu | None = None) -> None:
+        self._gpu = gpu
+        self._thread = threading.get_native_id()
+        self._began = time.perf_counter()
+        self._starved = 0.0
+        self._waits_since: float | None = None
         self._process = psutil.Process()
         # Ray may restart the actor in a new process: totals then start again under a new name.
         self._actor = f"{ray.get_runtime_context().get_actor_id() or 'driver'}-{os.getpid()}"
@@ -61,6 +76,7 @@ class Meter:
         self._calls = self._images = self._bytes_in = self._bytes_out = self._rss_peak = 0
         self._busy = 0.0
         self._core_wait: float | None = 0.0
+        self._core_wait_before = _core_wait_s(self._thread)
         self._entered: float | None = None
         self._left = time.perf_counter()
         self._cpu_left = time.process_time()
@@ -89,12 +105,12 @@ class Meter:
         with self._lock:
             self._busy += max(between, 0.0)
             self._entered = now
-        waited = _core_wait_s()
+        waited = _core_wait_s(self._thread)
         try:
             yield
         finally:
             now = time.perf_counter()
-            in_all = _core_wait_s()
+            in_all = _core_wait_s(self._thread)
             with self._lock:
                 self._busy += now - self._entered
                 if self._core_wait is not None:
@@ -104,6 +120,26 @@ class Meter:
             self._left, self._cpu_left = now, time.process_time()
             if self._collector is not None:
                 self._send()
+
+    @contextmanager
+    def wait(self) -> Iterator[None]:
+        self._waits_since = time.perf_counter()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._starved += time.perf_counter() - self._waits_since
+                self._waits_since = None
+
+    def _spent(self, now: float) -> tuple[float, float, float | None, float | None]:
+        """Seconds busy, of these in a call under way, of these ready but without a core, and starved."""
+        if not self._loops:
+            under_way = now - self._entered if self._entered is not None else 0.0
+            return self._busy + under_way, under_way, self._core_wait, None
+        starved = self._starved + (now - self._waits_since if self._waits_since is not None else 0.0)
+        in_all = _core_wait_s(self._thread)
+        waited = None if in_all is None or self._core_wait_before is None else in_all - self._core_wait_before
+        return now - self._began - starved, 0.0, waited, starved
 
     def count(self, *, images: int, bytes_in: int, bytes_out: int) -> None:
         with self._lock:
@@ -117,7 +153,8 @@ class Meter:
         with self._lock:
             rss = self._process.memory_info().rss
             self._rss_peak = max(self._rss_peak, rss)
-            under_way = time.perf_counter() - self._entered if self._entered is not None else 0.0
+            busy, under_way, core_wait, starved = self._spent(time.perf_counter())
+            gpu = self._gpu.use() if self._gpu is not None else GpuUse()
             return Sample(
                 stage=self._stage,
                 actor=self._actor,
@@ -127,14 +164,18 @@ class Meter:
                 images=self._images,
                 bytes_in=self._bytes_in,
                 bytes_out=self._bytes_out,
-                busy_s=self._busy + under_way,
+                busy_s=busy,
                 under_way_s=under_way,
-                core_wait_s=self._core_wait,
+                core_wait_s=core_wait,
                 cpu_s=self._cpu() - self._cpu_at_start,
                 rss_bytes=rss,
                 rss_peak_bytes=self._rss_peak,
                 node_cpu_busy_s=busy_cpu_s(machine),
                 node_cpu_total_s=sum(machine[:8]),
+                starved_s=starved,
+                gpu_seen_s=gpu.seen_s,
+                gpu_busy_s=gpu.busy_s,
+                gpu_memory_peak_bytes=gpu.memory_peak_bytes,
             )
 
     def _send(self) -> None:
@@ -143,10 +184,10 @@ class Meter:
         self._collector.record.remote(self.sample())
 
 
-def _core_wait_s() -> float | None:
-    """Seconds that this thread has been ready to run and had no core (the second figure of its schedstat, nanoseconds)."""
+def _core_wait_s(thread: int) -> float | None:
+    """Seconds that a thread of this process has been ready to run and had no core (the second figure of its schedstat, nanoseconds)."""
     try:
-        return int(Path(f"/proc/self/task/{threading.get_native_id()}/schedstat").read_text().split()[1]) / 1e9
+        return int(Path(f"/proc/self/task/{thread}/schedstat").read_text().split()[1]) / 1e9
     except (OSError, IndexError, ValueError):
         return None
 

@@ -11,6 +11,8 @@ import pickle
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import BinaryIO
 
@@ -19,6 +21,8 @@ import pyarrow as pa
 from raypipe.data import location
 from raypipe.data.reader import Reader
 from raypipe.data.sinks import Sink
+from raypipe.data.sources import list_images
+from raypipe.data.work import make_work
 from raypipe.images import backend as backend_module
 from raypipe.insight.planner import StageCost
 from raypipe.stages.preprocess import Preprocessing, keep_freed_memory, preprocess_shard
@@ -33,7 +37,8 @@ WAIT_AT_MOST_S = 10.0
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """What to time: `rows` (schema WORK), of which the first few are enough. `sink` None: nothing is written."""
+    """What to time: `rows` (schema WORK), of which the first few are enough. `sink` None: nothing is written. `stored`: also preprocessing
+    what was written, as a training from a store does in every epoch."""
 
     rows: pa.Table
     settings: Preprocessing
@@ -42,6 +47,7 @@ class Probe:
     io_threads: int
     read_ms: float
     store_ms: float
+    stored: bool = False
 
 
 def start(probe: Probe) -> subprocess.Popen[bytes]:
@@ -63,6 +69,16 @@ def start(probe: Probe) -> subprocess.Popen[bytes]:
     except BrokenPipeError:
         pass
     return process
+
+
+@contextmanager
+def started(probe: Probe) -> Iterator[subprocess.Popen[bytes]]:
+    """`start`, and whatever happens meanwhile, it is over afterwards."""
+    process = start(probe)
+    try:
+        yield process
+    finally:
+        process.kill()
 
 
 def finish(process: subprocess.Popen[bytes]) -> list[StageCost] | None:
@@ -108,13 +124,23 @@ def time_stages(probe: Probe) -> list[StageCost]:
         images += rows.num_rows - block.column("image").null_count
         if time.perf_counter() - begun > ENOUGH_S:
             break
-    waits = {"preprocess": probe.read_ms / 1000, "write": probe.store_ms / 1000}
     if not images:
         return []
-    return [
+    waits = {"preprocess": probe.read_ms / 1000, "write": probe.store_ms / 1000}
+    costs = [
         StageCost(name=name, actors=1, busy_s=busy_s / images + waits[name], cpu_s=cpu_s / images)
         for name, (busy_s, cpu_s) in spent.items()
     ]
+    return costs + ([_time_stored(sink, probe.settings, reader)] if sink is not None and probe.stored else [])
+
+
+def _time_stored(sink: Sink, settings: Preprocessing, reader: Reader) -> StageCost:
+    rows = make_work(list_images(sink.root), rows_per_shard=IMAGES)
+    for _ in range(2):  # the first time pays for what a reader keeps of a file
+        times = _now()
+        preprocess_shard(rows, settings, reader=reader)
+        busy_s, cpu_s = _add((0.0, 0.0), times)
+    return StageCost(name="stored", actors=1, busy_s=busy_s / rows.num_rows, cpu_s=cpu_s / rows.num_rows)
 
 
 def _folder(sink: Sink) -> str:

@@ -6,6 +6,7 @@ there, with as many workers and actors as there are then. Ray Train's own restar
 """
 
 import json
+import math
 import os
 import threading
 import time
@@ -32,12 +33,14 @@ from rich.console import Console
 from raypipe import UsageError
 from raypipe.data import journal, location
 from raypipe.data.journal import Rejected
+from raypipe.data.sinks import Sink
 from raypipe.data.sources import list_images
 from raypipe.data.work import make_work, shard_rows, unlist, untouched, wanted_by
 from raypipe.images import backend as backend_module
 from raypipe.images import catalog
 from raypipe.images.decode import MAX_PIXELS
 from raypipe.images.recipe import Finish, Recipe, for_evaluation, to_json
+from raypipe.insight import planner
 from raypipe.insight import report as reports
 from raypipe.insight.report import PoolView
 from raypipe.models import checkpoint as checkpoints
@@ -45,6 +48,7 @@ from raypipe.models import detection
 from raypipe.models.checkpoint import Progress
 from raypipe.models.detection import Classes
 from raypipe.run import pipeline
+from raypipe.run import probe as probes
 from raypipe.run.collector import Facts, start_collector
 from raypipe.run.meter import Meter
 from raypipe.run.pipeline import preprocessed
@@ -69,6 +73,8 @@ class Settings:
     """Name (`raypipe recipes` lists them) or a JSON file."""
     backend: Literal["opencv", "torchvision"] = "opencv"
     """Library that decodes and transforms."""
+    ops_on: Literal["actors", "device"] = "actors"
+    """Who does the recipe's ops after decoding: the preprocess actors, or torchvision in batches on the device that trains (whole images go there)."""
     limit: int | None = None
     """Only the first so many images."""
     seed: int = 0
@@ -121,6 +127,8 @@ class Settings:
     """Preprocess actors; auto: one for each core that no worker takes."""
     threads: int = 1
     """Threads that OpenCV or torch may use within each preprocess actor."""
+    read_ms: float = 0.0
+    """Have every image take so many milliseconds longer to read, as from a slow store: to try what waiting does."""
     shard_rows: int | None = None
     """Images a shard; by default as many as make 64 MiB of output."""
     checkpoint_every: int | None = None
@@ -176,7 +184,19 @@ class Settings:
     @property
     def preprocessing(self) -> Preprocess:
         """The input side, as jobs/preprocess.py has it."""
-        names = ("input", "annotations", "recipe", "backend", "limit", "seed", "max_pixels", "actors", "threads", "shard_rows")
+        names = (
+            "input",
+            "annotations",
+            "recipe",
+            "backend",
+            "limit",
+            "seed",
+            "max_pixels",
+            "actors",
+            "threads",
+            "read_ms",
+            "shard_rows",
+        )
         return Preprocess(
             **{name: getattr(self, name) for name in names}, max_reject_fraction=self.max_reject_fraction, run_id=self.run_id
         )
@@ -220,7 +240,9 @@ def plan(settings: Settings) -> Todo:
     """
     settings.check()
     recipe = catalog.get(settings.recipe)
-    backend_module(settings.backend).check(recipe)
+    on_device = settings.ops_on == "device"
+    backend_module("torchvision" if on_device else settings.backend).check(recipe)
+    backend_module(settings.backend).check(for_evaluation(recipe))  # which actors make what is judged on with
     detection.check(settings.model, recipe.fixed_size)
     listed = list_images(settings.input, annotations=settings.annotations, limit=settings.limit, seed=settings.seed)
     if settings.holdout_input is not None:
@@ -231,7 +253,7 @@ def plan(settings: Settings) -> Todo:
     classes = Classes.among(unlist(source.column("labels")))
     if not len(classes) or not pc.sum(pc.list_value_length(source.column("boxes"))).as_py():
         raise UsageError(f"No image of {settings.input!r} has labelled boxes, so there is nothing to learn. Give --annotations.")
-    height, width = recipe.fixed_size or (480, 640)
+    height, width = (None if on_device else recipe.fixed_size) or (480, 640)
     rows = settings.shard_rows or shard_rows(rows=source.num_rows, row_bytes=height * width * 3)
     work = make_work(source, rows_per_shard=rows, epochs=settings.epochs, shuffle_seed=settings.seed)
     training = Training(
@@ -239,6 +261,7 @@ def plan(settings: Settings) -> Todo:
         arguments=settings.arguments,
         classes=classes,
         finish=recipe.finish or Finish(scale=1 / 255),
+        left=recipe if on_device else None,
         rows=work.num_rows,
         clip=settings.clip or None,
         threads=settings.worker_threads,
@@ -257,7 +280,7 @@ def plan(settings: Settings) -> Todo:
 
 
 _DECIDING = (
-    *("backend", "seed", "max_pixels", "epochs", "batch_size", "optimizer", "lr", "momentum", "weight_decay", "schedule"),
+    *("backend", "ops_on", "seed", "max_pixels", "epochs", "batch_size", "optimizer", "lr", "momentum", "weight_decay", "schedule"),
     *("warmup", "clip", "amp"),
 )
 _PASSED_ON = (
@@ -341,8 +364,10 @@ def run(settings: Settings, *, console: Console | None = None) -> Outcome:
     before = progress.rows
     run_id = settings.run_id or f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
     _say(console, "Starting Ray ..." if not os.environ.get("RAY_ADDRESS") else "Joining Ray ...")
-    with ray_session(_sized(settings), beside=_cpus_for_workers(settings)) as session:
+    alone = ray_session(_sized(settings), beside=_cpus_for_workers(settings))
+    with probes.started(_probe(settings, todo)) as timing, alone as session:
         on_gpu = _on_gpu(settings)
+        timed = probes.finish(timing)
         pools = size_pools(_sized(settings), None, session, images=total)
         collector = start_collector(run_id, _facts(settings, todo, session, rows=total - before))
         board = ray.remote(num_cpus=0)(Board).remote()
@@ -351,7 +376,7 @@ def run(settings: Settings, *, console: Console | None = None) -> Outcome:
         begun, begun_at = time.perf_counter(), time.time()
         collector.begin.remote(begun_at)
         held, held_rejects = _held_out(todo, settings, pools, session, run_id)
-        watch = _Watch(console, total, begun_at=begun_at, rows=before)
+        watch = _Watch(console, total, collector, begun_at=begun_at, before=progress, rows=before)
         failures = attempt = 0
         said: str | None = None
         while True:
@@ -388,9 +413,9 @@ def run(settings: Settings, *, console: Console | None = None) -> Outcome:
     assert folder is not None
     checkpoints.prune(storage, keep=checkpoints.all_in(storage)[-settings.keep :])
     report = _report(
-        settings, run_id, session, progress, watch,
+        settings, todo, run_id, session, progress, watch,
         clock=reports.Clock(wall_s=wall_s, setup_s=begun_at - started, ready_s=watch.began and watch.began - begun_at, outputs=watch.outputs),
-        snapshot=snapshot, cpu_percent=cpu_percent, total=total, before=before, on_gpu=on_gpu, held_rejects=held_rejects,
+        snapshot=snapshot, cpu_percent=cpu_percent, total=total, before=before, on_gpu=on_gpu, held_rejects=held_rejects, timed=timed or [],
     )  # fmt: skip
     rejected = [Rejected(**row) for row in progress.rejects]
     pipeline.leave_report(storage, f"{journal.STATE}/", report, rejected)
@@ -429,7 +454,8 @@ def _facts(settings: Settings, todo: Todo, session: Session, *, rows: int) -> Fa
         backend=settings.backend,
         images=rows,
         cores=session.cores,
-        at_most=session.at_most,
+        at_most=session.at_most + _cpus_for_workers(settings),
+        auto=("preprocess",) if settings.actors == "auto" else (),
     )
 
 
@@ -462,7 +488,7 @@ def _held_out(todo: Todo, settings: Settings, pools: Pools, session: Session, ru
     """The blocks to judge on, made once: without chance they are the same in each epoch. And how many rows were rejected."""
     if not todo.holdout.num_rows:
         return [], 0
-    pixels = replace(_pixels(todo, settings), recipe=for_evaluation(todo.recipe))
+    pixels = replace(_pixels(todo, settings), recipe=for_evaluation(todo.recipe), decode_only=False)
     dataset = preprocessed(
         todo.holdout,
         pixels,
@@ -481,8 +507,48 @@ def _held_out(todo: Todo, settings: Settings, pools: Pools, session: Session, ru
     return refs, rejected
 
 
+def _probe(settings: Settings, todo: Todo) -> probes.Probe:
+    """Times what storing preprocessed images and reading them again would cost, for the report's break-even."""
+    sink = Sink(format="parquet", root=location.absolute(settings.storage))
+    how: dict[str, Any] = {"threads": settings.threads, "io_threads": _io_threads(settings), "read_ms": settings.read_ms}
+    pixels = replace(_pixels(todo, settings), decode_only=False)
+    return probes.Probe(rows=todo.work, settings=pixels, sink=sink, store_ms=0.0, stored=True, **how)
+
+
+def _break_even(report: dict[str, Any], timed: list[planner.StageCost], todo: Todo) -> dict[str, Any]:
+    """What the report says of the two designs: preprocessing continuously, or once into a store and training from there."""
+    if todo.recipe.random:
+        why = "The recipe draws anew in each epoch, which stored images cannot: only continuous preprocessing gives these."
+        return {"epochs": None, "reason": why}
+    if todo.training.left is not None:
+        return {"epochs": None, "reason": "The recipe's ops are done on the training device: there is nothing to store."}
+    try:
+        measured, machine = planner.of_report(report)
+        costs = {cost.name: cost for cost in [*timed, *measured]}  # what the run itself measured counts more
+        stages = {name: costs[name] for name in ("preprocess", "write", "stored", "train")}
+    except (ValueError, KeyError):
+        return {"epochs": None, "reason": "Too little was measured to tell."}
+    images = todo.work.num_rows // todo.training.epochs
+    found = planner.designs(images=images, machine=machine, **stages)
+    epochs = found.break_even_epochs
+    if epochs is None:
+        why = f"Storing saves no time: an epoch takes {found.continuous_s:.1f} s with preprocessing, {found.stored_s:.1f} s from a store."
+    else:
+        why = (
+            f"Preprocessing once takes {found.once_s:.1f} s and saves {found.continuous_s - found.stored_s:.1f} s in each epoch: from "
+            f"{math.ceil(epochs)} epochs on it takes less in all."
+        )
+    return {"epochs": epochs, "reason": why, **asdict(found)}
+
+
 def _pixels(todo: Todo, settings: Settings) -> Preprocessing:
-    return Preprocessing(recipe=todo.recipe, backend=settings.backend, seed=settings.seed, max_pixels=settings.max_pixels)
+    return Preprocessing(
+        recipe=todo.recipe,
+        backend=settings.backend,
+        seed=settings.seed,
+        max_pixels=settings.max_pixels,
+        decode_only=settings.ops_on == "device",
+    )
 
 
 def _io_threads(settings: Settings) -> int:
@@ -522,6 +588,7 @@ def _attempt(
             cpus_each=cpus_each,
             threads=settings.threads,
             io_threads=_io_threads(settings),
+            read_ms=settings.read_ms,
             run_id=name,
             collector=collector,
         )
@@ -535,7 +602,7 @@ def _attempt(
         has_rows=bool(left.num_rows),
         holdout=held,
         board=_ToBoard(board),
-        meter=Meter(stage="train", collector=collector),
+        meter=Meter(stage="train", collector=collector, loops=True),
         row_log=settings.row_log and os.path.abspath(settings.row_log),
     )
     remote = {}
@@ -588,7 +655,9 @@ class _Watch:
 
     console: Console
     total: int
+    collector: ray.actor.ActorHandle
     begun_at: float
+    before: Progress  # what earlier runs have done
     rows: int  # done by now
     outputs: list[tuple[float, int]] = field(default_factory=list)
     workers: list[list[dict[str, Any]]] = field(default_factory=list)  # of each attempt, what its workers last said
@@ -621,6 +690,9 @@ class _Watch:
             if record["rows"] > self.rows:
                 self.outputs.append((record["at"] - self.begun_at, record["rows"] - self.rows))
                 self.rows = record["rows"]
+                self.collector.progress.remote(
+                    record["at"], self.rows - self.before.rows, record["rejected"] - self.before.rejected
+                )
             if record["kind"] == "epoch":
                 self.workers[-1] = record["workers"]
                 _say(self.console, _epoch_line(record))
@@ -679,6 +751,7 @@ def _give_up(error: ray.train.TrainingFailedError, failures: int, settings: Sett
 
 def _report(
     settings: Settings,
+    todo: Todo,
     run_id: str,
     session: Session,
     progress: Progress,
@@ -691,6 +764,7 @@ def _report(
     before: int,
     on_gpu: bool,
     held_rejects: int,
+    timed: list[planner.StageCost],
 ) -> dict[str, Any]:
     workers = [worker for attempt in watch.workers for worker in attempt]
     spent = {what: sum(worker[what] for worker in workers) for what in ("wait", "step", "evaluate", "checkpoint", "wall")}
@@ -716,12 +790,6 @@ def _report(
         stage_names=["preprocess", "train"],
         snapshot=snapshot,
     )
-    train = report["stages"][-1]
-    measured = [worker["percent"] for worker in workers if worker["percent"] is not None]
-    train["gpu_percent"] = sum(measured) / len(measured) if measured else None
-    train["gpu_memory_peak_bytes"] = max(
-        (w["memory_peak_bytes"] for w in workers if w["memory_peak_bytes"] is not None), default=None
-    )
     report["train"] = {
         "epochs": progress.epochs,
         "steps": progress.step,
@@ -731,6 +799,7 @@ def _report(
         "workers": workers,
         "accelerator_utilisation": spent["step"] / spent["wall"] if spent["wall"] else None,
         "wait_share": spent["wait"] / spent["wall"] if spent["wall"] else None,
+        "break_even": _break_even(report, timed, todo),
     }
     return report
 

@@ -1,7 +1,8 @@
 """From blocks of pixels to batches on a device, and to what a model finds in them: what training, judging and predicting share."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from raypipe import UsageError
 from raypipe.data.work import unlist
 from raypipe.images import torchvision as on_torch
-from raypipe.images.recipe import Finish
+from raypipe.images.recipe import Finish, Recipe, left_of
 from raypipe.models.detection import Classes
 from raypipe.models.evaluate import Found, Truth
 
@@ -99,20 +100,27 @@ class Placed:
 
 
 class Placer:
-    """Brings batches to a device, finished. On CUDA: from pinned memory, on a stream of its own."""
+    """Brings batches to a device, finished. On CUDA: from pinned memory, on a stream of its own.
 
-    def __init__(self, device: torch.device, finish: Finish, classes: Classes):
+    Args:
+        left: a recipe whose ops the preprocess actors left to the device (`Preprocessing.decode_only`): done here, drawn from `seed` as they
+            would have. None: blocks are as the recipe makes them.
+    """
+
+    def __init__(self, device: torch.device, finish: Finish, classes: Classes, *, left: Recipe | None = None, seed: int = 0):
         self._device = device
         # The models want channels first and float32; autocast makes bf16 of it where that is wanted.
         self._finish = replace(finish, layout="chw", dtype="float32")
         self._classes = classes
+        self._left, self._seed = left, seed
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, batch: Batch) -> Placed:
         if self._stream is None:
-            return Placed(batch=batch, images=self._images(batch), targets=self._targets(batch))
+            images, targets = self._made(batch)
+            return Placed(batch=batch, images=images, targets=targets)
         with torch.cuda.stream(self._stream):
-            images, targets = self._images(batch), self._targets(batch)
+            images, targets = self._made(batch)
             ready = torch.cuda.Event()
             ready.record(self._stream)
         return Placed(batch=batch, images=images, targets=targets, ready=ready)
@@ -126,28 +134,56 @@ class Placer:
         for tensor in [*placed.images, *(tensor for target in placed.targets for tensor in target.values())]:
             tensor.record_stream(stream)
 
-    def _images(self, batch: Batch) -> list[Tensor]:
-        pixels = [row.pixels for row in batch.good if row.pixels is not None]
-        if not pixels:
-            return []
-        sizes = [image.shape[:2] for image in pixels]
-        if len(set(sizes)) == 1:
-            return list(on_torch.finish(self._sent(pixels), self._finish))
-        apart = [self._sent([image])[0] for image in pixels]
-        if self._finish.pad_multiple is None:  # the model pads
-            return [on_torch.finish(image[None], self._finish)[0] for image in apart]
-        padded = on_torch.finish(apart, self._finish)
-        return [image[:, :height, :width] for image, (height, width) in zip(padded, sizes, strict=True)]
+    def _made(self, batch: Batch) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+        rows = batch.good
+        if not rows:
+            return [], []
+        if self._left is None:
+            sizes = {row.pixels.shape for row in rows if row.pixels is not None}
+            pixels = [row.pixels for row in rows if row.pixels is not None]
+            images = self._sent(pixels) if len(sizes) == 1 else [self._sent([image])[0] for image in pixels]
+        else:
+            rows, images = self._executed(rows, self._left)
+        return self._finished(images), self._targets(rows)
 
-    def _sent(self, pixels: list[np.ndarray]) -> Tensor:
+    def _executed(self, rows: list[Row], recipe: Recipe) -> tuple[list[Row], Tensor | list[Tensor]]:
+        """The rows with the boxes that the recipe leaves them, and their images after its ops: those that have the same size and the same
+        ops go through them together."""
+        planned, pixels, alike = [], list[np.ndarray](), dict[Any, list[int]]()
+        for at, row in enumerate(rows):
+            assert row.pixels is not None
+            size = row.pixels.shape[:2]
+            plan = recipe.plan(seed=self._seed, epoch=row.epoch, image_id=row.image_id, size=size, boxes=row.boxes)
+            labels, crowds = (left_of(values, plan.keep) for values in (row.labels, row.crowds))
+            pixels.append(row.pixels)
+            planned.append(replace(row, boxes=plan.boxes, labels=labels, crowds=crowds))
+            alike.setdefault((size, plan.ops), []).append(at)
+        images: dict[int, Tensor] = {}
+        for (_, ops), members in alike.items():
+            together = self._sent([pixels[at] for at in members]).permute(0, 3, 1, 2)
+            for op in ops:
+                together = on_torch.apply(op, together)
+            images |= dict(zip(members, together.permute(0, 2, 3, 1), strict=True))
+        in_order = [images[at] for at in range(len(rows))]
+        return planned, torch.stack(in_order) if len({image.shape for image in in_order}) == 1 else in_order
+
+    def _finished(self, images: Tensor | list[Tensor]) -> list[Tensor]:
+        if isinstance(images, Tensor):
+            return list(on_torch.finish(images, self._finish))
+        if self._finish.pad_multiple is None:  # the model pads
+            return [on_torch.finish(image[None], self._finish)[0] for image in images]
+        padded = on_torch.finish(images, self._finish)
+        return [image[:, : of.shape[0], : of.shape[1]] for image, of in zip(padded, images, strict=True)]
+
+    def _sent(self, pixels: Sequence[np.ndarray]) -> Tensor:
         """uint8 (n, height, width, 3) on the device, from images of one size."""
         together = torch.empty((len(pixels), *pixels[0].shape), dtype=torch.uint8, pin_memory=self._stream is not None)
         np.stack(pixels, out=together.numpy())
         return together.to(self._device, non_blocking=True)
 
-    def _targets(self, batch: Batch) -> list[dict[str, Tensor]]:
+    def _targets(self, rows: list[Row]) -> list[dict[str, Tensor]]:
         targets = []
-        for row in batch.good:
+        for row in rows:
             boxes, labels = trainable(row)
             classes = self._classes.of(labels)
             targets.append(

@@ -1,27 +1,20 @@
-"""What a worker's GPU does, from NVML. Everything is None where there is no GPU or NVML."""
+"""What an actor's GPU does, from NVML. Nothing is known where there is no GPU or no NVML."""
 
 import threading
 import time
-from dataclasses import dataclass
 
 import torch
 
+from raypipe.stages import GpuUse
+
 EVERY_S = 0.5
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GpuUse:
-    """Means and peaks since the start, of the whole device: other processes on it count too."""
-
-    percent: float | None = None  # mean share of the time in which a kernel ran, 0 to 100
-    memory_peak_bytes: int | None = None
 
 
 class GpuMeter:
     """Samples the device of this process, twice a second, in a thread; `use()` at any time."""
 
     def __init__(self, device: torch.device):
-        self._sum = self._count = self._peak = 0
+        self._use = GpuUse()
         self._handle = None if device.type != "cuda" else _handle(device)
         if self._handle is not None:
             threading.Thread(target=self._sample, daemon=True, name="raypipe-gpu").start()
@@ -30,16 +23,18 @@ class GpuMeter:
         import pynvml
 
         while True:
-            self._sum += pynvml.nvmlDeviceGetUtilizationRates(self._handle).gpu
-            self._peak = max(self._peak, pynvml.nvmlDeviceGetMemoryInfo(self._handle).used)
-            self._count += 1
+            share = pynvml.nvmlDeviceGetUtilizationRates(self._handle).gpu / 100
+            used = pynvml.nvmlDeviceGetMemoryInfo(self._handle).used
+            self._use = GpuUse(
+                seen_s=self._use.seen_s + EVERY_S,
+                busy_s=self._use.busy_s + share * EVERY_S,
+                memory_peak_bytes=max(self._use.memory_peak_bytes or 0, used),
+            )
             time.sleep(EVERY_S)
 
     def use(self) -> GpuUse:
         """What was seen so far."""
-        if not self._count:
-            return GpuUse()
-        return GpuUse(percent=self._sum / self._count, memory_peak_bytes=self._peak)
+        return self._use
 
 
 def _handle(device: torch.device):

@@ -8,7 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from mmap import mmap
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from raypipe.data.reader import Reader
 from raypipe.data.work import BLOCK, SHARD_BYTES, lists, unlist
 from raypipe.images import backend as backend_module
 from raypipe.images.decode import MAX_PIXELS, Header, Reject, read_header
-from raypipe.images.recipe import Plan, Recipe
+from raypipe.images.recipe import Plan, Recipe, left_of
 from raypipe.stages import Meter
 
 TRIES = 3
@@ -30,12 +30,22 @@ under way when a node was lost or somebody killed the actor."""
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """What decides the pixels of a shard: the same settings and the same rows always give the same bytes."""
+    """What decides the pixels of a shard: the same settings and the same rows always give the same bytes.
+
+    `decode_only`: images stay as they are decoded, and boxes as the source has them, for the recipe's ops are done later, on another device. What
+    they would reject is rejected here all the same.
+    """
 
     recipe: Recipe
     backend: str
     seed: int = 0
     max_pixels: int = MAX_PIXELS
+    decode_only: bool = False
+
+    @property
+    def done_here(self) -> Recipe:
+        """The recipe, without ops if these are left to others."""
+        return replace(self.recipe, ops=()) if self.decode_only else self.recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +79,8 @@ def preprocess_shard(
     boxes = unlist(shard.column("boxes"))
     labels = unlist(shard.column("labels"))
     planned: Iterator[_Planned | Reject] = _plan(shard, settings, boxes, labels, reader=reader, killers=killers, mark=mark)
-    fixed = settings.recipe.fixed_size
+    recipe = settings.done_here
+    fixed = recipe.fixed_size
     if fixed is not None:
         pixels = np.empty(shard.num_rows * fixed[0] * fixed[1] * 3, np.uint8)
     else:
@@ -94,7 +105,7 @@ def preprocess_shard(
             start, end_if_fine = end, end + height * width * 3
             out = pixels[start:end_if_fine].reshape(height, width, 3)
             try:
-                image = backend.decode(item.data, item.header, settings.recipe.reduce((item.header.height, item.header.width)))
+                image = backend.decode(item.data, item.header, recipe.reduce((item.header.height, item.header.width)))
                 backend.execute(image, item.plan.ops, out)
                 plan, end = item.plan, end_if_fine
                 sizes[row] = height, width
@@ -119,8 +130,7 @@ def preprocess_shard(
     }
     for name, values in (("labels", labels), ("crowds", None), ("annotation_ids", None)):
         values = unlist(shard.column(name)) if values is None else values
-        # A source may know boxes without labels or ids: then there is nothing to choose from.
-        chosen = [v[k] if len(v) > (k.max(initial=-1)) else v[:0] for v, k in zip(values, keep, strict=True)]
+        chosen = [left_of(v, k) for v, k in zip(values, keep, strict=True)]
         columns[name] = lists(chosen, BLOCK.field(name).type)
     return pa.table(columns, schema=BLOCK), bytes_in
 
@@ -129,7 +139,7 @@ def _plan(shard, settings, boxes, labels, *, reader, killers, mark) -> Iterator[
     """Each row's bytes, header and sampled ops; or why there are none."""
     epochs = shard.column("epoch").to_pylist()
     image_ids = shard.column("image_id").to_pylist()
-    recipe = settings.recipe
+    recipe, here = settings.recipe, settings.done_here
     random, boxed = recipe.random, any(len(of) for of in boxes)
     plans: dict[tuple[int, int], Plan] = {}  # of sizes seen, where nothing else decides: a plan takes 20 us, 1% of a small image
     for row, data in enumerate(reader.read(shard)):
@@ -147,7 +157,16 @@ def _plan(shard, settings, boxes, labels, *, reader, killers, mark) -> Iterator[
             size = header.height, header.width
             plan = plans.get(size)
             if plan is None:
-                plan = recipe.plan(seed=settings.seed, epoch=epochs[row], image_id=image_ids[row], size=size, boxes=boxes[row])
+                of_image = {
+                    "seed": settings.seed,
+                    "epoch": epochs[row],
+                    "image_id": image_ids[row],
+                    "size": size,
+                    "boxes": boxes[row],
+                }
+                plan = recipe.plan(**of_image)
+                if here is not recipe:
+                    plan = here.plan(**of_image)
                 if not random and not boxed:
                     plans[size] = plan
         except Reject as reject:

@@ -16,7 +16,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from raypipe import UsageError
 from raypipe.data import location
-from raypipe.images.recipe import Finish
+from raypipe.images.recipe import Finish, Recipe
 from raypipe.models import checkpoint as checkpoints
 from raypipe.models import detection
 from raypipe.models.checkpoint import Checkpoint, Progress
@@ -56,6 +56,7 @@ class Training:
     arguments: dict[str, Any] = field(default_factory=dict)
     classes: Classes
     finish: Finish
+    left: Recipe | None = None  # whose ops the workers do, on their devices
     epochs: int
     rows: int
     batch_size: int
@@ -302,12 +303,14 @@ class Worker:
         self._loss: nn.Module = loss
         if peers.size > 1:
             self._loss = DistributedDataParallel(loss, device_ids=[device] if device.type == "cuda" else None)
-        self._placer = Placer(device, training.finish, training.classes)
+        self._train_placer = Placer(device, training.finish, training.classes, left=training.left, seed=training.seed)
+        self._placer = Placer(device, training.finish, training.classes)  # of what is judged on, which actors have done whole
         share = training.batch_size // peers.size + (peers.rank < training.batch_size % peers.size)
         self._share = max(share, 1)
-        self._feed = Feed(batches(blocks, self._share), self._placer)
+        self._feed = Feed(batches(blocks, self._share), self._train_placer)
         self._amp = training.amp == "on" or (training.amp == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
         self._gpu = GpuMeter(device)
+        assignment.meter.start(self._gpu)
         self._clock = Clock(device)
         self._begun = False
         self._log = _RowLog(assignment.row_log, assignment.attempt, peers.rank)
@@ -349,7 +352,7 @@ class Worker:
         self._model.train()
         epochs = self._training.epochs
         while True:
-            with self._clock.on("wait"):
+            with self._clock.on("wait"), self._assignment.meter.wait():
                 placed = self._feed.peek()
                 batch = placed.batch if placed else None
                 table = self._peers.gather(*((batch.epoch, len(batch.good), len(batch.rows)) if batch else (epochs, 0, 0)))
@@ -398,7 +401,7 @@ class Worker:
         mine: list[Tensor] = []
         targets: list[dict[str, Tensor]] = []
         if placed is not None:
-            self._placer.take(placed)
+            self._train_placer.take(placed)
             mine, targets = placed.images, placed.targets
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._amp):
             loss = self._loss(mine, targets)
@@ -427,7 +430,9 @@ class Worker:
             if self._assignment.holdout:
                 precision = self._evaluate()
         lost = self._peers.collect(self._mean_loss())
-        clocks = self._peers.collect({**self._clock.read(), **asdict(self._gpu.use())})
+        use = self._gpu.use()
+        gpu = {"gpu_percent": use.percent, "gpu_memory_peak_bytes": use.memory_peak_bytes}
+        clocks = self._peers.collect({**self._clock.read(), **gpu})
         begun, images_before, clock_before = self._epoch_begun
         took = time.perf_counter() - begun
         progress = self._progress
@@ -459,6 +464,7 @@ class Worker:
                     "began": self._clock.began,
                     "at": time.time(),
                     "rows": self._progress.rows,
+                    "rejected": self._progress.rejected,
                     "workers": clocks,
                     **record,
                 }
@@ -574,7 +580,6 @@ def train_worker(config: dict[str, Any]) -> None:
             kept = ray.train.Checkpoint(f"{storage.experiment_fs_path}/{name}", filesystem=storage.storage_filesystem)
         ray.train.report(metrics, kept, checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD)
 
-    assignment.meter.start()
     Worker(
         assignment,
         device=ray.train.torch.get_device(),

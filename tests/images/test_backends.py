@@ -91,6 +91,19 @@ def test_backends_agree(op, most, picture):
     assert difference(ours, by_torchvision(op, picture)) <= most
 
 
+@pytest.mark.parametrize("op", [op for op, _ in TOLERANCE], ids=lambda op: str(op)[:60])
+def test_torchvision_does_images_of_one_size_together_and_on_the_device_where_they_are(op, picture, scene):
+    height, width = 240, 360
+    images = torch.stack([tensor(image[:height, :width]) for image in (picture, scene, picture[::-1])])
+    together = torchvision.apply(op, images)
+    for image, result in zip(images, together, strict=True):
+        torch.testing.assert_close(result, torchvision.apply(op, image), rtol=0, atol=0)
+    # A device without arithmetic, which refuses to be mixed with another, as a GPU does.
+    if not isinstance(op, Equalize | AutoContrast):  # these read values on the way
+        elsewhere = torchvision.apply(op, images.to("meta"))
+        assert elsewhere.device.type == "meta" and elsewhere.shape == together.shape and elsewhere.dtype == torch.uint8
+
+
 OPENCV_ONLY = [CLAHE(), Median(), Bilateral(), NonLocalMeans(search=5)]
 
 

@@ -149,6 +149,16 @@ def shape(tree: Element) -> list[tuple[str, list[str]]]:
     return [(element.tag, sorted(element.attributes)) for element in tree.all()]
 
 
+def test_a_training_has_its_epochs_and_whether_storing_pays():
+    epoch = {"epoch": 0, "loss": 2.5, "map": 0.125, "map50": 0.25, "images": 450, "images_per_s": 80.0, "wait_share": 0.1}
+    training = {"epochs": [epoch, {**epoch, "epoch": 1, "map": None}], "accelerator_utilisation": 0.75, "wait_share": 0.2}
+    content = page(report(train={**training, "break_even": {"epochs": 3.2, "reason": "from 4 <epochs> on"}}))
+    assert "in steps for 75% of their time and waited for data for 20%" in content
+    assert "from 4 &lt;epochs&gt; on" in content
+    assert "0.12" in content and "<h2>Training</h2>" in content
+    assert "<h2>Training</h2>" not in page(report())
+
+
 def test_hostile_text_stays_text_wherever_it_stands():
     hostile, plain = (read(filled(report(), text), rejects=[filled(reject(detail="x"), text)]) for text in (HOSTILE, "plain"))
     # The very same elements with the very same attributes, whatever the strings hold.

@@ -1,6 +1,18 @@
 import pytest
 
-from raypipe.insight.planner import CORES, Machine, StageCost, best, better, bound, changes, of_report, outlook, uncontended
+from raypipe.insight.planner import (
+    CORES,
+    Machine,
+    StageCost,
+    best,
+    better,
+    bound,
+    changes,
+    designs,
+    of_report,
+    outlook,
+    uncontended,
+)
 
 
 def cost(name: str, actors: int, busy_s: float, cpu_s: float) -> StageCost:
@@ -98,6 +110,27 @@ def test_an_outlook_on_another_machine_with_gpus():
     assert gains["one more core, and the best actors for it"] == pytest.approx(800)
     small = outlook(stages, Machine(cores=2, actors=2, gpus=8))
     assert small.limit == CORES and small.images_per_s == pytest.approx(2 / 0.005)
+
+
+def test_storing_pays_from_the_epoch_on_in_which_what_it_saves_exceeds_what_it_costs():
+    preprocess = cost("preprocess", 4, 0.020, 0.001)
+    write, stored = cost("write", 1, 0.002, 0.001), cost("stored", 1, 0.002, 0.001)
+    machine = Machine(cores=8, actors=5)
+    train = cost("train", 1, 0.002, 0.001)
+    found = designs(images=1000, preprocess=preprocess, write=write, stored=stored, train=train, machine=machine)
+    # 5 ms an image once and in every epoch, or 2 ms, for then the training limits.
+    assert (found.once_s, found.continuous_s, found.stored_s) == (pytest.approx(5), pytest.approx(5), pytest.approx(2))
+    assert found.break_even_epochs == pytest.approx(5 / 3)
+    slower = designs(
+        images=1000, preprocess=preprocess, write=write, stored=stored, train=cost("train", 1, 0.006, 0.001), machine=machine
+    )
+    assert slower.break_even_epochs is None  # the training limits either way
+
+
+def test_advice_for_a_stage_on_gpus_is_another_worker_with_its_gpu():
+    stages = [cost("preprocess", 8, 0.004, 0.004), StageCost(name="train", actors=1, busy_s=0.010, cpu_s=0.001, on_gpu=True)]
+    first = changes(stages, Machine(cores=16), measured=100.0)[0]
+    assert (first.change, first.predicted_images_per_s) == ("train workers 1 -> 2, with a GPU more", pytest.approx(200))
 
 
 def test_ray_itself_takes_a_share_of_the_cores():

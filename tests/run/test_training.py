@@ -5,6 +5,8 @@ import json
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +21,11 @@ from ray.train import WorkerGroupError
 from raypipe import UsageError
 from raypipe.models import checkpoint as checkpoints
 from raypipe.models.checkpoint import Checkpoint, Progress
-from raypipe.run.training import Settings, _cause, _give_up, plan, run, verdict_on
-from tests.conftest import photo
+from raypipe.run import pipeline
+from raypipe.run.control import attach, names
+from raypipe.run.settings import Settings as Preprocess
+from raypipe.run.training import Outcome, Settings, _cause, _give_up, plan, run, verdict_on
+from tests.conftest import jpeg, photo
 from tests.run.test_job import ROOT, environment, wait_for
 from tests.run.test_pipeline import quiet
 
@@ -129,6 +134,70 @@ def test_a_run_trains_on_every_row_once_an_epoch_and_reports_what_it_cost(sessio
     again = run(given, console=console)
     assert again.report is None and again.checkpoint == outcome.checkpoint
     assert "Nothing to do: all 3 epochs are done" in console.file.getvalue()
+
+
+@pytest.mark.slow
+def test_preprocess_is_scaled_while_a_model_trains_across_epochs(session, labelled):
+    given = settings(labelled, model="tests.models.toy:Toy", epochs=20, read_ms=20.0, actors=1, holdout=0.0, run_id="scaled")
+    ended: list[Outcome] = []
+    thread = threading.Thread(target=lambda: ended.append(run(given, console=quiet())))
+    thread.start()
+    try:
+        for _ in range(300):
+            time.sleep(0.2)
+            if "scaled" in names() and any(s["name"] == "train" and s["images"] for s in attach("scaled").live()["stages"]):
+                break
+        control = attach("scaled")
+        with pytest.raises(UsageError, match="no stage 'train'; its stages are preprocess"):
+            control.scale({"train": 2})
+        at = []
+        for count in (4, 2):
+            control.scale({"preprocess": count})
+            for _ in range(300):
+                record = control.live()
+                (preprocess,) = (stage for stage in record["stages"] if stage["name"] == "preprocess")
+                if (preprocess["actors"], preprocess["pending"], preprocess["draining"]) == (count, 0, 0):
+                    break
+                time.sleep(0.1)
+            at.append(record["done"])
+        assert 0 < at[0] <= at[1] < record["images"] == 900
+    finally:
+        thread.join(120)
+    (outcome,) = ended
+    assert verdict_on(outcome, given) is None
+    assert Counter(lineage(labelled)) == every_row(given)
+    assert [(event["stage"], event["from"], event["to"]) for event in outcome.report["scale_events"]] == [
+        ("preprocess", 1, 4),
+        ("preprocess", 4, 2),
+    ]
+    assert outcome.report["stages"][0]["actors"]["max"] == 4
+    # Waiting for images is what the model does most of the time, and the report says of what.
+    assert outcome.report["train"]["wait_share"] > 0.5
+    assert outcome.report["verdict"]["stage"] == "preprocess"
+
+
+@pytest.mark.slow
+def test_a_training_from_stored_images_ends_with_the_weights_of_one_from_the_source(session, labelled):
+    (labelled / "photos/007.jpg").write_bytes(jpeg(7, height=90, width=120))
+    (labelled / "small.json").write_text(json.dumps(RECIPE | {"ops": RECIPE["ops"][1:]}))
+    continuous = settings(labelled, holdout=0.2, row_log=None)
+    written = Preprocess(
+        input=continuous.input,
+        annotations=continuous.annotations,
+        recipe=continuous.recipe,
+        output=str(labelled / "stored"),
+        format="parquet",
+    )
+    pipeline.run(written, console=quiet())
+    separate = replace(continuous, input=str(labelled / "stored"), annotations=None, storage=str(labelled / "separate"))
+    one, other = (run(given, console=quiet()) for given in (continuous, separate))
+    weights, same = (checkpoints.load(outcome.checkpoint).state["model"] for outcome in (one, other))
+    for name, tensor in weights.items():
+        assert torch.equal(tensor, same[name]), name
+    assert one.report["train"]["map"] == other.report["train"]["map"]
+    said = one.report["train"]["break_even"]
+    assert said["once_s"] > 0 and said["continuous_s"] > 0 and said["stored_s"] > 0
+    assert (said["epochs"] is None) == ("saves no time" in said["reason"])
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import threading
 from contextlib import nullcontext
 from dataclasses import replace
 
+import cv2
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -14,11 +15,14 @@ import torch
 import torch.distributed as dist
 
 from raypipe import UsageError
-from raypipe.data.work import BLOCK
-from raypipe.images.recipe import Finish
+from raypipe.data.reader import Reader
+from raypipe.data.sources import SOURCE, list_images
+from raypipe.data.work import BLOCK, lists, make_work
+from raypipe.images.recipe import CenterCrop, Finish, HorizontalFlip, IoUCrop, PhotometricDistort, Recipe, Resize, ZoomOut
 from raypipe.models import checkpoint as checkpoints
 from raypipe.models.detection import Classes
 from raypipe.stages.batches import Placer, batches, rows_of, trainable
+from raypipe.stages.preprocess import Preprocessing, preprocess_shard
 from raypipe.stages.train import Assignment, Feed, Peers, Training, Worker, lr_factor
 
 
@@ -103,6 +107,36 @@ def test_a_batch_is_finished_on_the_device_and_ragged_ones_keep_their_own_sizes(
     assert placed.targets[1]["labels"].tolist() == [1]
 
 
+def test_ops_that_are_left_to_the_device_give_what_the_actors_would_have_given(tmp_path):
+    paths, rng = [], np.random.default_rng(3)
+    for number, size in enumerate([(90, 120), (90, 120), (64, 200), (90, 120)]):
+        paths.append(tmp_path / f"{number}.png")
+        cv2.imwrite(str(paths[-1]), cv2.GaussianBlur(rng.integers(0, 256, (*size, 3), np.uint8), (0, 0), 2))
+    source = list_images(str(tmp_path))
+    boxes = [np.float32([[5, 5, 40, 50], [60, 20, 110, 60]])] * 4
+    for name, values in (("boxes", boxes), ("labels", [np.array([5, 7])] * 4)):
+        source = source.set_column(source.column_names.index(name), SOURCE.field(name), lists(values, SOURCE.field(name).type))
+    shard = make_work(source, rows_per_shard=4)
+    resized = Resize(height=48, width=64, antialias=True)
+    chance = Recipe(name="chance", ops=(PhotometricDistort(), ZoomOut(), IoUCrop(), HorizontalFlip(), resized), finish=FINISH)
+    for recipe in (chance, Recipe(name="plain", ops=(resized,), finish=FINISH), Recipe(name="ragged", ops=(HorizontalFlip(),))):
+        made = []
+        for left in (None, recipe):
+            pixels = Preprocessing(recipe=recipe, backend="torchvision", seed=4, decode_only=left is not None)
+            block_, _ = preprocess_shard(shard, pixels, reader=Reader(threads=0))
+            (batch,) = batches([block_], 4)
+            made.append(Placer(torch.device("cpu"), FINISH, Classes((5, 7)), left=left, seed=4)(batch))
+        there, here = made
+        assert there.batch.good[2].pixels.shape == ((48, 64, 3) if recipe.name != "ragged" else (64, 200, 3))
+        assert here.batch.good[2].pixels.shape == (64, 200, 3)
+        for one, other in zip(there.images + there.targets, here.images + here.targets, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
+    # A crop that does not fit is found where the image is decoded, and costs its row.
+    cropping = Preprocessing(recipe=Recipe(name="c", ops=(CenterCrop(height=80, width=80),)), backend="opencv", decode_only=True)
+    block_, _ = preprocess_shard(shard, cropping, reader=Reader(threads=0))
+    assert block_.column("reason").to_pylist() == [None, None, "too small", None]
+
+
 def test_the_learning_rate_warms_up_and_falls():
     cosine = [lr_factor(done, schedule="cosine", warmup=0.1) for done in (0, 0.05, 0.1, 0.55, 1.0)]
     assert cosine == pytest.approx([0.001, 0.5, 1.0, 0.5, 0.0], abs=1e-9)
@@ -130,10 +164,13 @@ class Quiet:
     def __init__(self):
         self.records = []
 
-    def start(self):
+    def start(self, gpu=None):
         pass
 
     def call(self):
+        return nullcontext()
+
+    def wait(self):
         return nullcontext()
 
     def count(self, **_):

@@ -1,0 +1,149 @@
+"""What preprocessing while training costs, and what else could be done instead: beside each other on your machine.
+
+    python jobs/benchmark_training.py overlap   # both at once, beside the longer of the two alone: training-bound, balanced, preprocess-bound
+    python jobs/benchmark_training.py designs   # continuous, or preprocessed once: measured from 1 epoch on, beside the report's break-even
+    python jobs/benchmark_training.py ops       # the recipe's ops in the actors, or on the training device
+
+Reading an image and a training step wait for set times here (overlap, designs), so that any machine shows what is to be seen: two stages that do
+not take each other's cores. `ops` trains ssd_tiny for real, on a GPU if there is one.
+"""
+
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import ray
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from raypipe.run import pipeline, training
+from raypipe.run.session import cores_here
+from raypipe.run.settings import Settings as Preprocess
+from raypipe.run.training import Settings
+
+RECIPE = """{"name": "small", "ops": [{"op": "Resize", "height": 64, "width": 64}], "finish": {"scale": 0.00392156862745098}}"""
+
+
+class Waiting(nn.Module):
+    """A model with torchvision's contract whose step takes `ms` milliseconds and hardly a core."""
+
+    def __init__(self, *, num_classes: int, ms: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+        self._s = ms / 1000
+
+    def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
+        """The loss of a step; what it finds in an image is nothing."""
+        if self.training:
+            time.sleep(self._s)
+            return {"nothing": (self.weight - 1) ** 2}
+        nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "scores": torch.zeros(0)}
+        return [nothing for _ in images]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """What to measure."""
+
+    what: Annotated[Literal["overlap", "designs", "ops"], tyro.conf.Positional]
+    images: int = 480
+    """Images an epoch."""
+    epochs: int = 2
+    """Epochs of a training (overlap, ops)."""
+    rounds: int = 1
+    """Everything once a round; medians."""
+
+
+def trained(folder: Path, **given: Any) -> dict[str, Any]:
+    """The report of a training into a folder of its own."""
+    settings = Settings(**{"storage": tempfile.mkdtemp(dir=folder), "holdout": 0.0, "batch_size": 16, "shard_rows": 8, **given})
+    report = training.run(settings, console=Console(quiet=True)).report
+    assert report is not None
+    return report
+
+
+def waiting(folder: Path, step_ms: float, **given: Any) -> dict[str, Any]:
+    """A training on CPU whose steps wait."""
+    model = {"model": "benchmark_training:Waiting", "model_arguments": f'{{"ms": {step_ms}}}', "cpu": True}
+    return trained(folder, **model, recipe=str(folder / "small.json"), **given)
+
+
+def preprocessed(folder: Path, **given: Any) -> dict[str, Any]:
+    """The report of a preprocessing, into nothing unless an output is given."""
+    settings = Preprocess(recipe=str(folder / "small.json"), shard_rows=8, **given)
+    report = pipeline.run(settings, console=Console(quiet=True)).report
+    assert report is not None
+    return report
+
+
+def overlap(wanted: Benchmark, folder: Path, console: Console) -> None:
+    """Seconds from the first step to the end, of both at once and of each alone."""
+    table = Table("setting", "preprocess alone", "train alone", "both at once", "of the longer", title="seconds without start-up")
+    source = f"demo:{wanted.images}"
+    images = wanted.images * wanted.epochs
+    # 4 actors that wait 20 ms an image make 200 images/s; a step of 16 images takes 80 ms at the same rate.
+    for name, step_ms in (("training-bound", 160.0), ("balanced", 80.0), ("preprocess-bound", 40.0)):
+        ratios = []
+        for _ in range(wanted.rounds):
+            how: dict[str, Any] = {"actors": 4, "input": source}
+            first = images / preprocessed(folder, **how, read_ms=20.0)["steady_images_per_s"]
+            alone, both = (waiting(folder, step_ms, **how, epochs=wanted.epochs, read_ms=read_ms) for read_ms in (0.0, 20.0))
+            seconds = [first, *(report["wall_s"] - report["ready_s"] for report in (alone, both))]
+            ratios.append(seconds[2] / max(seconds[:2]))
+            table.add_row(name, *(f"{s:.1f}" for s in seconds), f"{ratios[-1]:.3f}")
+    console.print(table)
+
+
+def designs(wanted: Benchmark, folder: Path, console: Console) -> None:
+    """Seconds of both designs, start-up left out, for as many epochs as it takes."""
+    source: dict[str, Any] = {"input": f"demo:{wanted.images}", "actors": 2}
+    stored = folder / "stored"
+    once = preprocessed(folder, **source, read_ms=20.0, writers=1, output=str(stored), format="parquet")
+    once_s = once["images_in"] / once["steady_images_per_s"]
+    said = None
+    table = Table("epochs", "continuous, s", "once and from the store, s", title=f"preprocessing once: {once_s:.1f} s")
+    for epochs in (1, 2, 3, 4):
+        continuous = waiting(folder, 80.0, **source, read_ms=20.0, epochs=epochs)
+        separate = waiting(folder, 80.0, input=str(stored), actors=2, epochs=epochs)
+        took = [report["wall_s"] - report["ready_s"] for report in (continuous, separate)]
+        table.add_row(str(epochs), f"{took[0]:.1f}", f"{once_s + took[1]:.1f}")
+        said = said or continuous["train"]["break_even"]
+    console.print(table)
+    console.print(f"the report of 1 epoch said: {said}", highlight=False)
+
+
+def ops(wanted: Benchmark, folder: Path, console: Console) -> None:
+    """Images/s of a real training, with the ops here and there."""
+    table = Table("ops on", "images/s", "preprocess busy", "train waiting", "GPU %", title="ssd_tiny, ssd-300-train")
+    for round_ in range(wanted.rounds):
+        for where in ("actors", "device") if round_ % 2 == 0 else ("device", "actors"):
+            report = trained(folder, input=f"demo:{wanted.images}", epochs=wanted.epochs, ops_on=where, shard_rows=None)
+            preprocess, train = report["stages"]
+            gpu = "-" if train["gpu_percent"] is None else f"{train['gpu_percent']:.0f}"
+            shares = (f"{100 * share:.0f}%" for share in (preprocess["busy"], report["train"]["wait_share"]))
+            table.add_row(where, f"{report['steady_images_per_s']:.1f}", *shares, gpu)
+    console.print(table)
+
+
+def main() -> int:
+    """Measure and print."""
+    wanted = tyro.cli(Benchmark, description=__doc__)
+    with tempfile.TemporaryDirectory(prefix="raypipe-benchmark-") as name:
+        folder = Path(name)
+        (folder / "small.json").write_text(RECIPE)
+        ray.init(
+            address="local", num_cpus=max(8, cores_here()), include_dashboard=False, log_to_driver=False, logging_level="ERROR"
+        )
+        {"overlap": overlap, "designs": designs, "ops": ops}[wanted.what](wanted, folder, Console())
+        ray.shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
