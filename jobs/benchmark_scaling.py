@@ -5,11 +5,12 @@
     python jobs/benchmark_scaling.py predict   # one run predicts 14 allocations, which are then run
     python jobs/benchmark_scaling.py overhead  # throughput with meters, collector and steering, and without
 
-auto is the case of ray-project/ray#65540: two stages of 0.17 s and 0.21 s a task. Waiting takes no core, so logical CPUs may be many more than
+auto is the case of ray-project/ray#65540: two stages of 0.17 s and 0.21 s a task, the second slow to start. Waiting takes no core, so logical CPUs may be many more than
 cores; only the start of actors (about 1 s of CPU each) is the machine's own. All times are whole executions, actors' start included, except
 where a table says otherwise.
 """
 
+import contextlib
 import json
 import statistics
 import sys
@@ -18,7 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import cv2
 import numpy as np
@@ -28,6 +29,7 @@ from ray.data import ActorPoolStrategy
 from rich.console import Console
 from rich.table import Table
 
+from raypipe import UsageError
 from raypipe.data.sinks import Sink
 from raypipe.data.work import shards
 from raypipe.images import opencv
@@ -47,6 +49,7 @@ TINY = Recipe(name="tiny", ops=(Resize(height=32, width=32, antialias=False),))
 class Wait:
     """An op of this benchmark: waits in proportion to the image's size, as a slow decoder on another machine would."""
 
+    purpose: ClassVar[str] = "neutral"
     ms_per_megapixel: float
 
 
@@ -65,6 +68,8 @@ class Benchmark:
     """Logical CPUs of the Ray that is started: as many actors may run."""
     tasks: int = 3000
     """Shards of one image each (auto), images (change, overhead), or a tenth of it a point (predict)."""
+    slow_start_s: float = 0.0
+    """Have every writer wait so long when it starts, as one that loads a model does (auto)."""
     rounds: int = 3
     """Every contender once a round, interleaved (auto, overhead)."""
 
@@ -127,7 +132,7 @@ def auto(wanted: Benchmark, console: Console) -> None:
     """Seconds for the same work: static allocations, raypipe's auto, Ray Data's autoscaler."""
     base = waiting(Settings(input=f"demo:{wanted.tasks}", actors=1, writers=1))
     half = round(wanted.cpus * 0.17 / 0.38)
-    static = {(p, wanted.cpus - p) for p in (half - 3, half - 1, half, half + 1, half + 3, wanted.cpus // 2)}
+    static = {(p, wanted.cpus - p) for p in (half - 1, half, half + 1)}
 
     def seconds_of(**counts: Any) -> Callable[[], float]:
         return lambda: took(replace(base, **counts))["wall_s"]
@@ -152,34 +157,51 @@ def auto(wanted: Benchmark, console: Console) -> None:
 
 def change(wanted: Benchmark, console: Console) -> None:
     """Images grow 40 times halfway; the rate 20 s and more after that, beside the best static allocation for large ones alone."""
-    with tempfile.TemporaryDirectory(prefix="raypipe-benchmark-") as folder:
-        small, large = (
-            cv2.imencode(".png", np.zeros((480, 640, 3), np.uint8))[1],
-            cv2.imencode(".png", np.zeros((3000, 4000, 3), np.uint8))[1],
-        )
+    with tempfile.TemporaryDirectory(prefix="raypipe-benchmark-") as name:
+        both, later = Path(name, "both"), Path(name, "later")
+        small, large = (cv2.imencode(".png", np.zeros((*size, 3), np.uint8))[1].tobytes() for size in ((480, 640), (3000, 4000)))
         half = wanted.tasks // 2
-        for index in range(wanted.tasks):
-            Path(folder, f"{index:06d}.png").write_bytes((small if index < half else large).tobytes())
+        for folder, images in ((both, [small] * half + [large] * half), (later, [large] * half)):
+            folder.mkdir()
+            for index, image in enumerate(images):
+                (folder / f"{index:06d}.png").write_bytes(image)
         from benchmark_scaling import Wait as Imported  # so that actors find it by name
 
-        recipe = Recipe(name="growing", ops=(Imported(ms_per_megapixel=40.0), *TINY.ops))
-        base = Settings(input=folder, recipe=_file(recipe), store_ms=20.0, shard_rows=8)
-        with tempfile.TemporaryDirectory() as output:
-            seen = Run(replace(base, output=output), console=quiet())
-            changed_at, points = None, []
-            while not seen.done:
-                record = seen.live()
-                points.append((record["at_s"], record["done"], {s["name"]: s["actors"] for s in record["stages"]}))
-                if changed_at is None and record["done"] >= half:
-                    changed_at = record["at_s"]
-                time.sleep(0.5)
-            events = (seen.wait().report or {})["scale_events"]
-        assert changed_at is not None
-        late = [point for point in points if point[0] >= changed_at + 20]
-        rate = (late[-1][1] - late[0][1]) / (late[-1][0] - late[0][0])
-        console.print(
-            f"{rate:.1f} images/s from 20 s after the change; actors then {late[0][2]}; changes: {events}", highlight=False
-        )
+        recipe = _file(Recipe(name="growing", ops=(Imported(ms_per_megapixel=40.0), *TINY.ops)))
+        base = Settings(input=str(later), recipe=recipe, store_ms=20.0, shard_rows=2)
+        static = {}
+        for writers in (1, 2, 3):
+            report = took(replace(base, actors=wanted.cpus - writers, writers=writers))
+            static[f"{wanted.cpus - writers} + {writers}"] = report["steady_images_per_s"]
+            console.print(f"static, large images alone: {static}", highlight=False)
+        best = max(static.values())
+        for round_ in range(wanted.rounds):
+            rates, events = _followed(replace(base, input=str(both)), half)
+            table = Table("s after the change", "images/s", "of the new optimum", title=f"round {round_ + 1}: {events}")
+            for since, rate in rates:
+                table.add_row(since, f"{rate:.1f}", f"{rate / best:.2f}")
+            console.print(table)
+
+
+def _followed(settings: Settings, half: int) -> tuple[list[tuple[str, float]], str]:
+    """Rates of a run in stretches from when its first `half` images are done, and the changes that it made."""
+    with tempfile.TemporaryDirectory(prefix="raypipe-benchmark-") as output:
+        run_ = Run(replace(settings, output=output), console=quiet())
+        points: list[tuple[float, int]] = []
+        while not run_.done:
+            with contextlib.suppress(UsageError):  # it ends between the two questions
+                record = run_.live()
+                points.append((record["at_s"], record["done"]))
+            time.sleep(0.25)
+        report = run_.wait().report or {}
+    changed_at = next(at for at, done in points if done >= half)
+    last_at = max(at for at, done in points if done < 2 * half)
+    rates = []
+    for since, until in ((0, 10), (10, 20), (20, last_at - changed_at)):
+        inside = [point for point in points if changed_at + since <= point[0] <= changed_at + until]
+        rates.append((f"{since} to {until:.0f}", (inside[-1][1] - inside[0][1]) / (inside[-1][0] - inside[0][0])))
+    events = (f"{e['t_s'] - changed_at:+.0f} s {e['stage']} {e['from']} -> {e['to']}" for e in report["scale_events"])
+    return rates, "; ".join(events)
 
 
 def predict(wanted: Benchmark, console: Console) -> None:
@@ -237,10 +259,39 @@ def overhead(wanted: Benchmark, console: Console) -> None:
     )
 
 
+def slow_writers(seconds: float) -> Callable[[], None]:
+    """What makes writers slow to start, in each process that Ray starts: the stage is the same for all contenders."""
+
+    def patch() -> None:
+        import functools
+        import time
+
+        from raypipe.stages.write import Write
+
+        begin = Write.__init__
+
+        @functools.wraps(begin)
+        def slowly(self: Write, **given: Any) -> None:
+            time.sleep(seconds)
+            begin(self, **given)
+
+        Write.__init__ = slowly  # type: ignore[method-assign]
+
+    return patch
+
+
 def main() -> int:
     """Measure and print."""
     wanted = tyro.cli(Benchmark, description=__doc__)
-    ray.init(address="local", num_cpus=wanted.cpus, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+    environment = {"worker_process_setup_hook": slow_writers(wanted.slow_start_s)} if wanted.slow_start_s else None
+    ray.init(
+        address="local",
+        num_cpus=wanted.cpus,
+        log_to_driver=False,
+        logging_level="ERROR",
+        include_dashboard=False,
+        runtime_env=environment,
+    )
     {"auto": auto, "change": change, "predict": predict, "overhead": overhead}[wanted.what](wanted, Console())
     ray.shutdown()
     return 0

@@ -4,6 +4,9 @@ Stage i needs b_i busy seconds and u_i CPU seconds an image. With c_i actors on 
 
     throughput = min( min_i c_i / b_i , C / (o + sum_i u_i) )     images/s
 
+less what is lost near the point where both bounds meet: actors that wait most of the time do not take turns at the cores, but now and then
+all want them at once (`_rate`).
+
 o is the CPU that Ray itself spends on an image, where it was measured; a stage that trains has a GPU for each of its actors. Busy seconds
 contain waiting for a disk or a network, which more actors do side by side; waiting for a core is taken off, for more actors only make it
 longer (`uncontended`).
@@ -52,11 +55,35 @@ class Machine:
 
 def bound(stages: Sequence[StageCost], machine: Machine) -> tuple[float, str]:
     """The model's throughput in images/s, and what limits it: a stage's name, or CORES."""
-    bounds = [(stage.actors / stage.busy_s, stage.name) for stage in stages if stage.busy_s > 0]
-    if sum(stage.cpu_s for stage in stages) > 0:
-        # First in the list wins a tie: with as many actors as cores both are true, and "more actors" would be bad advice.
-        bounds.insert(0, (_by_cores(stages, machine), CORES))
-    return min(bounds, key=lambda pair: pair[0], default=(0.0, CORES))
+    at_most = _by_cores(stages, machine)
+    bounds = [(_rate(stage, stage.actors, at_most), stage.name) for stage in stages if stage.busy_s > 0]
+    rate, slowest = min(bounds, default=(0.0, CORES))
+    # Where actors are enough, and also in a tie, it is the cores: "more actors" would be bad advice.
+    by_actors = min((stage.actors / stage.busy_s for stage in stages if stage.busy_s > 0), default=math.inf)
+    return rate, slowest if by_actors < at_most else CORES
+
+
+def _rate(stage: StageCost, actors: int, at_most: float) -> float:
+    """Images/s of a stage whose actors share cores that allow `at_most`.
+
+    An image keeps an actor waiting for busy_s - cpu_s and then needs a core for cpu_s, or queues for it: the finite-source queue M/M/c//N (Kleinrock,
+    Queueing Systems I, 3.8), c being the cores' share for this stage, at_most * cpu_s, at least one. Without waiting, or with no more actors
+    than that, it is the plain bound.
+    """
+    cores = max(at_most * stage.cpu_s, 1.0)
+    waits_s = stage.busy_s - stage.cpu_s
+    if actors <= cores or waits_s <= 0 or not stage.cpu_s:
+        return min(actors / stage.busy_s, at_most)
+    # weight: how likely it is that so many of the actors want a core, relative to all other numbers of them.
+    weight = total = 1.0
+    served = 0.0
+    for wanting in range(1, actors + 1):
+        weight *= (actors - wanting + 1) / waits_s * stage.cpu_s / min(wanting, cores)
+        total += weight
+        served += weight * min(wanting, cores)
+        if total > 1e100:
+            weight, total, served = weight / total, 1.0, served / total
+    return min(served / total / stage.cpu_s, at_most)
 
 
 def _by_cores(stages: Sequence[StageCost], machine: Machine) -> float:
@@ -103,7 +130,7 @@ def best(
     at_most = _by_cores(stages, machine)
     found: list[tuple[float, dict[str, int]]] = []
     while True:
-        rates = [(counts[stage.name] / stage.busy_s, stage.name) for stage in stages if stage.busy_s > 0]
+        rates = [(_rate(stage, counts[stage.name], at_most), stage.name) for stage in stages if stage.busy_s > 0]
         rate, slowest = min(rates, default=(math.inf, ""))
         took_s = images / min(rate, at_most) + sum(counts.values()) * start_s / machine.cores if images < math.inf else -rate
         found.append((took_s, dict(counts)))

@@ -109,7 +109,7 @@ def test_an_outlook_on_another_machine_with_gpus():
     assert gains["one more GPU, and the best actors for it"] == pytest.approx(900)
     assert gains["one more core, and the best actors for it"] == pytest.approx(800)
     small = outlook(stages, Machine(cores=2, actors=2, gpus=8))
-    assert small.limit == CORES and small.images_per_s == pytest.approx(2 / 0.005)
+    assert small.limit == CORES and 2 / 0.005 > small.images_per_s > 0.9 * 2 / 0.005
 
 
 def test_storing_pays_from_the_epoch_on_in_which_what_it_saves_exceeds_what_it_costs():
@@ -131,6 +131,22 @@ def test_advice_for_a_stage_on_gpus_is_another_worker_with_its_gpu():
     stages = [cost("preprocess", 8, 0.004, 0.004), StageCost(name="train", actors=1, busy_s=0.010, cpu_s=0.001, on_gpu=True)]
     first = changes(stages, Machine(cores=16), measured=100.0)[0]
     assert (first.change, first.predicted_images_per_s) == ("train workers 1 -> 2, with a GPU more", pytest.approx(200))
+
+
+def test_actors_that_wait_and_compute_get_in_each_others_way_near_the_point_where_the_cores_limit():
+    # 12-megapixel PNGs that wait 0.48 s and need a core for 0.2 s, on 2 cores; measured were 8.1, 9.2 and 8.8 images/s with 7, 8 and 9.
+    def rate(actors: int) -> float:
+        stages = [cost("preprocess", actors, 0.68, 0.20), cost("write", 2, 0.04, 0.02)]
+        return bound(stages, Machine(cores=2))[0]
+
+    assert [rate(actors) for actors in (7, 8, 9)] == [pytest.approx(measured, rel=0.1) for measured in (8.1, 9.2, 8.8)]
+    assert rate(1) == pytest.approx(1 / 0.68)  # alone nobody is in its way
+    rates = [rate(actors) for actors in range(1, 60)]
+    assert rates == sorted(rates) and rates[-1] == pytest.approx(2 / 0.22, rel=0.01)
+    assert rate(10_000) == pytest.approx(2 / 0.22)
+    # Without waiting there is nothing to overlap: as many actors as cores are enough.
+    assert bound([cost("preprocess", 2, 0.01, 0.01)], Machine(cores=2)) == (pytest.approx(200), CORES)
+    assert best([cost("preprocess", 1, 0.01, 0.01)], Machine(cores=2, actors=50))["preprocess"] == 2
 
 
 def test_ray_itself_takes_a_share_of_the_cores():
