@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 
 from raypipe.insight.planner import (
@@ -142,7 +144,7 @@ def test_actors_that_wait_and_compute_get_in_each_others_way_near_the_point_wher
     assert [rate(actors) for actors in (7, 8, 9)] == [pytest.approx(measured, rel=0.1) for measured in (8.1, 9.2, 8.8)]
     assert rate(1) == pytest.approx(1 / 0.68)  # alone nobody is in its way
     rates = [rate(actors) for actors in range(1, 60)]
-    assert rates == sorted(rates) and rates[-1] == pytest.approx(2 / 0.22, rel=0.01)
+    assert all(after > 0.999999 * before for before, after in pairwise(rates)) and rates[-1] == pytest.approx(2 / 0.22, rel=0.01)
     assert rate(10_000) == pytest.approx(2 / 0.22)
     # Without waiting there is nothing to overlap: as many actors as cores are enough.
     assert bound([cost("preprocess", 2, 0.01, 0.01)], Machine(cores=2)) == (pytest.approx(200), CORES)
