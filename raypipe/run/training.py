@@ -489,6 +489,8 @@ def _held_out(todo: Todo, settings: Settings, pools: Pools, session: Session, ru
     if not todo.holdout.num_rows:
         return [], 0
     pixels = replace(_pixels(todo, settings), recipe=for_evaluation(todo.recipe), decode_only=False)
+    # These actors are up for this alone, and each takes a second of CPU to start: as long as 300 images.
+    pools = replace(pools, actors=min(pools.actors, 1 + todo.holdout.num_rows // 300))
     dataset = preprocessed(
         todo.holdout,
         pixels,
