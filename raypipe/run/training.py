@@ -38,7 +38,7 @@ from raypipe.data.work import make_work, shard_rows, unlist, untouched, wanted_b
 from raypipe.images import backend as backend_module
 from raypipe.images import catalog
 from raypipe.images.decode import MAX_PIXELS
-from raypipe.images.recipe import Finish, Recipe, for_evaluation, to_json
+from raypipe.images.recipe import Recipe, for_evaluation, to_json
 from raypipe.insight import planner
 from raypipe.insight import report as reports
 from raypipe.insight.report import PoolView
@@ -259,7 +259,7 @@ def plan(settings: Settings) -> Todo:
         model=settings.model,
         arguments=settings.arguments,
         classes=classes,
-        finish=recipe.finish or Finish(scale=1 / 255),
+        finish=detection.finish_of(recipe),
         left=recipe if on_device else None,
         rows=work.num_rows,
         clip=settings.clip or None,
