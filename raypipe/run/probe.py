@@ -102,13 +102,12 @@ def time_stages(probe: Probe) -> list[StageCost]:
     keep_freed_memory()
     backend_module(probe.settings.backend).setup(probe.threads)
     reader = Reader(threads=probe.io_threads)
-    after = None if probe.after is None or _may_be_on_gpu(probe.after) else _actor(probe.after, threads=probe.threads)
+    after = {} if probe.after is None or _may_be_on_gpu(probe.after) else {probe.after.name: _actor(probe.after, probe.threads)}
     # The first image pays for libraries that load, and for memory that is new.
     block, _ = preprocess_shard(probe.rows.slice(0, 1), probe.settings, reader=reader)
-    spent: dict[str, tuple[float, float]] = {"preprocess": (0.0, 0.0)}
-    if probe.after is not None and after is not None:
-        after(block)
-        spent[probe.after.name] = (0.0, 0.0)
+    for store in after.values():
+        store(block)
+    spent = dict.fromkeys(["preprocess", *after], (0.0, 0.0))
     images = 0
     begun = time.perf_counter()
     size = max(1, min(8, probe.rows.num_rows // 4))
@@ -117,10 +116,10 @@ def time_stages(probe: Probe) -> list[StageCost]:
         times = _now()
         block, _ = preprocess_shard(rows, probe.settings, reader=reader)
         spent["preprocess"] = _add(spent["preprocess"], times)
-        if probe.after is not None and after is not None:
+        for name, store in after.items():
             times = _now()
-            after(block)
-            spent[probe.after.name] = _add(spent[probe.after.name], times)
+            store(block)
+            spent[name] = _add(spent[name], times)
         images += rows.num_rows - block.column("image").null_count
         if time.perf_counter() - begun > ENOUGH_S:
             break
@@ -159,7 +158,7 @@ class _Unmeasured:
     def count(self, *, images: int, bytes_in: int, bytes_out: int) -> None: ...
 
 
-def _actor(after: After, *, threads: int) -> Callable[[pa.Table], pa.Table]:
+def _actor(after: After, threads: int) -> Callable[[pa.Table], pa.Table]:
     """One of the stage's actors, here, with a folder of its own for what it stores."""
     sink = replace(after.sink, root=_folder(after.sink))
     return after.actor(sink=sink, threads=threads, wait_ms=0.0, meter=_Unmeasured(), **after.arguments)
