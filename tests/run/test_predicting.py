@@ -21,7 +21,7 @@ from raypipe import UsageError
 from raypipe.data import journal
 from raypipe.models import checkpoint as checkpoints
 from raypipe.models import detection
-from raypipe.run import training
+from raypipe.run import probe, training
 from raypipe.run.pipeline import Outcome
 from raypipe.run.predicting import Settings, predicting, run, start, verdict_on
 from tests.conftest import files
@@ -267,7 +267,7 @@ def test_a_killed_driver_goes_on_and_the_results_are_those_of_an_undisturbed_run
 
 @pytest.mark.slow
 def test_the_stage_scales_by_its_name_while_it_runs(trained, tmp_path):
-    wanted = settings(trained[0], tmp_path / "out", shard_rows=2, read_ms=50.0, store_ms=150.0)
+    wanted = settings(trained[0], tmp_path / "out", shard_rows=2, read_ms=50.0, store_ms=400.0)
     going = start(wanted, console=quiet())
     until(going, lambda record: record["done"] > 0)
     assert going.scale(predict=2, preprocess=2) == {"preprocess": 2, "predict": 2}
@@ -284,7 +284,8 @@ def test_the_stage_scales_by_its_name_while_it_runs(trained, tmp_path):
 
 
 @pytest.mark.slow
-def test_auto_times_the_model_before_the_start(trained, tmp_path):
+def test_auto_times_the_model_before_the_start(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(probe, "WAIT_AT_MOST_S", 120.0)  # a slow machine is no defect
     wanted = settings(trained[0], tmp_path / "out", actors="auto", predictors="auto", store_ms=40.0)
     outcome = run(wanted, console=quiet())
     predicted = outcome.report["predicted"]
