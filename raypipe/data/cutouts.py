@@ -156,7 +156,7 @@ def _photo(path: Path) -> np.ndarray | None:
 def render(material: Material, seed: int, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Picture `index` of the set `seed`: (height, width, 3) RGB uint8 of SIZE; its boxes, (n, 4) int64, x1 y1 x2 y2; their labels, (n,) int64."""
     rng = np.random.default_rng((seed, index))
-    picture = _ground(rng, material.photos[rng.integers(len(material.photos))])
+    picture = _ground(rng, material.photos[int(rng.integers(len(material.photos)))])
     boxes: list[tuple[int, int, int, int]] = []
     labels: list[int] = []
     wanted = int(rng.integers(1, MOST + 1))
@@ -166,7 +166,7 @@ def render(material: Material, seed: int, index: int) -> tuple[np.ndarray, np.nd
         # A class first, else one with many cut-outs would be most of what there is.
         label = int(rng.integers(1, len(material.classes) + 1))
         of_class = [cutout for cutout in material.cutouts if cutout.label == label]
-        thing = _varied(rng, of_class[rng.integers(len(of_class))].pixels)
+        thing = _varied(rng, of_class[int(rng.integers(len(of_class)))].pixels)
         if not _is_there(thing):  # what is thin may fade away when it shrinks
             continue
         top, left = (int(rng.integers(picture.shape[side] - thing.shape[side] + 1)) for side in (0, 1))

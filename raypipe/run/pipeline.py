@@ -107,7 +107,8 @@ def preprocessed(
     )
     if after is None:
         return dataset
-    device, resources = ({"device": "cuda"}, {"num_gpus": 1, "num_cpus": 0}) if after.gpu else ({}, {"num_cpus": cpus_each})
+    device = {"device": "cuda"} if after.gpu else {}
+    resources = {"num_gpus": 1, "num_cpus": 0} if after.gpu else {"num_cpus": cpus_each}
     return dataset.map_batches(
         after.actor,
         fn_constructor_kwargs={

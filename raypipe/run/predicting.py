@@ -107,19 +107,21 @@ class Settings:
     def preprocessing(self) -> Preprocess:
         """The input side, as jobs/preprocess.py has it; what is left to the checkpoint, as it is by default."""
         names = (
-            "input",
-            "annotations",
-            "output",
-            "backend",
-            "limit",
-            "seed",
-            "max_pixels",
-            "actors",
-            "threads",
-            "read_ms",
-            "store_ms",
+            *(
+                "input",
+                "annotations",
+                "output",
+                "backend",
+                "limit",
+                "seed",
+                "max_pixels",
+                "actors",
+                "threads",
+                "read_ms",
+                "store_ms",
+            ),
+            *("shard_rows", "max_reject_fraction", "run_id", "resume", "report"),
         )
-        names += ("shard_rows", "max_reject_fraction", "run_id", "resume", "report")
         given = {name: getattr(self, name) for name in names}
         return Preprocess(**{name: value for name, value in given.items() if value is not None})
 

@@ -78,7 +78,7 @@ def room_here(settings: Settings, after: After | None = None) -> int:
     asked = [(count, ACTOR_BYTES[libraries]) for count, libraries in stages if count != "auto"]
     needed = sum(count * each for count, each in asked)
     if needed > memory:
-        actors, options = _named(settings.actors, after and after.actors, after)
+        actors, options = _named(settings.actors, after.actors if after else None, after)
         raise UsageError(
             f"{actors} need about {needed / 1e9:.0f} GB of memory; this machine has {memory / 1e9:.0f} GB and {cores_here()} cores. Ask for "
             f"fewer with {options}."
@@ -146,7 +146,7 @@ def size_pools(
         counts["preprocess"] = max(1, min(cpus, room - sum(counts.values())))
     counts |= fixed
     if sum(counts.values()) > room:
-        actors, options = _named(counts["preprocess"], after and counts[after.name], after)
+        actors, options = _named(counts["preprocess"], counts[after.name] if after else None, after)
         raise UsageError(
             f"{actors} take {sum(counts.values()) - seats} CPUs, one each, but the cluster has {session.at_most}: Ray would wait for ever for "
             f"the rest. Ask for fewer with {options}, or add nodes first."

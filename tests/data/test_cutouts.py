@@ -81,7 +81,7 @@ def test_the_command_makes_an_input_with_boxes(material, capsys):
     assert main([*arguments, "--output", str(material / "again")]) == 0
     assert files(material / "out") == files(material / "again")
     assert main([*arguments, "--output", str(material / "out")]) == 2
-    assert "annotations.json exists" in " ".join(capsys.readouterr().err.split())
+    assert "pictures would be mixed with earlier ones" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(
