@@ -287,6 +287,7 @@ def cutouts(command: Cutouts, console: Console) -> None:
         f"{len(made.photos)} photos. To train on them: --input {command.output}/images --annotations {command.output}/annotations.json",
         markup=False,
         highlight=False,
+        soft_wrap=True,  # what is to be copied stays in one line
     )
 
 
