@@ -37,7 +37,7 @@ from raypipe.images import opencv
 from raypipe.images.recipe import Recipe, Resize
 from raypipe.insight import planner
 from raypipe.run.meter import Meter
-from raypipe.run.pipeline import Run, plan, preprocessed, run, tracks_folder
+from raypipe.run.pipeline import plan, preprocessed, run, start, tracks_folder
 from raypipe.run.session import Pools
 from raypipe.run.settings import Settings
 from raypipe.stages.preprocess import Preprocess, Preprocessing
@@ -187,7 +187,7 @@ def change(wanted: Benchmark, console: Console) -> None:
 def _followed(settings: Settings, half: int) -> tuple[list[tuple[str, float]], str]:
     """Rates of a run in stretches from when its first `half` images are done, and the changes that it made."""
     with tempfile.TemporaryDirectory(prefix="raypipe-benchmark-") as output:
-        run_ = Run(replace(settings, output=output), console=quiet())
+        run_ = start(replace(settings, output=output), console=quiet())
         points: list[tuple[float, int]] = []
         while not run_.done:
             with contextlib.suppress(UsageError):  # it ends between the two questions
@@ -251,7 +251,7 @@ def overhead(wanted: Benchmark, console: Console) -> None:
     from raypipe.run.collector import Facts, start_collector
 
     def rate(collector: Any) -> float:
-        pools = Pools(actors=2, writers=0)
+        pools = Pools(actors=2)
         pixels = Preprocessing(recipe=todo.recipe, backend="opencv")
         dataset = preprocessed(todo.work, pixels, pools=pools, run_id=f"overhead-{time.time()}", collector=collector)
         moments = [

@@ -1,4 +1,4 @@
-"""`raypipe recipes | report | plan | runs | watch | scale | dashboard`: operate a run, and look at it. Running is what jobs/ are for."""
+"""`raypipe recipes | report | plan | runs | watch | scale | dashboard | cutouts`: operate a run, and look at it. Running is what jobs/ are for."""
 
 import json
 import os
@@ -255,6 +255,42 @@ def dashboard(command: Dashboard, console: Console) -> None:
     Console(stderr=True).print(how.format(command.file or "and paste it"), markup=False, highlight=False)
 
 
+@dataclass(frozen=True)
+class Cutouts:
+    """Make a labelled set for detection: images with a transparent background pasted on photos, with a COCO JSON."""
+
+    cutouts: str
+    """Folder of images with a transparent background; the folder that each is in is its class."""
+    photos: str
+    """Folder of photos to paste on."""
+    output: str
+    """Folder for images/ and annotations.json."""
+    count: int = 600
+    """Pictures to make."""
+    classes: int = 6
+    """So many classes: the folders with the most cut-outs."""
+    seed: int = 0
+    """Of what goes where."""
+
+
+def cutouts(command: Cutouts, console: Console) -> None:
+    """A set of pictures with boxes.
+
+    Raises:
+        UsageError: there is nothing to make them of, or results are there already.
+    """
+    from raypipe.data.cutouts import paste
+
+    made = paste(**vars(command))
+    console.print(
+        f"{command.count} pictures, {len(made.cutouts)} cut-outs of {len(made.classes)} classes ({', '.join(made.classes)}) on "
+        f"{len(made.photos)} photos. To train on them: --input {command.output}/images --annotations {command.output}/annotations.json",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,  # what is to be copied stays in one line
+    )
+
+
 COMMANDS: dict[str, tuple[type, Callable[[Any, Console], None]]] = {
     "recipes": (Recipes, recipes),
     "report": (Report, report),
@@ -263,6 +299,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any, Console], None]]] = {
     "watch": (Watch, watch),
     "scale": (Scale, scale),
     "dashboard": (Dashboard, dashboard),
+    "cutouts": (Cutouts, cutouts),
 }
 
 

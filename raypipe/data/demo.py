@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -74,7 +74,7 @@ def layout(seed: int, index: int) -> Layout:
         low, high = shape.outline.min(axis=0), shape.outline.max(axis=0)
         # Outlines are in OpenCV's coordinates, where pixel 0 is around 0; in boxes it is from 0 to 1.
         box = (float(low[0]), float(low[1]), float(high[0]) + 1, float(high[1]) + 1)
-        if all(_overlap(box, other) < 0.15 for other in boxes):
+        if all(overlap(box, other) < 0.15 for other in boxes):
             shapes.append(shape)
             boxes.append(box)
     order = sorted(range(len(shapes)), key=lambda i: boxes[i][3])  # from far to near
@@ -87,8 +87,8 @@ def layout(seed: int, index: int) -> Layout:
     )
 
 
-def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> float:
-    """Intersection over the smaller box."""
+def overlap(a: Sequence[float], b: Sequence[float]) -> float:
+    """Of two boxes x1 y1 x2 y2: the intersection over the smaller one."""
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
     if width <= 0 or height <= 0:

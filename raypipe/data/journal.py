@@ -209,8 +209,14 @@ def put_settings(root: str, settings: dict, versions: dict) -> None:
     location.write(root, f"{STATE}/run.json", json.dumps(record, indent=2).encode())
 
 
-def clear(root: str) -> None:
-    """Delete the results that the journal names, and the run's state: what `--no-resume` does. Other files are left alone."""
+def clear(root: str, *, endings: Iterable[str] = ()) -> None:
+    """Delete the results that the journal names, and the run's state: what `--no-resume` does. Other files are left alone.
+
+    `endings`: files that such a run writes when its shards are done, which no entry names.
+    """
+    if _read_if_there(root, "run.json") is not None:
+        for file in endings:
+            location.delete(location.join(root, file))
     for entry in read_entries(root, sorted(done_shards(root))):
         for file in entry.files:
             location.delete(location.join(root, file))

@@ -20,7 +20,7 @@ Own ops: write a frozen dataclass with a `purpose`, and register what differs fr
     def _(op: Invert, image, out=None):
         return 255 - image
 
-`output_size` and `move_boxes` are registered likewise if the op changes geometry; a random op registers `sample` and sets
+`output_size`, `move_boxes` and `back` are registered likewise if the op changes geometry; a random op registers `sample` and sets
 `random: ClassVar[bool] = True`. In JSON its name is "package.module:Invert".
 """
 
@@ -46,6 +46,9 @@ from raypipe.images.decode import MAX_PIXELS, Reject
 Size = tuple[int, int]
 Colour = tuple[int, int, int]
 Range = tuple[float, float]
+Matrix = tuple[float, float, float, float, float, float]
+
+UNMOVED: Matrix = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 
 NO_BOXES = np.zeros((0, 4), np.float32)
 PURPOSES = ("emphasise", "remove", "augment", "neutral")
@@ -122,7 +125,7 @@ class Affine:
     """
 
     purpose: ClassVar[str] = "augment"
-    matrix: tuple[float, float, float, float, float, float]
+    matrix: Matrix
     fill: Colour = (0, 0, 0)
 
     def __post_init__(self) -> None:
@@ -613,6 +616,19 @@ def move_boxes(op: Any, boxes: np.ndarray, size: Size) -> tuple[np.ndarray, np.n
 
 
 @functools.singledispatch
+def back(op: Any, size: Size) -> Matrix:
+    """Where the result of a plain op on an image of `size` comes from: (a, b, c, d, e, f) takes a point (x, y) of the result to the point
+    (a x + b y + c, d x + e y + f) of that image. By default the same point. Raises UsageError for an op that moves boxes and does not say.
+    """
+    if move_boxes.dispatch(type(op)) is not move_boxes.dispatch(object):
+        raise UsageError(
+            f"{op} moves boxes, but not back: what a model finds could not be placed on the original image. Register a function with "
+            f"raypipe.images.recipe.back."
+        )
+    return UNMOVED
+
+
+@functools.singledispatch
 def fixed_size(op: Any, size: Size | None) -> Size | None:
     """The size after any op, plain or not, if it is the same for all images; `size` is that before it, None where it varies."""
     if is_drawn(op):
@@ -631,6 +647,11 @@ def _(op: Resize, boxes: np.ndarray, size: Size) -> tuple[np.ndarray, np.ndarray
     return boxes * np.array([x, y, x, y], np.float32), np.arange(len(boxes))
 
 
+@back.register(Resize)
+def _(op: Resize, size: Size) -> Matrix:
+    return size[1] / op.width, 0.0, 0.0, 0.0, size[0] / op.height, 0.0
+
+
 @output_size.register(Crop)
 def _(op: Crop, size: Size) -> Size:
     if op.top + op.height > size[0] or op.left + op.width > size[1]:
@@ -647,6 +668,11 @@ def _(op: Crop, boxes: np.ndarray, size: Size) -> tuple[np.ndarray, np.ndarray]:
     return _overlapping(moved, (op.height, op.width))
 
 
+@back.register(Crop)
+def _(op: Crop, size: Size) -> Matrix:
+    return 1.0, 0.0, float(op.left), 0.0, 1.0, float(op.top)
+
+
 @move_boxes.register(Flip)
 def _(op: Flip, boxes: np.ndarray, size: Size) -> tuple[np.ndarray, np.ndarray]:
     moved = boxes.copy()
@@ -654,6 +680,11 @@ def _(op: Flip, boxes: np.ndarray, size: Size) -> tuple[np.ndarray, np.ndarray]:
     moved[:, first] = length - boxes[:, first + 2]
     moved[:, first + 2] = length - boxes[:, first]
     return moved, np.arange(len(boxes))
+
+
+@back.register(Flip)
+def _(op: Flip, size: Size) -> Matrix:
+    return (-1.0, 0.0, float(size[1]), 0.0, 1.0, 0.0) if op.axis == "horizontal" else (1.0, 0.0, 0.0, 0.0, -1.0, float(size[0]))
 
 
 @output_size.register(Pad)
@@ -670,13 +701,21 @@ def _(op: Pad, boxes: np.ndarray, size: Size) -> tuple[np.ndarray, np.ndarray]:
     return boxes + np.array([op.left, op.top, op.left, op.top], np.float32), np.arange(len(boxes))
 
 
+@back.register(Pad)
+def _(op: Pad, size: Size) -> Matrix:
+    return 1.0, 0.0, -float(op.left), 0.0, 1.0, -float(op.top)
+
+
 @move_boxes.register(Affine)
 def _(op: Affine, boxes: np.ndarray, size: Size) -> tuple[np.ndarray, np.ndarray]:
+    return _overlapping(_around(op.matrix, boxes), size)
+
+
+@back.register(Affine)
+def _(op: Affine, size: Size) -> Matrix:
     a, b, c, d, e, f = op.matrix
-    x, y = boxes[:, [0, 2, 2, 0]], boxes[:, [1, 1, 3, 3]]
-    new_x, new_y = a * x + b * y + c, d * x + e * y + f
-    around = np.stack([new_x.min(1), new_y.min(1), new_x.max(1), new_y.max(1)], axis=1).astype(np.float32)
-    return _overlapping(around, size)
+    by = a * e - b * d
+    return e / by, -b / by, (b * f - c * e) / by, -d / by, a / by, (c * d - a * f) / by
 
 
 @move_boxes.register(SanitizeBoxes)
@@ -861,9 +900,7 @@ def _(op: RandomAffine, rng: np.random.Generator, size: Size, boxes: np.ndarray)
     return (Affine(matrix=matrix, fill=op.fill),)
 
 
-def affine_matrix(
-    size: Size, *, angle: float, shear: float, scale: float, shift: Range
-) -> tuple[float, float, float, float, float, float]:
+def affine_matrix(size: Size, *, angle: float, shear: float, scale: float, shift: Range) -> Matrix:
     """Shears in x, turns (clockwise as seen, radians) and scales about the centre, then shifts by (x, y) pixels."""
     cos, sin, tan = math.cos(angle) * scale, math.sin(angle) * scale, math.tan(shear)
     a, b, d, e = cos, -cos * tan - sin, sin, -sin * tan + cos
@@ -934,6 +971,14 @@ def clip(boxes: np.ndarray, size: Size) -> np.ndarray:
     """The boxes' parts inside an image of `size`, as a new array."""
     limits = np.array([size[1], size[0], size[1], size[0]], np.float32)
     return np.clip(boxes, np.float32(0), limits)
+
+
+def _around(matrix: Matrix, boxes: np.ndarray) -> np.ndarray:
+    """The upright boxes around the mapped corners of `boxes`, float32 (n, 4)."""
+    a, b, c, d, e, f = matrix
+    x, y = boxes[:, [0, 2, 2, 0]], boxes[:, [1, 1, 3, 3]]
+    new_x, new_y = a * x + b * y + c, d * x + e * y + f
+    return np.stack([new_x.min(1), new_y.min(1), new_x.max(1), new_y.max(1)], axis=1).astype(np.float32)
 
 
 def iou(boxes: np.ndarray, region: tuple[float, float, float, float]) -> np.ndarray:
@@ -1109,6 +1154,31 @@ def left_of(values: np.ndarray, keep: np.ndarray) -> np.ndarray:
     """What belongs to the boxes that a plan kept, (m,), of what belongs to those it was given, (n,). A source may know boxes without
     labels or ids: then there is nothing to choose from."""
     return values[keep] if len(values) > keep.max(initial=-1) else values[:0]
+
+
+def boxes_back(recipe: Recipe, boxes: np.ndarray, size: Size) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes on the result of a recipe without chance as boxes on the image it was made of, which is of `size`.
+
+    Args:
+        boxes: float32 (n, 4), x1 y1 x2 y2, in pixels of the result.
+
+    Returns:
+        The boxes, float32 (m, 4), in pixels of the image and clipped to it (upright around their corners, where an op turns the image); and
+        which of the given ones they are, int64 (m,): a box that is nowhere in the image, such as one in its padding, is left out.
+
+    Raises UsageError for an op that cannot be undone (`back`), and Reject as `Recipe.plan` does.
+    """
+    matrix, at = UNMOVED, size
+    for op in recipe.plan(seed=0, epoch=0, image_id="", size=size).ops:
+        matrix, at = _after(matrix, back(op, at)), output_size(op, at)
+    return _overlapping(_around(matrix, boxes), size)
+
+
+def _after(outer: Matrix, inner: Matrix) -> Matrix:
+    """What takes a point through `inner`, then `outer`."""
+    a, b, c, d, e, f = outer
+    p, q, r, s, t, u = inner
+    return a * p + b * s, a * q + b * t, a * r + b * u + c, d * p + e * s, d * q + e * t, d * r + e * u + f
 
 
 def for_evaluation(recipe: Recipe) -> Recipe:

@@ -11,6 +11,9 @@ from rich.text import Text
 
 from raypipe.insight import planner
 
+LAST = ("write", "predict")
+"""Stages with nobody behind them to be held up by: when they are not busy, they have no input."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PoolView:
@@ -90,8 +93,7 @@ def _stage(name: str, snapshot: dict, cores: float) -> dict[str, Any]:
     core_wait_s = None if None in waits else sum(waits)
     # The two clocks differ a little (10 Hz there, every call here); the shares must still sum to 1.
     total = max(pool.actor_s, busy_s)
-    # Whoever writes files has nobody behind it to be held up by.
-    starved = total - busy_s if name == "write" else min(pool.starved_s, total - busy_s)
+    starved = total - busy_s if name in LAST else min(pool.starved_s, total - busy_s)
     first = min((actor["at"] for actor in snapshot["first"] if actor["stage"] == name), default=0.0)
     last = max((actor["at"] for actor in actors), default=0.0)
     return {

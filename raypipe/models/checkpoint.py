@@ -12,6 +12,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from hashlib import blake2b
 from typing import Any
 
 import pyarrow as pa
@@ -143,6 +144,31 @@ def progress_of(folder: str) -> Progress:
     found = about(folder)
     assert found is not None
     return Progress(**found["progress"])
+
+
+def find(where: str) -> str:
+    """The folder of the checkpoint at `where`: that itself, or the most trained one below a training's --storage.
+
+    Raises:
+        UsageError: there is none.
+    """
+    try:
+        found = [where] if about(where) is not None else all_in(where)
+    except NotADirectoryError:
+        found = []
+    if not found:
+        raise UsageError(
+            f"There is no checkpoint in {where!r}: neither is it the folder of one, with an about.json, nor are there any below it. Give such a "
+            f"folder, or the --storage of a training that finished at least an epoch."
+        )
+    return found[-1]
+
+
+def identity(folder: str) -> dict[str, Any]:
+    """What tells the weights in `folder` from others, wherever the folder is moved to: how far they are, and a digest. JSON types."""
+    progress = progress_of(folder)
+    digest = blake2b(location.read(location.join(folder, "state.pt")), digest_size=8).hexdigest()
+    return {"epoch": progress.epoch, "step": progress.step, "digest": digest}
 
 
 def name_of(progress: Progress) -> str:

@@ -23,7 +23,7 @@ from torchvision.models.detection.ssd import SSD
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from raypipe import UsageError
-from raypipe.images.recipe import Size, did_you_mean
+from raypipe.images.recipe import Finish, Recipe, Size, did_you_mean
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +222,11 @@ def build(name: str, *, num_classes: int, arguments: Mapping[str, Any] | None = 
     if isinstance(transform, GeneralizedRCNNTransform):
         model.transform = AsGiven(transform.size_divisible)
     return model
+
+
+def finish_of(recipe: Recipe) -> Finish:
+    """What turns the recipe's pixels into what a model is fed: its finish, or where it has none, values from 0 to 1."""
+    return recipe.finish or Finish(scale=1 / 255)
 
 
 def parameters(model: nn.Module) -> int:

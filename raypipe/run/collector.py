@@ -14,7 +14,7 @@ from typing import Any
 import ray
 
 from raypipe.insight import planner
-from raypipe.insight.report import PoolView, verdict
+from raypipe.insight.report import LAST, PoolView, verdict
 from raypipe.run.meter import SAMPLE_EVERY_S, Sample
 from raypipe.run.metrics import Metrics
 
@@ -42,7 +42,8 @@ WORTH_STARTING_S = 8.0
 class Facts:
     """What is known of a run when its execution begins.
 
-    `at_most`: actors of all stages together that Ray has logical CPUs for. `auto`: stages whose count the planner may change.
+    `at_most`: actors of all stages together that Ray has logical CPUs for, those on GPUs not counted. `auto`: stages whose count the planner
+    may change. `on_gpu`: stages each of whose actors holds one of the `gpus`.
     """
 
     input: str = ""
@@ -53,6 +54,8 @@ class Facts:
     cores: float = 1.0
     at_most: int = 1
     auto: tuple[str, ...] = ()
+    on_gpu: tuple[str, ...] = ()
+    gpus: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,12 +285,15 @@ class Collector:
             if count < 1:
                 return "a stage needs at least 1 actor"
         wanted = self._wanted | counts
-        if sum(wanted.values()) > self._facts.at_most:
-            parts = " + ".join(f"{count} {stage}" for stage, count in wanted.items())
+        on_gpu = {stage: count for stage, count in wanted.items() if stage in self._facts.on_gpu}
+        on_cpu = {stage: count for stage, count in wanted.items() if stage not in on_gpu}
+        if sum(on_cpu.values()) > self._facts.at_most:
             return (
-                f"{parts} are {sum(wanted.values())} actors, but there is room for {self._facts.at_most} (a CPU of the cluster each, or "
-                f"memory on a machine alone)"
+                f"{_parts(on_cpu)} are {sum(on_cpu.values())} actors, but there is room for {self._facts.at_most} (a CPU of the cluster each, "
+                f"or memory on a machine alone)"
             )
+        if sum(on_gpu.values()) > self._facts.gpus:
+            return f"{_parts(on_gpu)} take a GPU each, but there are {self._facts.gpus}"
         self._by_hand |= set(counts)
         self._change(counts, "user")
         return self._wanted
@@ -312,7 +318,8 @@ class Collector:
         if costs is None or self._left_s() < WORTH_STARTING_S:
             return
         fixed = {cost.name for cost in costs} - auto
-        counts = planner.better(costs, planner.Machine(cores=self._facts.cores, actors=self._facts.at_most), fixed=fixed)
+        machine = planner.Machine(cores=self._facts.cores, actors=self._facts.at_most, gpus=self._facts.gpus or None)
+        counts = planner.better(costs, machine, fixed=fixed)
         if counts is not None:
             self._change(counts, "auto")
 
@@ -336,7 +343,7 @@ class Collector:
                     busy_s=(last.busy_s - first.busy_s) / images,
                     cpu_s=(last.cpu_s - first.cpu_s) / images,
                     core_wait_s=None if wait_s is None else wait_s / images,
-                    on_gpu=last.gpu_seen_s > 0,
+                    on_gpu=stage in self._facts.on_gpu or last.gpu_seen_s > 0,
                 )
             )
         return costs or None
@@ -395,8 +402,7 @@ class Collector:
                 record["gpu_percent"] = 100 * (last.gpu_busy_s - first.gpu_busy_s) / (last.gpu_seen_s - first.gpu_seen_s)
             if actor_s > 0:
                 busy = min((last.spent_s - first.spent_s) / actor_s, 1.0)
-                # Whoever writes files has nobody behind it to be held up by.
-                starved = 1 - busy if stage == "write" else min((last.starved_s - first.starved_s) / actor_s, 1 - busy)
+                starved = 1 - busy if stage in LAST else min((last.starved_s - first.starved_s) / actor_s, 1 - busy)
                 record |= {"busy": max(busy, 0.0), "starved": max(starved, 0.0), "blocked": max(1 - busy - starved, 0.0)}
         return {
             "name": stage,
@@ -454,6 +460,10 @@ class Collector:
                 for node, samples in nodes.items()
             },
         }
+
+
+def _parts(counts: dict[str, int]) -> str:
+    return " + ".join(f"{count} {stage}" for stage, count in counts.items())
 
 
 def start_collector(run_id: str, facts: Facts) -> ray.actor.ActorHandle:

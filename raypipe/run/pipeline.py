@@ -10,10 +10,11 @@ import traceback
 import uuid
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, TypeVar
 
 import psutil
@@ -44,8 +45,9 @@ from raypipe.run.collector import Facts, start_collector
 from raypipe.run.control import Control
 from raypipe.run.meter import Meter, busy_cpu_s
 from raypipe.run.scaling import steer
-from raypipe.run.session import Pools, Session, hardware, ray_session, size_pools, versions
-from raypipe.run.settings import Settings, check_apart, check_free, deciding, image_folder
+from raypipe.run.session import Pools, Session, hardware, ray_session, seated, size_pools, versions
+from raypipe.run.settings import Settings, check_apart, check_free, deciding, image_folder, result_files
+from raypipe.stages import After
 from raypipe.stages.preprocess import TRIES, Preprocess, Preprocessing
 from raypipe.stages.write import Write
 
@@ -62,11 +64,11 @@ def preprocessed(
     io_threads: int = 1,
     read_ms: float = 0.0,
     store_ms: float = 0.0,
-    sink: Sink | None = None,
+    after: After | None = None,
     run_id: str,
     collector: ray.actor.ActorHandle | None = None,
 ) -> ray.data.Dataset:
-    """The run as a dataset: blocks of pixels (schema BLOCK), or with a `sink` what the writers say of each shard (schema DONE).
+    """The run as a dataset: blocks of pixels (schema BLOCK), or with a stage `after` what that says of each shard (schema DONE).
 
     Nothing runs before it is consumed. One shard is one block is one call, all the way; rows of `work` are small.
     """
@@ -81,8 +83,8 @@ def preprocessed(
     context.memory_usage_poll_interval_s = None
     largest = max(table.num_rows for table in tables)
     if collector is not None:
-        operators = {f"MapBatches({cls.__name__})": name for cls, name in ((Preprocess, "preprocess"), (Write, "write"))}
-        steer(context, collector=collector, stages=operators)
+        actors = {"preprocess": Preprocess} | ({after.name: after.actor} if after else {})
+        steer(context, collector=collector, stages={f"MapBatches({actor.__name__})": name for name, actor in actors.items()})
     # Ray would repeat the task of an actor that dies for ever. Each image of a shard may kill it TRIES times, then it is left out.
     # Ray 2.60 deprecates passing these through, before it has another way (docs of map_batches, "ray_remote_args").
     warnings.filterwarnings("ignore", message=".*ray_remote_args.*", category=RayDeprecationWarning)
@@ -103,34 +105,36 @@ def preprocessed(
         num_cpus=cpus_each,
         **again,
     )
-    if sink is None:
+    if after is None:
         return dataset
+    device = {"device": "cuda"} if after.gpu else {}
+    resources = {"num_gpus": 1, "num_cpus": 0} if after.gpu else {"num_cpus": cpus_each}
     return dataset.map_batches(
-        Write,
+        after.actor,
         fn_constructor_kwargs={
-            "sink": sink,
-            "backend": settings.backend,
-            "finish": settings.recipe.finish if sink.format == "npy" else None,
+            "sink": after.sink,
             "threads": threads,
             "wait_ms": store_ms,
-            "meter": Meter(stage="write", collector=collector),
+            "meter": Meter(stage=after.name, collector=collector),
+            **after.arguments,
+            **device,
         },
         batch_size=None,
         batch_format="pyarrow",
-        # Ray Data hands out tasks ten times a second: two short ones would leave a writer without work for most of that.
-        compute=ActorPoolStrategy(size=pools.writers, max_tasks_in_flight_per_actor=4),
-        num_cpus=cpus_each,
+        compute=ActorPoolStrategy(size=pools.after, max_tasks_in_flight_per_actor=after.in_flight),
+        **resources,
         **again,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Todo:
-    """What a run has to do: `work` in all, of which `left` is not in the journal."""
+    """What a run has to do: `work` in all, of which `left` is not in the journal; and then `endings`, files of the output itself."""
 
     recipe: Recipe
     work: pa.Table
     left: pa.Table
+    endings: tuple[str, ...] = ()
 
 
 def plan(settings: Settings) -> Todo:
@@ -147,29 +151,116 @@ def plan(settings: Settings) -> Todo:
     source = wanted_by(listed, needs_boxes=recipe.needs_boxes, drops_crowds=recipe.drops_crowds)
     if not source.num_rows:
         raise UsageError(f"No image of {settings.input!r} has boxes, which recipe {recipe.name} needs. Give --annotations.")
+    return left_to_do(settings, recipe, source, deciding(settings, recipe), files=partial(result_files, settings))
+
+
+def left_to_do(
+    settings: Settings,
+    recipe: Recipe,
+    source: pa.Table,
+    decides: dict[str, Any],
+    *,
+    files: Callable[[pa.Table], Iterable[str]],
+    endings: tuple[str, ...] = (),
+) -> Todo:
+    """The images of `source` (schema SOURCE) in shards, less what an earlier run into the same output has done.
+
+    Args:
+        decides: what decides the results, JSON types: an output made with other is refused.
+        files: gives the files that a table of work becomes, relative to the output.
+        endings: files directly in the output that are written when all shards are done.
+
+    Raises:
+        UsageError: the output is of another run, or cannot be used. Nothing was changed.
+    """
     height, width = recipe.fixed_size or (480, 640)
     rows = settings.shard_rows or shard_rows(rows=source.num_rows, row_bytes=height * width * 3)
     cut: dict[str, Any] = {"rows_per_shard": rows, "taper": settings.shard_rows is None}
     root = settings.output
     if root is None:
         work = make_work(source, **cut)
-        return Todo(recipe=recipe, work=work, left=work)
+        return Todo(recipe=recipe, work=work, left=work, endings=endings)
     if not settings.resume:
-        journal.clear(root)
-    going_on = journal.check_settings(root, deciding(settings, recipe))
+        journal.clear(root, endings=endings)
+    going_on = journal.check_settings(root, decides)
     stored = journal.read_work(root) if going_on else None
     if stored is None:
         journal.check_writable(root)
         work = here = make_work(source, **cut)
-        check_free(settings, work)
+        check_free(root, [*endings, *files(work)])
     else:
         work = extend(stored, source, **cut)
         here = work.filter(pc.is_in(work.column("image_id"), source.column("image_id").combine_chunks()))
     if stored is None or work.num_rows > stored.num_rows:
         journal.put_work(root, work)
     if not going_on:
-        journal.put_settings(root, deciding(settings, recipe), versions())
-    return Todo(recipe=recipe, work=here, left=remaining(here, journal.done_shards(root)))
+        journal.put_settings(root, decides, versions())
+    return Todo(recipe=recipe, work=here, left=remaining(here, journal.done_shards(root)), endings=endings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a run does: images are preprocessed as `settings` and `todo` say, and taken by the stage `after`, where there is one.
+
+    given: what the user asked for, for the report.
+    conclude: called with all images that were delivered when their shards are done; what it returns is added to the report.
+    """
+
+    settings: Settings
+    given: dict[str, Any]
+    todo: Todo
+    after: After | None
+    conclude: Callable[[list[journal.Written]], dict[str, Any]]
+
+    @property
+    def auto(self) -> tuple[str, ...]:
+        """The stages whose actor count is left to the planner."""
+        counts = {"preprocess": self.settings.actors} | ({self.after.name: self.after.actors} if self.after else {})
+        return tuple(stage for stage, count in counts.items() if count == "auto")
+
+    @property
+    def pixels(self) -> Preprocessing:
+        """What preprocess actors do."""
+        given = self.settings
+        return Preprocessing(recipe=self.todo.recipe, backend=given.backend, seed=given.seed, max_pixels=given.max_pixels)
+
+
+def preprocessing(settings: Settings) -> Job:
+    """The run of jobs/preprocess.py.
+
+    Raises:
+        UsageError: the settings, the input or the output cannot be used. Nothing was changed.
+    """
+    todo = plan(settings)
+    after = writing(settings, todo.recipe)
+
+    def conclude(written: list[journal.Written]) -> dict[str, Any]:
+        if settings.annotations is not None and after is not None:
+            rows = ((w.image_id, w.file, w.height, w.width, w.boxes, w.annotation_ids) for w in written)
+            write_annotations(settings.annotations, after.sink.root, rows, folder=after.sink.folder)
+        return {}
+
+    return Job(settings=settings, given=asdict(settings), todo=todo, after=after, conclude=conclude)
+
+
+def writing(settings: Settings, recipe: Recipe) -> After | None:
+    """The stage that writes what preprocess made; None: nothing is written."""
+    if settings.output is None:
+        return None
+    root = location.absolute(settings.output)
+    return After(
+        name="write",
+        noun="writers",
+        doing=f"writing {settings.format}",
+        actor=Write,
+        sink=Sink(format=settings.format, root=root, folder=image_folder(settings), quality=settings.quality),
+        arguments={"backend": settings.backend, "finish": recipe.finish if settings.format == "npy" else None},
+        actors=settings.writers,
+        libraries=settings.backend,
+        share=0.25,
+        # Ray Data hands out tasks ten times a second: two short ones would leave a writer without work for most of that.
+        in_flight=4,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,28 +327,46 @@ def run(
         UsageError: the message is for the user; nothing was started.
         KeyboardInterrupt: results so far are kept, and the same settings go on.
     """
+    how: dict[str, Any] = {"consume": consume, "console": console, "began": began, "stop": stop}
+    return carry_out(lambda: preprocessing(settings), source=settings.input, **how)
+
+
+def carry_out(
+    make: Callable[[], Job],
+    *,
+    source: str,
+    consume: Callable[[pa.Table], None] | None = None,
+    console: Console | None = None,
+    began: Callable[[Control], None] = lambda control: None,
+    stop: threading.Event | None = None,
+) -> Outcome:
+    """Do the job that `make` makes of the images of `source`, to the end; the other arguments are those of `run`, and so is what it raises."""
     started = time.time()
     console = console or Console(stderr=True)
-    console.print(f"Listing {settings.input} ...", markup=False, highlight=False)
-    todo = plan(settings)
+    console.print(f"Listing {source} ...", markup=False, highlight=False)
+    job = make()
+    settings, todo = job.settings, job.todo
     total, left = todo.work.num_rows, todo.left.num_rows
     if not left:
         console.print(
             f"Nothing to do: all {total} images of {settings.input} are done, in {settings.output}. --no-resume does them again.",
             markup=False,
         )
-        return Outcome(report=None, rejected=_journaled(settings, todo)[1] if settings.output else [], rows=total)
+        written, rejected = _journaled(settings, todo)
+        if settings.output is not None and not set(todo.endings) <= set(location.names(settings.output)):
+            job.conclude(written)  # the run that did the last shard was killed before it could
+        return Outcome(report=None, rejected=rejected, rows=total)
     if left < total:
         console.print(f"Going on: {total - left} of {total} images are done already.")
     run_id = settings.run_id or f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
-    executed = _execute(settings, todo, run_id, console=console, consume=consume, began=began, stop=stop or threading.Event())
-    return _account(settings, todo, run_id, executed, setup_s=executed.begun_at - started)
+    executed = _execute(job, run_id, console=console, consume=consume, began=began, stop=stop or threading.Event())
+    return _account(job, run_id, executed, setup_s=executed.begun_at - started)
 
 
 class Run:
     """A run in the background, of a notebook or a program: looked at and scaled while it goes on."""
 
-    def __init__(self, settings: Settings, *, consume: Callable[[pa.Table], None] | None = None, console: Console | None = None):
+    def __init__(self, do: Callable[..., Outcome]):  # with `began` and `stop`, as `run`
         self._stop = threading.Event()
         self._began = threading.Event()
         self._control: Control | None = None
@@ -270,7 +379,7 @@ class Run:
 
         def work() -> None:
             try:
-                self._outcome = run(settings, consume=consume, console=console, began=begin, stop=self._stop)
+                self._outcome = do(began=begin, stop=self._stop)
             except BaseException as error:  # it belongs to whoever waits
                 self._error = error
             finally:
@@ -314,7 +423,7 @@ class Run:
 
 def start(settings: Settings, *, consume: Callable[[pa.Table], None] | None = None, console: Console | None = None) -> Run:
     """Begin a run in the background; the arguments are those of `run`."""
-    return Run(settings, consume=consume, console=console)
+    return Run(partial(run, settings, consume=consume, console=console))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,6 +431,7 @@ class _Executed:
     """What is known of an execution when it has ended. `begun_at` and `wall_s`: seconds, of a clock and long."""
 
     session: Session
+    after: After | None
     pools: Pools
     predicted: float | None  # images/s, by the planner, beforehand
     begun_at: float
@@ -331,16 +441,8 @@ class _Executed:
     tally: _Tally
 
 
-def _sink(settings: Settings) -> Sink | None:
-    if settings.output is None:
-        return None
-    root = location.absolute(settings.output)
-    return Sink(format=settings.format, root=root, folder=image_folder(settings), quality=settings.quality)
-
-
 def _execute(
-    settings: Settings,
-    todo: Todo,
+    job: Job,
     run_id: str,
     *,
     console: Console,
@@ -348,9 +450,8 @@ def _execute(
     began: Callable[[Control], None],
     stop: threading.Event,
 ) -> _Executed:
+    settings, todo, after = job.settings, job.todo, job.after
     left = todo.left.num_rows
-    sink = _sink(settings)
-    pixels = Preprocessing(recipe=todo.recipe, backend=settings.backend, seed=settings.seed, max_pixels=settings.max_pixels)
     # One reads ahead of the decoder; more only contend for the interpreter, unless each waits for a network.
     io_threads = 8 if location.is_remote(settings.input) else 1
     how: dict[str, Any] = {
@@ -360,13 +461,14 @@ def _execute(
         "store_ms": settings.store_ms,
     }
     timing = None
-    if settings.auto:
-        timing = probes.start(probes.Probe(rows=todo.left, settings=pixels, sink=sink, **how))
+    if job.auto:
+        timing = probes.start(probes.Probe(rows=todo.left, settings=job.pixels, after=after, **how))
     console.print("Starting Ray ..." if not os.environ.get("RAY_ADDRESS") else "Joining Ray ...")
     try:
-        with ray_session(settings) as session:
+        with ray_session(settings, after=after) as session:
             costs = probes.finish(timing) if timing else None
-            pools = size_pools(settings, costs, session, images=left)
+            after = after and seated(after, session)
+            pools = size_pools(settings, costs, session, images=left, after=after)
             facts = Facts(
                 input=settings.input,
                 output=settings.output,
@@ -375,25 +477,27 @@ def _execute(
                 images=left,
                 cores=session.cores,
                 at_most=session.at_most,
-                auto=settings.auto,
+                auto=job.auto,
+                on_gpu=(after.name,) if after and after.gpu else (),
+                gpus=session.gpus,
             )
             collector = start_collector(run_id, facts)
-            how |= {"cpus_each": session.cpus_each, "sink": sink, "run_id": run_id}
-            dataset = preprocessed(todo.left, pixels, pools=pools, collector=collector, **how)
-            console.print(_opening(run_id, settings, todo, session, pools), markup=False, highlight=False)
+            how |= {"cpus_each": session.cpus_each, "after": after, "run_id": run_id}
+            dataset = preprocessed(todo.left, job.pixels, pools=pools, collector=collector, **how)
+            console.print(_opening(run_id, job, after, session, pools), markup=False, highlight=False)
             machine = psutil.cpu_times()
             begun, begun_at = time.perf_counter(), time.time()
             ray.get(collector.begin.remote(begun_at))
             began(Control(run_id, collector))
             tally = _Tally()
             # Fetching ahead is for blocks of other nodes: here it would only hand each block on a block later.
-            ahead = 1 if session.nodes > 1 and sink is None else 0
+            ahead = 1 if session.nodes > 1 and after is None else 0
             with tracks(run_id), _progress(console, left) as show:
                 for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=ahead):
                     tally.count(block, time.perf_counter() - begun)
                     tally.tell(collector)
                     show(tally)
-                    if consume is not None and sink is None:
+                    if consume is not None and after is None:
                         consume(block)
                     if stop.is_set():
                         raise KeyboardInterrupt
@@ -404,8 +508,9 @@ def _execute(
             timing.kill()
     return _Executed(
         session=session,
+        after=after,
         pools=pools,
-        predicted=_predicted(costs, pools, session),
+        predicted=_predicted(costs, pools, session, after),
         begun_at=begun_at,
         wall_s=wall_s,
         snapshot=snapshot,
@@ -414,28 +519,29 @@ def _execute(
     )
 
 
-def _predicted(costs: list[planner.StageCost] | None, pools: Pools, session: Session) -> float | None:
-    if costs is None:
+def _predicted(costs: list[planner.StageCost] | None, pools: Pools, session: Session, after: After | None) -> float | None:
+    counts = {"preprocess": pools.actors} | ({after.name: pools.after} if after else {})
+    if costs is None or counts.keys() != {cost.name for cost in costs} or (after is not None and after.gpu):
         return None
-    counts = {"preprocess": pools.actors, "write": pools.writers}
     return planner.bound(planner.with_actors(costs, counts), planner.Machine(cores=session.cores))[0]
 
 
-def _account(settings: Settings, todo: Todo, run_id: str, executed: _Executed, *, setup_s: float) -> Outcome:
+def _account(job: Job, run_id: str, executed: _Executed, *, setup_s: float) -> Outcome:
     """Write and return what became of the rows, and what it cost."""
-    sink, tally, snapshot = _sink(settings), executed.tally, executed.snapshot
+    settings, todo, after = job.settings, job.todo, executed.after
+    tally, snapshot = executed.tally, executed.snapshot
     total = todo.work.num_rows
-    written, rejected = ([], tally.rejects) if sink is None else _journaled(settings, todo)
+    written, rejected = _journaled(settings, todo) if after else ([], tally.rejects)
     reasons = Counter(row.reason for row in rejected)
     counts = reports.Counts(
         images_in=total,
-        images_out=len(written) if sink else tally.images - tally.rejected,
+        images_out=len(written) if after else tally.images - tally.rejected,
         rejects_by_reason=dict(reasons.most_common()),
         before=total - todo.left.num_rows,
     )
     report = reports.build(
         run_id=run_id,
-        settings=asdict(settings),
+        settings=job.given,
         versions=versions(),
         hardware=hardware(executed.session),
         counts=counts,
@@ -446,25 +552,24 @@ def _account(settings: Settings, todo: Todo, run_id: str, executed: _Executed, *
             outputs=tally.outputs,
         ),
         cpu_percent=executed.cpu_percent,
-        stage_names=["preprocess"] + (["write"] if sink else []),
+        stage_names=["preprocess"] + ([after.name] if after else []),
         snapshot=snapshot,
         predicted=executed.predicted,
     )
-    shown = _shown(todo, rejected) if sink is not None or settings.report is not None else []
-    if sink is not None:
-        if settings.annotations is not None:
-            rows = ((w.image_id, w.file, w.height, w.width, w.boxes, w.annotation_ids) for w in written)
-            write_annotations(settings.annotations, sink.root, rows, folder=sink.folder)
-        leave_report(sink.root, f"{journal.STATE}/", report, rejected, shown)
-        location.delete_folder(location.join(sink.root, sink.tmp))  # what killed actors had under way
+    shown = _shown(todo, rejected) if after is not None or settings.report is not None else []
+    if after is not None:
+        report |= job.conclude(written)
+        leave_report(after.sink.root, f"{journal.STATE}/", report, rejected, shown)
+        location.delete_folder(location.join(after.sink.root, after.sink.tmp))  # what killed actors had under way
     if settings.report is not None:
         leave_report(settings.report, "", report, rejected, shown)
     return Outcome(report=report, rejected=rejected, rows=total)
 
 
 def _journaled(settings: Settings, todo: Todo) -> tuple[list[journal.Written], list[journal.Rejected]]:
-    """What the journal says of the rows of `todo`, in their order."""
-    assert settings.output is not None
+    """What the journal says of the rows of `todo`, in their order; nothing where nothing is written."""
+    if settings.output is None:
+        return [], []
     wanted = set(todo.work.column("image_id").to_pylist())
     entries = list(journal.read_entries(settings.output, pc.unique(todo.work.column("shard")).to_pylist()))
     written = [row for entry in entries for row in entry.written if row.image_id in wanted]
@@ -505,12 +610,12 @@ def _shown(todo: Todo, rejected: list[journal.Rejected]) -> list[dict[str, Any]]
     return [{**asdict(row), "thumbnail": seen.get(row.image_id)} for row in rows]
 
 
-def _opening(run_id: str, settings: Settings, todo: Todo, session: Session, pools: Pools) -> str:
-    writers = f", {pools.writers} writing {settings.format}" if pools.writers else ", nothing written"
+def _opening(run_id: str, job: Job, after: After | None, session: Session, pools: Pools) -> str:
+    then = f", {pools.after} {after.doing}{' on GPU' if after.gpu else ''}" if after else ", nothing written"
     dashboard = f"; Ray dashboard: http://{session.dashboard}" if session.dashboard else ""
     return (
-        f"Run {run_id}: {todo.left.num_rows} images, recipe {todo.recipe.name}, {settings.backend}; "
-        f"actors: {pools.actors} preprocessing{writers}; {session.cores:g} cores{dashboard}"
+        f"Run {run_id}: {job.todo.left.num_rows} images, recipe {job.todo.recipe.name}, {job.settings.backend}; "
+        f"actors: {pools.actors} preprocessing{then}; {session.cores:g} cores{dashboard}"
     )
 
 

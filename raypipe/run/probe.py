@@ -11,8 +11,8 @@ import pickle
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import BinaryIO
 
@@ -25,8 +25,8 @@ from raypipe.data.sources import list_images
 from raypipe.data.work import make_work
 from raypipe.images import backend as backend_module
 from raypipe.insight.planner import StageCost
+from raypipe.stages import After, Gpu
 from raypipe.stages.preprocess import Preprocessing, keep_freed_memory, preprocess_shard
-from raypipe.stages.write import write_block
 
 IMAGES = 32
 ENOUGH_S = 1.0
@@ -37,12 +37,12 @@ WAIT_AT_MOST_S = 10.0
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """What to time: `rows` (schema WORK), of which the first few are enough. `sink` None: nothing is written. `stored`: also preprocessing
-    what was written, as a training from a store does in every epoch."""
+    """What to time: `rows` (schema WORK), of which the first few are enough, in preprocess and the stage `after` it, where there is one.
+    `stored`: also preprocessing what `after` has stored, as a training from a store does in every epoch."""
 
     rows: pa.Table
     settings: Preprocessing
-    sink: Sink | None
+    after: After | None
     threads: int
     io_threads: int
     read_ms: float
@@ -97,16 +97,17 @@ def finish(process: subprocess.Popen[bytes]) -> list[StageCost] | None:
 
 
 def time_stages(probe: Probe) -> list[StageCost]:
-    """Costs an image, from one actor's work without Ray. Empty: no image was good."""
+    """Costs an image, from one actor's work without Ray. Empty: no image was good. A stage that may be on a GPU here is left out: how many
+    GPUs there are decides its actors, and what it costs on a CPU says nothing."""
     keep_freed_memory()
     backend_module(probe.settings.backend).setup(probe.threads)
     reader = Reader(threads=probe.io_threads)
-    sink = None
-    if probe.sink is not None:
-        sink = replace(probe.sink, root=_folder(probe.sink))
+    after = {} if probe.after is None or _may_be_on_gpu(probe.after) else {probe.after.name: _actor(probe.after, probe.threads)}
     # The first image pays for libraries that load, and for memory that is new.
-    preprocess_shard(probe.rows.slice(0, 1), probe.settings, reader=reader)
-    spent: dict[str, tuple[float, float]] = {"preprocess": (0.0, 0.0)} | ({"write": (0.0, 0.0)} if sink else {})
+    block, _ = preprocess_shard(probe.rows.slice(0, 1), probe.settings, reader=reader)
+    for store in after.values():
+        store(block)
+    spent = dict.fromkeys(["preprocess", *after], (0.0, 0.0))
     images = 0
     begun = time.perf_counter()
     size = max(1, min(8, probe.rows.num_rows // 4))
@@ -115,32 +116,60 @@ def time_stages(probe: Probe) -> list[StageCost]:
         times = _now()
         block, _ = preprocess_shard(rows, probe.settings, reader=reader)
         spent["preprocess"] = _add(spent["preprocess"], times)
-        if sink is not None:
+        for name, store in after.items():
             times = _now()
-            write_block(
-                block, sink, backend=probe.settings.backend, finish=probe.settings.recipe.finish if sink.format == "npy" else None
-            )
-            spent["write"] = _add(spent["write"], times)
+            store(block)
+            spent[name] = _add(spent[name], times)
         images += rows.num_rows - block.column("image").null_count
         if time.perf_counter() - begun > ENOUGH_S:
             break
     if not images:
         return []
-    waits = {"preprocess": probe.read_ms / 1000, "write": probe.store_ms / 1000}
+    waits = {name: (probe.read_ms if name == "preprocess" else probe.store_ms) / 1000 for name in spent}
     costs = [
         StageCost(name=name, actors=1, busy_s=busy_s / images + waits[name], cpu_s=cpu_s / images)
         for name, (busy_s, cpu_s) in spent.items()
     ]
-    return costs + ([_time_stored(sink, probe.settings, reader)] if sink is not None and probe.stored else [])
+    if probe.after is not None and probe.stored:
+        costs.append(_time_stored(_folder(probe.after.sink), probe.settings, reader))
+    return costs
 
 
-def _time_stored(sink: Sink, settings: Preprocessing, reader: Reader) -> StageCost:
-    rows = make_work(list_images(sink.root), rows_per_shard=IMAGES)
+def _time_stored(folder: str, settings: Preprocessing, reader: Reader) -> StageCost:
+    rows = make_work(list_images(folder), rows_per_shard=IMAGES)
     for _ in range(2):  # the first time pays for what a reader keeps of a file
         times = _now()
         preprocess_shard(rows, settings, reader=reader)
         busy_s, cpu_s = _add((0.0, 0.0), times)
     return StageCost(name="stored", actors=1, busy_s=busy_s / rows.num_rows, cpu_s=cpu_s / rows.num_rows)
+
+
+class _Unmeasured:
+    """A stage's meter for an actor outside Ray."""
+
+    def start(self, gpu: Gpu | None = None) -> None: ...
+
+    def call(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def wait(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def count(self, *, images: int, bytes_in: int, bytes_out: int) -> None: ...
+
+
+def _actor(after: After, threads: int) -> Callable[[pa.Table], pa.Table]:
+    """One of the stage's actors, here, with a folder of its own for what it stores."""
+    sink = replace(after.sink, root=_folder(after.sink))
+    return after.actor(sink=sink, threads=threads, wait_ms=0.0, meter=_Unmeasured(), **after.arguments)
+
+
+def _may_be_on_gpu(after: After) -> bool:
+    if after.gpu is False:
+        return False
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _folder(sink: Sink) -> str:
@@ -162,8 +191,8 @@ def main(stdin: BinaryIO) -> None:
     try:
         costs = time_stages(probe)
     finally:
-        if probe.sink is not None:
-            location.delete_folder(_folder(probe.sink))
+        if probe.after is not None:
+            location.delete_folder(_folder(probe.after.sink))
     print(json.dumps([{"name": c.name, "actors": c.actors, "busy_s": c.busy_s, "cpu_s": c.cpu_s} for c in costs]))
 
 

@@ -16,6 +16,7 @@ import ray
 from raypipe import UsageError
 from raypipe.insight import planner
 from raypipe.run.settings import Settings
+from raypipe.stages import After
 
 ACTOR_BYTES = {"opencv": 250 * 10**6, "torchvision": 600 * 10**6}
 """Memory that an actor has before it has an image (measured: resident, libraries included)."""
@@ -46,15 +47,10 @@ def cores_here() -> int:
 
 @dataclass(frozen=True)
 class Pools:
-    """How many actors each stage gets; no writers when nothing is written."""
+    """How many actors preprocess gets, and the stage after it; 0 where there is none."""
 
     actors: int
-    writers: int
-
-    @property
-    def cpus(self) -> int:
-        """Logical CPUs they take: one each."""
-        return self.actors + self.writers
+    after: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,61 +63,103 @@ class Session:
     nodes: int
     joined: bool
     dashboard: str | None
+    gpus: int = 0
 
 
-def room_here(settings: Settings) -> int:
+def room_here(settings: Settings, after: After | None = None) -> int:
     """How many actors this machine has memory for; more than cores, as those that wait need none.
 
     Raises:
         UsageError: it has not for as many as asked for.
     """
     memory = psutil.virtual_memory().total
-    room = max(int(ROOM * memory / ACTOR_BYTES[settings.backend]), 2)
-    asked = sum(count for count in (settings.actors, settings.writers) if count != "auto")
-    if asked * ACTOR_BYTES[settings.backend] > memory:
+    stages = [(settings.actors, settings.backend)] + ([(after.actors, after.libraries)] if after else [])
+    room = max(int(ROOM * memory / max(ACTOR_BYTES[libraries] for _, libraries in stages)), 2)
+    asked = [(count, ACTOR_BYTES[libraries]) for count, libraries in stages if count != "auto"]
+    needed = sum(count * each for count, each in asked)
+    if needed > memory:
+        actors, options = _named(settings.actors, after.actors if after else None, after)
         raise UsageError(
-            f"{settings.actors} preprocess actors and {settings.writers} writers need about {asked * ACTOR_BYTES[settings.backend] / 1e9:.0f} GB "
-            f"of memory; this machine has {memory / 1e9:.0f} GB and {cores_here()} cores. Ask for fewer with --actors and --writers."
+            f"{actors} need about {needed / 1e9:.0f} GB of memory; this machine has {memory / 1e9:.0f} GB and {cores_here()} cores. Ask for "
+            f"fewer with {options}."
         )
-    return max(room, asked + 1, cores_here())
+    return max(room, sum(count for count, _ in asked) + 1, cores_here())
 
 
-def size_pools(settings: Settings, costs: Sequence[planner.StageCost] | None, session: Session, *, images: int) -> Pools:
+def _named(actors: int | str, others: int | str | None, after: After | None) -> tuple[str, str]:
+    """So many actors of each stage, in words; and the options that say how many."""
+    if after is None:
+        return f"{actors} preprocess actors", "--actors"
+    return f"{actors} preprocess actors and {others} {after.noun}", f"--actors and --{after.noun}"
+
+
+def seated(after: After, session: Session) -> After:
+    """`after` with it decided whether its actors hold GPUs; then as many as there are, unless it was said how many.
+
+    Raises:
+        UsageError: they must, and there are too few.
+    """
+    count = max(session.gpus, 1) if after.actors == "auto" else after.actors
+    if after.gpu and count > session.gpus:
+        raise UsageError(
+            f"--gpu with {count} {after.noun} needs as many GPUs, but Ray sees {session.gpus}. Ask for fewer with --{after.noun}, add GPU nodes, "
+            f"or take --cpu."
+        )
+    on_gpu = after.gpu is not False and count <= session.gpus
+    return replace(after, gpu=on_gpu, actors=count if on_gpu else after.actors)
+
+
+def size_pools(
+    settings: Settings,
+    costs: Sequence[planner.StageCost] | None,
+    session: Session,
+    *,
+    images: int,
+    after: After | None = None,
+) -> Pools:
     """How many actors to start.
 
     Args:
-        costs: of preprocess and, if something is written, write, timed beforehand. None: unknown, then by rule of thumb.
+        costs: of preprocess and the stage after it, timed beforehand; what is not known is left out. None: nothing is, then by rule of thumb.
         images: to do.
+        after: the stage after preprocess, `seated`.
 
     Raises:
         UsageError: the cluster has fewer CPUs than asked for.
     """
     cpus = int(session.cores)
-    fixed = {name: n for name, n in (("preprocess", settings.actors), ("write", settings.writers)) if n != "auto"}
-    if settings.output is None:
-        fixed["write"] = 0
-    if costs and len(fixed) < 2:
-        known = [replace(cost, actors=fixed.get(cost.name, 1)) for cost in costs]
-        start_s = START_S[settings.backend]
+    wanted = {"preprocess": settings.actors} | ({after.name: after.actors} if after else {})
+    fixed = {name: count for name, count in wanted.items() if count != "auto"}
+    seats = fixed[after.name] if after is not None and after.gpu else 0  # on GPUs, which take no CPU
+    room = session.at_most + seats
+    # What was timed of a stage that turns out to be on GPUs was timed on a CPU.
+    known = [replace(c, actors=fixed.get(c.name, 1)) for c in costs or () if not seats or after is None or c.name != after.name]
+    free = wanted.keys() - fixed.keys()
+    if free and free <= {cost.name for cost in known}:
+        start_s = max(START_S[libraries] for libraries in (settings.backend, *([after.libraries] if after else [])))
         machine = planner.Machine(cores=session.cores, actors=session.at_most)
         counts = planner.best(known, machine, fixed=fixed, images=images, start_s=start_s)
     else:
-        writers = fixed.get("write", max(1, cpus // 4))
-        counts = {"preprocess": max(1, min(cpus, session.at_most - writers)), "write": writers}
-    pools = Pools(actors=(counts | fixed)["preprocess"], writers=(counts | fixed)["write"])
-    if pools.cpus > session.at_most:
+        counts = {}
+        if after is not None:
+            counts[after.name] = fixed.get(after.name, max(1, int(after.share * cpus)))
+        counts["preprocess"] = max(1, min(cpus, room - sum(counts.values())))
+    counts |= fixed
+    if sum(counts.values()) > room:
+        actors, options = _named(counts["preprocess"], counts[after.name] if after else None, after)
         raise UsageError(
-            f"{pools.actors} preprocess actors and {pools.writers} writers take {pools.cpus} CPUs, one each, but the cluster has "
-            f"{session.at_most}: Ray would wait for ever for the rest. Ask for fewer with --actors and --writers, or add nodes first."
+            f"{actors} take {sum(counts.values()) - seats} CPUs, one each, but the cluster has {session.at_most}: Ray would wait for ever for "
+            f"the rest. Ask for fewer with {options}, or add nodes first."
         )
-    return pools
+    return Pools(actors=counts["preprocess"], after=counts[after.name] if after else 0)
 
 
 @contextmanager
-def ray_session(settings: Settings, *, beside: int = 0) -> Iterator[Session]:
+def ray_session(settings: Settings, *, after: After | None = None, beside: int = 0) -> Iterator[Session]:
     """Join the cluster that RAY_ADDRESS names, use the Ray that this process has already, or start one for this run alone.
 
     Args:
+        after: the stage after preprocess.
         beside: CPUs that others than these actors take: the workers of a training.
 
     Raises:
@@ -137,7 +175,7 @@ def ray_session(settings: Settings, *, beside: int = 0) -> Iterator[Session]:
                 if joined:
                     context = ray.init(**quiet)
                 else:
-                    room = room_here(settings)
+                    room = room_here(settings, after)
                     context = ray.init(address="local", num_cpus=cores_here() + beside, **quiet)
         except ConnectionError as error:
             raise UsageError(
@@ -152,7 +190,8 @@ def ray_session(settings: Settings, *, beside: int = 0) -> Iterator[Session]:
         # On a machine of our own, actors that wait may be many more than cores, and more may be asked for while it runs. More logical CPUs
         # instead would have Ray start an idle process for each of them.
         at_most, each = (cpus, 1.0) if joined else (room, int(10_000 * cores / room) / 10_000)
-        yield Session(at_most=at_most, cpus_each=each, cores=cores, nodes=nodes, joined=joined, dashboard=dashboard)
+        gpus = int(ray.cluster_resources().get("GPU", 0))
+        yield Session(at_most=at_most, cpus_each=each, cores=cores, nodes=nodes, joined=joined, dashboard=dashboard, gpus=gpus)
     finally:
         if ours:
             # After Ctrl-C Ray would say of every task under way that it will be retried, which it will not.
@@ -182,6 +221,7 @@ def hardware(session: Session) -> dict[str, Any]:
     return {
         "cores": session.cores,
         "nodes": session.nodes,
+        "gpus": session.gpus,
         "memory_bytes": psutil.virtual_memory().total,
         "processor": platform.processor() or platform.machine(),
     }

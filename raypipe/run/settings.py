@@ -1,6 +1,7 @@
 """What a user asks of a run, and what of it cannot be done."""
 
 import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -60,12 +61,6 @@ class Settings:
     report: str | None = None
     """Folder for report.json and rejects.parquet too; by default only OUTPUT/_raypipe."""
 
-    @property
-    def auto(self) -> tuple[str, ...]:
-        """The stages whose actor count is left to the planner."""
-        stages = {"preprocess": self.actors} | ({"write": self.writers} if self.output is not None else {})
-        return tuple(stage for stage, count in stages.items() if count == "auto")
-
     def check(self) -> None:
         """Raises UsageError for a value that no run can use."""
         positive = {"limit": self.limit, "actors": self.actors, "writers": self.writers, "threads": self.threads}
@@ -115,18 +110,21 @@ def check_apart(settings: Settings) -> None:
         )
 
 
-def check_free(settings: Settings, work: pa.Table) -> None:
-    """Raises UsageError where a first run would overwrite a file that is no result of raypipe."""
-    assert settings.output is not None
+def result_files(settings: Settings, work: pa.Table) -> Iterator[str]:
+    """The files that rows of `work` become, relative to the output, where each becomes one with a name of its own."""
     extension = {"jpeg": ".jpg", "png": ".png", "npy": ".npy"}.get(settings.format)
-    if location.is_remote(settings.output) or extension is None or not os.path.isdir(settings.output):
+    if extension is not None:
+        yield from (os.path.join(image_folder(settings), name + extension) for name in work.column("name").to_pylist())
+
+
+def check_free(output: str, files: Iterable[str]) -> None:
+    """Raises UsageError where a first run would overwrite one of `files`, relative to `output`, that is no result of raypipe."""
+    if location.is_remote(output) or not os.path.isdir(root := location.local_path(output)):
         return
-    folder = os.path.join(location.local_path(settings.output), image_folder(settings))
-    for name in work.column("name").to_pylist():
-        if os.path.lexists(os.path.join(folder, name + extension)):
+    for file in files:
+        if os.path.lexists(path := os.path.join(root, file)):
             raise UsageError(
-                f"{os.path.join(folder, name + extension)} exists and is no result of an earlier run: it would be overwritten. Nothing was "
-                f"started. Give an --output without it."
+                f"{path} exists and is no result of an earlier run: it would be overwritten. Nothing was started. Give an --output without it."
             )
 
 

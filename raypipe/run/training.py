@@ -33,13 +33,12 @@ from rich.console import Console
 from raypipe import UsageError
 from raypipe.data import journal, location
 from raypipe.data.journal import Rejected
-from raypipe.data.sinks import Sink
 from raypipe.data.sources import list_images
 from raypipe.data.work import make_work, shard_rows, unlist, untouched, wanted_by
 from raypipe.images import backend as backend_module
 from raypipe.images import catalog
 from raypipe.images.decode import MAX_PIXELS
-from raypipe.images.recipe import Finish, Recipe, for_evaluation, to_json
+from raypipe.images.recipe import Recipe, for_evaluation, to_json
 from raypipe.insight import planner
 from raypipe.insight import report as reports
 from raypipe.insight.report import PoolView
@@ -260,7 +259,7 @@ def plan(settings: Settings) -> Todo:
         model=settings.model,
         arguments=settings.arguments,
         classes=classes,
-        finish=recipe.finish or Finish(scale=1 / 255),
+        finish=detection.finish_of(recipe),
         left=recipe if on_device else None,
         rows=work.num_rows,
         clip=settings.clip or None,
@@ -511,10 +510,10 @@ def _held_out(todo: Todo, settings: Settings, pools: Pools, session: Session, ru
 
 def _probe(settings: Settings, todo: Todo) -> probes.Probe:
     """Times what storing preprocessed images and reading them again would cost, for the report's break-even."""
-    sink = Sink(format="parquet", root=location.absolute(settings.storage))
+    after = pipeline.writing(replace(settings.preprocessing, output=settings.storage, format="parquet"), todo.recipe)
     how: dict[str, Any] = {"threads": settings.threads, "io_threads": _io_threads(settings), "read_ms": settings.read_ms}
     pixels = replace(_pixels(todo, settings), decode_only=False)
-    return probes.Probe(rows=todo.work, settings=pixels, sink=sink, store_ms=0.0, stored=True, **how)
+    return probes.Probe(rows=todo.work, settings=pixels, after=after, store_ms=0.0, stored=True, **how)
 
 
 def _break_even(report: dict[str, Any], timed: list[planner.StageCost], todo: Todo) -> dict[str, Any]:

@@ -1,8 +1,11 @@
 """The actors that do the work, one file a stage. Ray Data makes them; each call gets one shard."""
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Literal, Protocol
+
+from raypipe.data.sinks import Sink
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,3 +43,24 @@ class Meter(Protocol):
 
     def count(self, *, images: int, bytes_in: int, bytes_out: int) -> None:
         """What the call did: rows accounted for, bytes taken and given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class After:
+    """The stage after preprocess, as data: it takes one block of pixels (schema BLOCK) at a time and stores what it makes of it.
+
+    `actor` is a class, made with `sink`, `threads`, `wait_ms`, `meter` and `arguments`, and with `device="cuda"` where it holds a GPU. Called with
+    a block, it stores its results under the sink, then puts the journal's entry, and answers with what it did (schema DONE).
+    """
+
+    name: str  # in reports, and for `raypipe scale`
+    noun: str  # its actors; and, after --, the option that says how many
+    doing: str  # what they do, for the line that opens a run
+    actor: type
+    sink: Sink
+    arguments: Mapping[str, Any]
+    actors: int | Literal["auto"]
+    libraries: str  # the backend whose libraries it imports
+    share: float  # of the cores, in actors, where nothing is known of its costs
+    in_flight: int  # blocks that an actor holds, the one at work included
+    gpu: bool | None = False  # each actor holds one; None: where there are enough

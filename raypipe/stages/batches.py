@@ -208,14 +208,18 @@ def trainable(row: Row) -> tuple[np.ndarray, np.ndarray]:
     return row.boxes[kept], row.labels[kept]
 
 
+def uses_bf16(amp: str, device: torch.device) -> bool:
+    """Whether the model computes in bfloat16 on `device`, by a training's setting: on, off, or auto, where a GPU has it."""
+    return amp == "on" or (amp == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
+
+
 # Not inference_mode: anchors that a model keeps between calls would then be tensors that training must not touch.
 @torch.no_grad()
-def evaluate(
+def found_in(
     model: nn.Module, blocks: Iterable[pa.Table], *, placer: Placer, classes: Classes, batch_size: int, amp: bool
-) -> list[tuple[Truth, Found]]:
-    """What is in the good images of `blocks`, and what the model finds there, by the data set's category ids. Leaves it in eval mode."""
+) -> Iterator[tuple[Row, Found]]:
+    """The good images of `blocks` in order, each with what the model finds there, by the data set's category ids. Leaves it in eval mode."""
     model.eval()
-    pairs = []
     for batch in batches(blocks, batch_size):
         placed = placer(batch)
         placer.take(placed)
@@ -224,10 +228,19 @@ def evaluate(
         with torch.autocast(placed.images[0].device.type, torch.bfloat16, enabled=amp):
             results = model(placed.images)
         for row, result in zip(batch.good, results, strict=True):
-            found = Found(
-                boxes=result["boxes"].float().cpu().numpy(),
-                labels=classes.ids_of(result["labels"].cpu().numpy()),
-                scores=result["scores"].float().cpu().numpy(),
+            yield (
+                row,
+                Found(
+                    boxes=result["boxes"].float().cpu().numpy(),
+                    labels=classes.ids_of(result["labels"].cpu().numpy()),
+                    scores=result["scores"].float().cpu().numpy(),
+                ),
             )
-            pairs.append((Truth(boxes=row.boxes, labels=row.labels, crowds=row.crowds), found))
-    return pairs
+
+
+def evaluate(
+    model: nn.Module, blocks: Iterable[pa.Table], *, placer: Placer, classes: Classes, batch_size: int, amp: bool
+) -> list[tuple[Truth, Found]]:
+    """What is in the good images of `blocks`, and what the model finds there, by the data set's category ids. Leaves it in eval mode."""
+    found = found_in(model, blocks, placer=placer, classes=classes, batch_size=batch_size, amp=amp)
+    return [(Truth(boxes=row.boxes, labels=row.labels, crowds=row.crowds), seen) for row, seen in found]

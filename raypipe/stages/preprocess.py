@@ -91,7 +91,7 @@ def preprocess_shard(
     end = 0
     bytes_in = 0
     offsets = np.zeros(shard.num_rows + 1, np.int64)
-    sizes = np.zeros((shard.num_rows, 2), np.int32)
+    sizes = np.zeros((shard.num_rows, 4), np.int32)
     rejects: dict[int, Reject] = {}
     plans: list[Plan | None] = []
     for row, item in enumerate(planned):
@@ -108,7 +108,7 @@ def preprocess_shard(
                 image = backend.decode(item.data, item.header, recipe.reduce((item.header.height, item.header.width)))
                 backend.execute(image, item.plan.ops, out)
                 plan, end = item.plan, end_if_fine
-                sizes[row] = height, width
+                sizes[row] = item.header.height, item.header.width, height, width
             except Reject as reject:
                 rejects[row] = reject
             except Exception as error:
@@ -119,10 +119,12 @@ def preprocess_shard(
 
     null = np.array([plan is None for plan in plans], dtype=bool)
     keep = [np.empty(0, np.int64) if plan is None else plan.keep for plan in plans]
-    columns = {name: shard.column(name) for name in ("epoch", "shard", "image_id", "name", "uri")}
+    columns = {name: shard.column(name) for name in ("epoch", "shard", "image_id", "name", "uri", "offset", "length")}
     columns |= {
-        "height": pa.array(sizes[:, 0], mask=null),
-        "width": pa.array(sizes[:, 1], mask=null),
+        "source_height": pa.array(sizes[:, 0], mask=null),
+        "source_width": pa.array(sizes[:, 1], mask=null),
+        "height": pa.array(sizes[:, 2], mask=null),
+        "width": pa.array(sizes[:, 3], mask=null),
         "image": _binary(pixels[:end], offsets, null),
         "reason": pa.array([rejects[row].reason if row in rejects else None for row in range(len(plans))], pa.string()),
         "detail": pa.array([rejects[row].detail if row in rejects else None for row in range(len(plans))], pa.string()),

@@ -39,7 +39,7 @@ from raypipe.models.checkpoint import Checkpoint, Progress
 from raypipe.models.detection import Classes
 from raypipe.models.evaluate import Precision, mean_average_precision
 from raypipe.stages import Meter
-from raypipe.stages.batches import Batch, Placed, Placer, batches, evaluate
+from raypipe.stages.batches import Batch, Placed, Placer, batches, evaluate, uses_bf16
 from raypipe.stages.gpu import GpuMeter
 
 PREFETCHED = 2
@@ -308,7 +308,7 @@ class Worker:
         share = training.batch_size // peers.size + (peers.rank < training.batch_size % peers.size)
         self._share = max(share, 1)
         self._feed = Feed(batches(blocks, self._share), self._train_placer)
-        self._amp = training.amp == "on" or (training.amp == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
+        self._amp = uses_bf16(training.amp, device)
         self._gpu = GpuMeter(device)
         assignment.meter.start(self._gpu)
         self._clock = Clock(device)

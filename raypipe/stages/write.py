@@ -1,8 +1,10 @@
 """The write stage: one block of pixels in, its files and its journal entry out."""
 
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +18,7 @@ from raypipe.stages import Meter
 from raypipe.stages.preprocess import keep_freed_memory
 
 DONE = pa.schema([("shard", pa.int64()), ("images", pa.int64()), ("rejected", pa.int64())])
-"""What a writer says of a shard, when it is in the journal."""
+"""What the stage after preprocess says of a shard, when it is in the journal."""
 
 
 def write_block(block: pa.Table, sink: Sink, *, backend: str, finish: Finish | None) -> Entry:
@@ -26,7 +28,7 @@ def write_block(block: pa.Table, sink: Sink, *, backend: str, finish: Finish | N
         finish: applied to what is stored, for the format that stores arrays (npy). None: uint8 pixels.
     """
     written = write_shard(sink, block, encode=backend_module(backend).encode, finish=partial(_finished, finish) if finish else None)
-    rows = block.drop_columns(["image", "name", "labels", "crowds"]).to_pylist()
+    rows = block.select(_TOLD).to_pylist()
     good = [row for row in rows if row["reason"] is None]
     files = written.files if len(written.files) == len(good) else written.files * len(good)
     return Entry(
@@ -43,14 +45,28 @@ def write_block(block: pa.Table, sink: Sink, *, backend: str, finish: Finish | N
             )
             for row, file in zip(good, files, strict=True)
         ],
-        rejected=[
-            Rejected(image_id=row["image_id"], uri=row["uri"], reason=row["reason"], detail=row["detail"] or "")
-            for row in rows
-            if row["reason"] is not None
-        ],
+        rejected=rejected_of(rows),
         files=written.files,
         bytes=written.bytes,
     )
+
+
+_TOLD = ["epoch", "shard", "image_id", "uri", "height", "width", "reason", "detail", "boxes", "annotation_ids"]
+
+
+def rejected_of(rows: Iterable[dict[str, Any]]) -> list[Rejected]:
+    """Those of a block's rows that have no pixels, and why."""
+    return [
+        Rejected(image_id=row["image_id"], uri=row["uri"], reason=row["reason"], detail=row["detail"] or "")
+        for row in rows
+        if row["reason"] is not None
+    ]
+
+
+def put_done(root: str, entry: Entry) -> pa.Table:
+    """Have the journal below `root` say that the shard is done, and say so (schema DONE)."""
+    put_entry(root, entry)
+    return pa.table({"shard": [entry.shard], "images": [entry.images], "rejected": [len(entry.rejected)]}, schema=DONE)
 
 
 def _finished(finish: Finish, image: np.ndarray) -> np.ndarray:
@@ -84,6 +100,6 @@ class Write:
         with self._meter.call():
             time.sleep(self._wait_s * block.num_rows)
             entry = write_block(block, self._sink, backend=self._backend, finish=self._finish)
-            put_entry(self._sink.root, entry)
+            done = put_done(self._sink.root, entry)
             self._meter.count(images=entry.images, bytes_in=block.nbytes, bytes_out=entry.bytes)
-            return pa.table({"shard": [entry.shard], "images": [entry.images], "rejected": [len(entry.rejected)]}, schema=DONE)
+            return done

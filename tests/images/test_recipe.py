@@ -49,6 +49,7 @@ from raypipe.images.recipe import (
     VerticalFlip,
     ZoomOut,
     affine_matrix,
+    boxes_back,
     from_json,
     iou,
     move_boxes,
@@ -56,6 +57,12 @@ from raypipe.images.recipe import (
     sample,
     to_json,
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moves:
+    purpose: ClassVar[str] = "neutral"
+
 
 SIZE = (480, 640)
 BOXES = np.array([[10, 20, 110, 220], [300, 200, 639, 479], [600, 400, 640, 480]], np.float32)
@@ -163,6 +170,69 @@ def test_boxes_stay_on_what_they_show(op, backend):
             continue  # cut off: by the rule of its crop the box went with its centre
         found = [white[:, 1].min(), white[:, 0].min(), white[:, 1].max() + 1, white[:, 0].max() + 1]
         np.testing.assert_allclose(got.boxes[0], found, atol=1.6)
+
+
+PLAIN_GEOMETRY = [
+    Resize(height=240, width=1280),
+    Crop(top=7, left=30, height=400, width=500),
+    Flip(),
+    Flip(axis="vertical"),
+    Pad(top=5, left=7, bottom=1, right=2),
+    Affine(matrix=(0.8, 0, 30, 0, 0.7, 20)),
+    Affine(matrix=(0, -1, 480, 1, 0, 0)),  # a quarter turn
+    CenterCrop(height=301, width=400),
+    ShortSide(short=300, long=350),
+    PadTo(height=500, width=700),
+]
+INSIDE = np.array([[130, 100, 160, 220], [300, 200, 420, 311]], np.float32)
+
+
+@pytest.mark.parametrize("op", PLAIN_GEOMETRY, ids=str)
+@pytest.mark.parametrize(
+    "then", [(), (ShortSide(short=200, long=260), Flip(), PadTo(height=300, width=300))], ids=["alone", "then"]
+)
+def test_boxes_go_back_to_where_they_came_from(op, then):
+    there = plan(op, *then, boxes=INSIDE)
+    assert there.keep.tolist() == [0, 1]
+    assert np.allclose(there.boxes, INSIDE, atol=1) == (isinstance(op, PadTo) and not then)
+    back, kept = boxes_back(recipe(op, *then), there.boxes, SIZE)
+    np.testing.assert_allclose(back, INSIDE, atol=1e-3)
+    assert (back.dtype, kept.tolist()) == (np.float32, [0, 1])
+
+
+def test_going_back_a_turned_box_is_the_upright_one_around_it():
+    turned = Affine(matrix=affine_matrix(SIZE, angle=math.radians(30), shear=0.1, scale=0.5, shift=(3, 4)))
+    a, b, c, d, e, f = turned.matrix
+    corners = np.array([[200, 100], [260, 100], [260, 180], [200, 180]]) @ np.array([[a, d], [b, e]]) + [c, f]
+    for (x, y), corner in zip([(200, 100), (260, 100), (260, 180), (200, 180)], corners, strict=True):
+        (x1, y1, x2, y2), *_ = boxes_back(recipe(turned), np.array([[*corner - 1e-2, *corner + 1e-2]], np.float32), SIZE)[0]
+        assert ((x1 + x2) / 2, (y1 + y2) / 2) == pytest.approx((x, y), abs=0.01)
+    around = np.array([[*corners.min(0), *corners.max(0)]], np.float32)
+    (x1, y1, x2, y2), *_ = boxes_back(recipe(turned), around, SIZE)[0]
+    assert x1 < 200 and y1 < 100 and x2 > 260 and y2 > 180
+
+
+def test_boxes_in_the_padding_are_in_no_image_and_those_half_in_it_are_clipped():
+    found = np.array([[0, 0, 640, 480], [600, 470, 700, 500], [650, 0, 700, 480]], np.float32)
+    back, kept = boxes_back(recipe(PadTo(height=500, width=700)), found, SIZE)
+    assert back.tolist() == [[0, 0, 640, 480], [600, 470, 640, 480]]
+    assert kept.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_as_it_is_judged_can_be_undone(name):
+    judged = recipe_module.for_evaluation(RECIPES[name])
+    there = judged.plan(seed=0, epoch=0, image_id="x", size=SIZE, boxes=INSIDE)
+    np.testing.assert_allclose(boxes_back(judged, there.boxes, SIZE)[0], INSIDE, atol=1e-3)
+
+
+def test_an_own_op_that_moves_boxes_and_does_not_say_how_back_is_refused():
+    @move_boxes.register(Moves)
+    def _(op, boxes, size):
+        return boxes + 1, np.arange(len(boxes))
+
+    with pytest.raises(UsageError, match=r"Moves\(\) moves boxes, but not back.*recipe\.back"):
+        boxes_back(recipe(Moves()), INSIDE, SIZE)
 
 
 @pytest.mark.parametrize(

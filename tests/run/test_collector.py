@@ -144,6 +144,21 @@ def test_what_cannot_be_changes_nothing(counts, reason):
     assert played.collector.live()["auto"]
 
 
+def test_actors_on_gpus_are_counted_by_gpus_not_by_cpus():
+    facts = replace(FACTS, on_gpu=("write",), gpus=2, at_most=4)
+    played = Pipeline(busy_s={"preprocess": 0.1, "write": 0.1}, counts={"preprocess": 4, "write": 1}, facts=facts)
+    assert "3 write take a GPU each, but there are 2" in played.collector.scale({"write": 3})
+    assert "5 preprocess are 5 actors" in played.collector.scale({"preprocess": 5})
+    assert played.collector.scale({"write": 2}) == {"preprocess": 4, "write": 2}
+
+
+def test_auto_gives_a_stage_on_gpus_no_more_than_there_are():
+    facts = replace(FACTS, auto=("preprocess", "predict"), on_gpu=("predict",), gpus=3)
+    played = Pipeline(busy_s={"preprocess": 0.1, "predict": 0.2}, counts={"preprocess": 2, "predict": 1}, facts=facts)
+    played.run(60)
+    assert played.wanted["predict"] == 3 and played.wanted["preprocess"] == 2
+
+
 def test_before_the_first_look_at_the_pools_nothing_can_be_scaled():
     assert "has not begun" in Collector("early", FACTS).scale({"preprocess": 2})
 

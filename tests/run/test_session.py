@@ -3,8 +3,10 @@ from dataclasses import replace
 import pytest
 
 from raypipe import UsageError
+from raypipe.images import catalog
 from raypipe.insight.planner import StageCost
-from raypipe.run.session import Pools, Session, room_here, size_pools
+from raypipe.run.pipeline import writing
+from raypipe.run.session import Pools, Session, room_here, seated, size_pools
 from raypipe.run.settings import Settings
 
 CLUSTER = Session(at_most=16, cpus_each=1.0, cores=16, nodes=4, joined=True, dashboard=None)
@@ -23,41 +25,71 @@ def settings(**given) -> Settings:
     return Settings(**({"input": "demo", "output": "out"} | given))
 
 
+def sized(wanted: Settings, known: list[StageCost] | None, session: Session, *, images: int, **given) -> Pools:
+    after = writing(wanted, catalog.get(wanted.recipe))
+    after = after and seated(replace(after, **given), session)
+    return size_pools(wanted, known, session, images=images, after=after)
+
+
+def room(wanted: Settings) -> int:
+    return room_here(wanted, writing(wanted, catalog.get(wanted.recipe)))
+
+
 def test_more_than_a_cluster_has_is_refused_before_starting_with_the_numbers():
     with pytest.raises(UsageError, match=r"30 preprocess actors and 4 writers take 34 CPUs.* has 16"):
-        size_pools(settings(actors=30, writers=4), None, CLUSTER, images=1000)
-    assert size_pools(settings(actors=12, writers=4), None, CLUSTER, images=1000) == Pools(12, 4)
+        sized(settings(actors=30, writers=4), None, CLUSTER, images=1000)
+    assert sized(settings(actors=12, writers=4), None, CLUSTER, images=1000) == Pools(12, 4)
 
 
 def test_a_machine_of_our_own_has_room_for_more_actors_than_cores_and_not_for_more_than_memory():
-    assert room_here(settings(actors=6, writers=2)) >= 8
+    assert room(settings(actors=6, writers=2)) >= 8
     with pytest.raises(UsageError, match=r"50000 preprocess actors and 2 writers need about 12500 GB"):
-        room_here(settings(actors=50000, writers=2))
+        room(settings(actors=50000, writers=2))
     with pytest.raises(UsageError, match=r"50000 preprocess actors and auto writers need about 12500 GB"):
-        room_here(settings(actors=50000))
+        room(settings(actors=50000))
 
 
 def test_auto_gives_each_stage_what_its_timing_asks_for():
     images = 10**9  # the start of an actor is nothing beside that
-    assert size_pools(settings(), costs(2.0, 0.7), LAPTOP, images=images) == Pools(2, 1)  # computing: as many as cores
-    waiting = size_pools(settings(), costs(170, 210, waits=True), LAPTOP, images=images)
-    assert waiting.cpus == 50 and waiting.actors / waiting.writers == pytest.approx(170 / 210, rel=0.05)
-    assert size_pools(settings(), costs(2.0, 0.7), CLUSTER, images=images) == Pools(12, 4)
-    assert size_pools(settings(output=None), costs(2.0, 0.7)[:1], CLUSTER, images=images) == Pools(16, 0)
+    assert sized(settings(), costs(2.0, 0.7), LAPTOP, images=images) == Pools(2, 1)  # computing: as many as cores
+    waiting = sized(settings(), costs(170, 210, waits=True), LAPTOP, images=images)
+    assert waiting.actors + waiting.after == 50 and waiting.actors / waiting.after == pytest.approx(170 / 210, rel=0.05)
+    assert sized(settings(), costs(2.0, 0.7), CLUSTER, images=images) == Pools(12, 4)
+    assert sized(settings(output=None), costs(2.0, 0.7)[:1], CLUSTER, images=images) == Pools(16, 0)
 
 
 def test_auto_starts_no_actors_that_would_come_too_late():
-    few = size_pools(settings(), costs(170, 210, waits=True), LAPTOP, images=100)
-    assert few.cpus < 20
+    few = sized(settings(), costs(170, 210, waits=True), LAPTOP, images=100)
+    assert few.actors + few.after < 20
 
 
 def test_what_was_asked_for_is_not_changed_by_the_timing():
     asked = settings(actors=3)
-    assert size_pools(asked, costs(170, 210, waits=True), replace(LAPTOP, at_most=10), images=10**9) == Pools(3, 4)
-    assert size_pools(replace(asked, writers=2), costs(170, 210, waits=True), LAPTOP, images=10**9) == Pools(3, 2)
+    assert sized(asked, costs(170, 210, waits=True), replace(LAPTOP, at_most=10), images=10**9) == Pools(3, 4)
+    assert sized(replace(asked, writers=2), costs(170, 210, waits=True), LAPTOP, images=10**9) == Pools(3, 2)
 
 
 def test_without_a_timing_there_is_a_rule_of_thumb():
-    assert size_pools(settings(), None, LAPTOP, images=100) == Pools(2, 1)
-    assert size_pools(settings(), None, CLUSTER, images=100) == Pools(12, 4)
-    assert size_pools(settings(output=None), None, CLUSTER, images=100) == Pools(16, 0)
+    assert sized(settings(), None, LAPTOP, images=100) == Pools(2, 1)
+    assert sized(settings(), None, CLUSTER, images=100) == Pools(12, 4)
+    assert sized(settings(output=None), None, CLUSTER, images=100) == Pools(16, 0)
+
+
+GPUS = replace(CLUSTER, gpus=4)
+
+
+def test_a_stage_that_may_takes_a_gpu_for_each_actor_and_no_cpu():
+    known = costs(2.0, 500.0)  # timed on a CPU, which says nothing of a GPU
+    assert sized(settings(), known, GPUS, images=10**9, gpu=None) == Pools(16, 4)
+    assert sized(settings(writers=3), None, GPUS, images=100, gpu=True) == Pools(16, 3)
+    assert sized(settings(writers=3, actors=16), None, GPUS, images=100, gpu=None) == Pools(16, 3)
+    assert sized(settings(), known[:1], GPUS, images=10**9, gpu=True) == Pools(16, 4)
+
+
+def test_without_enough_gpus_it_runs_on_cpus_or_is_refused():
+    assert sized(settings(writers=5), None, GPUS, images=100, gpu=None) == Pools(11, 5)
+    assert sized(settings(), None, CLUSTER, images=100, gpu=None) == Pools(12, 4)
+    with pytest.raises(UsageError, match=r"--gpu with 5 writers needs as many GPUs, but Ray sees 4"):
+        sized(settings(writers=5), None, GPUS, images=100, gpu=True)
+    with pytest.raises(UsageError, match=r"Ray sees 0"):
+        sized(settings(), None, CLUSTER, images=100, gpu=True)

@@ -36,10 +36,9 @@ RECIPE = {
 }
 
 
-@pytest.fixture
-def labelled(tmp_path) -> Path:
+def make_labelled(root: Path) -> Path:
     """45 photos with a square or two of category 3 or 90 on each, a COCO JSON, a recipe; photo 7 is corrupt."""
-    (tmp_path / "photos").mkdir()
+    (root / "photos").mkdir()
     images, annotations = [], []
     for number in range(45):
         image = photo(number, height=90, width=120)
@@ -51,12 +50,17 @@ def labelled(tmp_path) -> Path:
             box = {"bbox": [x, y, side, side], "category_id": category, "area": side * side, "iscrowd": 0}
             annotations.append({"id": len(annotations) + 1, "image_id": number + 1, **box})
         data = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1].tobytes()
-        (tmp_path / "photos" / f"{number:03d}.jpg").write_bytes(data[:300] if number == 7 else data)
+        (root / "photos" / f"{number:03d}.jpg").write_bytes(data[:300] if number == 7 else data)
     categories = [{"id": 3, "name": "red"}, {"id": 90, "name": "blue"}]
     content = {"images": images, "annotations": annotations, "categories": categories}
-    (tmp_path / "boxes.json").write_text(json.dumps(content))
-    (tmp_path / "small.json").write_text(json.dumps(RECIPE))
-    return tmp_path
+    (root / "boxes.json").write_text(json.dumps(content))
+    (root / "small.json").write_text(json.dumps(RECIPE))
+    return root
+
+
+@pytest.fixture
+def labelled(tmp_path) -> Path:
+    return make_labelled(tmp_path)
 
 
 def settings(root: Path, **given) -> Settings:

@@ -1,0 +1,52 @@
+"""Say what is in images with a model that jobs/train.py trained, on Ray; and how good that is, where boxes are known.
+
+    python jobs/predict.py --checkpoint out-train --input photos/ --output out-predict --draw      # boxes as JSON, Parquet, and drawn
+    python jobs/predict.py --checkpoint out-train --input demo:200 --seed 1 --output out-demo      # photos it never saw, and its precision
+    python jobs/predict.py --checkpoint s3://bucket/ssd --input coco/val2017 \\
+        --annotations coco/annotations/instances_val2017.json --gpu --predictors 4 --actors 24 --output s3://bucket/val2017
+    python jobs/predict.py --checkpoint out-train --input 'shards/{000..099}.tar' --min-score 0.3 --output out-shards
+    ray job submit --working-dir . -- python jobs/predict.py --checkpoint /shared/out-train --input /shared/photos --output /shared/found
+
+The recipe is the one in the checkpoint, without its random ops. Boxes are in pixels of the original images.
+Run it again with the same --output to go on after Ctrl-C, a crash or a lost node.
+Exit status: 0 when every image is accounted for and rejects stay within --max-reject-fraction, 1 when not, 2 for bad arguments.
+"""
+
+import sys
+
+import tyro
+from rich.console import Console
+
+from raypipe.insight.report import terminal
+from raypipe.run.pipeline import attempt
+from raypipe.run.predicting import RESULTS, Settings, run, verdict_on
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the job; returns the exit status."""
+    console = Console(stderr=True)
+    settings = tyro.cli(Settings, args=arguments, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    again = f"The same command goes on from there: what is finished is in {settings.output}."
+    outcome = attempt(lambda: run(settings, console=console), again=again, console=console)
+    if isinstance(outcome, int):
+        return outcome
+    if outcome.report is not None:
+        Console().print(terminal(outcome.report))
+        found = outcome.report["predict"]
+        judged = (
+            "" if found["map"] is None else f"; mAP {found['map']:.3f} (at .50 {found['map50']:.3f}) by the boxes that are known"
+        )
+        Console().print(f"{found['boxes']} boxes{judged}", highlight=False)
+        console.print(
+            f"predictions: {settings.output}/{RESULTS}\nreport: {settings.output}/_raypipe/report.html",
+            markup=False,
+            highlight=False,
+        )
+    failure = verdict_on(outcome, settings)
+    if failure:
+        console.print(f"error: {failure}", style="red", markup=False, highlight=False)
+    return 1 if failure else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,241 @@
+"""The predict stage: one block of pixels in; what a trained model finds there, in pixels of the original images, and its journal entry out."""
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from torch import nn
+
+from raypipe import UsageError
+from raypipe.data import location
+from raypipe.data.journal import Entry, Written
+from raypipe.data.reader import Reader
+from raypipe.data.sinks import Sink
+from raypipe.data.sources import BOXES
+from raypipe.data.work import lists, unlist
+from raypipe.images import opencv
+from raypipe.images.decode import Reject, read_header
+from raypipe.images.drawing import draw_boxes
+from raypipe.images.recipe import Recipe, boxes_back
+from raypipe.models import checkpoint as checkpoints
+from raypipe.models import detection
+from raypipe.models.detection import Classes
+from raypipe.models.evaluate import Found
+from raypipe.stages import Meter
+from raypipe.stages.batches import Placer, found_in, uses_bf16
+from raypipe.stages.gpu import GpuMeter
+from raypipe.stages.preprocess import keep_freed_memory
+from raypipe.stages.write import put_done, rejected_of
+
+PREDICTIONS = pa.schema(
+    [
+        pa.field("image_id", pa.string()),
+        pa.field("uri", pa.string()),
+        pa.field("height", pa.int32()),
+        pa.field("width", pa.int32()),
+        pa.field("boxes", BOXES),
+        pa.field("labels", pa.list_(pa.int64())),
+        pa.field("scores", pa.list_(pa.float32())),
+    ]
+)
+"""A row an image that could be preprocessed. Size and boxes are of the original image, as it is shown; labels are the data set's category ids."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predicting:
+    """What decides the predictions, beside the pixels.
+
+    checkpoint: its folder. recipe: the one that made the pixels, without chance. min_score: boxes below are left out. draw_score: boxes from it on
+    are drawn; None: nothing is. names: of category ids, for drawing.
+    """
+
+    checkpoint: str
+    recipe: Recipe
+    batch_size: int
+    min_score: float = 0.0
+    draw_score: float | None = None
+    names: Mapping[int, str] = field(default_factory=dict)
+
+
+def load(folder: str, device: torch.device) -> tuple[nn.Module, Classes, str]:
+    """The model of a checkpoint on `device`, its classes, and whether it was trained with bfloat16 (on, off or auto).
+
+    Raises:
+        UsageError: it is no checkpoint, or its weights are not of the model that it names.
+    """
+    kept = checkpoints.load(folder, device=str(device))
+    classes = Classes(tuple(kept.settings["classes"]))
+    named = kept.settings["model"]
+    model = detection.build(named["name"], num_classes=len(classes) + 1, arguments=named["arguments"]).to(device)
+    try:
+        model.load_state_dict(kept.state["model"])
+    except RuntimeError as error:
+        raise UsageError(
+            f"The weights in {folder} do not fit the model {named['name']!r} ({location.one_line(error)[:300]}). Use the code it was trained "
+            f"with, or train again."
+        ) from error
+    if device.type == "cuda":
+        model = model.to(memory_format=torch.channels_last)
+    return model, classes, kept.settings["amp"]
+
+
+class Predictor:
+    """A trained model, loaded once; called with a block, it says what is in the images."""
+
+    def __init__(self, predicting: Predicting, device: torch.device):
+        self.predicting = predicting
+        model, classes, amp = load(predicting.checkpoint, device)
+        self._found_in = partial(
+            found_in,
+            model,
+            placer=Placer(device, detection.finish_of(predicting.recipe), classes),
+            classes=classes,
+            batch_size=predicting.batch_size,
+            amp=uses_bf16(amp, device),
+        )
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """The good rows of `block` (schema BLOCK, without boxes) in order, with what the model finds there (schema PREDICTIONS)."""
+        rows = [row for row in block.select(_OF_THE_SOURCE).to_pylist() if row["reason"] is None]
+        found = [self._placed(row, one) for row, (_, one) in zip(rows, self._found_in([block]), strict=True)]
+        columns = {
+            **{name: [row[name] for row in rows] for name in ("image_id", "uri")},
+            "height": [row["source_height"] for row in rows],
+            "width": [row["source_width"] for row in rows],
+        }
+        for name in ("boxes", "labels", "scores"):
+            columns[name] = lists([getattr(one, name) for one in found], PREDICTIONS.field(name).type)
+        return pa.table(columns, schema=PREDICTIONS)
+
+    def _placed(self, row: dict[str, Any], found: Found) -> Found:
+        """What was found with enough certainty, its boxes in pixels of the original image."""
+        boxes, kept = boxes_back(self.predicting.recipe, found.boxes, (row["source_height"], row["source_width"]))
+        sure = found.scores[kept] >= self.predicting.min_score
+        return Found(boxes=boxes[sure], labels=found.labels[kept][sure], scores=found.scores[kept][sure])
+
+
+_OF_THE_SOURCE = [
+    "epoch",
+    "shard",
+    "image_id",
+    "name",
+    "uri",
+    "offset",
+    "length",
+    "source_height",
+    "source_width",
+    "reason",
+    "detail",
+]
+
+
+def part_of(shard: int) -> str:
+    """The file of a shard's predictions, relative to the output."""
+    return f"predictions/part-{shard:06d}.parquet"
+
+
+def drawing_of(name: str) -> str:
+    """The file of an image with its boxes drawn, relative to the output; `name` is the row's."""
+    return f"drawn/{name}.jpg"
+
+
+def predict_block(block: pa.Table, predictor: Predictor, sink: Sink, *, reader: Reader) -> Entry:
+    """Store what is found in the good rows of `block` (schema BLOCK, without boxes), and say what is where.
+
+    Args:
+        reader: for the originals, where they are drawn on.
+
+    Raises:
+        OSError: an image cannot be read again to be drawn on.
+    """
+    predictions = predictor(block)
+    rows = block.select(_OF_THE_SOURCE)
+    told = rows.to_pylist()
+    shard = told[0]["shard"]
+    sizes: dict[str, int] = {}
+    for file, data in _files(shard, rows, predictions, predictor.predicting, sink, reader):
+        location.write(sink.root, file, data, tmp=sink.tmp)
+        sizes[file] = len(data)
+    return Entry(
+        epoch=told[0]["epoch"],
+        shard=shard,
+        written=[
+            Written(image_id=row["image_id"], file=part_of(shard), height=row["source_height"], width=row["source_width"])
+            for row in told
+            if row["reason"] is None
+        ],
+        rejected=rejected_of(told),
+        files=list(sizes),
+        bytes=sum(sizes.values()),
+    )
+
+
+def _files(
+    shard: int, rows: pa.Table, predictions: pa.Table, predicting: Predicting, sink: Sink, reader: Reader
+) -> Iterator[tuple[str, bytes | memoryview]]:
+    """What a shard's results are, one file after the other."""
+    if not predictions.num_rows:
+        return
+    out = pa.BufferOutputStream()
+    pq.write_table(predictions, out, compression="zstd")
+    yield part_of(shard), memoryview(out.getvalue())
+    if predicting.draw_score is None:
+        return
+    good = rows.filter(pc.is_null(rows.column("reason")))
+    found = (unlist(predictions.column(name)) for name in ("boxes", "labels", "scores"))
+    for row, data, boxes, labels, scores in zip(good.to_pylist(), reader.read(good), *found, strict=True):
+        sure = np.flatnonzero(scores >= predicting.draw_score)[::-1]  # the surest on top
+        texts = [
+            f"{predicting.names.get(label, label)} {score:.2f}" for label, score in zip(labels[sure], scores[sure], strict=True)
+        ]
+        drawn = draw_boxes(_original(row, data), boxes[sure], labels[sure], texts)
+        yield drawing_of(row["name"]), opencv.encode(drawn, "jpeg", sink.quality)
+
+
+def _original(row: dict[str, Any], data: bytes | Reject) -> np.ndarray:
+    """The image of `row` as it is shown, (height, width, 3) RGB uint8."""
+    try:
+        if isinstance(data, Reject):
+            raise data
+        return opencv.decode(data, read_header(data, max_pixels=row["source_height"] * row["source_width"]))
+    except Reject as reject:
+        raise OSError(f"{row['uri']} could be read to predict on it, but not again to draw on it: {reject}") from reject
+
+
+class Predict:
+    """The actor. Ray Data calls it with one block at a time."""
+
+    def __init__(
+        self,
+        *,
+        sink: Sink,
+        predicting: Predicting,
+        meter: Meter,
+        threads: int = 1,
+        wait_ms: float = 0.0,  # more than it takes, an image
+        device: str = "cpu",
+    ):
+        keep_freed_memory()
+        opencv.setup(threads)
+        torch.set_num_threads(threads)
+        self._sink = sink
+        self._meter = meter
+        self._wait_s = wait_ms / 1000
+        self._predictor = Predictor(predicting, torch.device(device))
+        self._reader = Reader(threads=1)
+        meter.start(GpuMeter(torch.device(device)))
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        with self._meter.call():
+            time.sleep(self._wait_s * block.num_rows)
+            entry = predict_block(block, self._predictor, self._sink, reader=self._reader)
+            done = put_done(self._sink.root, entry)
+            self._meter.count(images=entry.images, bytes_in=block.nbytes, bytes_out=entry.bytes)
+            return done

@@ -1,0 +1,324 @@
+"""Predicting on a real local Ray: equal to a plain PyTorch loop, as good as training said, and as a user runs it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from raypipe import UsageError
+from raypipe.data import journal
+from raypipe.models import checkpoint as checkpoints
+from raypipe.models import detection
+from raypipe.run import probe, training
+from raypipe.run.pipeline import Outcome
+from raypipe.run.predicting import Settings, predicting, run, start, verdict_on
+from tests.conftest import files
+from tests.run.test_job import ROOT, environment, named, wait_for
+from tests.run.test_pipeline import quiet
+from tests.run.test_scaling import running, until
+from tests.run.test_training import RECIPE, make_labelled
+from tests.run.test_training import settings as training_settings
+
+SIZE = (90, 120)
+
+
+@pytest.fixture(scope="module")
+def trained(session, tmp_path_factory) -> tuple[Path, training.Outcome]:
+    """Labelled photos, and a training that judged itself on all of them."""
+    root = make_labelled(tmp_path_factory.mktemp("trained"))
+    judged = {"holdout_input": root / "photos", "holdout_annotations": root / "boxes.json", "row_log": None}
+    given = training_settings(root, epochs=12, lr=5e-3, shard_rows=15, **judged)
+    return root, training.run(given, console=quiet())
+
+
+def settings(root: Path, output: Path, **given) -> Settings:
+    defaults = {
+        "checkpoint": root / "storage",
+        "input": root / "photos",
+        "output": output,
+        "annotations": root / "boxes.json",
+        "actors": 1,
+        "predictors": 1,
+        "batch_size": 4,
+        "shard_rows": 10,
+        "cpu": True,
+        "max_reject_fraction": 0.05,
+    }
+    given = defaults | given
+    return Settings(**{key: str(value) if isinstance(value, Path) else value for key, value in given.items()})
+
+
+@pytest.fixture(scope="module")
+def done(trained, tmp_path_factory) -> tuple[Settings, Outcome]:
+    """One run with everything."""
+    wanted = settings(trained[0], tmp_path_factory.mktemp("done") / "out", draw=True, draw_score=0.2)
+    return wanted, run(wanted, console=quiet())
+
+
+def rows_of(output: str | Path) -> dict[str, dict]:
+    """The predictions, by image id."""
+    return {
+        row["image_id"]: row for part in sorted(Path(output, "predictions").iterdir()) for row in pq.read_table(part).to_pylist()
+    }
+
+
+def plain_loop(root: Path, checkpoint: str) -> Iterator[tuple[str, dict]]:
+    """The same without raypipe's stages: what PyTorch's and OpenCV's documentation would have one write."""
+    model = detection.build("ssd_tiny", num_classes=3)
+    model.load_state_dict(torch.load(Path(checkpoint, "state.pt"), weights_only=True)["model"])
+    model.eval()
+    mean, std = (torch.tensor(RECIPE["finish"][name])[:, None, None] for name in ("mean", "std"))
+    for number in range(45):
+        image = cv2.imread(str(root / f"photos/{number:03d}.jpg"))
+        if number == 7:  # OpenCV would fill up what is missing with grey
+            continue
+        image = cv2.resize(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), (64, 64), interpolation=cv2.INTER_LINEAR)
+        pixels = (torch.from_numpy(image).permute(2, 0, 1) / 255 - mean) / std
+        with torch.no_grad():
+            found = model([pixels])[0]
+        scale = torch.tensor([SIZE[1], SIZE[0], SIZE[1], SIZE[0]]) / 64
+        yield str(number + 1), {"boxes": found["boxes"] * scale, "labels": found["labels"], "scores": found["scores"]}
+
+
+def test_predictions_equal_those_of_a_plain_pytorch_loop(trained, done):
+    root, training_ended = trained
+    ours = rows_of(done[0].output)
+    theirs = dict(plain_loop(root, training_ended.checkpoint))
+    assert list(ours) == list(theirs) and len(theirs) == 44
+    assert sum(len(row["scores"]) for row in ours.values()) > 100
+    for image_id, found in theirs.items():
+        row = ours[image_id]
+        assert (row["height"], row["width"]) == SIZE
+        assert [{3: 1, 90: 2}[label] for label in row["labels"]] == found["labels"].tolist()
+        # The model is given other batches there (4 here, 1 there), and its input is rounded once less.
+        np.testing.assert_allclose(row["scores"], found["scores"], atol=1e-5)
+        np.testing.assert_allclose(np.array(row["boxes"]).reshape(-1, 4), found["boxes"], atol=1e-3)
+
+
+def test_coco_results_have_the_annotations_ids_and_the_precision_that_training_had(trained, done):
+    root, training_ended = trained
+    wanted, outcome = done
+    results = json.loads(Path(wanted.output, "predictions.json").read_text())
+    stored = rows_of(wanted.output)
+    assert Counter(one["image_id"] for one in results) == {int(i): len(row["boxes"]) for i, row in stored.items() if row["boxes"]}
+    first = next(one for one in results if one["image_id"] == 3)
+    x1, y1, x2, y2 = stored["3"]["boxes"][0]
+    assert first["bbox"] == pytest.approx([x1, y1, x2 - x1, y2 - y1], abs=1e-3)
+    assert (first["category_id"], first["score"]) == (stored["3"]["labels"][0], pytest.approx(stored["3"]["scores"][0]))
+
+    last = training_ended.progress.epochs[-1]
+    found = outcome.report["predict"]
+    assert last["map"] > 0.05  # else the comparison would say nothing
+    assert (found["map"], found["map50"]) == (pytest.approx(last["map"], abs=1e-6), pytest.approx(last["map50"], abs=1e-6))
+    assert found["map_by_label"].keys() == {"red", "blue"}
+    assert (found["boxes"], found["checkpoint"]["step"]) == (len(results), training_ended.progress.step)
+
+    # COCO's own reader and judge take the files as they are.
+    from faster_coco_eval import COCO, COCOeval_faster
+
+    truth = COCO(str(root / "boxes.json"), print_function=lambda *_: None)
+    judge = COCOeval_faster(
+        truth, truth.loadRes(str(Path(wanted.output, "predictions.json"))), iouType="bbox", print_function=lambda *_: None
+    )
+    judge.params.imgIds = [int(image_id) for image_id in stored]
+    judge.evaluate()
+    judge.accumulate()
+    precision = judge.eval["precision"][:, :, :, 0, -1]
+    assert float(precision[precision > -1].mean()) == pytest.approx(found["map"], abs=1e-4)
+
+
+def test_the_report_has_the_stage_and_every_image_is_accounted_for(done):
+    wanted, outcome = done
+    assert verdict_on(outcome, wanted) is None
+    report = outcome.report
+    assert (report["images_in"], report["images_out"], report["images_rejected"]) == (45, 44, 1)
+    assert [(row.image_id, row.uri) for row in outcome.rejected] == [("8", str(Path(wanted.input, "007.jpg")))]
+    assert "more than --max-reject-fraction 0.01" in verdict_on(outcome, replace(wanted, max_reject_fraction=0.01))
+    preprocess, predict = report["stages"]
+    assert (preprocess["name"], predict["name"]) == ("preprocess", "predict")
+    assert preprocess["images"] == predict["images"] == 45
+    assert predict["gpu_percent"] is None and predict["gpu_memory_peak_bytes"] is None
+    assert predict["cpu_s_per_image"] > 0 and predict["rss_peak_bytes"] > 10**8 and predict["bytes_out"] > 0
+    assert predict["busy"] + predict["starved"] + predict["blocked"] == pytest.approx(1)
+    assert report["settings"]["checkpoint"] == wanted.checkpoint and report["verdict"]["stage"] in ("preprocess", "predict")
+    state = Path(wanted.output, "_raypipe")
+    assert json.loads((state / "report.json").read_text())["predict"] == report["predict"]
+    assert "predict" in (state / "report.html").read_text()
+    assert pq.read_table(state / "rejects.parquet").num_rows == 1
+
+
+def test_boxes_are_drawn_on_the_images_under_their_own_names(done):
+    wanted, _ = done
+    drawn = sorted(Path(wanted.output, "drawn").iterdir())
+    assert [path.name for path in drawn] == [f"{number:03d}.jpg" for number in range(45) if number != 7]
+    stored = rows_of(wanted.output)
+    sure = {path.name: stored[str(int(path.stem) + 1)] for path in drawn}
+    for path in drawn:
+        before, after = cv2.imread(str(Path(wanted.input, path.name))), cv2.imread(str(path))
+        assert before.shape == after.shape == (*SIZE, 3)
+        moved = np.abs(before.astype(int) - after).max() > 60
+        assert moved == any(score >= 0.2 for score in sure[path.name]["scores"])
+
+
+def test_running_again_does_nothing_but_what_is_missing(done):
+    wanted, _ = done
+    before = {path: path.stat().st_mtime_ns for path in Path(wanted.output).rglob("*") if path.is_file()}
+    results = Path(wanted.output, "predictions.json")
+    content = results.read_bytes()
+    console = quiet()
+    assert run(wanted, console=console).report is None
+    assert "Nothing to do: all 45 images" in console.file.getvalue()
+    assert {path: path.stat().st_mtime_ns for path in Path(wanted.output).rglob("*") if path.is_file()} == before
+    results.unlink()  # as if the run had been killed when its last shard was done
+    assert run(wanted, console=quiet()).report is None
+    assert results.read_bytes() == content
+
+
+def test_other_settings_are_refused_with_the_difference(trained, done, tmp_path):
+    wanted, _ = done
+    kept = checkpoints.load(trained[1].checkpoint)
+    kept.state["model"]["backbone.stem.0.0.weight"] += 1e-3
+    other = str(tmp_path / "storage/x" / checkpoints.name_of(kept.progress))
+    checkpoints.save(other, kept)
+    for given, words in (
+        ({"min_score": 0.3}, "min_score: 0.0 there, 0.3 now"),
+        ({"checkpoint": other}, "checkpoint.digest: '"),
+        ({"draw": False}, "draw: 0.2 there, None now"),
+        ({"input": str(tmp_path)}, "input: "),
+    ):
+        with pytest.raises(UsageError, match="made with other settings") as caught:
+            predicting(replace(wanted, **given))
+        assert words in str(caught.value)
+
+
+def test_without_annotations_ids_are_the_images_own_and_no_resume_starts_again(trained, tmp_path):
+    root, _ = trained
+    wanted = settings(root, tmp_path / "out", annotations=None, limit=6, min_score=0.05, checkpoint=trained[1].checkpoint)
+    report = run(wanted, console=quiet()).report
+    assert (report["images_out"], report["predict"]["map"], report["predict"]["map_by_label"]) == (6, None, None)
+    results = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert results and {one["image_id"] for one in results} <= {f"{number:03d}.jpg" for number in range(6)}
+    assert min(one["score"] for one in results) >= 0.05
+    again = run(replace(wanted, resume=False, min_score=0.5, limit=3), console=quiet()).report
+    assert (again["images_in"], again["images_done_before"]) == (3, 0)
+    assert len(rows_of(tmp_path / "out")) == 3
+
+
+def test_a_file_that_is_no_result_is_never_overwritten(trained, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/predictions.json").write_text("the user's own")
+    for resume in (True, False):
+        with pytest.raises(UsageError, match=r"predictions\.json exists and is no result"):
+            predicting(settings(trained[0], tmp_path / "out", resume=resume))
+
+
+@pytest.mark.slow
+def test_a_killed_driver_goes_on_and_the_results_are_those_of_an_undisturbed_run(trained, done, tmp_path):
+    names = (
+        "checkpoint",
+        "input",
+        "annotations",
+        "actors",
+        "predictors",
+        "batch_size",
+        "shard_rows",
+        "max_reject_fraction",
+        "draw_score",
+    )
+    wanted = replace(done[0], output=str(tmp_path / "out"))
+    flags = {f"--{name.replace('_', '-')}": str(getattr(wanted, name)) for name in (*names, "output")}
+    command = [sys.executable, "jobs/predict.py", "--cpu", "--draw", *(word for flag in flags.items() for word in flag)]
+    first = subprocess.Popen(
+        [*command, "--store-ms", "60"],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for(lambda: len(list((tmp_path / "out").glob("_raypipe/journal/*.json"))) >= 2, first)
+    workers = [child for child in psutil.Process(first.pid).children(recursive=True) if named(child, "ray::MapWor")]
+    os.kill(first.pid, signal.SIGKILL)
+    first.communicate(timeout=300)
+    _, alive = psutil.wait_procs(workers, timeout=120)
+    assert workers and not alive
+    left = 45 - 10 * len(list((tmp_path / "out").glob("_raypipe/journal/*.json")))
+    assert 0 < left < 45 and not (tmp_path / "out/predictions.json").exists()
+
+    again = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr
+    assert f"Going on: {45 - left} of 45 images are done already" in again.stderr
+    assert "mAP 0." in again.stdout and "predict" in again.stdout
+    assert files(tmp_path / "out") == files(Path(done[0].output))
+
+
+@pytest.mark.slow
+def test_the_stage_scales_by_its_name_while_it_runs(trained, tmp_path):
+    wanted = settings(trained[0], tmp_path / "out", shard_rows=2, read_ms=50.0, store_ms=400.0)
+    going = start(wanted, console=quiet())
+    until(going, lambda record: record["done"] > 0)
+    assert going.scale(predict=2, preprocess=2) == {"preprocess": 2, "predict": 2}
+    record = until(going, lambda record: running(record)["predict"] == (2, 0, 0))
+    assert record["done"] < record["images"]
+    with pytest.raises(UsageError, match="its stages are preprocess, predict"):
+        going.scale(write=2)
+    outcome = going.wait()
+    assert [(event["stage"], event["to"]) for event in outcome.report["scale_events"]] == [("preprocess", 2), ("predict", 2)]
+    assert outcome.report["images_out"] == 44 == len(rows_of(wanted.output))
+    entries = journal.read_entries(wanted.output, sorted(journal.done_shards(wanted.output)))
+    assert Counter(row.image_id for entry in entries for row in entry.written).total() == 44
+    assert [stage["images"] for stage in outcome.report["stages"]] == [45, 45]
+
+
+@pytest.mark.slow
+def test_auto_times_the_model_before_the_start(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(probe, "WAIT_AT_MOST_S", 120.0)  # a slow machine is no defect
+    wanted = settings(trained[0], tmp_path / "out", actors="auto", predictors="auto", store_ms=40.0)
+    outcome = run(wanted, console=quiet())
+    predicted = outcome.report["predicted"]
+    assert predicted["images_per_s"] > 0 and predicted["actors"].keys() == {"preprocess", "predict"}
+    # 45 images of 40 ms of waiting and hardly any computing.
+    assert predicted["actors"]["preprocess"] == 1
+    assert not list((tmp_path / "out/_raypipe").glob("tmp/*"))  # what the timing stored is gone
+    assert len(rows_of(wanted.output)) == 44
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"checkpoint": "nowhere"}, "There is no checkpoint in"),
+        ({"checkpoint": "README.md"}, "There is no checkpoint in"),
+        ({"predictors": 0}, "--predictors is 0"),
+        ({"batch_size": 0}, "--batch-size is 0"),
+        ({"min_score": 1.5}, "--min-score is 1.5; scores go from 0 to 1"),
+        ({"gpu": True}, "--gpu and --cpu"),
+        ({"actors": 0}, "--actors is 0"),
+        ({"annotations": "nowhere.json"}, "nowhere.json"),
+    ],
+)
+def test_bad_settings_are_refused_with_the_value_and_the_remedy(trained, tmp_path, given, words):
+    with pytest.raises(UsageError) as caught:
+        run(settings(trained[0], tmp_path / "out", **given), console=quiet())
+    assert words in str(caught.value)
+
+
+def test_an_op_of_the_recipe_that_is_not_there_is_named(trained, tmp_path):
+    kept = checkpoints.load(trained[1].checkpoint)
+    kept.settings["recipe"]["ops"].append({"op": "gone_module:Sparkle"})
+    folder = str(tmp_path / "storage/x" / checkpoints.name_of(kept.progress))
+    checkpoints.save(folder, kept)
+    with pytest.raises(UsageError, match=r"The recipe in the checkpoint .* cannot be followed.*gone_module:Sparkle"):
+        predicting(settings(trained[0], tmp_path / "out", checkpoint=folder))
