@@ -276,7 +276,7 @@ def test_the_stage_scales_by_its_name_while_it_runs(trained, tmp_path):
     with pytest.raises(UsageError, match="its stages are preprocess, predict"):
         going.scale(write=2)
     outcome = going.wait()
-    assert [(event["stage"], event["to"]) for event in outcome.report["scale_events"]] == [("preprocess", 2), ("predict", 2)]
+    assert [(event["stage"], event["to"]) for event in outcome.report["scale_events"]] == [("predict", 2), ("preprocess", 2)]
     assert outcome.report["images_out"] == 44 == len(rows_of(wanted.output))
     entries = journal.read_entries(wanted.output, sorted(journal.done_shards(wanted.output)))
     assert Counter(row.image_id for entry in entries for row in entry.written).total() == 44
