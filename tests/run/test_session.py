@@ -4,7 +4,7 @@ import pytest
 
 from raypipe import UsageError
 from raypipe.insight.planner import StageCost
-from raypipe.run.session import Pools, Session, room_here, size_pools
+from raypipe.run.session import Pools, Session, ray_session, room_here, size_pools
 from raypipe.run.settings import Settings
 
 CLUSTER = Session(at_most=16, cpus_each=1.0, cores=16, nodes=4, joined=True, dashboard=None)
@@ -61,3 +61,13 @@ def test_without_a_timing_there_is_a_rule_of_thumb():
     assert size_pools(settings(), None, LAPTOP, images=100) == Pools(2, 1)
     assert size_pools(settings(), None, CLUSTER, images=100) == Pools(12, 4)
     assert size_pools(settings(output=None), None, CLUSTER, images=100) == Pools(16, 0)
+
+
+def test_a_session_within_another_is_that_one_with_its_room(session):
+    with ray_session(settings(actors=2, writers=2)) as outer:
+        with ray_session(settings(actors=50000)) as inner:
+            assert inner is outer
+        with ray_session(settings()) as again:  # the first to end has ended nothing
+            assert again is outer
+    with ray_session(settings()) as later:
+        assert later is not outer
