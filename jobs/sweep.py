@@ -33,6 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
         return swept
     if swept.findings:
         Console().print(terminal(swept.findings))
+        if swept.warning:
+            console.print(swept.warning, style="yellow", markup=False, highlight=False)
         console.print(f"page: {settings.output}/sweep.html", markup=False, highlight=False)
     if swept.failure:
         console.print(f"error: {swept.failure}\n{again}", style="red", markup=False, highlight=False)

@@ -161,6 +161,21 @@ def ideal(spots: Sequence[Spot], cores: float) -> list[tuple[int, float]]:
     return [(spot.count, time_s * first.count / max(min(spot.count, most), first.count)) for spot in spots]
 
 
+RAY = 0.3
+"""Of the stages' own CPU: so much may be Ray's, as in a run's report; more is other programs'."""
+
+
+def others(records: Iterable[Record], cores: float) -> float:
+    """Percent of all cores that programs other than the sweep held meanwhile, at least: the median of the measurements."""
+    held = []
+    for record in records:
+        percent, rate = known(record.get("cpu_percent")), known(record.get("images_per_s"))
+        if percent is not None and rate is not None:
+            own = sum(known(record.get(f"{stage}_cpu_s")) or 0.0 for stage in STAGES)
+            held.append(max(percent - 100 * rate * own * (1 + RAY) / cores, 0.0))
+    return median(held) if held else 0.0
+
+
 # --- judging -------------------------------------------------------------------------------------------------------------
 
 
@@ -273,7 +288,7 @@ def _finding(claim: int, at: str, statement: str, parts: Mapping[str, _Part], ru
     """The parts of a claim as one: it holds if each does, and does not if one does not."""
     verdicts = {part.holds for part in parts.values()}
     holds: Holds = "no" if "no" in verdicts else "cannot" if "cannot" in verdicts else "yes"
-    measured = "; ".join(f"{name}: {part.measured}" for name, part in parts.items() if part.measured)
+    measured = "; ".join(f"{name}: {part.measured}" if name else part.measured for name, part in parts.items() if part.measured)
     whys = [f"{name}: {part.why}" if len(parts) > 1 else part.why for name, part in parts.items() if part.why]
     if len({part.why for part in parts.values()}) == 1 and whys:
         whys = [next(iter(parts.values())).why]

@@ -395,8 +395,8 @@ def chart(
     if mark is not None and counts[0] <= mark[0] <= counts[-1]:
         x = f"{100 * across(mark[0]):.4g}%"
         side = {"dx": -4, "text_anchor": "end"} if across(mark[0]) > 0.5 else {"dx": 4}
-        plot.append(tag("line", class_="event none", x1=x, x2=x, y1=-8, y2="100%"))
-        plot.append(tag("text", text(mark[1]), class_="said", x=x, y=-2, **side))
+        plot.append(tag("line", class_="event none", x1=x, x2=x, y1=-18, y2="100%"))
+        plot.append(tag("text", text(mark[1]), class_="said", x=x, y=-9, **side))
         rows = 1
     paths = [
         tag("path", class_=f"{line.colour}{' ideal' if line.dashed else ''}", d=_joined(line, across, height)) for line in series

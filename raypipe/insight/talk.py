@@ -44,9 +44,11 @@ def _span(lines: Sequence[Series]) -> tuple[float, float] | None:
     return (0.98 * min(values), 1.02 * max(values)) if values else None
 
 
-def _time_span(records: Sequence[Record]) -> tuple[float, float]:
+def _time_span(records: Sequence[Record], where: Where) -> tuple[float, float]:
     """The same for all figures of time without training, so that they can be compared."""
     times = [time for r in records if r["kind"] == "preprocess" and (time := known(r.get("time_s")))]
+    for backend in BACKENDS if times else ():
+        times += [time for _, time in claims.ideal(curve(records, backend=backend), where.cores)]
     return (0.98 * min(times), 1.02 * max(times)) if times else (1.0, 2.0)
 
 
@@ -60,7 +62,7 @@ def _time(records: Sequence[Record], where: Where, writing: str, title: str, alo
             best = [(float(count), time_s, time_s, time_s) for count, time_s in claims.ideal(spots, where.cores)]
             if len(best) > 1:
                 lines.append(Series(name="ideal", colour=COLOURS[backend], points=best, dashed=True))
-    return chart(title, "s", lines, along=along, span=_time_span(records), mark=_mark(where))
+    return chart(title, "s", lines, along=along, span=_time_span(records, where), mark=_mark(where))
 
 
 def _cpu(records: Sequence[Record], where: Where, writing: str, title: str, along: str, *, beside: bool = False) -> str:
@@ -311,6 +313,17 @@ MEASURED = (
 )
 
 
+def disturbed(records: Sequence[Record], where: Where) -> str:
+    """That other programs used the machine meanwhile, as whoever judges by the figures is to know; empty if none did."""
+    held = claims.others(records, where.cores)
+    return (
+        f"Other programs held about {held:.0f}% of the machine's CPU meanwhile, so these figures are of what they left, and may be wrong. "
+        f"Measure again when it is quiet."
+        if held > claims.POINTS
+        else ""
+    )
+
+
 def page(records: Sequence[Record], where: Where, about: Mapping[str, Any]) -> str:
     """The sweep as a self-contained HTML document.
 
@@ -339,6 +352,7 @@ def page(records: Sequence[Record], where: Where, about: Mapping[str, Any]) -> s
             f"{count['yes']} of the talk's {len(found)} claims hold here, {count['no']} do not, {count['cannot']} cannot be shown.",
         ),
         tag("p", text(lead), class_="lead"),
+        tag("p", tag("strong", text(warned), class_="bad")) if (warned := disturbed(records, where)) else "",
         section("Claims", _claims(found)),
         *shown,
         section("Once, or in every epoch", _designs(records, where)),

@@ -423,6 +423,7 @@ class Swept:
     """How a sweep ended: what became of the claims, and which point failed, if one did."""
 
     findings: list[Finding]
+    warning: str = ""  # of what has disturbed the measurements
     failure: str | None = None
 
 
@@ -519,7 +520,8 @@ def run(settings: Settings, *, console: Console) -> Swept:
             failure = str(error)
         finally:
             found = leave(settings, rows, gpus=gpus, command=command) if rows else []
-    return Swept(findings=found, failure=failure)
+    warning = talk.disturbed(rows, Where(cores=session.cores))
+    return Swept(findings=found, warning=warning, failure=failure)
 
 
 def _largest(settings: Settings) -> Point:
@@ -569,6 +571,6 @@ def _progress(console: Console, total: int) -> Iterator[Callable[[Point, Mapping
             cpu = "" if row["cpu_percent"] is None else f", CPU {row['cpu_percent']:.0f}%"
             left_s = (time.perf_counter() - begun) / done * (total - done)
             left = "" if console.is_terminal else f"; {left_s / 60:.0f} min left" if left_s >= 60 else f"; {left_s:.0f} s left"
-            console.print(f"{done}/{total} {point}: {took}{cpu}{left}", markup=False, highlight=False)
+            console.print(f"{done}/{total} {point}: {took}{cpu}{left}", markup=False, highlight=False, soft_wrap=True)
 
         yield show

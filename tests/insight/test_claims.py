@@ -243,6 +243,13 @@ def test_reading_back_that_costs_as_much_never_pays():
     assert judged(sweep(cores=8, libraries=same), cores=8)[21].holds == "no"
 
 
+def test_cpu_that_was_not_the_sweep_s_is_seen():
+    rows = sweep(cores=8)
+    assert claims.others(rows, 8) == 0
+    assert claims.others([row | {"cpu_percent": 100.0} for row in sweep(cores=64, actors=(1, 2, 4))], 64) > 90
+    assert claims.others([], 8) == 0
+
+
 def test_nothing_measured_is_no_error():
     assert {finding.holds for finding in findings([], Where(cores=2))} == {"cannot"}
     empty = [

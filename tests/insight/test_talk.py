@@ -82,6 +82,12 @@ def test_delays_are_told_beside_every_figure():
     assert "longer to" not in read().text
 
 
+def test_a_disturbed_machine_is_told_at_the_top():
+    loud = [row | {"cpu_percent": 100.0} for row in sweep(cores=64, actors=(1, 2, 4))]
+    assert "Other programs held about" in read(loud, Where(cores=64)).all("strong", class_="bad")[0].text
+    assert "Other programs" not in read().text
+
+
 def test_nothing_in_the_page_can_run_or_load():
     tree = read()
     assert not {e.tag for e in tree.all()} & {
