@@ -295,7 +295,7 @@ path.steps{stroke-linecap:butt;stroke-linejoin:miter}path.area{fill:var(--c);str
 details{margin:.4rem 0}summary{cursor:pointer;padding:.3rem 0;font-weight:600}
 @media (max-width:640px){th,td{padding-right:.8rem}.tiles b{font-size:1.3rem}tbody th{min-width:8rem}.tiles{grid-template-columns:1fr 1fr}.bars{grid-template-columns:1fr;gap:0}.bars dd{margin-bottom:.5rem}
 .claims thead{display:none}.claims tr,.claims td{display:block;border:0;padding:0 0 .3rem}.claims tbody th{display:inline;position:static;border:0;padding:0 .6rem 0 0}
-.claims tr{border-bottom:1px solid var(--line);padding:.7rem 0}}
+.claims td:first-of-type{display:inline}.claims tr{border-bottom:1px solid var(--line);padding:.7rem 0}}
 @media print{main{max-width:none;padding:0}body{font-size:11pt}.hit{display:none}.scroll{overflow:visible}
 *{print-color-adjust:exact;-webkit-print-color-adjust:exact}details::details-content{content-visibility:visible;height:auto}}
 """
