@@ -57,7 +57,7 @@ def document(title: str, body: Sequence[str]) -> str:
 
 def framed(page: str, *, height: int) -> str:
     """A whole page as HTML to put into another, of a notebook: neither's style reaches the other. `height` in pixels."""
-    return f'<iframe srcdoc="{escape(page)}" style="width:100%;height:{height}px;border:0"></iframe>'
+    return f'<div><iframe srcdoc="{escape(page)}" style="width:100%;height:{height}px;border:0"></iframe></div>'
 
 
 def section(title: str, content: str) -> str:

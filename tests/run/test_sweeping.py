@@ -170,15 +170,12 @@ def test_no_resume_starts_again(session, tmp_path):
 
 
 def test_a_delayed_store_makes_the_writer_limit(session, tmp_path):
-    given = settings(tmp_path, actors=(1, 2), writers=("none", "one", "same"), store_ms=20.0)
-    outcome = run(given, console=quiet())
-    rows = read_results(given.output)
-    writing = {(row["actors"], row["writers"]): row for row in rows if row["kind"] == "preprocess" and row["writers"]}
+    given = settings(tmp_path, actors=(2,), writers=("one", "same"), store_ms=20.0)
+    run(given, console=quiet())
+    writing = {row["writers"]: row for row in read_results(given.output) if row["kind"] == "preprocess"}
     assert {row["limit"] for row in writing.values()} == {"write"}
     # 24 images of 20 ms, one after the other or two at a time: no machine is so slow that this would not show.
-    assert writing[2, 1]["time_s"] >= 0.48 and writing[2, 2]["time_s"] >= 0.24
-    by_number = {finding.claim: finding for finding in outcome.findings}
-    assert by_number[7].holds != "cannot" or "torchvision was not measured" in by_number[7].why
+    assert writing[1]["time_s"] >= 0.48 and writing[2]["time_s"] >= 0.24
     assert "20 ms longer to write" in Path(given.output, "sweep.html").read_text()
 
 
