@@ -74,6 +74,7 @@ def test_rays_internals_are_touched_in_one_file_only():
         ("raypipe.insight.report", ("ray", "torch", "cv2")),
         ("raypipe.insight.html", ("ray", "torch", "cv2", "numpy")),
         ("raypipe.insight.live", ("ray", "torch", "cv2", "numpy")),
+        ("raypipe.insight.talk", ("ray", "torch", "cv2", "numpy")),
         ("raypipe.watch", ("ray", "torch", "cv2", "numpy")),
         ("raypipe.cli", ("ray", "torch")),
     ],

@@ -1,4 +1,4 @@
-"""A run's timeline -> figures as inline SVG, without a script.
+"""Figures as inline SVG, without a script: a run's timeline, and the charts of a sweep.
 
 They have no fixed size: lines are stretched to the width there is (a nested `viewBox`, strokes that do not scale), text is placed in
 percent, so it is as readable on a phone as on a wide screen. The colours are CSS classes: raypipe.insight.html has them.
@@ -239,13 +239,24 @@ def _event_marks(times: _Times, events: list[_Event], *, label: bool) -> tuple[s
     return "".join(marks + labels), 1 + max((row for row in rows if row is not None), default=-1)
 
 
-def _axes(times: _Times, y_ticks: list[float]) -> str:
-    seconds, unit = times.unit
-    parts = [tag("text", f"{unit} since the start", x="100%", y="100%", dy="2.9em", text_anchor="end")]
-    for value in y_ticks:
-        y = f"{100 * (1 - value / y_ticks[-1]):.4g}%"
+def _along(said: str) -> str:
+    """The name of the horizontal axis."""
+    return tag("text", text(said), x="100%", y="100%", dy="2.9em", text_anchor="end")
+
+
+def _levels(ticks: Sequence[float], height: Callable[[float], float]) -> str:
+    """Lines across, with their values; `height` is 0 at the bottom and 1 at the top."""
+    parts = []
+    for value in ticks:
+        y = f"{100 * (1 - height(value)):.4g}%"
         parts.append(tag("line", class_="grid", x2="100%", y1=y, y2=y))
         parts.append(tag("text", _tick(value), x=-6, y=y, dy=".35em", text_anchor="end"))
+    return "".join(parts)
+
+
+def _axes(times: _Times, y_ticks: list[float]) -> str:
+    seconds, unit = times.unit
+    parts = [_along(f"{unit} since the start"), _levels(y_ticks, lambda value: value / y_ticks[-1])]
     for value in _ticks(times.end_s / seconds, 6):
         if value * seconds <= times.end_s * 1.001:
             x = f"{100 * value * seconds / times.end_s:.4g}%"
@@ -300,9 +311,148 @@ def _figure(
     stretched = {"class_": "in", "viewBox": "0 0 1000 1000", "preserveAspectRatio": "none"}
     plot = [_axes(times, y_ticks), tag("svg", *paths, **stretched), marks, tag("svg", _hits(times, events, lines), **stretched)]
     spoken = f"{title}{unit and f' in {unit}'} over {duration(times.end_s)}. {' '.join(map(_summary, lines))}"
-    legend = tag("span", *(swatch(line.name, line.colour) for line in lines), class_="legend")
-    return tag(
-        "figure",
-        tag("figcaption", tag("h3", text(title)), tag("span", text(unit), class_="unit"), legend),
-        tag("svg", *plot, class_="plot", role="img", aria_label=spoken, style=f"margin-top:{10 + 15 * rows}px"),
+    legend = [swatch(line.name, line.colour) for line in lines]
+    return _framed(title, unit, legend, plot, spoken=spoken, class_="plot", style=f"margin-top:{10 + 15 * rows}px")
+
+
+def _framed(title: str, unit: str, legend: Sequence[str], plot: Sequence[str], *, spoken: str, **attributes: str) -> str:
+    """A figure: what it shows, in which unit, whose line is whose, and the plot."""
+    named = tag("figcaption", tag("h3", text(title)), tag("span", text(unit), class_="unit"), tag("span", *legend, class_="legend"))
+    return tag("figure", named, tag("svg", *plot, role="img", aria_label=spoken, **attributes))
+
+
+# --- charts: what was measured, over how many of something there were ----------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """One line of a chart. `points`: (x, y, lowest, highest); `dashed`: a yardstick, without marks; `beyond`: marks further right are hollow."""
+
+    name: str
+    colour: str
+    points: Sequence[tuple[float, float, float, float]]
+    dashed: bool = False
+    beyond: float = math.inf
+
+
+def bars(rows: Sequence[tuple[str, float, str, str]]) -> str:
+    """Rows of (name, length, what to print at its end, colour), the longest across; name and print are HTML."""
+    longest = max((length for _, length, _, _ in rows), default=0) or 1
+    drawn = [
+        (name, tag("i", class_=colour, style=f"width:{max(60 * length / longest, 0):.1f}%"), said)
+        for name, length, said, colour in rows
+    ]
+    return tag("dl", *(tag("dt", name) + tag("dd", bar, tag("b", said)) for name, bar, said in drawn), class_="bars")
+
+
+def _decades(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten, from the last one below `low` to the first one above `high`."""
+    powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
+    steps = [times * 10.0**power for power in powers for times in (1, 2, 5)]
+    first = max(step for step in steps if step <= low)
+    last = min(step for step in steps if step >= high and step > first)
+    return [float(f"{step:.6g}") for step in steps if first <= step <= last]
+
+
+def chart(
+    title: str,
+    unit: str,
+    series: Sequence[Series],
+    *,
+    along: str,
+    span: tuple[float, float] | None = None,
+    top: float | None = None,
+    mark: tuple[float, str] | None = None,
+) -> str:
+    """Lines over counts, which stand apart as their ratios; nothing if there is nothing to show.
+
+    Args:
+        unit: of the values.
+        along: what is counted.
+        span: lowest and highest value to make room for, on an axis of ratios; so charts that are to be compared have the same one.
+            None: an axis from 0.
+        top: end of the axis from 0.
+        mark: a count to draw a line at, and what to say of it.
+    """
+    points = [point for line in series for point in line.points]
+    if not points:
+        return ""
+    counts = sorted({x for x, *_ in points})
+    left, right = math.log(counts[0]), math.log(counts[-1])
+
+    def across(x: float) -> float:
+        return 0.5 if left == right else 0.03 + 0.94 * (math.log(x) - left) / (right - left)
+
+    if span is None:
+        ticks = _ticks(top or max(point[3] for point in points), 5)
+        height = _linear(ticks[-1])
+    else:
+        ticks = _decades(*span)
+        height = _ratios(ticks[0], ticks[-1])
+
+    plot = [_along(along), _levels(ticks, height), _count_ticks(counts, across)]
+    rows = 0
+    if mark is not None and counts[0] <= mark[0] <= counts[-1]:
+        x = f"{100 * across(mark[0]):.4g}%"
+        side = {"dx": -4, "text_anchor": "end"} if across(mark[0]) > 0.5 else {"dx": 4}
+        plot.append(tag("line", class_="event none", x1=x, x2=x, y1=-18, y2="100%"))
+        plot.append(tag("text", text(mark[1]), class_="said", x=x, y=-9, **side))
+        rows = 1
+    paths = [
+        tag("path", class_=f"{line.colour}{' ideal' if line.dashed else ''}", d=_joined(line, across, height)) for line in series
+    ]
+    plot.append(tag("svg", *paths, class_="in", viewBox="0 0 1000 1000", preserveAspectRatio="none"))
+    plot += [_measured(line, unit, along, across, height) for line in series if not line.dashed]
+    legend = [tag("span", text(line.name), class_=f"key {line.colour}{' ideal' if line.dashed else ''}") for line in series]
+    spoken = f"{title}, {unit}, over {along}. " + " ".join(
+        f"{line.name}: {', '.join(f'{number(y)} at {number(x)}' for x, y, *_ in line.points)}."
+        for line in series
+        if not line.dashed
     )
+    scale = unit if span is None else f"{unit}, log scale"
+    return _framed(title, scale, legend, plot, spoken=spoken, class_="plot tall", style=f"margin-top:{10 + 15 * rows}px")
+
+
+def _linear(top: float) -> Callable[[float], float]:
+    return lambda value: min(max(value / top, 0.0), 1.0)
+
+
+def _ratios(low: float, high: float) -> Callable[[float], float]:
+    return lambda value: min(max(math.log(value / low) / math.log(high / low), 0.0), 1.0)
+
+
+def _count_ticks(counts: Sequence[float], across: Callable[[float], float]) -> str:
+    """A tick at each count, and the counts themselves where one does not cover another: the last and the first first."""
+    order = [counts[-1], *counts[:-1]]
+    widths = [len(_tick(count)) / 44 for count in order]
+    labelled = _rows(
+        [(across(count) - width * 0.7, across(count) + width * 0.7) for count, width in zip(order, widths, strict=True)], 1
+    )
+    parts = []
+    for count, row in zip(order, labelled, strict=True):
+        x = f"{100 * across(count):.4g}%"
+        parts.append(tag("line", class_="grid", x1=x, x2=x, y1="0", y2="100%"))
+        if row is not None:
+            parts.append(tag("text", _tick(count), x=x, y="100%", dy="1.5em", text_anchor="middle"))
+    return "".join(parts)
+
+
+def _joined(line: Series, across: Callable[[float], float], height: Callable[[float], float]) -> str:
+    """The `d` of an SVG path through the points of a line, in a square of 1000."""
+    return "M" + "L".join(f"{1000 * across(x):.4g} {1000 * (1 - height(y)):.4g}" for x, y, *_ in line.points)
+
+
+def _measured(line: Series, unit: str, along: str, across: Callable[[float], float], height: Callable[[float], float]) -> str:
+    """A mark at each point, from the lowest to the highest that was measured, which tells its figures when pointed at."""
+    parts = []
+    for x, y, low, high in line.points:
+        place, level = f"{100 * across(x):.4g}%", f"{100 * (1 - height(y)):.4g}%"
+        ends = {"y1": f"{100 * (1 - height(low)):.4g}%", "y2": f"{100 * (1 - height(high)):.4g}%"}
+        said = f"{line.name}, {number(x)} {along}: {number(y)} {unit}" + (
+            f" ({number(low)} to {number(high)})" if low < high else ""
+        )
+        parts.append(tag("line", class_=f"range {line.colour}", x1=place, x2=place, **ends))
+        kind = "mark hollow" if x > line.beyond else "mark"
+        parts.append(tag("circle", class_=f"{kind} {line.colour}", cx=place, cy=level, r=4))
+        parts.append(tag("circle", tag("title", text(said)), class_="hit", cx=place, cy=level, r=10))
+    return "".join(parts)

@@ -7,9 +7,10 @@ text and never markup, and what was not measured is a dash and never 0.
 import json
 from base64 import b64encode
 from collections.abc import Callable, Sequence
+from html import escape
 from typing import Any
 
-from raypipe.insight.figures import STATES, colours, over_time
+from raypipe.insight.figures import STATES, bars, colours, over_time
 from raypipe.insight.markup import ARROW, DASH, bytes_of, duration, known, number, share, swatch, table, tag, text
 
 
@@ -26,6 +27,22 @@ def page(report: dict, *, rejects: Sequence[dict] = (), more_rejects: int = 0) -
         The document, free of lone surrogates: it can be encoded as UTF-8 whatever the files are called.
     """
     title = f"raypipe run {report.get('run_id') or ''}".strip()
+    body = [
+        tag("p", text(title), class_="run"),
+        _verdict(report),
+        section("Key figures", _key_figures(report)),
+        section("Over time", over_time(report)),
+        section("Stages", _stage_table(report)),
+        section("Training", _training(report)),
+        section("Predicted against measured", _predicted(report)),
+        section("Rejects", _rejects(report, rejects, more_rejects)),
+        section("How it was run", "".join(facts(name, report.get(name.lower())) for name in ("Settings", "Versions", "Hardware"))),
+    ]
+    return document(title, body)
+
+
+def document(title: str, body: Sequence[str]) -> str:
+    """A whole page, self-contained: `body` are its parts as HTML; it can load and run nothing."""
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
     head = [
         tag("meta", charset="utf-8"),
@@ -34,32 +51,18 @@ def page(report: dict, *, rejects: Sequence[dict] = (), more_rejects: int = 0) -
         tag("title", text(title)),
         f"<style>{_CSS}</style>",
     ]
-    body = [
-        tag("p", text(title), class_="run"),
-        _verdict(report),
-        _section("Key figures", _key_figures(report)),
-        _section("Over time", over_time(report)),
-        _section("Stages", _stage_table(report)),
-        _section("Training", _training(report)),
-        _section("Predicted against measured", _predicted(report)),
-        _section("Rejects", _rejects(report, rejects, more_rejects)),
-        _section(
-            "How it was run", "".join(_facts(name, report.get(name.lower())) for name in ("Settings", "Versions", "Hardware"))
-        ),
-    ]
     content = "\n".join(part for part in body if part)
     return f'<!doctype html>\n<html lang="en"><head>{"".join(head)}</head>\n<body><main>\n{content}\n</main></body></html>\n'
 
 
-def _section(title: str, content: str) -> str:
+def framed(page: str, *, height: int) -> str:
+    """A whole page as HTML to put into another, of a notebook: neither's style reaches the other. `height` in pixels."""
+    return f'<div><iframe srcdoc="{escape(page)}" style="width:100%;height:{height}px;border:0"></iframe></div>'
+
+
+def section(title: str, content: str) -> str:
+    """A part of a page under a heading; nothing without content."""
     return tag("section", tag("h2", title), content) if content else ""
-
-
-def _bars(rows: Sequence[tuple[str, float, str]]) -> str:
-    """Rows of (name, length, what to print at its end), the longest across; name and print are HTML."""
-    longest = max((length for _, length, _ in rows), default=0) or 1
-    bars = [(name, tag("i", style=f"width:{max(60 * length / longest, 0):.1f}%"), said) for name, length, said in rows]
-    return tag("dl", *(tag("dt", name) + tag("dd", bar, tag("b", said)) for name, bar, said in bars), class_="bars")
 
 
 def _verdict(report: dict) -> str:
@@ -177,8 +180,11 @@ def _predicted(report: dict) -> str:
     predicted, measured = known(plan.get("images_per_s")), known(plan.get("measured_images_per_s"))
     if predicted is None:
         return ""
-    bars = _bars(
-        [(name, value or 0.0, number(value, " images/s")) for name, value in (("predicted", predicted), ("measured", measured))]
+    both = bars(
+        [
+            (name, value or 0.0, number(value, " images/s"), "s0")
+            for name, value in (("predicted", predicted), ("measured", measured))
+        ]
     )
     said = (
         f"Measured is {abs(measured / predicted - 1):.0%} {'above' if measured >= predicted else 'below'} predicted."
@@ -186,7 +192,7 @@ def _predicted(report: dict) -> str:
         else ""
     )
     actors = ", ".join(f"{text(stage)} {number(count)}" for stage, count in (plan.get("actors") or {}).items())
-    return bars + tag("p", said, f" Planned actors: {actors}." if actors else "")
+    return both + tag("p", said, f" Planned actors: {actors}." if actors else "")
 
 
 def _rejects(report: dict, rejects: Sequence[dict], more: int) -> str:
@@ -194,16 +200,17 @@ def _rejects(report: dict, rejects: Sequence[dict], more: int) -> str:
     counts = [(reason, known(count) or 0.0) for reason, count in (report.get("rejects_by_reason") or {}).items()]
     if not counts and not rejects and not more:
         return tag("p", "No image was rejected.")
-    bars = [
+    drawn = [
         (
             text(reason),
             count,
             number(count) + (tag("span", f" ({number(100 * count / total)}%)", class_="dim") if total else ""),
+            "s0",
         )
         for reason, count in sorted(counts, key=lambda pair: -pair[1])
     ]
     shown = tag("ul", *map(_reject, rejects), class_="rows") if rejects else ""
-    return _bars(bars) + shown + (tag("p", f"and {number(more)} further, in rejects.parquet", class_="dim") if more else "")
+    return bars(drawn) + shown + (tag("p", f"and {number(more)} further, in rejects.parquet", class_="dim") if more else "")
 
 
 def _reject(row: dict) -> str:
@@ -216,7 +223,9 @@ def _reject(row: dict) -> str:
     return tag("li", picture, tag("div", tag("b", text(name), dir="auto"), tag("em", text(row.get("reason") or DASH)), *lines))
 
 
-def _facts(title: str, facts: dict | None) -> str:
+def facts(title: str, known_facts: dict | None) -> str:
+    """A table of names and values, to be opened; nothing without any."""
+
     def shown(key: str, value: Any) -> str:
         if value is None:
             return DASH
@@ -224,7 +233,7 @@ def _facts(title: str, facts: dict | None) -> str:
             return bytes_of(value)
         return text(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
 
-    rows = [[text(key), shown(str(key), value)] for key, value in (facts or {}).items()]
+    rows = [[text(key), shown(str(key), value)] for key, value in (known_facts or {}).items()]
     return tag("details", tag("summary", title), table([], rows, title)) if rows else ""
 
 
@@ -265,19 +274,28 @@ figcaption{display:flex;flex-wrap:wrap;align-items:baseline;gap:0 .6rem;font-siz
 .in{overflow:visible}.grid{stroke:var(--line)}
 path{fill:none;stroke:var(--c);vector-effect:non-scaling-stroke;stroke-width:2px;stroke-linejoin:round;stroke-linecap:round}
 path.steps{stroke-linecap:butt;stroke-linejoin:miter}path.area{fill:var(--c);stroke:none}
+.tall{height:230px}.ideal{stroke-width:1.5px;stroke-dasharray:5 4;opacity:.75}
+.key.ideal::before{height:0;width:1.1em;border-top:2px dashed var(--c);background:none;vertical-align:.25em;border-radius:0}
+.range{stroke:var(--c);stroke-width:1.5px;opacity:.55}.mark{fill:var(--c);stroke:var(--c);stroke-width:2px}.hollow{fill:var(--bg)}
 .event{stroke:var(--c);stroke-width:1.5px;stroke-dasharray:4 3}
 .hit{fill:transparent}.hit:hover{fill:var(--ink);fill-opacity:.13}
 .spent{display:flex;width:8rem;height:.8em;margin-top:.35em;border-radius:3px;overflow:hidden}.spent i{background:var(--c)}
 .bars{display:grid;grid-template-columns:fit-content(40%) 1fr;gap:.4rem 1rem;margin:0 0 1rem;align-items:center}
 .bars dd{margin:0;display:flex;align-items:center;gap:.6rem}.bars b{font-weight:600;white-space:nowrap}
-.bars i{flex:none;height:1.1em;min-width:2px;background:var(--c0);border-radius:0 3px 3px 0}
+.bars i{flex:none;height:1.1em;min-width:2px;background:var(--c);border-radius:0 3px 3px 0}
 .rows{list-style:none;margin:0;padding:0;display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,21rem),1fr));gap:.75rem}
 .rows li{display:flex;gap:.9rem;background:var(--panel);border-radius:10px;padding:.75rem;break-inside:avoid}
 .rows img,.rows .no{flex:none;width:84px;height:84px;object-fit:contain;border-radius:6px;background:var(--line)}
 .rows .no{display:grid;place-content:center;font-size:.75rem;color:var(--dim);text-align:center}
 .rows div{min-width:0;font-size:.85rem;line-height:1.4}.rows div>*{display:block;max-height:4.2em;overflow-y:auto}.rows em{font-style:normal;color:var(--bad)}
+.claims td:nth-child(3),.claims td:nth-child(4){min-width:15rem}
+.pill{display:inline-block;white-space:nowrap;font-size:.82rem;font-weight:600;padding:.05rem .6rem;border-radius:1rem;border:1px solid}
+.pill.yes{color:var(--good)}.pill.no{color:var(--bad)}.pill.cannot{color:var(--dim)}
+.shown{margin:0;min-width:0;break-inside:avoid}.shown>p{margin:0 0 .7rem;font-size:.88rem}.shown .bars{margin-top:.6rem}
 details{margin:.4rem 0}summary{cursor:pointer;padding:.3rem 0;font-weight:600}
-@media (max-width:640px){th,td{padding-right:.8rem}.tiles b{font-size:1.3rem}tbody th{min-width:8rem}.tiles{grid-template-columns:1fr 1fr}.bars{grid-template-columns:1fr;gap:0}.bars dd{margin-bottom:.5rem}}
+@media (max-width:640px){th,td{padding-right:.8rem}.tiles b{font-size:1.3rem}tbody th{min-width:8rem}.tiles{grid-template-columns:1fr 1fr}.bars{grid-template-columns:1fr;gap:0}.bars dd{margin-bottom:.5rem}
+.claims thead{display:none}.claims tr,.claims td{display:block;border:0;padding:0 0 .3rem}.claims tbody th{display:inline;position:static;border:0;padding:0 .6rem 0 0}
+.claims td:first-of-type{display:inline}.claims tr{border-bottom:1px solid var(--line);padding:.7rem 0}}
 @media print{main{max-width:none;padding:0}body{font-size:11pt}.hit{display:none}.scroll{overflow:visible}
 *{print-color-adjust:exact;-webkit-print-color-adjust:exact}details::details-content{content-visibility:visible;height:auto}}
 """

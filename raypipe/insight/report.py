@@ -117,6 +117,26 @@ def _stage(name: str, snapshot: dict, cores: float) -> dict[str, Any]:
     }
 
 
+def _work(snapshot: dict, clock: Clock) -> tuple[float | None, float | None]:
+    """Seconds from when the last of the actors that the run began with could begin, to the last output; and the mean use of all cores, 0 to
+    100, meanwhile. Unlike the steady rate it is of use only where no actor has begun before the others were there.
+    """
+    began = []
+    for stage in {sample["stage"] for sample in snapshot["first"]}:
+        ready = sorted((sample for sample in snapshot["first"] if sample["stage"] == stage), key=lambda sample: sample["at"])
+        began += ready[: PoolView(**snapshot["pools"].get(stage, {})).start or None]
+    if not began or not clock.outputs:
+        return None, None
+    work_s = clock.outputs[-1][0] - (max(sample["at"] for sample in began) - snapshot["started"])
+    used = total = 0.0
+    for node in {sample["node"] for sample in began}:
+        first = max((sample for sample in began if sample["node"] == node), key=lambda sample: sample["at"])
+        last = max((sample for sample in snapshot["actors"] if sample["node"] == node), key=lambda sample: sample["at"])
+        used += last["node_cpu_busy_s"] - first["node_cpu_busy_s"]
+        total += last["node_cpu_total_s"] - first["node_cpu_total_s"]
+    return (work_s if work_s > 0 else None), (100 * used / total if total > 0 else None)
+
+
 OVERHEAD_AT_MOST = 0.3
 """Of the stages' own CPU. More than that is not Ray's: other programs have used the machine."""
 
@@ -154,12 +174,15 @@ def build(
 
     Returns:
         The record that design.md calls report.json. Per stage, `cpu_percent` is 0 to 100 of all cores, from its first actor's start to
-        its last work; `rss_peak_bytes` the largest sum over its actors; `busy`, `starved` and `blocked` shares of its actors' time.
+        its last work; `rss_peak_bytes` the largest sum over its actors; `busy`, `starved` and `blocked` shares of its actors' time. `work_s`
+        counts from when the last of the actors that it began with could begin, to the last output, `work_cpu_percent` is that of the machine
+        meanwhile.
     """
     cores = hardware["cores"]
     stages = [_stage(name, snapshot, cores) for name in stage_names]
     steady = clock.steady_images_per_s
     done_now = counts.images_out + counts.rejected - counts.before
+    work_s, work_cpu_percent = _work(snapshot, clock)
     return {
         "run_id": run_id,
         "settings": settings,
@@ -177,6 +200,8 @@ def build(
         "images_per_s": _ratio(done_now, clock.wall_s),
         "steady_images_per_s": steady,
         "cpu_percent": cpu_percent,
+        "work_s": work_s,
+        "work_cpu_percent": work_cpu_percent,
         "overhead_cpu_s_per_image": _overhead(snapshot, stages),
         "stages": stages,
         "verdict": verdict(stages, cores, steady or _ratio(done_now, clock.wall_s) or 0.0, cpu_percent),

@@ -63,11 +63,14 @@ class _Steering(ExecutionCallback):
     def __init__(self) -> None:
         self._views: dict[str, PoolView] = {}
         self._pools: dict[str, _Pool] = {}
-        self._seen = self._sent = time.perf_counter()
+        self._seen: float | None = None
+        self._sent = 0.0
         self._answer: ray.ObjectRef | None = None
 
     def on_execution_step(self, executor) -> None:
         now = time.perf_counter()
+        if self._seen is None:  # what went before was no work: an execution that is told to may have waited for all its actors
+            self._seen = self._sent = now
         if now - self._seen < LOOK_EVERY_S:
             return
         self._look(executor, now - self._seen)

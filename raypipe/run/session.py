@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -154,9 +155,14 @@ def size_pools(
     return Pools(actors=counts["preprocess"], after=counts[after.name] if after else 0)
 
 
+_open: list[Session] = []  # those that this process is in: of runs that share one, the outermost
+
+
 @contextmanager
 def ray_session(settings: Settings, *, after: After | None = None, beside: int = 0) -> Iterator[Session]:
     """Join the cluster that RAY_ADDRESS names, use the Ray that this process has already, or start one for this run alone.
+
+    Within another ray_session it is that one, with its room: several runs then share what was opened once, for the largest of them.
 
     Args:
         after: the stage after preprocess.
@@ -165,6 +171,9 @@ def ray_session(settings: Settings, *, after: After | None = None, beside: int =
     Raises:
         UsageError: there is no cluster at RAY_ADDRESS, or no memory here for the actors asked for.
     """
+    if _open:
+        yield _open[0]
+        return
     joined = bool(os.environ.get("RAY_ADDRESS")) or ray.is_initialized()
     ours = not ray.is_initialized()
     dashboard = None
@@ -191,8 +200,12 @@ def ray_session(settings: Settings, *, after: After | None = None, beside: int =
         # instead would have Ray start an idle process for each of them.
         at_most, each = (cpus, 1.0) if joined else (room, int(10_000 * cores / room) / 10_000)
         gpus = int(ray.cluster_resources().get("GPU", 0))
-        yield Session(at_most=at_most, cpus_each=each, cores=cores, nodes=nodes, joined=joined, dashboard=dashboard, gpus=gpus)
+        _open.append(
+            Session(at_most=at_most, cpus_each=each, cores=cores, nodes=nodes, joined=joined, dashboard=dashboard, gpus=gpus)
+        )
+        yield _open[0]
     finally:
+        _open.clear()
         if ours:
             # After Ctrl-C Ray would say of every task under way that it will be retried, which it will not.
             with without_rays_lines():
@@ -223,5 +236,14 @@ def hardware(session: Session) -> dict[str, Any]:
         "nodes": session.nodes,
         "gpus": session.gpus,
         "memory_bytes": psutil.virtual_memory().total,
-        "processor": platform.processor() or platform.machine(),
+        "processor": processor(),
     }
+
+
+def processor() -> str:
+    """What this machine's processor is called."""
+    try:
+        named = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    except OSError:
+        named = []
+    return named[0].partition(":")[2].strip() if named else platform.processor() or platform.machine()

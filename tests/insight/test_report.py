@@ -1,8 +1,8 @@
-"""The verdict: which stage limits, what it waits for, and what would help."""
+"""The verdict: which stage limits, what it waits for, and what would help; and how long the work alone took."""
 
 import pytest
 
-from raypipe.insight.report import verdict
+from raypipe.insight.report import Clock, Counts, build, verdict
 
 
 def stage(name: str, *, actors: int, busy_ms: float, cpu_ms: float, busy: float = 0.95, gpu_percent: float | None = None) -> dict:
@@ -43,3 +43,82 @@ def test_where_training_limits_the_advice_is_another_worker(gpu, change):
     said = verdict(stages, 16, 95.0)
     assert said["stage"] == "train"
     assert said["advice"][0]["change"] == change and said["advice"][0]["predicted_images_per_s"] == pytest.approx(190)
+
+
+# --- the work alone: from when the last actor could begin, to the last output ---------------------------------------------
+
+
+def sample(stage: str, actor: str, at: float, *, busy: float = 0.0, node: str = "here") -> dict:
+    """Of a node of 2 cores that has been busy for so many CPU seconds; its clock began at 0."""
+    return {
+        "stage": stage,
+        "actor": actor,
+        "node": node,
+        "at": at,
+        "images": 10,
+        "busy_s": 1.0,
+        "cpu_s": 1.0,
+        "core_wait_s": 0.0,
+        "bytes_in": 0,
+        "bytes_out": 0,
+        "gpu_seen_s": 0.0,
+        "gpu_busy_s": 0.0,
+        "gpu_memory_peak_bytes": None,
+        "node_cpu_busy_s": busy,
+        "node_cpu_total_s": 2 * at,
+    }
+
+
+def built(first: list[dict], last: list[dict], *, outputs: list[tuple[float, int]], pools: dict | None = None) -> dict:
+    pools = pools or {"preprocess": {"start": 2}, "write": {"start": 1}}
+    snapshot = {"actors": last, "first": first, "started": 100.0, "pools": pools, "rss_peak_by_stage": {}, "nodes": {}}
+    return build(
+        run_id="x",
+        settings={},
+        versions={},
+        hardware={"cores": 2},
+        counts=Counts(images_in=20, images_out=20, rejects_by_reason={}),
+        clock=Clock(wall_s=30.0, setup_s=1.0, ready_s=2.0, outputs=outputs),
+        cpu_percent=50.0,
+        stage_names=["preprocess", "write"],
+        snapshot=snapshot | {"scale_events": [], "timeline": []},
+    )
+
+
+def test_work_is_counted_from_when_the_last_actor_could_begin_to_the_last_output():
+    first = [sample("preprocess", "a", 101, busy=1), sample("preprocess", "b", 104, busy=6), sample("write", "c", 106, busy=10)]
+    last = [sample("preprocess", "a", 120, busy=30), sample("preprocess", "b", 121, busy=32), sample("write", "c", 126, busy=40)]
+    found = built(first, last, outputs=[(15.0, 10), (26.0, 10)])
+    assert found["work_s"] == 20.0  # 106 to 126; not from 101, and not the mean
+    assert found["work_cpu_percent"] == 100 * (40 - 10) / (2 * 20)
+
+
+def test_actors_that_came_later_do_not_shorten_the_work():
+    first = [
+        sample("preprocess", "a", 101),
+        sample("preprocess", "b", 104),
+        sample("preprocess", "c", 118),
+        sample("write", "d", 102),
+    ]
+    assert built(first, first, outputs=[(20.0, 20)])["work_s"] == 16.0
+
+
+def test_work_of_several_nodes_is_their_cpu_together():
+    first = [
+        sample("preprocess", "a", 101, busy=0),
+        sample("preprocess", "b", 101, busy=0, node="there"),
+        sample("write", "c", 101),
+    ]
+    last = [
+        sample("preprocess", "a", 111, busy=20),
+        sample("preprocess", "b", 111, busy=0, node="there"),
+        sample("write", "c", 111),
+    ]
+    assert built(first, last, outputs=[(11.0, 20)])["work_cpu_percent"] == 50.0
+
+
+def test_work_that_was_done_before_all_actors_were_there_has_no_time():
+    first = [sample("preprocess", "a", 101), sample("preprocess", "b", 104), sample("write", "c", 109)]
+    assert built(first, first, outputs=[(8.0, 20)])["work_s"] is None
+    assert built([], [], outputs=[(8.0, 20)])["work_s"] is None
+    assert built(first, first, outputs=[])["work_s"] is None

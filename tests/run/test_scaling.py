@@ -122,3 +122,18 @@ def test_auto_sizes_pools_from_a_timing_before_the_start_and_leaves_alone_what_i
     assert outcome.report["predicted"]["actors"] == counts
     assert [event["by"] for event in outcome.report["scale_events"]] == ["user"]
     assert not list((tmp_path / "out/_raypipe").glob("tmp/*"))  # what the timing wrote is gone
+
+
+def test_what_went_before_the_first_step_was_no_time_of_the_actors(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(scaling.time, "perf_counter", lambda: now[0])
+    looks = []
+
+    class Looking(scaling._Steering):
+        def _look(self, executor, elapsed):
+            looks.append(elapsed)
+
+    steering = Looking()
+    for now[0] in (130.0, 130.2):  # an execution that waited for all its actors makes its first step 30 s later
+        steering.on_execution_step(None)
+    assert looks == [pytest.approx(0.2)]

@@ -6,7 +6,7 @@ from raypipe import UsageError
 from raypipe.images import catalog
 from raypipe.insight.planner import StageCost
 from raypipe.run.pipeline import writing
-from raypipe.run.session import Pools, Session, room_here, seated, size_pools
+from raypipe.run.session import Pools, Session, ray_session, room_here, seated, size_pools
 from raypipe.run.settings import Settings
 
 CLUSTER = Session(at_most=16, cpus_each=1.0, cores=16, nodes=4, joined=True, dashboard=None)
@@ -93,3 +93,13 @@ def test_without_enough_gpus_it_runs_on_cpus_or_is_refused():
         sized(settings(writers=5), None, GPUS, images=100, gpu=True)
     with pytest.raises(UsageError, match=r"Ray sees 0"):
         sized(settings(), None, CLUSTER, images=100, gpu=True)
+
+
+def test_a_session_within_another_is_that_one_with_its_room(session):
+    with ray_session(settings(actors=2, writers=2)) as outer:
+        with ray_session(settings(actors=50000)) as inner:
+            assert inner is outer
+        with ray_session(settings()) as again:  # the first to end has ended nothing
+            assert again is outer
+    with ray_session(settings()) as later:
+        assert later is not outer

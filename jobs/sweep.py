@@ -1,0 +1,45 @@
+"""Measure what the talk measured, on this machine: time and CPU over actors, writers and both libraries; and judge its claims by it.
+
+    python jobs/sweep.py --input demo:1000 --output out-sweep                          # the talk's grid: 1 to 20 actors
+    python jobs/sweep.py --input photos/ --output out-sweep --actors 1 2 4 8 --store-ms 10   # as to a slow store: about 15 minutes on 2 cores
+    python jobs/sweep.py --input photos/ --output out-threads --writers none --threads 1 8   # what OpenCV's thread pool does
+    python jobs/sweep.py --input coco/train2017 --annotations coco/annotations/instances_train2017.json --train --output out-train
+
+Run it again with the same --output to go on after Ctrl-C, or to add points to the grid. The results are in --output: sweep.html with a
+figure for each claim, results.parquet and results.csv.
+Exit status: 0 when all points were measured, 1 when one failed or lost images, 2 for bad arguments.
+"""
+
+import sys
+
+import tyro
+from ray.exceptions import RayError
+from ray.train import TrainingFailedError
+from rich.console import Console
+
+from raypipe.insight.talk import terminal
+from raypipe.run.pipeline import attempt
+from raypipe.run.sweeping import Settings, run
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the job; returns the exit status."""
+    console = Console(stderr=True)
+    settings = tyro.cli(Settings, args=arguments, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    again = f"The same command goes on from there: what is measured is in {settings.output}."
+    breaks = (RayError, TrainingFailedError, OSError)
+    swept = attempt(lambda: run(settings, console=console), again=again, console=console, breaks=breaks)
+    if isinstance(swept, int):
+        return swept
+    if swept.findings:
+        Console().print(terminal(swept.findings))
+        if swept.warning:
+            console.print(swept.warning, style="yellow", markup=False, highlight=False)
+        console.print(f"page: {settings.output}/sweep.html", markup=False, highlight=False)
+    if swept.failure:
+        console.print(f"error: {swept.failure}\n{again}", style="red", markup=False, highlight=False)
+    return 1 if swept.failure else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

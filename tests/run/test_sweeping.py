@@ -1,0 +1,288 @@
+"""A sweep on a real local Ray: small, but all of it; and as a user runs it, with Ctrl-C in between."""
+
+import csv
+import signal
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+from raypipe import UsageError
+from raypipe.insight import claims
+from raypipe.run import sweeping
+from raypipe.run.sweeping import Point, Settings, grid, read_results, run
+from tests.insight.test_html import Reader
+from tests.run.clusters import environment, wait_for
+from tests.run.test_pipeline import quiet
+
+ROOT = Path(__file__).parents[2]
+
+
+def settings(root: Path, **given) -> Settings:
+    tiny = {
+        "input": "demo:24",
+        "output": str(root / "out"),
+        "actors": (1, 2),
+        "backends": ("opencv",),
+        "repeats": 1,
+        "limit": 24,
+        "shard_rows": 3,
+    }
+    return Settings(**tiny | given)
+
+
+def points(**given) -> list[Point]:
+    asked = Settings(input="demo", output="out", **{"repeats": 1, "backends": ("opencv",)} | given)
+    return grid(asked, cores=4, gpus=0)
+
+
+def test_the_grid_has_each_point_once_a_repeat_in_an_order_of_its_own():
+    found = points(actors=(1, 2, 4), backends=("opencv", "torchvision"), repeats=3)
+    each = [[replace(point, repeat=0) for point in found if point.repeat == repeat] for repeat in range(3)]
+    assert set(each[0]) == set(each[1]) == set(each[2])
+    assert each[0] != each[1] != each[2]
+    assert set(Counter(found).values()) == {1}
+    assert [point.repeat for point in found] == sorted(point.repeat for point in found)
+    pairs = {(point.actors, point.writers) for point in found if point.kind == "preprocess"}
+    assert pairs == {
+        (1, 0),
+        (2, 0),
+        (4, 0),
+        (1, 1),
+        (2, 1),
+        (4, 1),
+        (2, 2),
+        (4, 4),
+    }  # one writer and as many are the same for 1 actor
+
+
+def test_other_numbers_of_threads_are_measured_without_writers():
+    found = points(actors=(1, 2), threads=(1, 8))
+    assert {(p.threads, p.writers) for p in found if p.kind == "preprocess"} == {(1, 0), (8, 0), (1, 1), (1, 2)}
+
+
+def test_storing_is_measured_with_as_many_actors_as_cores_and_not_at_all_without_writing():
+    assert [(p.actors, p.writers) for p in points(actors=(1, 2, 4, 8)) if p.kind == "stored"] == [(4, 4)]
+    assert [p.actors for p in points(actors=(8, 16)) if p.kind == "stored"] == [8]
+    assert not [p for p in points(writers=("none",)) if p.kind == "stored"]
+
+
+def test_training_is_measured_over_actors_with_one_worker_and_over_workers_with_one_actor():
+    found = [p for p in points(train=True, train_actors=(1, 4)) if p.kind == "train"]
+    assert {(p.actors, p.workers, p.device) for p in found} == {(1, 1, "cpu"), (4, 1, "cpu"), (1, 2, "cpu")}
+    on_gpus = grid(Settings(input="demo", output="out", train=True, train_actors=(1, 4), repeats=1), cores=4, gpus=3)
+    assert {(p.actors, p.workers, p.device) for p in on_gpus if p.kind == "train"} == {
+        *((1, n, "gpu") for n in (1, 2, 3)),
+        (4, 1, "gpu"),
+    }
+    assert [p.actors for p in on_gpus if p.kind == "ops" and p.backend == "opencv"] == [1]
+
+
+def test_each_actor_of_the_largest_point_gets_several_shards():
+    assert Settings(input="demo", output="out").rows == 12  # 84 shards for 20 actors
+    assert Settings(input="demo", output="out", limit=10).rows == 1
+    assert Settings(input="demo", output="out", shard_rows=5).rows == 5
+
+
+@pytest.fixture(scope="module")
+def swept(session, tmp_path_factory) -> Path:
+    """A folder with the results of the smallest sweep that has all kinds of points."""
+    root = tmp_path_factory.mktemp("swept")
+    console = quiet()
+    outcome = run(settings(root), console=console)
+    assert outcome.failure is None
+    assert "6/6 " in console.file.getvalue() and "0 s left" in console.file.getvalue()
+    return root
+
+
+def test_a_sweep_measures_every_point_and_leaves_nothing_but_its_results(swept):
+    rows = read_results(str(swept / "out"))
+    assert Counter((r["kind"], r["actors"], r["writers"]) for r in rows) == {
+        **{("preprocess", a, w): 1 for a, w in ((1, 0), (2, 0), (1, 1), (2, 1), (2, 2))},
+        ("store", 2, 2): 1,
+        ("stored", 2, 0): 1,
+    }
+    for row in rows:
+        assert row["images"] == 24 and row["threads"] == 1 and row["repeat"] == 0
+        assert row["time_s"] > 0 and row["images_per_s"] == pytest.approx(24 / row["time_s"])
+        assert 0 < row["cpu_percent"] <= 101
+        assert row["preprocess_busy_s"] > 0 and row["preprocess_cpu_s"] > 0
+        assert (row["write_busy_s"] is not None) == (row["writers"] > 0)
+        assert row["limit"] in ("preprocess", "write", "cores")
+        assert row["gpu_percent"] is None
+    # Pixels that were stored are read back: no decoding.
+    cost = {row["kind"]: row["preprocess_cpu_s"] for row in rows if row["kind"] != "preprocess"}
+    assert cost["stored"] < cost["store"]
+    left = sorted(p.relative_to(swept / "out").as_posix() for p in (swept / "out").rglob("*") if p.is_file())
+    assert left == ["_raypipe/run.json", "results.csv", "results.parquet", "sweep.html"]
+
+
+def test_the_table_is_there_as_csv_too(swept):
+    with (swept / "out/results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    table = pq.read_table(swept / "out/results.parquet")
+    assert list(rows[0]) == table.column_names == sweeping.RESULTS.names
+    assert [float(row["time_s"]) for row in rows] == pytest.approx(table.column("time_s").to_pylist())
+
+
+def test_the_page_shows_the_claims_and_how_it_was_measured(swept):
+    tree = Reader((swept / "out/sweep.html").read_text()).open[0]
+    assert "Preprocessing only: time" in {e.text for e in tree.all("h3")}
+    assert len(tree.all("tbody")[0].all("tr")) == 15
+    assert "demo:24" in tree.text
+
+
+def test_the_same_command_measures_nothing_again_and_a_larger_grid_only_what_is_new(swept, session):
+    before = {row["run_id"]: row for row in read_results(str(swept / "out"))}
+    console = quiet()
+    run(settings(swept), console=console)
+    assert {row["run_id"]: row for row in read_results(str(swept / "out"))} == before
+    assert "6 of 6 points are measured already" in console.file.getvalue()
+    run(settings(swept, actors=(1, 2, 3), writers=("none",)), console=quiet())
+    after = {row["run_id"]: row for row in read_results(str(swept / "out"))}
+    assert {key: after[key] for key in before} == before
+    assert [(r["actors"], r["writers"]) for key, r in after.items() if key not in before] == [(3, 0)]
+
+
+def test_other_settings_into_the_same_folder_are_refused_with_the_difference(swept):
+    before = (swept / "out/results.parquet").read_bytes()
+    with pytest.raises(UsageError) as caught:
+        run(settings(swept, limit=10, store_ms=5.0), console=quiet())
+    said = str(caught.value)
+    assert "limit: 24 there, 10 now" in said and "store_ms: 0.0 there, 5.0 now" in said and "--no-resume" in said
+    with pytest.raises(UsageError, match="shard_rows: 3 there, 2 now"):
+        run(settings(swept, shard_rows=None, actors=(1, 2, 3)), console=quiet())
+    assert (swept / "out/results.parquet").read_bytes() == before
+
+
+def test_no_resume_starts_again(session, tmp_path):
+    one = settings(tmp_path, actors=(1,), writers=("none",))
+    run(one, console=quiet())
+    first = read_results(one.output)
+    run(replace(one, limit=12, resume=False), console=quiet())
+    (row,) = read_results(one.output)
+    assert row["images"] == 12 and row["run_id"] != first[0]["run_id"]
+
+
+def test_a_delayed_store_makes_the_writer_limit(session, tmp_path):
+    given = settings(tmp_path, actors=(2,), writers=("one", "same"), store_ms=20.0)
+    run(given, console=quiet())
+    writing = {row["writers"]: row for row in read_results(given.output) if row["kind"] == "preprocess"}
+    assert {row["limit"] for row in writing.values()} == {"write"}
+    # 24 images of 20 ms, one after the other or two at a time: no machine is so slow that this would not show.
+    assert writing[1]["time_s"] >= 0.48 and writing[2]["time_s"] >= 0.24
+    assert "20 ms longer to write" in Path(given.output, "sweep.html").read_text()
+
+
+def test_a_point_that_rejects_too_much_ends_the_sweep_as_failed_and_what_was_measured_is_kept(session, photos, tmp_path):
+    for name in ("a/000.jpg", "a/001.jpg"):
+        (photos / name).write_bytes(b"no image")
+    given = settings(tmp_path, input=str(photos), limit=60, actors=(1,), writers=("none",))
+    outcome = run(given, console=quiet())
+    assert "2 of 60 images were rejected" in outcome.failure and "opencv, 1 actor" in outcome.failure
+    assert run(replace(given, max_reject_fraction=0.1), console=quiet()).failure is None
+
+
+def test_executions_are_told_to_wait_for_all_their_actors_and_others_are_not():
+    context = ray.data.DataContext.get_current()
+    before = context.wait_for_min_actors_s
+    with sweeping._together():
+        assert context.wait_for_min_actors_s == sweeping.START_AT_MOST_S
+    assert context.wait_for_min_actors_s == before
+
+
+@pytest.mark.slow
+def test_training_is_measured_and_on_a_cpu_it_is_said_that_there_is_no_gpu(session, tmp_path):
+    (tmp_path / "small.json").write_text(
+        '{"name": "small", "ops": [{"op": "Resize", "height": 64, "width": 64}], "needs_boxes": true}'
+    )
+    given = settings(
+        tmp_path,
+        writers=("none",),
+        actors=(1,),
+        train=True,
+        train_recipe=str(tmp_path / "small.json"),
+        train_actors=(1, 2),
+        workers=(1,),
+    )
+    outcome = run(given, console=quiet())
+    assert outcome.failure is None
+    trained = [row for row in read_results(given.output) if row["kind"] == "train"]
+    assert {(row["actors"], row["workers"], row["device"]) for row in trained} == {(1, 1, "cpu"), (2, 1, "cpu")}
+    for row in trained:
+        assert row["images"] == 24 and row["time_s"] > 0 and row["train_busy_s"] > 0
+    (finding,) = [finding for finding in outcome.findings if finding.claim == 17]
+    assert finding.holds == "cannot" and "no GPU" in finding.why and "on CPU instead" in finding.measured
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_what_was_measured_and_the_same_command_goes_on(tmp_path):
+    command = [sys.executable, "jobs/sweep.py", "--input", "demo:60", "--output", str(tmp_path / "out"), "--limit", "60"]
+    command += ["--actors", "1", "3", "--backends", "opencv", "--writers", "none", "one", "--repeats", "1"]
+    first = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        wait_for((tmp_path / "out/results.parquet").exists, first)
+        first.send_signal(signal.SIGINT)
+        _, said = first.communicate(timeout=120)
+    finally:
+        if first.poll() is None:
+            first.kill()
+    assert first.returncode == 130, said
+    assert "The same command goes on from there" in " ".join(said.split())
+    kept = {row["run_id"] for row in read_results(str(tmp_path / "out"))}
+    assert 1 <= len(kept) < 6 and (tmp_path / "out/sweep.html").exists()
+
+    second = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    assert second.returncode == 0, second.stderr
+    rows = read_results(str(tmp_path / "out"))
+    assert kept < {row["run_id"] for row in rows} and len(rows) == 6
+    assert "cannot be shown" in " ".join(second.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"actors": (0, 1)}, "--actors is 0 1"),
+        ({"actors": ()}, "--actors is empty"),
+        ({"writers": ()}, "--writers is empty"),
+        ({"backends": ()}, "--backends is empty"),
+        ({"threads": (0,)}, "--threads is 0"),
+        ({"repeats": 0}, "--repeats is 0"),
+        ({"limit": 0}, "--limit is 0"),
+        ({"store_ms": -1.0}, "--store-ms is -1.0"),
+        ({"quality": 0}, "--quality is 0"),
+        ({"recipe": "coco-30"}, "coco-300"),
+        ({"input": "no/such/folder"}, "no/such/folder"),
+        ({"output": "/proc/no"}, "cannot be written to"),
+        ({"train": True, "epochs": 0}, "--epochs is 0"),
+    ],
+)
+def test_bad_settings_are_refused_with_the_value_and_nothing_is_started(tmp_path, given, words):
+    with pytest.raises(UsageError) as caught:
+        run(settings(tmp_path, **given), console=quiet())
+    assert words in str(caught.value)
+    assert not (tmp_path / "out/results.parquet").exists()
+
+
+def test_results_never_go_where_the_input_is(photos):
+    with pytest.raises(UsageError, match="is the input folder"):
+        run(settings(photos.parent, input=str(photos), output=str(photos / "out")), console=quiet())
+
+
+def test_a_table_that_is_none_is_refused(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/results.parquet").write_bytes(b"no table")
+    with pytest.raises(UsageError, match="is no table of a sweep's results"):
+        read_results(str(tmp_path / "out"))
+
+
+def test_the_stages_of_a_row_are_those_that_claims_read():
+    columns = set(sweeping.RESULTS.names)
+    assert {f"{stage}_{what}" for stage in claims.STAGES for what in ("busy_s", "cpu_s", "core_wait_s", "blocked")} <= columns
