@@ -485,8 +485,9 @@ def run(settings: Settings, *, console: Console) -> Swept:
         KeyboardInterrupt: what was measured is kept, and the same settings go on.
     """
     settings.check()
-    check_apart(settings.preprocess(_largest(settings), output=settings.output))
-    looked = pipeline.plan(settings.preprocess(_largest(settings)))
+    largest = settings.preprocess(_largest(settings), output=settings.output)
+    check_apart(largest)
+    looked = pipeline.plan(replace(largest, output=None))
     if settings.train:
         training.plan(
             settings.training(Point(kind="train", backend="opencv", actors=1, threads=1, workers=1), storage=settings.output)
@@ -497,7 +498,8 @@ def run(settings: Settings, *, console: Console) -> Swept:
     command = shlex.join(["python", *sys.argv])
     beside = max(settings.workers or (2,)) if settings.train and not torch.cuda.is_available() else 0
     console.print("Starting Ray ...", highlight=False)
-    with ray_session(settings.preprocess(_largest(settings)), beside=beside) as session, _together():
+    writing = pipeline.writing(largest, looked.recipe)
+    with ray_session(largest, after=writing, beside=beside) as session, _together():
         gpus = int(ray.cluster_resources().get("GPU", 0))
         points = grid(settings, cores=session.cores, gpus=gpus)
         _check_room(settings, session)
