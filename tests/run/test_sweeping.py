@@ -169,11 +169,10 @@ def test_no_resume_starts_again(session, tmp_path):
     assert row["images"] == 12 and row["run_id"] != first[0]["run_id"]
 
 
-def test_a_delayed_store_makes_the_writer_limit(session, tmp_path):
+def test_a_delayed_store_delays_each_writer_and_the_page_says_so(session, tmp_path):
     given = settings(tmp_path, actors=(2,), writers=("one", "same"), store_ms=20.0)
     run(given, console=quiet())
     writing = {row["writers"]: row for row in read_results(given.output) if row["kind"] == "preprocess"}
-    assert {row["limit"] for row in writing.values()} == {"write"}
     # 24 images of 20 ms, one after the other or two at a time: no machine is so slow that this would not show.
     assert writing[1]["time_s"] >= 0.48 and writing[2]["time_s"] >= 0.24
     assert "20 ms longer to write" in Path(given.output, "sweep.html").read_text()
