@@ -267,20 +267,22 @@ def test_a_killed_driver_goes_on_and_the_results_are_those_of_an_undisturbed_run
 
 @pytest.mark.slow
 def test_the_stage_scales_by_its_name_while_it_runs(trained, tmp_path):
-    wanted = settings(trained[0], tmp_path / "out", shard_rows=2, read_ms=50.0, store_ms=400.0)
+    # Far more work than it takes to start an actor, however slow the machine is; the rest is not waited for.
+    given = {"input": "demo:600", "annotations": None, "shard_rows": 2, "store_ms": 400.0}
+    wanted = settings(trained[0], tmp_path / "out", **given)
     going = start(wanted, console=quiet())
-    until(going, lambda record: record["done"] > 0)
+    until(going, lambda record: record["done"] > 0, at_most_s=240)
     assert going.scale(predict=2, preprocess=2) == {"preprocess": 2, "predict": 2}
-    record = until(going, lambda record: running(record)["predict"] == (2, 0, 0))
-    assert record["done"] < record["images"]
+    record = until(going, lambda record: running(record)["predict"] == (2, 0, 0), at_most_s=240)
+    assert [(event["stage"], event["to"]) for event in record["scale_events"]] == [("predict", 2), ("preprocess", 2)]
     with pytest.raises(UsageError, match="its stages are preprocess, predict"):
         going.scale(write=2)
-    outcome = going.wait()
-    assert [(event["stage"], event["to"]) for event in outcome.report["scale_events"]] == [("predict", 2), ("preprocess", 2)]
-    assert outcome.report["images_out"] == 44 == len(rows_of(wanted.output))
+    going.stop()
+    with pytest.raises(KeyboardInterrupt):
+        going.wait()
     entries = journal.read_entries(wanted.output, sorted(journal.done_shards(wanted.output)))
-    assert Counter(row.image_id for entry in entries for row in entry.written).total() == 44
-    assert [stage["images"] for stage in outcome.report["stages"]] == [45, 45]
+    count = Counter(row.image_id for entry in entries for row in entry.written)
+    assert count and set(count.values()) == {1} == {len(entry.files) for entry in journal.read_entries(wanted.output, [0])}
 
 
 @pytest.mark.slow
