@@ -147,10 +147,12 @@ def test_preprocess_is_scaled_while_a_model_trains_across_epochs(session, labell
     thread = threading.Thread(target=lambda: ended.append(run(given, console=quiet())))
     thread.start()
     try:
-        for _ in range(300):
+        for _ in range(600):
             time.sleep(0.2)
-            if "scaled" in names() and any(s["name"] == "train" and s["images"] for s in attach("scaled").live()["stages"]):
-                break
+            # Where actors start slowly, a collector that has its name already does not answer yet.
+            with contextlib.suppress(UsageError):
+                if "scaled" in names() and any(s["name"] == "train" and s["images"] for s in attach("scaled").live()["stages"]):
+                    break
         control = attach("scaled")
         with pytest.raises(UsageError, match="no stage 'train'; its stages are preprocess"):
             control.scale({"train": 2})
