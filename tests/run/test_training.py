@@ -177,9 +177,6 @@ def test_preprocess_is_scaled_while_a_model_trains_across_epochs(session, labell
         ("preprocess", 4, 2),
     ]
     assert outcome.report["stages"][0]["actors"]["max"] == 4
-    # Waiting for images is what the model does most of the time, and the report says of what.
-    assert outcome.report["train"]["wait_share"] > 0.5
-    assert outcome.report["verdict"]["stage"] == "preprocess"
 
 
 @pytest.mark.slow
