@@ -21,7 +21,6 @@ import psutil
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
-import ray
 import torch
 from ray.data import DataContext
 from rich.console import Console
@@ -500,7 +499,7 @@ def run(settings: Settings, *, console: Console) -> Swept:
     console.print("Starting Ray ...", highlight=False)
     writing = pipeline.writing(largest, looked.recipe)
     with ray_session(largest, after=writing, beside=beside) as session, _together():
-        gpus = int(ray.cluster_resources().get("GPU", 0))
+        gpus = session.gpus
         points = grid(settings, cores=session.cores, gpus=gpus)
         _check_room(settings, session)
         done = {_is_of(row) for row in rows}
