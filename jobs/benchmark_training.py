@@ -5,7 +5,7 @@
     python jobs/benchmark_training.py ops       # the recipe's ops in the actors, or on the training device
 
 Reading an image and a training step wait for set times here (overlap, designs), so that any machine shows what is to be seen: two stages that do
-not take each other's cores. `ops` trains ssd_tiny for real, on a GPU if there is one.
+not take each other's cores. Images are 64x64 then, made before. `ops` trains ssd_tiny for real, on a GPU if there is one.
 """
 
 import sys
@@ -54,8 +54,8 @@ class Benchmark:
     what: Annotated[Literal["overlap", "designs", "ops"], tyro.conf.Positional]
     images: int = 480
     """Images an epoch."""
-    epochs: int = 2
-    """Epochs of a training (overlap, ops)."""
+    epochs: int | None = None
+    """Epochs of a training; by default 16 (overlap), 2 (ops), and 1 to 4 (designs)."""
     rounds: int = 1
     """Everything once a round; medians."""
 
@@ -82,18 +82,24 @@ def preprocessed(folder: Path, **given: Any) -> dict[str, Any]:
     return report
 
 
+def small_images(folder: Path, count: int) -> str:
+    """A store of images with boxes that take hardly a core to read."""
+    made = str(folder / "small")
+    preprocessed(folder, input=f"demo:{count}", output=made, format="parquet")
+    return made
+
+
 def overlap(wanted: Benchmark, folder: Path, console: Console) -> None:
     """Seconds from the first step to the end, of both at once and of each alone."""
     table = Table("setting", "preprocess alone", "train alone", "both at once", "of the longer", title="seconds without start-up")
-    source = f"demo:{wanted.images}"
-    images = wanted.images * wanted.epochs
+    epochs = wanted.epochs or 16
+    how: dict[str, Any] = {"actors": 4, "input": small_images(folder, wanted.images)}
     # 4 actors that wait 20 ms an image make 200 images/s; a step of 16 images takes 80 ms at the same rate.
     for name, step_ms in (("training-bound", 160.0), ("balanced", 80.0), ("preprocess-bound", 40.0)):
         ratios = []
         for _ in range(wanted.rounds):
-            how: dict[str, Any] = {"actors": 4, "input": source}
-            first = images / preprocessed(folder, **how, read_ms=20.0)["steady_images_per_s"]
-            alone, both = (waiting(folder, step_ms, **how, epochs=wanted.epochs, read_ms=read_ms) for read_ms in (0.0, 20.0))
+            first = wanted.images * epochs / preprocessed(folder, **how, read_ms=20.0)["steady_images_per_s"]
+            alone, both = (waiting(folder, step_ms, **how, epochs=epochs, read_ms=read_ms) for read_ms in (0.0, 20.0))
             seconds = [first, *(report["wall_s"] - report["ready_s"] for report in (alone, both))]
             ratios.append(seconds[2] / max(seconds[:2]))
             table.add_row(name, *(f"{s:.1f}" for s in seconds), f"{ratios[-1]:.3f}")
@@ -102,13 +108,13 @@ def overlap(wanted: Benchmark, folder: Path, console: Console) -> None:
 
 def designs(wanted: Benchmark, folder: Path, console: Console) -> None:
     """Seconds of both designs, start-up left out, for as many epochs as it takes."""
-    source: dict[str, Any] = {"input": f"demo:{wanted.images}", "actors": 2}
+    source: dict[str, Any] = {"actors": 2, "input": small_images(folder, wanted.images)}
     stored = folder / "stored"
     once = preprocessed(folder, **source, read_ms=20.0, writers=1, output=str(stored), format="parquet")
     once_s = once["images_in"] / once["steady_images_per_s"]
     said = None
     table = Table("epochs", "continuous, s", "once and from the store, s", title=f"preprocessing once: {once_s:.1f} s")
-    for epochs in (1, 2, 3, 4):
+    for epochs in range(1, 1 + (wanted.epochs or 4)):
         continuous = waiting(folder, 80.0, **source, read_ms=20.0, epochs=epochs)
         separate = waiting(folder, 80.0, input=str(stored), actors=2, epochs=epochs)
         took = [report["wall_s"] - report["ready_s"] for report in (continuous, separate)]
@@ -123,7 +129,7 @@ def ops(wanted: Benchmark, folder: Path, console: Console) -> None:
     table = Table("ops on", "images/s", "preprocess busy", "train waiting", "GPU %", title="ssd_tiny, ssd-300-train")
     for round_ in range(wanted.rounds):
         for where in ("actors", "device") if round_ % 2 == 0 else ("device", "actors"):
-            report = trained(folder, input=f"demo:{wanted.images}", epochs=wanted.epochs, ops_on=where, shard_rows=None)
+            report = trained(folder, input=f"demo:{wanted.images}", epochs=wanted.epochs or 2, ops_on=where, shard_rows=None)
             preprocess, train = report["stages"]
             gpu = "-" if train["gpu_percent"] is None else f"{train['gpu_percent']:.0f}"
             shares = (f"{100 * share:.0f}%" for share in (preprocess["busy"], report["train"]["wait_share"]))

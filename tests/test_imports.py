@@ -68,6 +68,8 @@ def test_rays_internals_are_touched_in_one_file_only():
         ("raypipe.stages.preprocess", ("torch",)),
         ("raypipe.stages.write", ("torch",)),
         ("raypipe.run.pipeline", ("torch",)),
+        ("raypipe.run.collector", ("torch",)),
+        ("raypipe.run.trainer", ("torch",)),
         ("raypipe.models.detection", ("ray",)),
         ("raypipe.models.evaluate", ("ray", "torch")),
         ("raypipe.models.checkpoint", ("ray",)),

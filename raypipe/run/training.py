@@ -13,8 +13,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from hashlib import blake2b
 from typing import Any, Literal
@@ -49,13 +48,15 @@ from raypipe.models.detection import Classes
 from raypipe.run import pipeline
 from raypipe.run import probe as probes
 from raypipe.run.collector import Facts, start_collector
+from raypipe.run.following import Watch, say
 from raypipe.run.meter import Meter
 from raypipe.run.pipeline import preprocessed
 from raypipe.run.session import Pools, Session, cores_here, hardware, ray_session, size_pools, versions
 from raypipe.run.settings import COUNT
 from raypipe.run.settings import Settings as Preprocess
+from raypipe.run.trainer import Board, ToBoard, Uneven, train
 from raypipe.stages.preprocess import Preprocessing
-from raypipe.stages.train import Assignment, Training, train_worker
+from raypipe.stages.train import Assignment, Training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,36 +305,6 @@ class Outcome:
     checkpoint: str
 
 
-class Board:
-    """Where workers say how it goes, and the driver looks. An actor without a CPU of its own."""
-
-    def __init__(self) -> None:
-        self._records: list[dict[str, Any]] = []
-
-    def tell(self, record: dict[str, Any]) -> None:
-        self._records.append(record)
-
-    def since(self, count: int) -> list[dict[str, Any]]:
-        """All records after the first `count`."""
-        return self._records[count:]
-
-
-@dataclass(frozen=True)
-class _ToBoard:
-    board: ray.actor.ActorHandle
-
-    def tell(self, record: dict[str, Any]) -> None:
-        self.board.tell.remote(record)
-
-
-class _Uneven(ray.train.DataConfig):
-    """Hands each block to the worker with the fewest rows so far. Ray Train's own way would drop rows to make the numbers equal."""
-
-    def configure(self, datasets, world_size, worker_handles, worker_node_ids, **kwargs):
-        splits = {name: dataset.streaming_split(world_size, equal=False) for name, dataset in datasets.items()}
-        return [{name: parts[rank] for name, parts in splits.items()} for rank in range(world_size)]
-
-
 def run(settings: Settings, *, console: Console | None = None) -> Outcome:
     """Do what `settings` say.
 
@@ -347,22 +318,22 @@ def run(settings: Settings, *, console: Console | None = None) -> Outcome:
     started = time.time()
     console = console or Console(stderr=True)
     storage = location.absolute(settings.storage)
-    _say(console, f"Listing {settings.input} ...")
+    say(console, f"Listing {settings.input} ...")
     todo = plan(settings)
     if not settings.resume:
         checkpoints.prune(storage)
     progress, folder = _latest(storage, todo)
     total = todo.work.num_rows
     if folder is not None and progress.epoch == settings.epochs:
-        _say(console, f"Nothing to do: all {settings.epochs} epochs are done; the model is in {folder}. --no-resume trains again.")
+        say(console, f"Nothing to do: all {settings.epochs} epochs are done; the model is in {folder}. --no-resume trains again.")
         return Outcome(report=None, progress=progress, rows=total, checkpoint=folder)
     if folder is not None:
-        _say(console, f"Going on from {folder}: {progress.rows} of {total} rows are done, in {progress.step} steps.")
+        say(console, f"Going on from {folder}: {progress.rows} of {total} rows are done, in {progress.step} steps.")
     else:
         journal.check_writable(storage, option="--storage")
     before = progress.rows
     run_id = settings.run_id or f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
-    _say(console, "Starting Ray ..." if not os.environ.get("RAY_ADDRESS") else "Joining Ray ...")
+    say(console, "Starting Ray ..." if not os.environ.get("RAY_ADDRESS") else "Joining Ray ...")
     alone = ray_session(_sized(settings), beside=_cpus_for_workers(settings))
     with probes.started(_probe(settings, todo)) as timing, alone as session:
         on_gpu = _on_gpu(settings)
@@ -370,12 +341,12 @@ def run(settings: Settings, *, console: Console | None = None) -> Outcome:
         pools = size_pools(_sized(settings), None, session, images=total)
         collector = start_collector(run_id, _facts(settings, todo, session, rows=total - before))
         board = ray.remote(num_cpus=0)(Board).remote()
-        _say(console, _opening(run_id, settings, todo, session, pools, on_gpu))
+        say(console, _opening(run_id, settings, todo, session, pools, on_gpu))
         machine = psutil.cpu_times()
         begun, begun_at = time.perf_counter(), time.time()
         collector.begin.remote(begun_at)
         held, held_rejects = _held_out(todo, settings, pools, session, run_id)
-        watch = _Watch(console, total, collector, begun_at=begun_at, before=progress, rows=before)
+        watch = Watch(console, total, collector, begun_at=begun_at, before=(before, progress.rejected), rows=before)
         failures = attempt = 0
         said: str | None = None
         while True:
@@ -401,7 +372,7 @@ def run(settings: Settings, *, console: Console | None = None) -> Outcome:
                 _give_up(error, failures, settings, before=said if failures > 1 else None)
                 said = _cause(error)
                 progress, folder = now, latest
-                _say(
+                say(
                     console,
                     f"A worker ended ({_cause(error)}). Going on from {folder or 'the start'}: {progress.rows} of {total} rows are done; "
                     f"retry {failures} of {settings.retries}.",
@@ -421,10 +392,6 @@ def run(settings: Settings, *, console: Console | None = None) -> Outcome:
     if settings.report is not None:
         pipeline.leave_report(settings.report, "", report, rejected)
     return Outcome(report=report, progress=progress, rows=total, checkpoint=folder)
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False)
 
 
 def _latest(storage: str, todo: Todo) -> tuple[Progress, str | None]:
@@ -568,7 +535,7 @@ def _attempt(
     held: list[ray.ObjectRef],
     collector: ray.actor.ActorHandle,
     board: ray.actor.ActorHandle,
-    watch: "_Watch",
+    watch: Watch,
 ) -> None:
     """Train from checkpoint `resume` to the end, or until a worker dies.
 
@@ -602,17 +569,19 @@ def _attempt(
         resume=resume,
         has_rows=bool(left.num_rows),
         holdout=held,
-        board=_ToBoard(board),
+        board=ToBoard(board),
         meter=Meter(stage="train", collector=collector, loops=True),
         row_log=settings.row_log and os.path.abspath(settings.row_log),
     )
+    # By reference: the processes that hand it on would otherwise load torch to read it.
+    given = ray.put(assignment)
     remote = {}
     if location.is_remote(storage):
         system, path = location.filesystem(storage)
         remote = {"storage_filesystem": system, "storage_path": path}
     trainer = TorchTrainer(
-        train_worker,
-        train_loop_config={"assignment": assignment},
+        train,
+        train_loop_config={"assignment": given},
         scaling_config=ray.train.ScalingConfig(
             num_workers=settings.workers,
             use_gpu=on_gpu,
@@ -625,7 +594,7 @@ def _attempt(
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=settings.keep),
         ),
         datasets=datasets,
-        dataset_config=_Uneven(),
+        dataset_config=Uneven(),
     )
     with watch.on(board), pipeline.tracks(name):
         _fit(trainer)
@@ -648,75 +617,6 @@ def _fit(trainer: TorchTrainer) -> None:
         thread.join(0.2)
     if ended and ended[0] is not None:
         raise ended[0]
-
-
-@dataclass
-class _Watch:
-    """Follows the board while an attempt runs: tells the user, and keeps what the report needs."""
-
-    console: Console
-    total: int
-    collector: ray.actor.ActorHandle
-    begun_at: float
-    before: Progress  # what earlier runs have done
-    rows: int  # done by now
-    outputs: list[tuple[float, int]] = field(default_factory=list)
-    workers: list[list[dict[str, Any]]] = field(default_factory=list)  # of each attempt, what its workers last said
-    began: float | None = None  # when the first step did, time.time()
-    _seen: int = 0
-    _said: float = 0.0
-
-    @contextmanager
-    def on(self, board: ray.actor.ActorHandle) -> Iterator[None]:
-        self.workers.append([])
-        stop = threading.Event()
-
-        def follow() -> None:
-            while not stop.wait(0.3):
-                self._look(board)
-
-        thread = threading.Thread(target=follow, daemon=True, name="raypipe-watch")
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
-            self._look(board)
-
-    def _look(self, board: ray.actor.ActorHandle) -> None:
-        for record in ray.get(board.since.remote(self._seen)):
-            self._seen += 1
-            self.began = self.began or record["began"]
-            if record["rows"] > self.rows:
-                self.outputs.append((record["at"] - self.begun_at, record["rows"] - self.rows))
-                self.rows = record["rows"]
-                self.collector.progress.remote(
-                    record["at"], self.rows - self.before.rows, record["rejected"] - self.before.rejected
-                )
-            if record["kind"] == "epoch":
-                self.workers[-1] = record["workers"]
-                _say(self.console, _epoch_line(record))
-            elif time.perf_counter() - self._said >= pipeline.LINE_EVERY_S:
-                self._said = time.perf_counter()
-                _say(self.console, _step_line(record, self.total))
-
-
-def _epoch_line(record: dict[str, Any]) -> str:
-    judged = "" if record["map"] is None else f", mAP {record['map']:.3f} (at .50 {record['map50']:.3f})"
-    loss = "no image" if record["loss"] is None else f"loss {record['loss']:.3f}"
-    return (
-        f"epoch {record['epoch']} done: {loss}{judged}, {record['images']} images in {record['seconds']:.1f} s, "
-        f"{record['images_per_s']:.1f} images/s, {100 * record['wait_share']:.0f}% waiting for data"
-    )
-
-
-def _step_line(record: dict[str, Any], total: int) -> str:
-    loss = "-" if record["loss"] is None else f"{record['loss']:.3f}"
-    return (
-        f"{record['rows']}/{total} rows, epoch {record['epoch']}, step {record['step']}, loss {loss}, lr {record['lr']:.2g}, "
-        f"{record['images_per_s']:.1f} images/s, {100 * record['wait_share']:.0f}% waiting for data, {record['rejected']} rejected"
-    )
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -756,7 +656,7 @@ def _report(
     run_id: str,
     session: Session,
     progress: Progress,
-    watch: _Watch,
+    watch: Watch,
     *,
     clock: reports.Clock,
     snapshot: dict[str, Any],

@@ -564,9 +564,8 @@ class _RowLog:
             self._file.write(json.dumps({"step": step, "epoch": batch.epoch, "image_ids": ids}) + "\n")
 
 
-def train_worker(config: dict[str, Any]) -> None:
-    """What Ray Train runs in each worker; `config["assignment"]` is an Assignment."""
-    assignment: Assignment = config["assignment"]
+def work(assignment: Assignment) -> None:
+    """Do it, in a worker of Ray Train."""
     context = ray.train.get_context()
     rank, size = context.get_world_rank(), context.get_world_size()
     blocks: Iterable[pa.Table] = ()
