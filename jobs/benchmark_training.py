@@ -62,7 +62,7 @@ class Benchmark:
 
 def trained(folder: Path, **given: Any) -> dict[str, Any]:
     """The report of a training into a folder of its own."""
-    settings = Settings(**{"storage": tempfile.mkdtemp(dir=folder), "holdout": 0.0, "batch_size": 16, "shard_rows": 8, **given})
+    settings = Settings(**{"storage": tempfile.mkdtemp(dir=folder), "holdout": 0.0, "batch_size": 16, "shard_rows": 32, **given})
     report = training.run(settings, console=Console(quiet=True)).report
     assert report is not None
     return report
@@ -76,7 +76,7 @@ def waiting(folder: Path, step_ms: float, **given: Any) -> dict[str, Any]:
 
 def preprocessed(folder: Path, **given: Any) -> dict[str, Any]:
     """The report of a preprocessing, into nothing unless an output is given."""
-    settings = Preprocess(recipe=str(folder / "small.json"), shard_rows=8, **given)
+    settings = Preprocess(recipe=str(folder / "small.json"), shard_rows=32, **given)
     report = pipeline.run(settings, console=Console(quiet=True)).report
     assert report is not None
     return report

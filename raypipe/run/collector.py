@@ -17,6 +17,7 @@ from raypipe.insight import planner
 from raypipe.insight.report import LAST, PoolView, verdict
 from raypipe.run.meter import SAMPLE_EVERY_S, Sample
 from raypipe.run.metrics import Metrics
+from raypipe.run.session import beside_driver
 
 NAMESPACE = "raypipe"
 
@@ -477,7 +478,7 @@ def start_collector(run_id: str, facts: Facts) -> ray.actor.ActorHandle:
         .options(
             name=f"raypipe-{run_id}",
             namespace=NAMESPACE,
-            num_cpus=0,
+            **beside_driver(),
             # A lost message is made good by the next: totals are sent, not differences.
             max_restarts=0,
             max_task_retries=0,

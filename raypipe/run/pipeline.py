@@ -185,9 +185,9 @@ def left_to_do(
     going_on = journal.check_settings(root, decides)
     stored = journal.read_work(root) if going_on else None
     if stored is None:
-        journal.check_writable(root)
         work = here = make_work(source, **cut)
         check_free(root, [*endings, *files(work)])
+        journal.check_writable(root)
     else:
         work = extend(stored, source, **cut)
         here = work.filter(pc.is_in(work.column("image_id"), source.column("image_id").combine_chunks()))

@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raypipe import UsageError
 from raypipe.insight import planner
@@ -65,6 +66,12 @@ class Session:
     joined: bool
     dashboard: str | None
     gpus: int = 0
+
+
+def beside_driver() -> dict[str, Any]:
+    """Options for an actor on this node that takes no CPU: should it end with a node, then with that of the driver."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return {"num_cpus": 0, "scheduling_strategy": here}
 
 
 def room_here(settings: Settings, after: After | None = None) -> int:

@@ -51,7 +51,7 @@ from raypipe.run.collector import Facts, start_collector
 from raypipe.run.following import Watch, say
 from raypipe.run.meter import Meter
 from raypipe.run.pipeline import preprocessed
-from raypipe.run.session import Pools, Session, cores_here, hardware, ray_session, size_pools, versions
+from raypipe.run.session import Pools, Session, beside_driver, cores_here, hardware, ray_session, size_pools, versions
 from raypipe.run.settings import COUNT
 from raypipe.run.settings import Settings as Preprocess
 from raypipe.run.trainer import Board, ToBoard, Uneven, train
@@ -340,7 +340,7 @@ def run(settings: Settings, *, console: Console | None = None) -> Outcome:
         timed = probes.finish(timing)
         pools = size_pools(_sized(settings), None, session, images=total)
         collector = start_collector(run_id, _facts(settings, todo, session, rows=total - before))
-        board = ray.remote(num_cpus=0)(Board).remote()
+        board = ray.remote(Board).options(**beside_driver()).remote()
         say(console, _opening(run_id, settings, todo, session, pools, on_gpu))
         machine = psutil.cpu_times()
         begun, begun_at = time.perf_counter(), time.time()
@@ -469,6 +469,8 @@ def _held_out(todo: Todo, settings: Settings, pools: Pools, session: Session, ru
     with pipeline.tracks(run_id):
         made = dataset.materialize()
     refs = made.to_arrow_refs()
+    if session.joined:  # on this node they outlive the one that made them
+        refs = [ray.put(ray.get(ref)) for ref in refs]
     rejected = sum(
         pc.count(block.column("reason")).as_py() for block in made.select_columns(["reason"]).iter_batches(batch_format="pyarrow")
     )

@@ -57,21 +57,43 @@ class Head:
 @contextlib.contextmanager
 def head(*, cpus: int, env: dict[str, str], python: str = sys.executable) -> Iterator[Head]:
     """`ray start --head` with so many logical CPUs."""
-    gcs, dashboard, client, agent = free_ports(4)
+    gcs, dashboard, client = free_ports(3)
+    more = ["--head", f"--port={gcs}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
     folder = tempfile.mkdtemp(prefix="rp-")  # a short path: Ray's sockets are in it, and theirs may have 107 characters
-    command = [python, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--num-cpus={cpus}", "--disable-usage-stats"]
-    command += [f"--port={gcs}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}", f"--temp-dir={folder}"]
+    try:
+        with started(*more, f"--temp-dir={folder}", cpus=cpus, env=env, python=python, folder=folder) as process:
+            wait_for(lambda: answers(dashboard), process)
+            yield Head(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", Path(folder) / "session_latest")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def node(head: Head, *, cpus: int, env: dict[str, str]) -> Iterator[subprocess.Popen]:
+    """One more node of `head`'s cluster, which `kill_all` takes away."""
+    with started(f"--address={head.address}", cpus=cpus, env=env, python=sys.executable, folder=".") as process:
+        yield process
+
+
+@contextlib.contextmanager
+def started(*more: str, cpus: int, env: dict[str, str], python: str, folder: str) -> Iterator[subprocess.Popen]:
+    """`ray start` with ports of its own."""
+    (agent,) = free_ports(1)
+    command = [python, "-m", "ray.scripts.scripts", "start", "--block", f"--num-cpus={cpus}", "--disable-usage-stats", *more]
     command += [f"--dashboard-agent-listen-port={agent}"]
     process = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        wait_for(lambda: answers(dashboard), process)
-        yield Head(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", Path(folder) / "session_latest")
+        yield process
     finally:
-        started = (
-            [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []
-        )
-        for each in started:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                each.kill()
-        process.communicate(timeout=20)
-        shutil.rmtree(folder, ignore_errors=True)
+        kill_all(process)
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    """SIGKILL it and all below it."""
+    below = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []
+    for each in below:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+    process.wait(timeout=20)
+    if process.stdout is not None:
+        process.stdout.close()

@@ -26,7 +26,8 @@ from raypipe.run.control import attach, names
 from raypipe.run.settings import Settings as Preprocess
 from raypipe.run.training import Outcome, Settings, _cause, _give_up, plan, run, verdict_on
 from tests.conftest import jpeg, photo
-from tests.run.test_job import ROOT, environment, wait_for
+from tests.run.clusters import environment, head, kill_all, node, wait_for
+from tests.run.test_job import ROOT
 from tests.run.test_pipeline import quiet
 
 RECIPE = {
@@ -79,6 +80,29 @@ def settings(root: Path, **given) -> Settings:
     }
     given = defaults | given
     return Settings(**{key: str(value) if isinstance(value, Path) else value for key, value in given.items()})
+
+
+GIVEN = (
+    *(
+        "input",
+        "annotations",
+        "recipe",
+        "storage",
+        "row_log",
+        "epochs",
+        "batch_size",
+        "shard_rows",
+        "max_reject_fraction",
+        "holdout",
+    ),
+    *("model", "model_arguments"),
+)
+
+
+def command_of(given: Settings) -> list[str]:
+    """jobs/train.py on CPUs, with what `settings` gives but for the numbers of actors and workers."""
+    flags = {f"--{name.replace('_', '-')}": str(getattr(given, name)) for name in GIVEN}
+    return [sys.executable, "jobs/train.py", "--cpu", *(word for flag in flags.items() for word in flag)]
 
 
 def lineage(root: Path) -> list[str]:
@@ -231,20 +255,7 @@ def test_a_killed_driver_goes_on_with_the_same_command_and_other_numbers_of_work
     mark = labelled / "hangs"
     model = {"model": "tests.models.toy:mortal", "model_arguments": json.dumps({"at": 9, "mark": str(mark), "hang": True})}
     given = settings(labelled, holdout=0.0, **model)
-    names = (
-        "input",
-        "annotations",
-        "recipe",
-        "storage",
-        "row_log",
-        "epochs",
-        "batch_size",
-        "shard_rows",
-        "max_reject_fraction",
-        "holdout",
-    )
-    flags = {f"--{name.replace('_', '-')}": str(getattr(given, name)) for name in (*names, "model", "model_arguments")}
-    command = [sys.executable, "jobs/train.py", "--cpu", *(word for flag in flags.items() for word in flag)]
+    command = command_of(given)
     around = environment(PYTHONPATH=str(ROOT))  # for the model
     first = subprocess.Popen(
         [*command, "--workers", "1", "--actors", "2", "--checkpoint-every", "1"],
@@ -275,6 +286,35 @@ def test_a_killed_driver_goes_on_with_the_same_command_and_other_numbers_of_work
     assert f"{left.rows} of 90 rows are done, in 8 steps" in " ".join(second.stderr.split())
     assert Counter(lineage(labelled)) == every_row(given)
     assert "images in = " in second.stdout
+
+
+@pytest.mark.slow
+def test_a_node_that_is_lost_is_replaced_by_another_and_no_row_is_missed(labelled):
+    mark = labelled / "hangs"
+    model = {"model": "tests.models.toy:mortal", "model_arguments": json.dumps({"at": 9, "mark": str(mark), "hang": True})}
+    given = settings(labelled, holdout=0.2, epochs=3, **model)
+    around = environment(PYTHONPATH=str(ROOT), RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="a" * 32)
+    # The driver's node takes no work, as in cluster.yaml.
+    with head(cpus=0, env=around) as cluster, node(cluster, cpus=2, env=around) as first:
+        command = [*command_of(given), "--workers", "1", "--actors", "1", "--checkpoint-every", "1"]
+        driver = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=around | {"RAY_ADDRESS": cluster.address},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        try:
+            wait_for(mark.exists, driver)  # in the second epoch
+            kill_all(first)
+            with node(cluster, cpus=2, env=around):
+                said, _ = driver.communicate(timeout=300)
+        finally:
+            kill_all(driver)
+    assert driver.returncode == 0, said
+    assert "A worker ended" in said and "retry 1 of 3" in " ".join(said.split())
+    assert Counter(lineage(labelled)) == every_row(given)
 
 
 def test_a_checkpoint_of_another_model_or_recipe_is_refused_with_the_difference(labelled):
