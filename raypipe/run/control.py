@@ -10,7 +10,7 @@ from ray.exceptions import RayError
 
 from raypipe import UsageError
 from raypipe.run.collector import NAMESPACE
-from raypipe.run.session import without_rays_lines
+from raypipe.run.session import token_missing, without_rays_lines
 
 _NAME = "raypipe-"
 _ANSWER_S = 10.0
@@ -37,12 +37,7 @@ def connect(address: str | None = None) -> None:
                 "No Ray runs on this machine, so there is no run to look at. Start one (python jobs/preprocess.py ...), or name its cluster "
                 "with --address or RAY_ADDRESS."
             ) from error
-        if "InvalidAuthToken" in str(error.__cause__):
-            raise UsageError(
-                f"The Ray cluster at {wanted!r} wants a token, and none was sent: Ray sends it to an address that is given only where "
-                f"RAY_AUTH_MODE=token says so. Set that; and RAY_AUTH_TOKEN, unless the token is in ~/.ray/auth_token."
-            ) from error
-        raise UsageError(
+        raise token_missing(wanted, error) or UsageError(
             f"No Ray cluster answers at {wanted!r} ({str(error).splitlines()[0]}). Correct --address or RAY_ADDRESS."
         ) from error
 

@@ -73,7 +73,8 @@ def preprocessed(
     Nothing runs before it is consumed. One shard is one block is one call, all the way; rows of `work` are small.
     """
     tables = list(shards(work))
-    dataset = ray.data.from_arrow(tables)
+    # from_arrow would run a task for each table first, and Ray start as many processes for them as the cluster has CPUs.
+    dataset = ray.data.from_blocks(tables)
     context = dataset.context
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -28,7 +28,7 @@ from raypipe.models import checkpoint as checkpoints
 from raypipe.models.evaluate import Found, Precision, Truth, mean_average_precision
 from raypipe.run import pipeline
 from raypipe.run.pipeline import Job, Outcome, Run, left_to_do
-from raypipe.run.settings import COUNT, check_apart
+from raypipe.run.settings import COUNT, check_apart, gpu_or_cpu
 from raypipe.run.settings import Settings as Preprocess
 from raypipe.stages import After
 from raypipe.stages.predict import Predict, Predicting, drawing_of, load, part_of
@@ -99,8 +99,7 @@ class Settings:
         for name, share in {"min-score": self.min_score, "draw-score": self.draw_score}.items():
             if not 0 <= share <= 1:
                 raise UsageError(f"--{name} is {share}; scores go from 0 to 1.")
-        if self.gpu and self.cpu:
-            raise UsageError("--gpu and --cpu were both given; a run predicts on one of them. Leave one out.")
+        gpu_or_cpu(gpu=self.gpu, cpu=self.cpu)
         self.preprocessing.check()
 
     @property
@@ -184,7 +183,7 @@ def predicting(settings: Settings) -> Job:
         libraries="torchvision",
         share=0.75,
         in_flight=2,
-        gpu=True if settings.gpu else False if settings.cpu else None,
+        gpu=gpu_or_cpu(gpu=settings.gpu, cpu=settings.cpu),
     )
     ids = {str(image["id"]): image["id"] for image in coco.get("images") or ()}
 

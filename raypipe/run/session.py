@@ -101,6 +101,19 @@ def _named(actors: int | str, others: int | str | None, after: After | None) -> 
     return f"{actors} preprocess actors and {others} {after.noun}", f"--actors and --{after.noun}"
 
 
+def on_gpus(count: int, noun: str, *, must: bool | None, session: Session) -> bool:
+    """Whether `count` actors, called `noun` and by an option of that name, hold a GPU each. `must`: True, False, or None: where there are enough.
+
+    Raises:
+        UsageError: they must, and there are too few.
+    """
+    if must and count > session.gpus:
+        raise UsageError(
+            f"--gpu with {count} {noun} needs as many GPUs, but Ray sees {session.gpus}. Ask for fewer with --{noun}, add GPU nodes, or take --cpu."
+        )
+    return must is not False and count <= session.gpus
+
+
 def seated(after: After, session: Session) -> After:
     """`after` with it decided whether its actors hold GPUs; then as many as there are, unless it was said how many.
 
@@ -108,12 +121,7 @@ def seated(after: After, session: Session) -> After:
         UsageError: they must, and there are too few.
     """
     count = max(session.gpus, 1) if after.actors == "auto" else after.actors
-    if after.gpu and count > session.gpus:
-        raise UsageError(
-            f"--gpu with {count} {after.noun} needs as many GPUs, but Ray sees {session.gpus}. Ask for fewer with --{after.noun}, add GPU nodes, "
-            f"or take --cpu."
-        )
-    on_gpu = after.gpu is not False and count <= session.gpus
+    on_gpu = on_gpus(count, after.noun, must=after.gpu, session=session)
     return replace(after, gpu=on_gpu, actors=count if on_gpu else after.actors)
 
 
@@ -194,9 +202,10 @@ def ray_session(settings: Settings, *, after: After | None = None, beside: int =
                     room = room_here(settings, after)
                     context = ray.init(address="local", num_cpus=cores_here() + beside, **quiet)
         except ConnectionError as error:
-            raise UsageError(
-                f"RAY_ADDRESS is {os.environ.get('RAY_ADDRESS')!r}, but no Ray cluster answers there ({error}). Start it, correct the "
-                f"address, or unset RAY_ADDRESS to run on this machine alone."
+            address = os.environ.get("RAY_ADDRESS", "")
+            raise token_missing(address, error) or UsageError(
+                f"RAY_ADDRESS is {address!r}, but no Ray cluster answers there ({error}). Start it, correct the address, or unset "
+                f"RAY_ADDRESS to run on this machine alone."
             ) from error
         dashboard = context.dashboard_url or None
     try:
@@ -217,6 +226,16 @@ def ray_session(settings: Settings, *, after: After | None = None, beside: int =
             # After Ctrl-C Ray would say of every task under way that it will be retried, which it will not.
             with without_rays_lines():
                 ray.shutdown()
+
+
+def token_missing(address: str, error: BaseException) -> UsageError | None:
+    """What to tell the user if Ray refused to connect for want of a token; None: it was for another reason."""
+    if "InvalidAuthToken" not in str(error.__cause__):
+        return None
+    return UsageError(
+        f"The Ray cluster at {address!r} wants a token, and none was sent: Ray sends it to an address that is given only where "
+        f"RAY_AUTH_MODE=token says so. Set that; and RAY_AUTH_TOKEN, unless the token is in ~/.ray/auth_token."
+    )
 
 
 @contextmanager

@@ -81,6 +81,13 @@ class Settings:
             raise UsageError(f"--run-id is {self.run_id!r}; use letters, digits, '-', '_' and '.' only.")
 
 
+def gpu_or_cpu(*, gpu: bool, cpu: bool) -> bool | None:
+    """What --gpu and --cpu say of GPUs: they must be taken, must not, or (None) where there are enough. Raises UsageError if both were given."""
+    if gpu and cpu:
+        raise UsageError("--gpu and --cpu were both given, but a model is on one of them. Leave one out.")
+    return True if gpu else False if cpu else None
+
+
 def deciding(settings: Settings, recipe: Recipe) -> dict[str, Any]:
     """The settings that decide the results of a run, as JSON types: what an output directory must agree with."""
     quality = settings.quality if settings.format in ("jpeg", "webdataset") else None

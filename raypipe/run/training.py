@@ -51,8 +51,8 @@ from raypipe.run.collector import Facts, start_collector
 from raypipe.run.following import Watch, say
 from raypipe.run.meter import Meter
 from raypipe.run.pipeline import preprocessed
-from raypipe.run.session import Pools, Session, beside_driver, cores_here, hardware, ray_session, size_pools, versions
-from raypipe.run.settings import COUNT
+from raypipe.run.session import Pools, Session, beside_driver, cores_here, hardware, on_gpus, ray_session, size_pools, versions
+from raypipe.run.settings import COUNT, gpu_or_cpu
 from raypipe.run.settings import Settings as Preprocess
 from raypipe.run.trainer import Board, ToBoard, Uneven, train
 from raypipe.stages.preprocess import Preprocessing
@@ -169,8 +169,7 @@ class Settings:
         for name, share in {"holdout": self.holdout, "warmup": self.warmup}.items():
             if not 0 <= share < 1:
                 raise UsageError(f"--{name} is {share}; it is a share, from 0 to less than 1.")
-        if self.gpu and self.cpu:
-            raise UsageError("--gpu and --cpu were both given; a run trains on one of them. Leave one out.")
+        gpu_or_cpu(gpu=self.gpu, cpu=self.cpu)
         if self.batch_size < self.workers:
             raise UsageError(
                 f"--batch-size is {self.batch_size} for {self.workers} workers, so some would have no image in any step. It counts the images of "
@@ -336,7 +335,7 @@ def run(settings: Settings, *, console: Console | None = None) -> Outcome:
     say(console, "Starting Ray ..." if not os.environ.get("RAY_ADDRESS") else "Joining Ray ...")
     alone = ray_session(_sized(settings), beside=_cpus_for_workers(settings))
     with probes.started(_probe(settings, todo)) as timing, alone as session:
-        on_gpu = _on_gpu(settings)
+        on_gpu = on_gpus(settings.workers, "workers", must=gpu_or_cpu(gpu=settings.gpu, cpu=settings.cpu), session=session)
         timed = probes.finish(timing)
         pools = size_pools(_sized(settings), None, session, images=total)
         collector = start_collector(run_id, _facts(settings, todo, session, rows=total - before))
@@ -428,16 +427,6 @@ def _facts(settings: Settings, todo: Todo, session: Session, *, rows: int) -> Fa
 def _cpus_for_workers(settings: Settings) -> int:
     """Logical CPUs that the training workers take: one each, none where they are on GPUs."""
     return 0 if settings.gpu or (not settings.cpu and torch.cuda.is_available()) else settings.workers
-
-
-def _on_gpu(settings: Settings) -> bool:
-    gpus = ray.cluster_resources().get("GPU", 0)
-    if settings.gpu and gpus < settings.workers:
-        raise UsageError(
-            f"--gpu with --workers {settings.workers} needs as many GPUs, but Ray sees {gpus:g}. Ask for fewer workers, add GPU nodes, or "
-            f"train with --cpu."
-        )
-    return not settings.cpu and gpus >= settings.workers
 
 
 def _opening(run_id: str, settings: Settings, todo: Todo, session: Session, pools: Pools, on_gpu: bool) -> str:

@@ -108,16 +108,16 @@ def bare_python(tmp_path) -> str:
 
 @pytest.fixture
 def cluster(bare_python):
-    """`ray start --head` with token authentication; yields the address of its job server and an environment for it."""
+    """`ray start --head` with token authentication, and an environment for it."""
     env = environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="a" * 32)
     env["PATH"] = f"{Path(bare_python).parent}:{env['PATH']}"  # `python` of a job's command line
     with head(cpus=4, env=env, python=bare_python) as started:
-        yield started.dashboard, env
+        yield started, env
 
 
 @pytest.mark.slow
 def test_ray_job_submit_with_nothing_of_raypipe_on_the_nodes(cluster, tmp_path):
-    address, env = cluster
+    started, env = cluster
 
     def submit(*arguments: str) -> subprocess.CompletedProcess:
         command = [
@@ -125,7 +125,7 @@ def test_ray_job_submit_with_nothing_of_raypipe_on_the_nodes(cluster, tmp_path):
             "job",
             "submit",
             "--address",
-            address,
+            started.dashboard,
             "--working-dir",
             ".",
             "--",
@@ -144,6 +144,11 @@ def test_ray_job_submit_with_nothing_of_raypipe_on_the_nodes(cluster, tmp_path):
     refused = submit("--input", "demo:60", "--actors", "30")
     assert refused.returncode != 0
     assert re.search(r"30\s*preprocess\s*actors\s*take\s*30\s*CPUs.*\s*cluster\s*has\s*4", refused.stdout, re.S), refused.stdout
+
+    no_token = environment(RAY_ADDRESS=started.address)
+    unknown = subprocess.run([*JOB, "--input", "demo:60"], cwd=ROOT, env=no_token, capture_output=True, text=True, timeout=120)
+    assert unknown.returncode == 2
+    assert "wants a token, and none was sent" in " ".join(unknown.stderr.split())
 
 
 def test_cluster_yaml_is_what_ray_up_takes():

@@ -222,7 +222,7 @@ def test_training_is_measured_and_on_a_cpu_it_is_said_that_there_is_no_gpu(sessi
 @pytest.mark.slow
 def test_ctrl_c_keeps_what_was_measured_and_the_same_command_goes_on(tmp_path):
     command = [sys.executable, "jobs/sweep.py", "--input", "demo:60", "--output", str(tmp_path / "out"), "--limit", "60"]
-    command += ["--actors", "1", "3", "--backends", "opencv", "--writers", "none", "one", "--repeats", "1"]
+    command += ["--actors", "1", "2", "3", "--backends", "opencv", "--writers", "none", "--repeats", "1"]
     first = subprocess.Popen(
         command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -236,12 +236,12 @@ def test_ctrl_c_keeps_what_was_measured_and_the_same_command_goes_on(tmp_path):
     assert first.returncode == 130, said
     assert "The same command goes on from there" in " ".join(said.split())
     kept = {row["run_id"] for row in read_results(str(tmp_path / "out"))}
-    assert 1 <= len(kept) < 6 and (tmp_path / "out/sweep.html").exists()
+    assert 1 <= len(kept) < 3 and (tmp_path / "out/sweep.html").exists()
 
     second = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
     assert second.returncode == 0, second.stderr
     rows = read_results(str(tmp_path / "out"))
-    assert kept < {row["run_id"] for row in rows} and len(rows) == 6
+    assert kept < {row["run_id"] for row in rows} and len(rows) == 3
     assert "cannot be shown" in " ".join(second.stdout.split())
 
 

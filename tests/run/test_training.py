@@ -294,6 +294,7 @@ def test_a_node_that_is_lost_is_replaced_by_another_and_no_row_is_missed(labelle
     model = {"model": "tests.models.toy:mortal", "model_arguments": json.dumps({"at": 9, "mark": str(mark), "hang": True})}
     given = settings(labelled, holdout=0.2, epochs=3, **model)
     around = environment(PYTHONPATH=str(ROOT), RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="a" * 32)
+    around |= {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "3"}  # a lost node is noticed sooner
     # The driver's node takes no work, as in cluster.yaml.
     with head(cpus=0, env=around) as cluster, node(cluster, cpus=2, env=around) as first:
         command = [*command_of(given), "--workers", "1", "--actors", "1", "--checkpoint-every", "1"]
