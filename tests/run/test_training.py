@@ -83,19 +83,18 @@ def settings(root: Path, **given) -> Settings:
 
 
 GIVEN = (
-    *(
-        "input",
-        "annotations",
-        "recipe",
-        "storage",
-        "row_log",
-        "epochs",
-        "batch_size",
-        "shard_rows",
-        "max_reject_fraction",
-        "holdout",
-    ),
-    *("model", "model_arguments"),
+    "input",
+    "annotations",
+    "recipe",
+    "storage",
+    "row_log",
+    "epochs",
+    "batch_size",
+    "shard_rows",
+    "max_reject_fraction",
+    "holdout",
+    "model",
+    "model_arguments",
 )
 
 
