@@ -458,8 +458,6 @@ def _held_out(todo: Todo, settings: Settings, pools: Pools, session: Session, ru
     with pipeline.tracks(run_id):
         made = dataset.materialize()
     refs = made.to_arrow_refs()
-    if session.joined:  # on this node they outlive the one that made them
-        refs = [ray.put(ray.get(ref)) for ref in refs]
     rejected = sum(
         pc.count(block.column("reason")).as_py() for block in made.select_columns(["reason"]).iter_batches(batch_format="pyarrow")
     )

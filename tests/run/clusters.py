@@ -1,6 +1,7 @@
 """A Ray of its own for a test: started as a user starts one, on ports of its own, ended by process id."""
 
 import contextlib
+import json
 import os
 import shutil
 import socket
@@ -11,6 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -86,6 +88,14 @@ def started(*more: str, cpus: int, env: dict[str, str], python: str, folder: str
         yield process
     finally:
         kill_all(process)
+
+
+def listed_actors(head: Head, env: dict[str, str]) -> list[dict[str, Any]]:
+    """The actors of the cluster that live, as `ray list actors` has them."""
+    command = [sys.executable, "-m", "ray.scripts.scripts", "list", "actors", "--address", head.dashboard, "--format", "json"]
+    listed = subprocess.run([*command, "--filter", "state=ALIVE"], env=env, capture_output=True, text=True, timeout=120)
+    assert listed.returncode == 0, listed.stderr
+    return json.loads(listed.stdout)
 
 
 def kill_all(process: subprocess.Popen) -> None:

@@ -26,7 +26,7 @@ from raypipe.run.control import attach, names
 from raypipe.run.settings import Settings as Preprocess
 from raypipe.run.training import Outcome, Settings, _cause, _give_up, plan, run, verdict_on
 from tests.conftest import jpeg, photo
-from tests.run.clusters import environment, head, kill_all, node, wait_for
+from tests.run.clusters import environment, head, kill_all, listed_actors, node, wait_for
 from tests.run.test_job import ROOT
 from tests.run.test_pipeline import quiet
 
@@ -290,8 +290,9 @@ def test_a_killed_driver_goes_on_with_the_same_command_and_other_numbers_of_work
 @pytest.mark.slow
 def test_a_node_that_is_lost_is_replaced_by_another_and_no_row_is_missed(labelled):
     mark = labelled / "hangs"
-    model = {"model": "tests.models.toy:mortal", "model_arguments": json.dumps({"at": 9, "mark": str(mark), "hang": True})}
-    given = settings(labelled, holdout=0.2, epochs=3, **model)
+    model = {"model": "tests.models.toy:mortal", "model_arguments": json.dumps({"at": 6, "mark": str(mark), "hang": True})}
+    # Held out are blocks of more than 100 KiB: smaller objects Ray keeps with the driver, and no node could lose them.
+    given = settings(labelled, holdout=0.4, epochs=3, shard_rows=10, **model)
     around = environment(PYTHONPATH=str(ROOT), RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="a" * 32)
     around |= {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "3"}  # a lost node is noticed sooner
     # The driver's node takes no work, as in cluster.yaml.
@@ -307,6 +308,9 @@ def test_a_node_that_is_lost_is_replaced_by_another_and_no_row_is_missed(labelle
         )
         try:
             wait_for(mark.exists, driver)  # in the second epoch
+            # The controller is where the driver is, by Ray Train; so must be what the run cannot do without.
+            where = {actor["class_name"]: actor["node_id"] for actor in listed_actors(cluster, around)}
+            assert where["Collector"] == where["Board"] == where["TrainController"]
             kill_all(first)
             with node(cluster, cpus=2, env=around):
                 said, _ = driver.communicate(timeout=300)
