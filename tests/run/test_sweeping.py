@@ -83,8 +83,10 @@ def test_training_is_measured_over_actors_with_one_worker_and_over_workers_with_
     assert [p.actors for p in on_gpus if p.kind == "ops" and p.backend == "opencv"] == [1]
 
 
-def test_each_actor_of_the_largest_point_gets_several_shards():
+def test_each_actor_of_the_largest_point_gets_several_shards_and_a_small_grid_can_grow():
     assert Settings(input="demo", output="out").rows == 25  # 40 shards for 20 actors
+    assert Settings(input="demo", output="out", actors=(1,)).rows == 25
+    assert Settings(input="demo", output="out", actors=(1, 50)).rows == 10
     assert Settings(input="demo", output="out", limit=10).rows == 1
     assert Settings(input="demo", output="out", shard_rows=5).rows == 5
 
@@ -155,7 +157,7 @@ def test_other_settings_into_the_same_folder_are_refused_with_the_difference(swe
         run(settings(swept, limit=10, store_ms=5.0), console=quiet())
     said = str(caught.value)
     assert "limit: 24 there, 10 now" in said and "store_ms: 0.0 there, 5.0 now" in said and "--no-resume" in said
-    with pytest.raises(UsageError, match="shard_rows: 3 there, 4 now"):
+    with pytest.raises(UsageError, match="shard_rows: 3 there, 1 now"):
         run(settings(swept, shard_rows=None, actors=(1, 2, 3)), console=quiet())
     assert (swept / "out/results.parquet").read_bytes() == before
 
