@@ -213,7 +213,7 @@ def running_rate(report: dict[str, Any]) -> float:
         seconds.setdefault(record["t_s"], {})[record["stage"]] = record
     full = [all(name in s and s[name]["actors"] == n for name, n in wanted.items()) for s in seconds.values()]
     inside = [index for index, is_full in enumerate(full) if is_full and seconds[list(seconds)[index]]["preprocess"]["queued"]]
-    rates = [list(seconds.values())[index]["write"]["images_per_s"] for index in inside[2:]]
+    rates = [rate for index in inside[2:] if (rate := list(seconds.values())[index]["write"]["images_per_s"]) is not None]
     return statistics.fmean(rates) if len(rates) >= 5 else math.nan
 
 

@@ -18,7 +18,7 @@ import tyro
 from rich.console import Console
 
 from raypipe.insight.report import terminal
-from raypipe.run.pipeline import attempt
+from raypipe.run.pipeline import attempt, ended
 from raypipe.run.predicting import RESULTS, Settings, run, verdict_on
 
 
@@ -42,10 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
             markup=False,
             highlight=False,
         )
-    failure = verdict_on(outcome, settings)
-    if failure:
-        console.print(f"error: {failure}", style="red", markup=False, highlight=False)
-    return 1 if failure else 0
+    return ended(verdict_on(outcome, settings), console=console)
 
 
 if __name__ == "__main__":

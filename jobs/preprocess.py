@@ -18,7 +18,7 @@ import tyro
 from rich.console import Console
 
 from raypipe.insight.report import terminal
-from raypipe.run.pipeline import attempt, run, verdict_on
+from raypipe.run.pipeline import attempt, ended, run, verdict_on
 from raypipe.run.settings import Settings
 
 
@@ -39,10 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         places = [f"{settings.output}/_raypipe" if settings.output else None, settings.report]
         for place in filter(None, places):
             console.print(f"report: {place}/report.html", markup=False, highlight=False)
-    failure = verdict_on(outcome, settings)
-    if failure:
-        console.print(f"error: {failure}", style="red", markup=False, highlight=False)
-    return 1 if failure else 0
+    return ended(verdict_on(outcome, settings), console=console)
 
 
 if __name__ == "__main__":

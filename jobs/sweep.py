@@ -13,13 +13,12 @@ Exit status: 0 when all points were measured, 1 when one failed or lost images, 
 import sys
 
 import tyro
-from ray.exceptions import RayError
-from ray.train import TrainingFailedError
 from rich.console import Console
 
 from raypipe.insight.talk import terminal
-from raypipe.run.pipeline import attempt
+from raypipe.run.pipeline import attempt, ended
 from raypipe.run.sweeping import Settings, run
+from raypipe.run.training import BREAKS
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,8 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console(stderr=True)
     settings = tyro.cli(Settings, args=arguments, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
     again = f"The same command goes on from there: what is measured is in {settings.output}."
-    breaks = (RayError, TrainingFailedError, OSError)
-    swept = attempt(lambda: run(settings, console=console), again=again, console=console, breaks=breaks)
+    swept = attempt(lambda: run(settings, console=console), again=again, console=console, breaks=BREAKS)
     if isinstance(swept, int):
         return swept
     if swept.findings:
@@ -36,9 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         if swept.warning:
             console.print(swept.warning, style="yellow", markup=False, highlight=False)
         console.print(f"page: {settings.output}/sweep.html", markup=False, highlight=False)
-    if swept.failure:
-        console.print(f"error: {swept.failure}\n{again}", style="red", markup=False, highlight=False)
-    return 1 if swept.failure else 0
+    return ended(swept.failure and f"{swept.failure}\n{again}", console=console)
 
 
 if __name__ == "__main__":

@@ -16,13 +16,11 @@ Exit status: 0 when every row is accounted for and rejects stay within --max-rej
 import sys
 
 import tyro
-from ray.exceptions import RayError
-from ray.train import TrainingFailedError
 from rich.console import Console
 
 from raypipe.insight.report import terminal
-from raypipe.run.pipeline import attempt
-from raypipe.run.training import Settings, run, verdict_on
+from raypipe.run.pipeline import attempt, ended
+from raypipe.run.training import BREAKS, Settings, run, verdict_on
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,8 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console(stderr=True)
     settings = tyro.cli(Settings, args=arguments, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
     again = f"The same command goes on from the last checkpoint in {settings.storage}."
-    breaks = (RayError, TrainingFailedError, OSError)
-    outcome = attempt(lambda: run(settings, console=console), again=again, console=console, breaks=breaks)
+    outcome = attempt(lambda: run(settings, console=console), again=again, console=console, breaks=BREAKS)
     if isinstance(outcome, int):
         return outcome
     if outcome.report is not None:
@@ -47,10 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(
             f"model: {outcome.checkpoint}\nreport: {settings.storage}/_raypipe/report.html", markup=False, highlight=False
         )
-    failure = verdict_on(outcome, settings)
-    if failure:
-        console.print(f"error: {failure}", style="red", markup=False, highlight=False)
-    return 1 if failure else 0
+    return ended(verdict_on(outcome, settings), console=console)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,16 @@
 import io
+import re
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import ray
+
+from raypipe.data import location
 
 HERE = Path(__file__).parent
 
@@ -38,6 +44,38 @@ def photos(tmp_path) -> Path:
         sub.mkdir(parents=True, exist_ok=True)
         (sub / f"{index // 2:03d}.jpg").write_bytes(jpeg(index, height=100 + index, width=150 + index % 7))
     return folder
+
+
+@pytest.fixture(scope="session")
+def s3():
+    """Where a real S3 server on this machine listens."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    try:
+        address = next(match[1] for line in process.stderr if (match := re.search(r"http://(127\.0\.0\.1:\d+)", line)))
+        drain = threading.Thread(target=process.stderr.read, daemon=True)
+        drain.start()
+        yield address
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def bucket(s3, request, monkeypatch):
+    """A bucket of the test's own: the URI of a key in it."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "any")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "any")
+    name = "b" + re.sub("[^a-z0-9]", "-", request.node.name.lower())[:50].strip("-")
+    query = f"scheme=http&endpoint_override={s3}&region=us-east-1&allow_bucket_creation=true"
+    system, path = location.filesystem(f"s3://{name}?{query}")
+    system.create_dir(path)
+    return lambda key: f"s3://{name}/{key}?{query}"
 
 
 def files(root: Path) -> dict[str, bytes]:

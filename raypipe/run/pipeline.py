@@ -725,6 +725,13 @@ def attempt(
         return 1
 
 
+def ended(failure: str | None, *, console: Console) -> int:
+    """The exit status of a job that came to its end; the user is told why it counts as failed, if it does."""
+    if failure:
+        console.print(f"error: {failure}", style="red", markup=False, highlight=False)
+    return 1 if failure else 0
+
+
 def _broken_off(error: BaseException) -> str:
     """Why an execution ended early, in a line, and where the rest of Ray's account is: a file, for it runs over pages."""
     trace = "".join(traceback.format_exception(error))

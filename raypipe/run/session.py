@@ -3,7 +3,9 @@
 import logging
 import os
 import platform
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -208,6 +210,7 @@ def ray_session(settings: Settings, *, after: After | None = None, beside: int =
                 f"RAY_ADDRESS to run on this machine alone."
             ) from error
         dashboard = context.dashboard_url or None
+    ending = _end_by_sigterm() if ours else None
     try:
         cpus = int(ray.cluster_resources().get("CPU", 0)) - (beside if joined else 0)
         nodes = sum(1 for node in ray.nodes() if node["Alive"])
@@ -226,6 +229,16 @@ def ray_session(settings: Settings, *, after: After | None = None, beside: int =
             # After Ctrl-C Ray would say of every task under way that it will be retried, which it will not.
             with without_rays_lines():
                 ray.shutdown()
+        if ending is not None:
+            signal.signal(signal.SIGTERM, ending)
+
+
+def _end_by_sigterm() -> Any:
+    """Have SIGTERM, which `ray job stop` and batch schedulers send, end a run as Ctrl-C does; returns what it did before. Ray has it print a stack and
+    exit. None: this is not the main thread, and signals are not ours."""
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    return signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def token_missing(address: str, error: BaseException) -> UsageError | None:

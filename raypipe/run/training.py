@@ -58,6 +58,9 @@ from raypipe.run.trainer import Board, ToBoard, Uneven, train
 from raypipe.stages.preprocess import Preprocessing
 from raypipe.stages.train import Assignment, Training
 
+BREAKS = (RayError, ray.train.TrainingFailedError, OSError)
+"""Errors by which a training breaks off; others are defects."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:

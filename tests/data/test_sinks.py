@@ -5,9 +5,6 @@ import json
 import multiprocessing
 import os
 import pathlib
-import re
-import subprocess
-import sys
 import tarfile
 import threading
 
@@ -401,36 +398,6 @@ def test_annotations_from_something_else(tmp_path):
 
 
 # --- S3, a real server on this machine -------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def server():
-    process = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stderr is not None
-    try:
-        address = next(match[1] for line in process.stderr if (match := re.search(r"http://(127\.0\.0\.1:\d+)", line)))
-        drain = threading.Thread(target=process.stderr.read, daemon=True)
-        drain.start()
-        yield address
-    finally:
-        process.kill()
-        process.wait()
-
-
-@pytest.fixture
-def bucket(server, request, monkeypatch):
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "any")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "any")
-    name = "b" + re.sub("[^a-z0-9]", "-", request.node.name.lower())[:50].strip("-")
-    query = f"scheme=http&endpoint_override={server}&region=us-east-1&allow_bucket_creation=true"
-    system, path = location.filesystem(f"s3://{name}?{query}")
-    system.create_dir(path)
-    return lambda key: f"s3://{name}/{key}?{query}"
 
 
 @pytest.mark.parametrize("format", FORMATS)

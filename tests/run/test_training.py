@@ -250,10 +250,10 @@ def test_a_killed_worker_goes_on_in_the_epoch_and_the_weights_are_those_of_an_un
 
 
 @pytest.mark.slow
-def test_a_killed_driver_goes_on_with_the_same_command_and_other_numbers_of_workers_and_actors(labelled):
+def test_a_killed_driver_goes_on_with_the_same_command_and_other_numbers_of_workers_and_actors(labelled, bucket):
     mark = labelled / "hangs"
     model = {"model": "tests.models.toy:mortal", "model_arguments": json.dumps({"at": 9, "mark": str(mark), "hang": True})}
-    given = settings(labelled, holdout=0.0, **model)
+    given = settings(labelled, holdout=0.0, storage=bucket("storage"), **model)
     command = command_of(given)
     around = environment(PYTHONPATH=str(ROOT))  # for the model
     first = subprocess.Popen(
