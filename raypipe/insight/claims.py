@@ -45,7 +45,7 @@ BLOCKED = 0.25
 """Share of their time that actors must be held up for the queue behind them to be the cause."""
 
 SLACK = 1.1
-"""Speed-up is judged up to where the stages' own CPU fills the cores, and this factor beyond: CPU an image differs a little between points."""
+"""Speed-up is judged up to where the CPU that an image takes fills the cores, and this factor beyond: CPU an image differs a little between points."""
 
 MANY = 10
 """Actors at which the talk compares one writer, as many writers, and none (14:34)."""
@@ -140,12 +140,12 @@ def slope(spots: Sequence[Spot], key: str = "time_s") -> float:
 
 
 def cpu_s(spot: Spot) -> float:
-    """CPU seconds that an image takes of all stages together."""
-    return sum(spot.median(f"{stage}_cpu_s") or 0.0 for stage in STAGES)
+    """CPU seconds that an image takes: of all stages together, and of Ray beside them."""
+    return sum(spot.median(key) or 0.0 for key in (*(f"{stage}_cpu_s" for stage in STAGES), "overhead_cpu_s"))
 
 
 def full_at(spots: Sequence[Spot], cores: float) -> float:
-    """The count at which the CPU that the stages take with the fewest actors, multiplied, fills the cores. Beyond it none is faster."""
+    """The count at which the CPU that an image takes with the fewest actors, multiplied, fills the cores. Beyond it none is faster."""
     first = spots[0]
     used = cpu_s(first) * (first.median("images_per_s") or 0.0)
     return first.count * cores / used if used else math.inf
@@ -222,7 +222,7 @@ def _falls(spots: Sequence[Spot], cores: float, what: str = "actors") -> _Part:
     if not _wide(within):
         spent = cpu_s(spots[0]) * (spots[0].median("images_per_s") or 0.0)
         return _cannot(
-            f"{spots[0].count} of them use {number(spent)} of the {cores:g} cores already, so twice as many cannot take half the time",
+            f"with {spots[0].count} of them {number(spent)} of the {cores:g} cores are in use already, so twice as many cannot take half the time",
             f"{_times(spots)} {what}",
         )
     found = slope(within)
@@ -415,12 +415,10 @@ def _claim_11(s: _Sweep) -> Finding:
         said = f"{count} actors: {number(one)} s with 1 writer, {number(same)} s with {count}, {number(none)} s without"
         if one <= NEAR * same:
             return _cannot(f"one writer is {one / same:.2f} times {count} writers' time: there is no gap for more to close", said)
-        least = spots["same"].median("images") or 0.0
-        by_cpu = least * cpu_s(spots["same"]) / s.where.cores
         closed = (one - same) / (one - none) if one > none else 0.0
         said += f": {closed:.0%} of the gap is closed"
-        if closed < CLOSED and (one - by_cpu) / max(one - none, 1e-9) < CLOSED:
-            return _cannot(f"the CPU of encoding alone makes {number(by_cpu)} s on {s.where.cores:g} cores", said)
+        if closed < CLOSED and spots["same"].limit() == CORES:
+            return _cannot(f"storing takes CPU too, and the {s.where.cores:g} cores are full", said)
         return _Part(holds="yes" if closed >= CLOSED else "no", measured=said)
 
     statement = "10 processes: with 10 queues time comes close to preprocessing only; with one it does not."

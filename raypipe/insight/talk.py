@@ -308,7 +308,7 @@ MEASURED = (
     "Time is that of the work alone: from the moment the last of a point's actors was ready, before which none gets an image, to the last "
     "image out. Starting Ray and its actors, and listing the input, are not in it. CPU is the mean use of all cores in the same span, by "
     "whatever ran on the machine. Of repeats the median is shown, with a line from the lowest to the highest; their order was mixed. "
-    "Dashed lines are ideal: the time of the fewest actors, divided, until the stages' measured CPU fills the cores. Hollow marks have "
+    "Dashed lines are ideal: the time of the fewest actors, divided, until the CPU that an image was measured to take fills the cores. Hollow marks have "
     "more actors than the machine has cores."
 )
 

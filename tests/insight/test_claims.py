@@ -86,8 +86,21 @@ def test_two_cores_that_compute_cannot_show_what_writing_costs_and_it_is_said_wh
     for claim in (7, 8, 9):
         assert found[claim].holds == "cannot"
         assert "2 cores are full before the one writer is; --store-ms" in found[claim].why
-    assert found[10].holds == "cannot" and "of the 2 cores already" in found[10].why
+    assert found[10].holds == "cannot" and "of the 2 cores are in use already" in found[10].why
     assert found[11].holds == "cannot"
+
+
+def test_what_ray_takes_of_two_cores_is_no_fault_of_the_actors():
+    rows = [row | {"overhead_cpu_s": 0.3 * row["preprocess_cpu_s"]} for row in sweep(cores=2, actors=(1, 2, 4))]
+    assert full_at(curve(rows, backend="opencv"), 2) == pytest.approx(2 / 1.3)
+    found = judged([row | {"time_s": row["time_s"] * (1.0 if row["actors"] == 1 else 1.3)} for row in rows], cores=2)
+    assert found[5].holds == "cannot" and "with 1 of them 1.30 of the 2 cores are in use already" in found[5].why
+
+
+def test_a_gap_that_more_writers_cannot_close_for_want_of_cores_contradicts_nobody():
+    rows = sweep(cores=2, actors=(1, 2, 4, 8), libraries={"opencv": Library(cpu_s=0.004, encode_s=0.0035, waits_s=0.007)})
+    found = judged(rows, cores=2, store_ms=7)
+    assert found[11].holds == "cannot" and "storing takes CPU too, and the 2 cores are full" in found[11].why
 
 
 def test_flat_because_the_cores_are_full_is_not_flat_because_of_the_writer():
