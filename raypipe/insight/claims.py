@@ -41,8 +41,8 @@ POINTS = 10.0
 FULL = 90.0
 """Percent of all cores that count as about 100."""
 
-BLOCKED = 0.25
-"""Share of their time that actors must be held up for the queue behind them to be the cause."""
+HELD_UP = 0.25
+"""Share of the time that actors must be held up for the queue behind them to be the cause."""
 
 SLACK = 1.1
 """Speed-up is judged up to where the CPU that an image takes fills the cores, and this factor beyond: CPU an image differs a little between points."""
@@ -142,6 +142,15 @@ def slope(spots: Sequence[Spot], key: str = "time_s") -> float:
 def cpu_s(spot: Spot) -> float:
     """CPU seconds that an image takes: of all stages together, and of Ray beside them."""
     return sum(spot.median(key) or 0.0 for key in (*(f"{stage}_cpu_s" for stage in STAGES), "overhead_cpu_s"))
+
+
+def held_up(record: Record) -> float | None:
+    """Share of the time in which a preprocess actor waits for the writers: blocked, or done long before them, where the queue takes in all."""
+    busy_s, images, time_s = (known(record.get(key)) for key in ("preprocess_busy_s", "images", "time_s"))
+    if busy_s is None or not images or not time_s:
+        return None
+    starved = known(record.get("preprocess_starved")) or 0.0
+    return max(1 - busy_s * images / (record["actors"] * time_s) - starved, 0.0)
 
 
 def full_at(spots: Sequence[Spot], cores: float) -> float:
@@ -378,14 +387,15 @@ def _claim_9(s: _Sweep) -> Finding:
         if (nothing := _no_limit(spots, s.where.cores)) is not None:
             return nothing
         last = _limited(spots, "write")[-1]
-        blocked, busy = last.median("preprocess_blocked"), last.median("write_busy")
-        if blocked is None:
+        shares, busy = [share for record in last.records if (share := held_up(record)) is not None], last.median("write_busy")
+        if not shares:
             return _cannot("what actors did with their time was not measured")
-        measured = f"{last.count} actors are blocked {blocked:.0%} of their time, the writer is busy {number(busy, '%', 100)}"
-        return _Part(holds="yes" if blocked >= BLOCKED else "no", measured=measured)
+        held = median(shares)
+        measured = f"{last.count} actors are held up {held:.0%} of the time, the writer is busy {number(busy, '%', 100)}"
+        return _Part(holds="yes" if held >= HELD_UP else "no", measured=measured)
 
     statement = "The cause: output is slower than preprocessing, the one result queue fills up."
-    rule = f"The verdict names the write stage, and preprocess actors are blocked {BLOCKED:.0%} of their time or more"
+    rule = f"The verdict names the write stage, and preprocess actors are held up {HELD_UP:.0%} of the time or more: blocked, or done before the writer"
     return _finding(9, "12:55", statement, s.each("one", judge), rule)
 
 

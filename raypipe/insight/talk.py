@@ -98,10 +98,11 @@ def _threads(records: Sequence[Record], where: Where) -> str:
 
 def _blocked(records: Sequence[Record], where: Where) -> str:
     lines = []
+    records = [{**record, "held_up": claims.held_up(record)} for record in records]
     for backend in BACKENDS:
         spots = curve(records, backend=backend, writing="one")
         busy = _series(spots, "write_busy", backend, where, name=f"{NAMES[backend]}: the writer is busy", scale=100)
-        held = _series(spots, "preprocess_blocked", backend, where, name=f"{NAMES[backend]}: actors are blocked", scale=100)
+        held = _series(spots, "held_up", backend, where, name=f"{NAMES[backend]}: actors are held up", scale=100)
         lines += [held] if held else []
         if busy is not None and len(busy.points) > 1:
             lines.append(Series(name=busy.name, colour=busy.colour, points=busy.points, dashed=True))

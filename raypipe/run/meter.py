@@ -105,12 +105,13 @@ class Meter:
         with self._lock:
             self._busy += max(between, 0.0)
             self._entered = now
-        waited = _core_wait_s(self._thread)
+        thread = threading.get_native_id()  # not always the one that made the actor
+        waited = _core_wait_s(thread)
         try:
             yield
         finally:
             now = time.perf_counter()
-            in_all = _core_wait_s(self._thread)
+            in_all = _core_wait_s(thread)
             with self._lock:
                 self._busy += now - self._entered
                 if self._core_wait is not None:

@@ -49,7 +49,6 @@ def record(backend: str, library: Library, *, cores: float, actors: int, writers
     for stage in stages:
         row |= {f"{stage.name}_busy_s": stage.busy_s, f"{stage.name}_cpu_s": stage.cpu_s, f"{stage.name}_core_wait_s": 0.0}
         row |= {f"{stage.name}_busy": used[stage.name], f"{stage.name}_cpu_percent": 100 * rate * stage.cpu_s / cores}
-    row["preprocess_blocked"] = 1 - used["preprocess"] if limit == "write" else 0.0
     return row | more
 
 

@@ -21,26 +21,16 @@ from raypipe import UsageError
 from raypipe.data import journal
 from raypipe.models import checkpoint as checkpoints
 from raypipe.models import detection
-from raypipe.run import probe, training
+from raypipe.run import probe
 from raypipe.run.pipeline import Outcome
 from raypipe.run.predicting import Settings, predicting, run, start, verdict_on
 from tests.conftest import files
+from tests.run.labelled import RECIPE
 from tests.run.test_job import ROOT, environment, named, wait_for
 from tests.run.test_pipeline import quiet
 from tests.run.test_scaling import running, until
-from tests.run.test_training import RECIPE, make_labelled
-from tests.run.test_training import settings as training_settings
 
 SIZE = (90, 120)
-
-
-@pytest.fixture(scope="module")
-def trained(session, tmp_path_factory) -> tuple[Path, training.Outcome]:
-    """Labelled photos, and a training that judged itself on all of them."""
-    root = make_labelled(tmp_path_factory.mktemp("trained"))
-    judged = {"holdout_input": root / "photos", "holdout_annotations": root / "boxes.json", "row_log": None}
-    given = training_settings(root, epochs=12, lr=5e-3, shard_rows=15, **judged)
-    return root, training.run(given, console=quiet())
 
 
 def settings(root: Path, output: Path, **given) -> Settings:
@@ -63,7 +53,7 @@ def settings(root: Path, output: Path, **given) -> Settings:
 @pytest.fixture(scope="module")
 def done(trained, tmp_path_factory) -> tuple[Settings, Outcome]:
     """One run with everything."""
-    wanted = settings(trained[0], tmp_path_factory.mktemp("done") / "out", draw=True, draw_score=0.2)
+    wanted = settings(trained.root, tmp_path_factory.mktemp("done") / "out", draw=True, draw_score=0.2)
     return wanted, run(wanted, console=quiet())
 
 
@@ -93,7 +83,7 @@ def plain_loop(root: Path, checkpoint: str) -> Iterator[tuple[str, dict]]:
 
 
 def test_predictions_equal_those_of_a_plain_pytorch_loop(trained, done):
-    root, training_ended = trained
+    root, training_ended = trained.root, trained.outcome
     ours = rows_of(done[0].output)
     theirs = dict(plain_loop(root, training_ended.checkpoint))
     assert list(ours) == list(theirs) and len(theirs) == 44
@@ -108,7 +98,7 @@ def test_predictions_equal_those_of_a_plain_pytorch_loop(trained, done):
 
 
 def test_coco_results_have_the_annotations_ids_and_the_precision_that_training_had(trained, done):
-    root, training_ended = trained
+    root, training_ended = trained.root, trained.outcome
     wanted, outcome = done
     results = json.loads(Path(wanted.output, "predictions.json").read_text())
     stored = rows_of(wanted.output)
@@ -188,7 +178,7 @@ def test_running_again_does_nothing_but_what_is_missing(done):
 
 def test_other_settings_are_refused_with_the_difference(trained, done, tmp_path):
     wanted, _ = done
-    kept = checkpoints.load(trained[1].checkpoint)
+    kept = checkpoints.load(trained.outcome.checkpoint)
     kept.state["model"]["backbone.stem.0.0.weight"] += 1e-3
     other = str(tmp_path / "storage/x" / checkpoints.name_of(kept.progress))
     checkpoints.save(other, kept)
@@ -204,8 +194,8 @@ def test_other_settings_are_refused_with_the_difference(trained, done, tmp_path)
 
 
 def test_without_annotations_ids_are_the_images_own_and_no_resume_starts_again(trained, tmp_path):
-    root, _ = trained
-    wanted = settings(root, tmp_path / "out", annotations=None, limit=6, min_score=0.05, checkpoint=trained[1].checkpoint)
+    root = trained.root
+    wanted = settings(root, tmp_path / "out", annotations=None, limit=6, min_score=0.05, checkpoint=trained.outcome.checkpoint)
     report = run(wanted, console=quiet()).report
     assert (report["images_out"], report["predict"]["map"], report["predict"]["map_by_label"]) == (6, None, None)
     results = json.loads((tmp_path / "out/predictions.json").read_text())
@@ -221,7 +211,7 @@ def test_a_file_that_is_no_result_is_never_overwritten(trained, tmp_path):
     (tmp_path / "out/predictions.json").write_text("the user's own")
     for resume in (True, False):
         with pytest.raises(UsageError, match=r"predictions\.json exists and is no result"):
-            predicting(settings(trained[0], tmp_path / "out", resume=resume))
+            predicting(settings(trained.root, tmp_path / "out", resume=resume))
 
 
 @pytest.mark.slow
@@ -269,7 +259,7 @@ def test_a_killed_driver_goes_on_and_the_results_are_those_of_an_undisturbed_run
 def test_the_stage_scales_by_its_name_while_it_runs(trained, tmp_path):
     # Far more work than it takes to start an actor, however slow the machine is; the rest is not waited for.
     given = {"input": "demo:600", "annotations": None, "shard_rows": 2, "store_ms": 400.0}
-    wanted = settings(trained[0], tmp_path / "out", **given)
+    wanted = settings(trained.root, tmp_path / "out", **given)
     going = start(wanted, console=quiet())
     until(going, lambda record: record["done"] > 0, at_most_s=240)
     assert going.scale(predict=2, preprocess=2) == {"preprocess": 2, "predict": 2}
@@ -288,7 +278,7 @@ def test_the_stage_scales_by_its_name_while_it_runs(trained, tmp_path):
 @pytest.mark.slow
 def test_auto_times_the_model_before_the_start(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(probe, "WAIT_AT_MOST_S", 120.0)  # a slow machine is no defect
-    wanted = settings(trained[0], tmp_path / "out", actors="auto", predictors="auto", store_ms=40.0)
+    wanted = settings(trained.root, tmp_path / "out", actors="auto", predictors="auto", store_ms=40.0)
     outcome = run(wanted, console=quiet())
     predicted = outcome.report["predicted"]
     assert predicted["images_per_s"] > 0 and predicted["actors"].keys() == {"preprocess", "predict"}
@@ -313,14 +303,14 @@ def test_auto_times_the_model_before_the_start(trained, tmp_path, monkeypatch):
 )
 def test_bad_settings_are_refused_with_the_value_and_the_remedy(trained, tmp_path, given, words):
     with pytest.raises(UsageError) as caught:
-        run(settings(trained[0], tmp_path / "out", **given), console=quiet())
+        run(settings(trained.root, tmp_path / "out", **given), console=quiet())
     assert words in str(caught.value)
 
 
 def test_an_op_of_the_recipe_that_is_not_there_is_named(trained, tmp_path):
-    kept = checkpoints.load(trained[1].checkpoint)
+    kept = checkpoints.load(trained.outcome.checkpoint)
     kept.settings["recipe"]["ops"].append({"op": "gone_module:Sparkle"})
     folder = str(tmp_path / "storage/x" / checkpoints.name_of(kept.progress))
     checkpoints.save(folder, kept)
     with pytest.raises(UsageError, match=r"The recipe in the checkpoint .* cannot be followed.*gone_module:Sparkle"):
-        predicting(settings(trained[0], tmp_path / "out", checkpoint=folder))
+        predicting(settings(trained.root, tmp_path / "out", checkpoint=folder))

@@ -11,7 +11,6 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-import cv2
 import psutil
 import pytest
 import torch
@@ -25,61 +24,16 @@ from raypipe.run import pipeline
 from raypipe.run.control import attach, names
 from raypipe.run.settings import Settings as Preprocess
 from raypipe.run.training import Outcome, Settings, _cause, _give_up, plan, run, verdict_on
-from tests.conftest import jpeg, photo
+from tests.conftest import jpeg
 from tests.run.clusters import environment, head, kill_all, listed_actors, node, wait_for
+from tests.run.labelled import RECIPE, make_labelled, settings
 from tests.run.test_job import ROOT
 from tests.run.test_pipeline import quiet
-
-RECIPE = {
-    "name": "small",
-    "ops": [{"op": "HorizontalFlip"}, {"op": "Resize", "height": 64, "width": 64}],
-    "finish": {"scale": 1 / 255, "mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]},
-}
-
-
-def make_labelled(root: Path) -> Path:
-    """45 photos with a square or two of category 3 or 90 on each, a COCO JSON, a recipe; photo 7 is corrupt."""
-    (root / "photos").mkdir()
-    images, annotations = [], []
-    for number in range(45):
-        image = photo(number, height=90, width=120)
-        images.append({"id": number + 1, "file_name": f"{number:03d}.jpg", "height": 90, "width": 120})
-        for which in range(1 + number % 2):
-            x, y, side = 5 + 55 * which, 10 + number % 30, 30 + number % 10
-            category = 3 if (number + which) % 3 else 90
-            image[y : y + side, x : x + side] = (250, 20, 20) if category == 3 else (20, 20, 250)
-            box = {"bbox": [x, y, side, side], "category_id": category, "area": side * side, "iscrowd": 0}
-            annotations.append({"id": len(annotations) + 1, "image_id": number + 1, **box})
-        data = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1].tobytes()
-        (root / "photos" / f"{number:03d}.jpg").write_bytes(data[:300] if number == 7 else data)
-    categories = [{"id": 3, "name": "red"}, {"id": 90, "name": "blue"}]
-    content = {"images": images, "annotations": annotations, "categories": categories}
-    (root / "boxes.json").write_text(json.dumps(content))
-    (root / "small.json").write_text(json.dumps(RECIPE))
-    return root
 
 
 @pytest.fixture
 def labelled(tmp_path) -> Path:
     return make_labelled(tmp_path)
-
-
-def settings(root: Path, **given) -> Settings:
-    defaults = {
-        "input": root / "photos",
-        "annotations": root / "boxes.json",
-        "recipe": root / "small.json",
-        "storage": root / "storage",
-        "row_log": root / "log",
-        "epochs": 2,
-        "batch_size": 8,
-        "actors": 2,
-        "shard_rows": 5,
-        "cpu": True,
-        "max_reject_fraction": 0.05,
-    }
-    given = defaults | given
-    return Settings(**{key: str(value) if isinstance(value, Path) else value for key, value in given.items()})
 
 
 GIVEN = (
@@ -124,43 +78,41 @@ def every_row(given: Settings) -> Counter[str]:
     return Counter(f"{e}/{i}" for e, i in zip(work["epoch"].to_pylist(), work["image_id"].to_pylist(), strict=True))
 
 
-def test_a_run_trains_on_every_row_once_an_epoch_and_reports_what_it_cost(session, labelled):
-    given = settings(labelled, workers=2, holdout=0.18, epochs=3)  # 37 rows an epoch, an odd number in all
-    console = quiet()
-    outcome = run(given, console=console)
+def test_a_run_trains_on_every_row_once_an_epoch_and_reports_what_it_cost(trained):
+    given, outcome = trained.settings, trained.outcome
     assert verdict_on(outcome, given) is None
-    assert Counter(lineage(labelled)) == every_row(given)
+    assert Counter(lineage(trained.root)) == every_row(given)
     assert set(every_row(given).values()) == {1}
 
     report = outcome.report
-    assert report["images_in"] == 111 == report["images_out"] + report["images_rejected"]
-    assert report["images_rejected"] + 3 * report["train"]["holdout_rejected"] == 3  # photo 7, in each epoch or held out
+    assert report["images_in"] == 495 == report["images_out"] + report["images_rejected"]
+    assert (report["images_rejected"], report["train"]["holdout_rejected"]) == (11, 1)  # photo 7, in each epoch and held out
     preprocess, train = report["stages"]
     assert (preprocess["name"], train["name"]) == ("preprocess", "train")
-    assert preprocess["images"] == train["images"] == 111
+    assert preprocess["images"] == train["images"] == 495
     assert train["actors"]["max"] == 2 and train["gpu_percent"] is None and train["gpu_memory_peak_bytes"] is None
     assert train["cpu_s_per_image"] > 0 and train["rss_peak_bytes"] > 10**8
     assert train["busy"] + train["starved"] + train["blocked"] == pytest.approx(1)
     assert 0 < report["train"]["accelerator_utilisation"] < 1
     assert len(report["train"]["workers"]) == 2
     epochs = report["train"]["epochs"]
-    assert [epoch["epoch"] for epoch in epochs] == [0, 1, 2]
+    assert [epoch["epoch"] for epoch in epochs] == list(range(11))
     assert all(0 <= epoch["map"] <= 1 and epoch["loss"] > 0 and epoch["images_per_s"] > 0 for epoch in epochs)
     assert set(epochs[0]["map_by_label"]) == {"3", "90"}
-    stored = json.loads((labelled / "storage/_raypipe/report.json").read_text())
+    stored = json.loads((trained.root / "storage/_raypipe/report.json").read_text())
     assert stored["train"]["map"] == epochs[-1]["map"]
-    assert "<svg" in (labelled / "storage/_raypipe/report.html").read_text()
+    assert "<svg" in (trained.root / "storage/_raypipe/report.html").read_text()
 
     kept = checkpoints.load(outcome.checkpoint)
     assert kept.settings["classes"] == [3, 90]
     assert kept.settings["recipe"]["name"] == "small"
     assert kept.progress == outcome.progress
-    assert "epoch 1 done: loss" in console.file.getvalue()
+    assert "epoch 1 done: loss" in trained.said
 
     console = quiet()
     again = run(given, console=console)
     assert again.report is None and again.checkpoint == outcome.checkpoint
-    assert "Nothing to do: all 3 epochs are done" in console.file.getvalue()
+    assert "Nothing to do: all 11 epochs are done" in console.file.getvalue()
 
 
 @pytest.mark.slow

@@ -1,0 +1,66 @@
+"""Labelled photos, small enough to train on in a test, and settings to do so."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+
+from raypipe.run.training import Outcome, Settings
+from tests.conftest import photo
+
+RECIPE = {
+    "name": "small",
+    "ops": [{"op": "HorizontalFlip"}, {"op": "Resize", "height": 64, "width": 64}],
+    "finish": {"scale": 1 / 255, "mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]},
+}
+
+
+def make_labelled(root: Path) -> Path:
+    """45 photos with a square or two of category 3 or 90 on each, a COCO JSON, a recipe; photo 7 is corrupt."""
+    (root / "photos").mkdir()
+    images, annotations = [], []
+    for number in range(45):
+        image = photo(number, height=90, width=120)
+        images.append({"id": number + 1, "file_name": f"{number:03d}.jpg", "height": 90, "width": 120})
+        for which in range(1 + number % 2):
+            x, y, side = 5 + 55 * which, 10 + number % 30, 30 + number % 10
+            category = 3 if (number + which) % 3 else 90
+            image[y : y + side, x : x + side] = (250, 20, 20) if category == 3 else (20, 20, 250)
+            box = {"bbox": [x, y, side, side], "category_id": category, "area": side * side, "iscrowd": 0}
+            annotations.append({"id": len(annotations) + 1, "image_id": number + 1, **box})
+        data = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1].tobytes()
+        (root / "photos" / f"{number:03d}.jpg").write_bytes(data[:300] if number == 7 else data)
+    categories = [{"id": 3, "name": "red"}, {"id": 90, "name": "blue"}]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (root / "boxes.json").write_text(json.dumps(content))
+    (root / "small.json").write_text(json.dumps(RECIPE))
+    return root
+
+
+def settings(root: Path, **given) -> Settings:
+    defaults = {
+        "input": root / "photos",
+        "annotations": root / "boxes.json",
+        "recipe": root / "small.json",
+        "storage": root / "storage",
+        "row_log": root / "log",
+        "epochs": 2,
+        "batch_size": 8,
+        "actors": 2,
+        "shard_rows": 5,
+        "cpu": True,
+        "max_reject_fraction": 0.05,
+    }
+    given = defaults | given
+    return Settings(**{key: str(value) if isinstance(value, Path) else value for key, value in given.items()})
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A training that came to its end, and what it said."""
+
+    root: Path
+    settings: Settings
+    outcome: Outcome
+    said: str
