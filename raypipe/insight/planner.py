@@ -7,6 +7,8 @@ Stage i needs b_i busy seconds and u_i CPU seconds an image. With c_i actors on 
 less what is lost near the point where both bounds meet: actors that wait most of the time do not take turns at the cores, but now and then
 all want them at once (`_rate`).
 
+of which a run reaches the share of its time that the actors of the limiting stage are busy: Ray hands out work ten times a second (`_reached`).
+
 o is the CPU that Ray itself spends on an image, where it was measured; a stage that trains has a GPU for each of its actors. Busy seconds
 contain waiting for a disk or a network, which more actors do side by side; waiting for a core is taken off, for more actors only make it
 longer (`uncontended`).
@@ -22,6 +24,9 @@ CORES = "cores"
 
 ENOUGH = 0.95
 """Stages are given actors until the model's throughput is this near to what the cores allow: the rest is noise."""
+
+LEAST_REACHED = 0.9
+"""Of the model's throughput; a run in which less was reached was too short, or its input too slow, to tell."""
 
 WORTH = 1.1
 """A running pool is changed when the model expects at least this ratio: less is within the noise of what stages cost."""
@@ -45,12 +50,13 @@ class StageCost:
 @dataclass(frozen=True, kw_only=True)
 class Machine:
     """What the stages run on. `cores` they share; `actors`: room for so many, those on GPUs not counted; `gpus`: None, those in use;
-    `overhead_s`: CPU seconds of Ray itself, an image."""
+    `overhead_s`: CPU seconds of Ray itself, an image; `reached`: share of the model's throughput that a run reaches."""
 
     cores: float
     actors: int = 0
     gpus: int | None = None
     overhead_s: float = 0.0
+    reached: float = 1.0
 
 
 def bound(stages: Sequence[StageCost], machine: Machine) -> tuple[float, str]:
@@ -60,7 +66,7 @@ def bound(stages: Sequence[StageCost], machine: Machine) -> tuple[float, str]:
     rate, slowest = min(bounds, default=(0.0, CORES))
     # Where actors are enough, and also in a tie, it is the cores: "more actors" would be bad advice.
     by_actors = min((stage.actors / stage.busy_s for stage in stages if stage.busy_s > 0), default=math.inf)
-    return rate, slowest if by_actors < at_most else CORES
+    return machine.reached * rate, slowest if by_actors < at_most else CORES
 
 
 def _rate(stage: StageCost, actors: int, at_most: float) -> float:
@@ -220,7 +226,17 @@ def of_report(report: Mapping[str, Any]) -> tuple[list[StageCost], Machine]:
         gpus=sum(cost.actors for cost in costs if cost.on_gpu) or None,
         overhead_s=report.get("overhead_cpu_s_per_image") or 0.0,
     )
-    return uncontended(costs, cores), machine
+    free = uncontended(costs, cores)
+    return free, replace(machine, reached=_reached(report, bound(free, machine)[1]))
+
+
+def _reached(report: Mapping[str, Any], limit: str) -> float:
+    """How busy what limits was, 0 to 1."""
+    if limit == CORES:
+        busy = (report.get("work_cpu_percent") or 100.0) / 100
+    else:
+        busy = next(stage.get("busy") for stage in report["stages"] if stage["name"] == limit) or 1.0
+    return min(max(busy, LEAST_REACHED), 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """A run's record -> report.json and the table in the terminal. Stands alone: reads plain records, knows nothing of Ray."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich import box
@@ -318,9 +318,7 @@ def outlook(report: dict, *, cpus: int | None = None, gpus: int | None = None) -
     ran = planner.outlook(costs, here, {cost.name: cost.actors for cost in costs})
     # A machine of one's own may have more actors than cores, where they wait; a number of CPUs asked for is a budget.
     room = max(here.actors, int(here.cores)) if cpus is None else cpus
-    there = planner.Machine(
-        cores=cpus or here.cores, actors=room, gpus=here.gpus if gpus is None else gpus, overhead_s=here.overhead_s
-    )
+    there = replace(here, cores=cpus or here.cores, actors=room, gpus=here.gpus if gpus is None else gpus)
     best = planner.outlook(costs, there)
     measured = report.get("steady_images_per_s")
     table = Table("", "images/s", "limited by", header_style="bold", box=box.SIMPLE_HEAD)

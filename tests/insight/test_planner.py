@@ -156,6 +156,18 @@ def test_ray_itself_takes_a_share_of_the_cores():
     assert bound(stages, Machine(cores=2, overhead_s=0.002))[0] == pytest.approx(2 / 0.012)
 
 
+def test_what_a_run_reached_of_the_model_is_expected_elsewhere_too():
+    stage = {"name": "write", "busy_s_per_image": 0.02, "cpu_s_per_image": 0.001, "actors": {"end": 2, "max": 2}, "busy": 0.95}
+    report = {"stages": [stage], "hardware": {"cores": 4}, "work_cpu_percent": 5.0}
+    costs, machine = of_report(report)
+    assert outlook(costs, machine, {"write": 4}).images_per_s == pytest.approx(0.95 * 4 / 0.02)
+    costs, machine = of_report(report | {"stages": [stage | {"busy": 0.3}]})  # too short a run, or one that waited for its input
+    assert bound(costs, machine)[0] == pytest.approx(0.9 * 2 / 0.02)
+    full = stage | {"busy": 0.99, "cpu_s_per_image": 0.02, "actors": {"end": 8, "max": 8}}
+    costs, machine = of_report(report | {"stages": [full], "work_cpu_percent": 97.0})
+    assert bound(costs, machine) == (pytest.approx(0.97 * 4 / 0.02), CORES)
+
+
 def test_a_report_without_finished_shards_has_no_costs():
     stage = {"name": "preprocess", "busy_s_per_image": None, "cpu_s_per_image": None, "actors": {"end": 2, "max": 2}}
     with pytest.raises(ValueError, match="no stage has finished"):
