@@ -10,7 +10,7 @@ from ray.exceptions import RayError
 
 from raypipe import UsageError
 from raypipe.run.collector import NAMESPACE
-from raypipe.run.session import token_missing, without_rays_lines
+from raypipe.run.session import ENDING, token_missing, without_rays_lines
 
 _NAME = "raypipe-"
 _ANSWER_S = 10.0
@@ -117,9 +117,13 @@ class Control:
         return answer
 
     def _ask(self, question: str, *given: Any) -> Any:
+        gone = UsageError(f"The run {self.run_id} has ended, or its cluster does not answer.")
         try:
-            return ray.get(getattr(self._collector, question).remote(*given), timeout=_ANSWER_S)
+            with ENDING:
+                if not ray.is_initialized():
+                    raise gone
+                return ray.get(getattr(self._collector, question).remote(*given), timeout=_ANSWER_S)
         except RayError as error:
-            raise UsageError(f"The run {self.run_id} has ended, or its cluster does not answer.") from error
+            raise gone from error
         except AttributeError as error:
             raise UsageError(f"The run {self.run_id} is one of another version of raypipe, which cannot be asked.") from error

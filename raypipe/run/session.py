@@ -172,6 +172,9 @@ def size_pools(
     return Pools(actors=counts["preprocess"], after=counts[after.name] if after else 0)
 
 
+ENDING = threading.Lock()
+"""Held while a session's Ray ends, and by whoever asks it something from another thread: asked after its end, Ray would start another by itself."""
+
 _open: list[Session] = []  # those that this process is in: of runs that share one, the outermost
 
 
@@ -227,7 +230,7 @@ def ray_session(settings: Settings, *, after: After | None = None, beside: int =
         _open.clear()
         if ours:
             # After Ctrl-C Ray would say of every task under way that it will be retried, which it will not.
-            with without_rays_lines():
+            with without_rays_lines(), ENDING:
                 ray.shutdown()
         if ending is not None:
             signal.signal(signal.SIGTERM, ending)

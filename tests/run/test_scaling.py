@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -14,6 +16,8 @@ from raypipe.data import journal
 from raypipe.run import scaling
 from raypipe.run.pipeline import Outcome, Run, start, verdict_on
 from raypipe.run.settings import Settings
+from tests.run.clusters import environment
+from tests.run.test_job import ROOT
 
 
 def quiet() -> Console:
@@ -137,3 +141,27 @@ def test_what_went_before_the_first_step_was_no_time_of_the_actors(monkeypatch):
     for now[0] in (130.0, 130.2):  # an execution that waited for all its actors makes its first step 30 s later
         steering.on_execution_step(None)
     assert looks == [pytest.approx(0.2)]
+
+
+@pytest.mark.slow
+def test_a_run_that_has_ended_says_so_and_no_other_ray_is_started_to_ask_it():
+    code = """if True:
+        import ray
+        from rich.console import Console
+        from raypipe import UsageError
+        from raypipe.run.pipeline import start
+        from raypipe.run.settings import Settings
+
+        run = start(Settings(input="demo:40", actors=1), console=Console(quiet=True))
+        while True:
+            try:
+                run.live()
+            except UsageError as error:
+                said = str(error)
+                if run.done:
+                    break
+        print(said, ray.is_initialized())
+    """
+    asked = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    assert asked.returncode == 0, asked.stderr
+    assert "has ended" in asked.stdout and asked.stdout.split()[-1] == "False"
