@@ -212,6 +212,10 @@ def ray_session(settings: Settings, *, after: After | None = None, beside: int =
                 f"RAY_ADDRESS is {address!r}, but no Ray cluster answers there ({error}). Start it, correct the address, or unset "
                 f"RAY_ADDRESS to run on this machine alone."
             ) from error
+        except Exception as error:
+            if type(error) is not Exception:  # Ray has no class of its own for a node that does not come up
+                raise
+            raise TimeoutError(f"Ray did not start: {error} Try again when other programs leave it more of the machine") from None
         dashboard = context.dashboard_url or None
     ending = _end_by_sigterm() if ours else None
     try:
