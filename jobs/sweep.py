@@ -1,7 +1,7 @@
 """Measure what the talk measured, on this machine: time and CPU over actors, writers and both libraries; and judge its claims by it.
 
     python jobs/sweep.py --input demo:1000 --output out-sweep                          # the talk's grid: 1 to 20 actors
-    python jobs/sweep.py --input photos/ --output out-sweep --actors 1 2 4 8 --store-ms 10   # as to a slow store: about 15 minutes on 2 cores
+    python jobs/sweep.py --input photos/ --output out-sweep --actors 1 2 4 8 --store-ms 10   # as to a slow store: about half an hour on 2 cores
     python jobs/sweep.py --input photos/ --output out-threads --writers none --threads 1 8   # what OpenCV's thread pool does
     python jobs/sweep.py --input coco/train2017 --annotations coco/annotations/instances_train2017.json --train --output out-train
 

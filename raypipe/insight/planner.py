@@ -7,7 +7,7 @@ Stage i needs b_i busy seconds and u_i CPU seconds an image. With c_i actors on 
 less what is lost near the point where both bounds meet: actors that wait most of the time do not take turns at the cores, but now and then
 all want them at once (`_rate`).
 
-of which a run reaches the share of its time that the actors of the limiting stage are busy: Ray hands out work ten times a second (`_reached`).
+A run reaches of it what its limiting stage is busy of the time: Ray hands out work ten times a second, so that actors wait for it (`_reached`).
 
 o is the CPU that Ray itself spends on an image, where it was measured; a stage that trains has a GPU for each of its actors. Busy seconds
 contain waiting for a disk or a network, which more actors do side by side; waiting for a core is taken off, for more actors only make it

@@ -163,7 +163,7 @@ class Settings:
     @property
     def rows(self) -> int:
         """Images a shard, of all points."""
-        most = max(*self.actors, TALKS_ACTORS)
+        most = max((*self.actors, TALKS_ACTORS))
         return self.shard_rows or max(1, self.limit // (SHARDS_AN_ACTOR * most))
 
     def preprocess(self, point: "Point", *, output: str | None = None) -> Preprocess:

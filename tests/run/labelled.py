@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 
@@ -38,6 +39,11 @@ def make_labelled(root: Path) -> Path:
     return root
 
 
+def texts(given: dict[str, Any]) -> dict[str, Any]:
+    """Settings as a user gives them: paths as text."""
+    return {key: str(value) if isinstance(value, Path) else value for key, value in given.items()}
+
+
 def settings(root: Path, **given) -> Settings:
     defaults = {
         "input": root / "photos",
@@ -52,8 +58,7 @@ def settings(root: Path, **given) -> Settings:
         "cpu": True,
         "max_reject_fraction": 0.05,
     }
-    given = defaults | given
-    return Settings(**{key: str(value) if isinstance(value, Path) else value for key, value in given.items()})
+    return Settings(**texts(defaults | given))
 
 
 @dataclass(frozen=True)

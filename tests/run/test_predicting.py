@@ -25,7 +25,7 @@ from raypipe.run import probe
 from raypipe.run.pipeline import Outcome
 from raypipe.run.predicting import Settings, predicting, run, start, verdict_on
 from tests.conftest import files
-from tests.run.labelled import RECIPE
+from tests.run.labelled import RECIPE, texts
 from tests.run.test_job import ROOT, environment, named, wait_for
 from tests.run.test_pipeline import quiet
 from tests.run.test_scaling import running, until
@@ -46,8 +46,7 @@ def settings(root: Path, output: Path, **given) -> Settings:
         "cpu": True,
         "max_reject_fraction": 0.05,
     }
-    given = defaults | given
-    return Settings(**{key: str(value) if isinstance(value, Path) else value for key, value in given.items()})
+    return Settings(**texts(defaults | given))
 
 
 @pytest.fixture(scope="module")
