@@ -1,7 +1,7 @@
 """What `--actors auto` reaches, whether it follows a change, and whether predictions hold: on stages that wait, so that any machine shows it.
 
     python jobs/benchmark_scaling.py auto      # beside static allocations found by search, and beside Ray Data's own autoscaler
-    python jobs/benchmark_scaling.py change    # images grow 40 times halfway: how much of the new optimum is recovered after 20 s
+    python jobs/benchmark_scaling.py change    # images grow 40 times halfway: how much of the best static allocation's rate is there 20 s later
     python jobs/benchmark_scaling.py predict   # one run predicts 14 allocations, which are then run
     python jobs/benchmark_scaling.py overhead  # throughput with meters, collector and steering, and without
 
@@ -157,35 +157,32 @@ def auto(wanted: Benchmark, console: Console) -> None:
 
 
 def change(wanted: Benchmark, console: Console) -> None:
-    """Images grow 40 times halfway; the rate 20 s and more after that, beside the best static allocation for large ones alone."""
-    with tempfile.TemporaryDirectory(prefix="raypipe-benchmark-") as name:
-        both, later = Path(name, "both"), Path(name, "later")
+    """Images grow 40 times halfway: rates before and after 20 s of that, of static allocations and of auto, which starts with one for small images."""
+    with tempfile.TemporaryDirectory(prefix="raypipe-benchmark-") as folder:
         small, large = (cv2.imencode(".png", np.zeros((*size, 3), np.uint8))[1].tobytes() for size in ((480, 640), (3000, 4000)))
         half = wanted.tasks // 2
-        for folder, images in ((both, [small] * half + [large] * half), (later, [large] * half)):
-            folder.mkdir()
-            for index, image in enumerate(images):
-                (folder / f"{index:06d}.png").write_bytes(image)
+        for index, image in enumerate([small] * half + [large] * half):
+            Path(folder, f"{index:06d}.png").write_bytes(image)
         from benchmark_scaling import Wait as Imported  # so that actors find it by name
 
-        recipe = _file(Recipe(name="growing", ops=(Imported(ms_per_megapixel=40.0), *TINY.ops)))
-        base = Settings(input=str(later), recipe=recipe, store_ms=20.0, shard_rows=2)
-        static = {}
-        for writers in (1, 2, 3):
-            report = took(replace(base, actors=wanted.cpus - writers, writers=writers))
-            static[f"{wanted.cpus - writers} + {writers}"] = report["steady_images_per_s"]
-            console.print(f"static, large images alone: {static}", highlight=False)
-        best = max(static.values())
-        for round_ in range(wanted.rounds):
-            rates, events = _followed(replace(base, input=str(both)), half)
-            table = Table("s after the change", "images/s", "of the new optimum", title=f"round {round_ + 1}: {events}")
-            for since, rate in rates:
-                table.add_row(since, f"{rate:.1f}", f"{rate / best:.2f}")
-            console.print(table)
+        recipe = _file(Recipe(name="growing", ops=(Imported(ms_per_megapixel=100.0), *TINY.ops)))
+        base = Settings(input=folder, recipe=recipe, store_ms=20.0, shard_rows=2)
+        static = {
+            f"static {wanted.cpus - writers} + {writers}": replace(base, actors=wanted.cpus - writers, writers=writers)
+            for writers in (1, 2, 3)
+        }
+        table = Table("contender", "to 20 s", "later", "of the best static", "changes", title="images/s after images have grown")
+        best = 0.0
+        for name, settings in (static | {f"auto, round {round_ + 1}": base for round_ in range(wanted.rounds)}).items():
+            before, after, events = _followed(settings, half)
+            best = max(best, after) if name in static else best
+            table.add_row(name, f"{before:.1f}", f"{after:.1f}", "" if name in static else f"{after / best:.2f}", events)
+            console.print(f"{name}: {before:.1f}, then {after:.1f} images/s", highlight=False)
+        console.print(table)
 
 
-def _followed(settings: Settings, half: int) -> tuple[list[tuple[str, float]], str]:
-    """Rates of a run in stretches from when its first `half` images are done, and the changes that it made."""
+def _followed(settings: Settings, half: int) -> tuple[float, float, str]:
+    """Rates of a run in the 20 s from when its first `half` images are done, and from there to its end; and the changes that it made."""
     with tempfile.TemporaryDirectory(prefix="raypipe-benchmark-") as output:
         run_ = start(replace(settings, output=output), console=quiet())
         points: list[tuple[float, int]] = []
@@ -193,16 +190,17 @@ def _followed(settings: Settings, half: int) -> tuple[list[tuple[str, float]], s
             with contextlib.suppress(UsageError):  # it ends between the two questions
                 record = run_.live()
                 points.append((record["at_s"], record["done"]))
-            time.sleep(0.25)
+            time.sleep(0.5)
         report = run_.wait().report or {}
     changed_at = next(at for at, done in points if done >= half)
     last_at = max(at for at, done in points if done < 2 * half)
-    rates = []
-    for since, until in ((0, 10), (10, 20), (20, last_at - changed_at)):
+
+    def rate(since: float, until: float) -> float:
         inside = [point for point in points if changed_at + since <= point[0] <= changed_at + until]
-        rates.append((f"{since} to {until:.0f}", (inside[-1][1] - inside[0][1]) / (inside[-1][0] - inside[0][0])))
+        return (inside[-1][1] - inside[0][1]) / (inside[-1][0] - inside[0][0])
+
     events = (f"{e['t_s'] - changed_at:+.0f} s {e['stage']} {e['from']} -> {e['to']}" for e in report["scale_events"])
-    return rates, "; ".join(events)
+    return rate(0, 20), rate(20, last_at - changed_at), "; ".join(events)
 
 
 def running_rate(report: dict[str, Any]) -> float:

@@ -28,7 +28,7 @@ ENOUGH = 0.95
 LEAST_REACHED = 0.9
 """Of the model's throughput; a run in which less was reached was too short, or its input too slow, to tell."""
 
-WORTH = 1.1
+WORTH = 1.05
 """A running pool is changed when the model expects at least this ratio: less is within the noise of what stages cost."""
 
 
