@@ -72,7 +72,7 @@ class Benchmark:
     slow_start_s: float = 0.0
     """Have every writer wait so long when it starts, as one that loads a model does (auto)."""
     rounds: int = 3
-    """Every contender once a round, interleaved (auto, overhead); predictions of what computes, and the runs themselves (predict)."""
+    """Every contender once a round, interleaved (auto, overhead); auto alone (change); predictions of what computes, and the runs themselves (predict)."""
 
 
 def quiet() -> Console:
@@ -171,14 +171,15 @@ def change(wanted: Benchmark, console: Console) -> None:
             f"static {wanted.cpus - writers} + {writers}": replace(base, actors=wanted.cpus - writers, writers=writers)
             for writers in (1, 2, 3)
         }
-        table = Table("contender", "to 20 s", "later", "of the best static", "changes", title="images/s after images have grown")
-        best = 0.0
+        found = {}
         for name, settings in (static | {f"auto, round {round_ + 1}": base for round_ in range(wanted.rounds)}).items():
-            before, after, events = _followed(settings, half)
-            best = max(best, after) if name in static else best
-            table.add_row(name, f"{before:.1f}", f"{after:.1f}", "" if name in static else f"{after / best:.2f}", events)
-            console.print(f"{name}: {before:.1f}, then {after:.1f} images/s", highlight=False)
-        console.print(table)
+            found[name] = _followed(settings, half)
+            console.print(f"{name}: {found[name][0]:.1f}, then {found[name][1]:.1f} images/s", highlight=False)
+    best = max(found[name][1] for name in static)
+    table = Table("contender", "to 20 s", "later", "of the best static", "changes", title="images/s after images have grown")
+    for name, (soon, later, events) in found.items():
+        table.add_row(name, f"{soon:.1f}", f"{later:.1f}", f"{later / best:.2f}", events)
+    console.print(table)
 
 
 def _followed(settings: Settings, half: int) -> tuple[float, float, str]:
