@@ -170,13 +170,6 @@ def ideal(spots: Sequence[Spot], cores: float) -> list[tuple[int, float]]:
     return [(spot.count, time_s * first.count / max(min(spot.count, most), first.count)) for spot in spots]
 
 
-RAY = 0.3
-"""Of the stages' own CPU: so much more may be Ray's, as in a run's report."""
-
-RAY_CORES = 0.3
-"""Cores that Ray's processes may take besides, however little the stages do (measured: 0.25, preprocess actors waiting for one slow writer)."""
-
-
 def others(records: Iterable[Record], cores: float) -> float:
     """Percent of all cores that programs other than the sweep held meanwhile, at least: the median of the measurements. What may be Ray's is not."""
     held = []
@@ -184,7 +177,7 @@ def others(records: Iterable[Record], cores: float) -> float:
         percent, rate = known(record.get("cpu_percent")), known(record.get("images_per_s"))
         if percent is not None and rate is not None:
             own = sum(known(record.get(f"{stage}_cpu_s")) or 0.0 for stage in STAGES)
-            held.append(max(percent - 100 * (rate * own * (1 + RAY) + RAY_CORES) / cores, 0.0))
+            held.append(planner.held_by_others(percent, rate * own, cores))
     return median(held) if held else 0.0
 
 

@@ -28,6 +28,15 @@ ENOUGH = 0.95
 LEAST_REACHED = 0.9
 """Of the model's throughput; a run in which less was reached was too short, or its input too slow, to tell."""
 
+RAYS_SHARE = 0.3
+"""Of the stages' own CPU: so much more may be that of Ray's own processes."""
+
+RAYS_CORES = 0.3
+"""Cores that those may take besides, however little the stages do (measured: 0.25, preprocess actors waiting for one slow writer)."""
+
+TOLD = 10.0
+"""Percent of all cores that other programs may hold before it is said: less changes no conclusion."""
+
 WORTH = 1.05
 """A running pool is changed when the model expects at least this ratio: less is within the noise of what stages cost."""
 
@@ -197,6 +206,16 @@ def changes(stages: Sequence[StageCost], machine: Machine, measured: float) -> l
         if all(abs(change.predicted_images_per_s / other.predicted_images_per_s - 1) > 0.02 for other in distinct):
             distinct.append(change)
     return sorted(distinct, key=lambda change: -change.predicted_images_per_s)
+
+
+def held_by_others(busy_percent: float, own_cores: float, cores: float) -> float:
+    """Percent of all cores that programs other than the run held, at least: what may be Ray's is not among it.
+
+    Args:
+        busy_percent: of all cores, by whatever ran, 0 to 100.
+        own_cores: cores that the stages themselves used meanwhile.
+    """
+    return max(busy_percent - 100 * (own_cores * (1 + RAYS_SHARE) + RAYS_CORES) / cores, 0.0)
 
 
 def of_report(report: Mapping[str, Any]) -> tuple[list[StageCost], Machine]:

@@ -117,28 +117,43 @@ def _stage(name: str, snapshot: dict, cores: float) -> dict[str, Any]:
     }
 
 
-def _work(snapshot: dict, clock: Clock) -> tuple[float | None, float | None]:
-    """Seconds from when the last of the actors that the run began with could begin, to the last output; and the mean use of all cores, 0 to
-    100, meanwhile. Unlike the steady rate it is of use only where no actor has begun before the others were there.
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    """The work alone: `seconds` from when the last of the actors that the run began with could begin, to the last output, and the mean use of
+    the `cores` of the nodes with actors meanwhile, 0 to 100. Unlike the steady rate it is of use only where no actor has begun before the
+    others were there. None: not known.
     """
+
+    seconds: float | None = None
+    cpu_percent: float | None = None
+    cores: float = 0.0
+
+
+def _work(snapshot: dict, clock: Clock) -> _Work:
     began = []
     for stage in {sample["stage"] for sample in snapshot["first"]}:
         ready = sorted((sample for sample in snapshot["first"] if sample["stage"] == stage), key=lambda sample: sample["at"])
         began += ready[: PoolView(**snapshot["pools"].get(stage, {})).start or None]
     if not began or not clock.outputs:
-        return None, None
+        return _Work()
     work_s = clock.outputs[-1][0] - (max(sample["at"] for sample in began) - snapshot["started"])
-    used = total = 0.0
+    used = total = cores = 0.0
     for node in {sample["node"] for sample in began}:
         first = max((sample for sample in began if sample["node"] == node), key=lambda sample: sample["at"])
         last = max((sample for sample in snapshot["actors"] if sample["node"] == node), key=lambda sample: sample["at"])
-        used += last["node_cpu_busy_s"] - first["node_cpu_busy_s"]
-        total += last["node_cpu_total_s"] - first["node_cpu_total_s"]
-    return (work_s if work_s > 0 else None), (100 * used / total if total > 0 else None)
+        if last["at"] > first["at"]:
+            used += last["node_cpu_busy_s"] - first["node_cpu_busy_s"]
+            total += last["node_cpu_total_s"] - first["node_cpu_total_s"]
+            cores += (last["node_cpu_total_s"] - first["node_cpu_total_s"]) / (last["at"] - first["at"])
+    return _Work(seconds=work_s if work_s > 0 else None, cpu_percent=100 * used / total if total > 0 else None, cores=cores)
 
 
-OVERHEAD_AT_MOST = 0.3
-"""Of the stages' own CPU. More than that is not Ray's: other programs have used the machine."""
+def _held_by_others(snapshot: dict, work: _Work) -> float:
+    """Percent of the cores, as `planner.held_by_others`; 0 where it is not known."""
+    if not work.seconds or work.cpu_percent is None:
+        return 0.0
+    own_s = sum(actor["cpu_s"] for actor in snapshot["actors"])
+    return planner.held_by_others(work.cpu_percent, own_s / work.seconds, work.cores)
 
 
 def _overhead(snapshot: dict, stages: list[dict]) -> float | None:
@@ -148,7 +163,7 @@ def _overhead(snapshot: dict, stages: list[dict]) -> float | None:
     if not images or not own or not snapshot["nodes"]:
         return None
     busy = sum(node["cpu_busy_s"] for node in snapshot["nodes"].values())
-    return min(max(busy - own, 0.0), OVERHEAD_AT_MOST * own) / images
+    return min(max(busy - own, 0.0), planner.RAYS_SHARE * own) / images
 
 
 def build(
@@ -182,7 +197,7 @@ def build(
     stages = [_stage(name, snapshot, cores) for name in stage_names]
     steady = clock.steady_images_per_s
     done_now = counts.images_out + counts.rejected - counts.before
-    work_s, work_cpu_percent = _work(snapshot, clock)
+    work = _work(snapshot, clock)
     return {
         "run_id": run_id,
         "settings": settings,
@@ -200,11 +215,11 @@ def build(
         "images_per_s": _ratio(done_now, clock.wall_s),
         "steady_images_per_s": steady,
         "cpu_percent": cpu_percent,
-        "work_s": work_s,
-        "work_cpu_percent": work_cpu_percent,
+        "work_s": work.seconds,
+        "work_cpu_percent": work.cpu_percent,
         "overhead_cpu_s_per_image": _overhead(snapshot, stages),
         "stages": stages,
-        "verdict": verdict(stages, cores, steady or _ratio(done_now, clock.wall_s) or 0.0, cpu_percent),
+        "verdict": verdict(stages, cores, steady or _ratio(done_now, clock.wall_s) or 0.0, _held_by_others(snapshot, work)),
         "predicted": None
         if predicted is None
         else {
@@ -221,14 +236,14 @@ _WAITS_FOR = {"preprocess": "the input", "write": "the store"}
 """What a stage waits for where an image keeps it longer than its CPU does: a disk or a network."""
 
 
-def verdict(stages: list[dict], cores: float, measured: float, cpu_percent: float | None = None) -> dict[str, Any]:
+def verdict(stages: list[dict], cores: float, measured: float, held: float = 0.0) -> dict[str, Any]:
     """Which stage limits, why, and what a change would bring.
 
     Args:
         stages: as in the report.
         cores: of all nodes.
         measured: images/s, what the predictions start from.
-        cpu_percent: of the whole machine, to see whether others use it too.
+        held: percent of all cores that other programs had meanwhile (`planner.held_by_others`).
     """
     costs = [
         planner.StageCost(
@@ -275,9 +290,8 @@ def verdict(stages: list[dict], cores: float, measured: float, cpu_percent: floa
         idle = 1 - (stage.cpu_s + (stage.core_wait_s or 0.0)) / stage.busy_s
         if limit in _WAITS_FOR and idle > 0.5:
             reason += f" {100 * idle:.0f}% of that it waited for {_WAITS_FOR[limit]}, not for a core."
-    used = sum(s["cpu_percent"] or 0.0 for s in stages)
-    if cpu_percent is not None and cpu_percent > 85 and used < 70:
-        reason += f" Other programs held much of the machine: it was {cpu_percent:.0f}% busy, {used:.0f}% by these stages."
+    if held > planner.TOLD:
+        reason += f" Other programs held about {held:.0f}% of the machine's CPU meanwhile: the figures are of what they left."
     advice = [asdict(change) for change in planner.changes(costs, planner.Machine(cores=cores), measured)]
     return {"stage": stage.name, "reason": reason, "advice": advice}
 

@@ -7,7 +7,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from raypipe.insight import claims
+from raypipe.insight import claims, planner
 from raypipe.insight.claims import BACKENDS, Finding, Record, Spot, Where, curve
 from raypipe.insight.figures import Series, bars, chart
 from raypipe.insight.html import document, facts, section
@@ -320,7 +320,7 @@ def disturbed(records: Sequence[Record], where: Where) -> str:
     return (
         f"Other programs held about {held:.0f}% of the machine's CPU meanwhile, so these figures are of what they left, and may be wrong. "
         f"Measure again when it is quiet."
-        if held > claims.POINTS
+        if held > planner.TOLD
         else ""
     )
 
