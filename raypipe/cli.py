@@ -125,7 +125,7 @@ def _of(run: str) -> tuple[dict, str]:
     for place in places:
         try:
             return json.loads(location.read(place)), place
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):  # the latter: of the report's own path, say
             continue
         except ValueError as error:
             raise UsageError(f"{place} is no report of raypipe ({error}).") from error

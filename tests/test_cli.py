@@ -13,7 +13,7 @@ def report(**given) -> dict:
     def stage(name: str, actors: int, busy_ms: float, cpu_ms: float) -> dict:
         counts = dict.fromkeys(("start", "min", "max", "end"), actors)
         costs = {"busy_s_per_image": busy_ms / 1000, "cpu_s_per_image": cpu_ms / 1000, "core_wait_s_per_image": 0.0}
-        return {"name": name, "actors": counts, "gpu_percent": None, **costs}
+        return {"name": name, "actors": counts, "on_gpu": False, **costs}
 
     stages = [stage("preprocess", 2, 4.0, 4.0), stage("write", 1, 20.0, 1.0)]
     return {"stages": stages, "hardware": {"cores": 4}, "steady_images_per_s": 48.0, "overhead_cpu_s_per_image": 0.0005} | given
@@ -46,7 +46,7 @@ def test_a_plan_names_the_bottleneck_the_best_allocation_and_what_more_would_bri
 def test_gpus_matter_only_to_a_stage_that_has_one(capsys, tmp_path):
     _, text = planned(capsys, tmp_path, report(), "--cpus", "8", "--gpus", "8")
     assert "GPU" not in text
-    train = report()["stages"][1] | {"name": "train", "gpu_percent": 93.0}
+    train = report()["stages"][1] | {"name": "train", "on_gpu": True}
     _, text = planned(capsys, tmp_path, report(stages=[report()["stages"][0], train]), "--cpus", "8", "--gpus", "3")
     assert cells(text, "best on 8 CPUs, 3 GPUs")[-1] == "3"
     assert "one more GPU" in text

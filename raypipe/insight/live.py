@@ -234,7 +234,7 @@ def screen(record: dict, looking: Looking, *, width: int) -> RenderableType:
     whole.split_column(
         Layout(view(record, looking, width=width)),
         # Rows of its own, so that a long refusal does not push the keys off the screen; words wrap, so they fill less than a row.
-        Layout(Text(message or " ", style="bold yellow"), size=1 + min(len(message) // (width - 10), 3)),
+        Layout(Text(message or " ", style="bold yellow"), size=1 + min(len(message) // max(width - 10, 1), 3)),
         Layout(Text(KEYS, style="dim", no_wrap=True), size=1),
     )
     return _Plain(whole)

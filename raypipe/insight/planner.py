@@ -218,24 +218,29 @@ def held_by_others(busy_percent: float, own_cores: float, cores: float) -> float
     return max(busy_percent - 100 * (own_cores * (1 + RAYS_SHARE) + RAYS_CORES) / cores, 0.0)
 
 
-def of_report(report: Mapping[str, Any]) -> tuple[list[StageCost], Machine]:
-    """What a report says of its stages (`uncontended`, with the actors that they had at the end) and of the machine.
-
-    Raises:
-        ValueError: no stage has finished a shard, so nothing is known of what it costs.
-    """
-    costs = [
+def costs_of(stages: Sequence[Mapping[str, Any]]) -> list[StageCost]:
+    """What a report's stages cost as measured, with the actors that they had at the end; those that have finished no shard are left out."""
+    return [
         StageCost(
             name=stage["name"],
             actors=stage["actors"]["end"] or stage["actors"]["max"],
             busy_s=stage["busy_s_per_image"],
             cpu_s=stage["cpu_s_per_image"],
             core_wait_s=stage.get("core_wait_s_per_image"),
-            on_gpu=stage.get("gpu_percent") is not None,
+            on_gpu=bool(stage.get("on_gpu")),
         )
-        for stage in report["stages"]
+        for stage in stages
         if stage["busy_s_per_image"] and stage["actors"]["max"]
     ]
+
+
+def of_report(report: Mapping[str, Any]) -> tuple[list[StageCost], Machine]:
+    """What a report says of its stages (`uncontended`, with the actors that they had at the end) and of the machine.
+
+    Raises:
+        ValueError: no stage has finished a shard, so nothing is known of what it costs.
+    """
+    costs = costs_of(report["stages"])
     if not costs:
         raise ValueError("no stage has finished a shard, so nothing is known of what an image costs")
     cores = report["hardware"]["cores"]

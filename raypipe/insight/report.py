@@ -1,6 +1,6 @@
 """A run's record -> report.json and the table in the terminal. Stands alone: reads plain records, knows nothing of Ray."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -82,7 +82,7 @@ def _ratio(a: float, b: float) -> float | None:
     return a / b if b else None
 
 
-def _stage(name: str, snapshot: dict, cores: float) -> dict[str, Any]:
+def _stage(name: str, snapshot: dict, cores: float, *, on_gpu: bool) -> dict[str, Any]:
     actors = [actor for actor in snapshot["actors"] if actor["stage"] == name]
     pool = PoolView(**snapshot["pools"].get(name, {}))
     images = sum(actor["images"] for actor in actors)
@@ -98,6 +98,7 @@ def _stage(name: str, snapshot: dict, cores: float) -> dict[str, Any]:
     last = max((actor["at"] for actor in actors), default=0.0)
     return {
         "name": name,
+        "on_gpu": on_gpu,
         "actors": {key: getattr(pool, key) for key in ("start", "min", "max", "end")},
         "images": images,
         "cpu_s_per_image": _ratio(cpu_s, images),
@@ -176,6 +177,7 @@ def build(
     clock: Clock,
     cpu_percent: float | None,
     stage_names: list[str],
+    on_gpu: Collection[str] = (),
     snapshot: dict,
     predicted: float | None = None,
 ) -> dict[str, Any]:
@@ -184,6 +186,7 @@ def build(
     Args:
         hardware: `cores` of all nodes together, and what else is known.
         cpu_percent: mean of all cores over the run, 0 to 100.
+        on_gpu: stages each of whose actors holds a GPU, whether or not it could be looked at.
         snapshot: of the run's collector (raypipe.run.collector.Collector.snapshot).
         predicted: images/s that the planner expected of the actors that the run began with.
 
@@ -194,7 +197,8 @@ def build(
         meanwhile.
     """
     cores = hardware["cores"]
-    stages = [_stage(name, snapshot, cores) for name in stage_names]
+    stages = [_stage(name, snapshot, cores, on_gpu=name in on_gpu) for name in stage_names]
+    overhead_s = _overhead(snapshot, stages)
     steady = clock.steady_images_per_s
     done_now = counts.images_out + counts.rejected - counts.before
     work = _work(snapshot, clock)
@@ -217,9 +221,15 @@ def build(
         "cpu_percent": cpu_percent,
         "work_s": work.seconds,
         "work_cpu_percent": work.cpu_percent,
-        "overhead_cpu_s_per_image": _overhead(snapshot, stages),
+        "overhead_cpu_s_per_image": overhead_s,
         "stages": stages,
-        "verdict": verdict(stages, cores, steady or _ratio(done_now, clock.wall_s) or 0.0, _held_by_others(snapshot, work)),
+        "verdict": verdict(
+            stages,
+            cores,
+            steady or _ratio(done_now, clock.wall_s) or 0.0,
+            held=_held_by_others(snapshot, work),
+            overhead_s=overhead_s or 0.0,
+        ),
         "predicted": None
         if predicted is None
         else {
@@ -236,34 +246,25 @@ _WAITS_FOR = {"preprocess": "the input", "write": "the store"}
 """What a stage waits for where an image keeps it longer than its CPU does: a disk or a network."""
 
 
-def verdict(stages: list[dict], cores: float, measured: float, held: float = 0.0) -> dict[str, Any]:
+def verdict(stages: list[dict], cores: float, measured: float, *, held: float = 0.0, overhead_s: float = 0.0) -> dict[str, Any]:
     """Which stage limits, why, and what a change would bring.
 
     Args:
         stages: as in the report.
         cores: of all nodes.
         measured: images/s, what the predictions start from.
+        overhead_s: CPU seconds of Ray itself, an image.
         held: percent of all cores that other programs had meanwhile (`planner.held_by_others`).
     """
-    costs = [
-        planner.StageCost(
-            name=s["name"],
-            actors=s["actors"]["end"] or s["actors"]["max"],
-            busy_s=s["busy_s_per_image"],
-            cpu_s=s["cpu_s_per_image"],
-            core_wait_s=s.get("core_wait_s_per_image"),
-            on_gpu=s.get("gpu_percent") is not None,
-        )
-        for s in stages
-        if s["busy_s_per_image"] and s["actors"]["max"]
-    ]
+    costs = planner.costs_of(stages)
     if not costs:
         return {"stage": None, "reason": "No stage has finished a shard, so nothing is known of what they cost.", "advice": []}
     if max(s["busy"] or 0.0 for s in stages) < 0.5:
         most = max(costs, key=lambda cost: cost.busy_s / cost.actors)
         reason = "Too short a run to tell what limits: no stage was busy for even half of the time that its actors were there."
         return {"stage": most.name, "reason": reason, "advice": []}
-    _, limit = planner.bound(planner.uncontended(costs, cores), planner.Machine(cores=cores))
+    machine = planner.Machine(cores=cores, overhead_s=overhead_s)
+    _, limit = planner.bound(planner.uncontended(costs, cores), machine)
     by_name = {s["name"]: s for s in stages}
     if limit == planner.CORES:
         stage = max(costs, key=lambda cost: cost.cpu_s)
@@ -292,7 +293,7 @@ def verdict(stages: list[dict], cores: float, measured: float, held: float = 0.0
             reason += f" {100 * idle:.0f}% of that it waited for {_WAITS_FOR[limit]}, not for a core."
     if held > planner.TOLD:
         reason += f" Other programs held about {held:.0f}% of the machine's CPU meanwhile: the figures are of what they left."
-    advice = [asdict(change) for change in planner.changes(costs, planner.Machine(cores=cores), measured)]
+    advice = [asdict(change) for change in planner.changes(costs, machine, measured)]
     return {"stage": stage.name, "reason": reason, "advice": advice}
 
 

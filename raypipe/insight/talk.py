@@ -9,6 +9,7 @@ from rich.text import Text
 
 from raypipe.insight import claims, planner
 from raypipe.insight.claims import BACKENDS, Finding, Record, Spot, Where, curve
+from raypipe.insight.figures import COLOURS as SO_MANY
 from raypipe.insight.figures import Series, bars, chart
 from raypipe.insight.html import document, facts, section
 from raypipe.insight.markup import DASH, known, number, table, tag, text
@@ -91,7 +92,12 @@ def _threads(records: Sequence[Record], where: Where) -> str:
             line = _series(curve(only, backend=backend, threads=threads), "cpu_percent", backend, where, name=name)
             if line is not None:
                 lines.append(
-                    Series(name=name, colour=f"s{2 * place + BACKENDS.index(backend)}", points=line.points, beyond=line.beyond)
+                    Series(
+                        name=name,
+                        colour=f"s{(2 * place + BACKENDS.index(backend)) % SO_MANY}",
+                        points=line.points,
+                        beyond=line.beyond,
+                    )
                 )
     return chart("CPU by threads an actor", "% of all cores", lines, along="preprocess actors", top=100, mark=_mark(where))
 

@@ -344,7 +344,7 @@ class Collector:
                     busy_s=(last.busy_s - first.busy_s) / images,
                     cpu_s=(last.cpu_s - first.cpu_s) / images,
                     core_wait_s=None if wait_s is None else wait_s / images,
-                    on_gpu=stage in self._facts.on_gpu or last.gpu_seen_s > 0,
+                    on_gpu=stage in self._facts.on_gpu,
                 )
             )
         return costs or None
@@ -429,6 +429,7 @@ class Collector:
                 "busy_s_per_image": costs[stage["name"]].busy_s,
                 "cpu_s_per_image": costs[stage["name"]].cpu_s,
                 "core_wait_s_per_image": costs[stage["name"]].core_wait_s,
+                "on_gpu": costs[stage["name"]].on_gpu,
             }
             for stage in stages
             if stage["name"] in costs

@@ -559,6 +559,7 @@ def _account(job: Job, run_id: str, executed: _Executed, *, setup_s: float) -> O
         ),
         cpu_percent=executed.cpu_percent,
         stage_names=["preprocess"] + ([after.name] if after else []),
+        on_gpu=(after.name,) if after and after.gpu else (),
         snapshot=snapshot,
         predicted=executed.predicted,
     )

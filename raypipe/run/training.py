@@ -341,7 +341,7 @@ def run(settings: Settings, *, console: Console | None = None) -> Outcome:
         on_gpu = on_gpus(settings.workers, "workers", must=gpu_or_cpu(gpu=settings.gpu, cpu=settings.cpu), session=session)
         timed = probes.finish(timing)
         pools = size_pools(_sized(settings), None, session, images=total)
-        collector = start_collector(run_id, _facts(settings, todo, session, rows=total - before))
+        collector = start_collector(run_id, _facts(settings, todo, session, rows=total - before, on_gpu=on_gpu))
         board = ray.remote(Board).options(**beside_driver()).remote()
         say(console, _opening(run_id, settings, todo, session, pools, on_gpu))
         machine = psutil.cpu_times()
@@ -414,7 +414,7 @@ def _sized(settings: Settings) -> Preprocess:
     return given
 
 
-def _facts(settings: Settings, todo: Todo, session: Session, *, rows: int) -> Facts:
+def _facts(settings: Settings, todo: Todo, session: Session, *, rows: int, on_gpu: bool) -> Facts:
     return Facts(
         input=settings.input,
         output=settings.storage,
@@ -424,6 +424,7 @@ def _facts(settings: Settings, todo: Todo, session: Session, *, rows: int) -> Fa
         cores=session.cores,
         at_most=session.at_most + _cpus_for_workers(settings),
         auto=("preprocess",) if settings.actors == "auto" else (),
+        on_gpu=("train",) if on_gpu else (),
     )
 
 
@@ -681,6 +682,7 @@ def _report(
         clock=clock,
         cpu_percent=cpu_percent,
         stage_names=["preprocess", "train"],
+        on_gpu=("train",) if on_gpu else (),
         snapshot=snapshot,
     )
     report["train"] = {

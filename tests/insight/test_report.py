@@ -5,7 +5,7 @@ import pytest
 from raypipe.insight.report import Clock, Counts, build, verdict
 
 
-def stage(name: str, *, actors: int, busy_ms: float, cpu_ms: float, busy: float = 0.95, gpu_percent: float | None = None) -> dict:
+def stage(name: str, *, actors: int, busy_ms: float, cpu_ms: float, busy: float = 0.95, on_gpu: bool = False) -> dict:
     return {
         "name": name,
         "actors": {"start": actors, "min": actors, "max": actors, "end": actors},
@@ -13,7 +13,7 @@ def stage(name: str, *, actors: int, busy_ms: float, cpu_ms: float, busy: float 
         "cpu_s_per_image": cpu_ms / 1000,
         "core_wait_s_per_image": 0.0,
         "cpu_percent": 10.0,
-        "gpu_percent": gpu_percent,
+        "on_gpu": on_gpu,
         "busy": busy,
         "starved": 1 - busy,
         "blocked": 0.0,
@@ -34,15 +34,21 @@ def test_a_stage_that_mostly_waits_is_said_to_wait_and_for_what():
     assert working["stage"] == "preprocess" and "waited" not in working["reason"]
 
 
-@pytest.mark.parametrize(("gpu", "change"), [(97.0, "train workers 1 -> 2, with a GPU more"), (None, "train actors 1 -> 2")])
-def test_where_training_limits_the_advice_is_another_worker(gpu, change):
+@pytest.mark.parametrize(("on_gpu", "change"), [(True, "train workers 1 -> 2, with a GPU more"), (False, "train actors 1 -> 2")])
+def test_where_training_limits_the_advice_is_another_worker(on_gpu, change):
     stages = [
         stage("preprocess", actors=8, busy_ms=4, cpu_ms=4, busy=0.5),
-        stage("train", actors=1, busy_ms=10, cpu_ms=1, gpu_percent=gpu),
+        stage("train", actors=1, busy_ms=10, cpu_ms=1, on_gpu=on_gpu),
     ]
     said = verdict(stages, 16, 95.0)
     assert said["stage"] == "train"
     assert said["advice"][0]["change"] == change and said["advice"][0]["predicted_images_per_s"] == pytest.approx(190)
+
+
+def test_what_ray_takes_of_the_cores_counts_where_it_is_measured():
+    stages = [stage("preprocess", actors=2, busy_ms=4.2, cpu_ms=3.0), stage("write", actors=2, busy_ms=1.5, cpu_ms=1.04)]
+    assert verdict(stages, 2, 430.0)["stage"] == "preprocess"
+    assert "The 2 cores limit" in verdict(stages, 2, 430.0, overhead_s=0.0004)["reason"]
 
 
 # --- the work alone: from when the last actor could begin, to the last output ---------------------------------------------

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import time
+import tomllib
 import venv
 from pathlib import Path
 
@@ -119,25 +121,31 @@ def cluster(bare_python):
 def test_ray_job_submit_with_nothing_of_raypipe_on_the_nodes(cluster, tmp_path):
     started, env = cluster
 
-    def submit(*arguments: str) -> subprocess.CompletedProcess:
-        command = [
-            "ray",
-            "job",
-            "submit",
-            "--address",
-            started.dashboard,
-            "--working-dir",
-            ".",
-            "--",
-            "python",
-            "jobs/preprocess.py",
-            *arguments,
-        ]
+    def ray_job(*arguments: str) -> subprocess.CompletedProcess:
+        command = ["ray", "job", arguments[0], "--address", started.dashboard, *arguments[1:]]
         return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
 
+    def submit(*arguments: str, more: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+        return ray_job("submit", *more, "--working-dir", ".", "--", "python", "jobs/preprocess.py", *arguments)
+
     out = tmp_path / "out"
-    done = submit("--input", "demo:60", "--output", str(out), "--actors", "2", "--writers", "1")
+    asked = ("--input", "demo:60", "--output", str(out), "--actors", "2", "--writers", "1", "--shard-rows", "5")
+    stopped = submit(*asked, "--store-ms", "400", more=("--no-wait", "--submission-id", "stopped"))
+    assert stopped.returncode == 0, stopped.stdout + stopped.stderr
+    ended = time.monotonic() + 300
+    while len(list(out.glob("_raypipe/journal/*.json"))) < 2:
+        assert time.monotonic() < ended, ray_job("logs", "stopped").stdout
+        time.sleep(0.1)
+    stopping = ray_job("stop", "stopped")
+    assert "was stopped" in stopping.stdout + stopping.stderr, stopping
+    said = " ".join(ray_job("logs", "stopped").stdout.split())
+    assert "Interrupted. The same command goes on from there" in said and "Traceback" not in said
+    before = 5 * len(list(out.glob("_raypipe/journal/*.json")))
+    assert 0 < before < 60
+
+    done = submit(*asked)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert f"Going on: {before} of 60 images are done already" in " ".join(done.stdout.split())
     assert "60 images in = 60 out + 0 rejected" in done.stdout
     assert len(list(out.glob("*.jpg"))) == 60
 
@@ -155,6 +163,9 @@ def test_cluster_yaml_is_what_ray_up_takes():
     config = yaml.safe_load((ROOT / "cluster.yaml").read_text())
     validate_config(fillout_defaults(config))
     assert config["available_node_types"][config["head_node_type"]]["resources"]["CPU"] == 0
+    installed = " ".join(config["setup_commands"])
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert [name for each in needed if (name := re.split(r"[\[<>=~]", each)[0]) not in installed] == []
     workers = {name: kind for name, kind in config["available_node_types"].items() if name != config["head_node_type"]}
     assert all(kind["min_workers"] <= kind["max_workers"] for kind in workers.values())
     assert sum(kind["max_workers"] for kind in workers.values()) <= config["max_workers"]
