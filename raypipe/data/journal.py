@@ -203,20 +203,20 @@ def check_writable(root: str, *, option: str = "--output") -> None:
         ) from error
 
 
-def put_settings(root: str, settings: dict, versions: dict) -> None:
-    """Record how the results in `root` are made."""
-    record = {"settings": settings, "versions": versions}
+def put_settings(root: str, settings: dict, versions: dict, *, endings: Iterable[str] = ()) -> None:
+    """Record how the results in `root` are made. `endings`: files that the run writes when its shards are done, which no entry names."""
+    record = {"settings": settings, "versions": versions, "endings": list(endings)}
     location.write(root, f"{STATE}/run.json", json.dumps(record, indent=2).encode())
 
 
-def clear(root: str, *, endings: Iterable[str] = ()) -> None:
-    """Delete the results that the journal names, and the run's state: what `--no-resume` does. Other files are left alone.
-
-    `endings`: files that such a run writes when its shards are done, which no entry names.
-    """
-    if _read_if_there(root, "run.json") is not None:
-        for file in endings:
-            location.delete(location.join(root, file))
+def clear(root: str) -> None:
+    """Delete the results that the journal and run.json name, and the run's state: what `--no-resume` does. Other files are left alone."""
+    try:
+        endings = json.loads(_read_if_there(root, "run.json") or b"{}").get("endings", [])
+    except (ValueError, AttributeError):  # damaged: what is not known to be ours stays
+        endings = []
+    for file in endings:
+        location.delete(location.join(root, file))
     for entry in read_entries(root, sorted(done_shards(root))):
         for file in entry.files:
             location.delete(location.join(root, file))

@@ -16,6 +16,7 @@ import re
 import shutil
 import threading
 import uuid
+from collections.abc import Iterator
 from urllib.parse import quote, unquote, unquote_to_bytes
 
 import pyarrow as pa
@@ -126,6 +127,33 @@ def _listed(folder: str, kind: fs.FileType) -> list[str]:
     system, path = filesystem(folder)
     found = system.get_file_info(fs.FileSelector(path, allow_not_found=True))
     return sorted(info.base_name for info in found if info.type == kind)
+
+
+def exists(location: str) -> bool:
+    """Whether there is a file. Raises one of ERRORS."""
+    if not is_remote(location):
+        return os.path.lexists(local_path(location))
+    system, path = filesystem(location)
+    return system.get_file_info(path).type == fs.FileType.File
+
+
+def below(folder: str) -> Iterator[str]:
+    """All files below a remote folder, by their paths relative to it; none if there is no such folder. Raises one of ERRORS."""
+    system, path = filesystem(folder)
+    for info in system.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True)):
+        if info.type == fs.FileType.File:
+            yield info.path[len(path) :].lstrip("/")
+
+
+def within(location: str, folder: str) -> bool:
+    """Whether `location` is `folder` or in it: of local ones what they really are, of remote ones what they are called."""
+    if is_remote(location) != is_remote(folder):
+        return False
+    if is_remote(location):
+        (one, inner), (other, outer) = filesystem(location), filesystem(folder)
+        return one == other and (inner == outer or inner.startswith(outer.rstrip("/") + "/"))
+    inner, outer = os.path.realpath(local_path(location)), os.path.realpath(local_path(folder))
+    return os.path.isdir(outer) and os.path.commonpath([inner, outer]) == outer
 
 
 def delete(location: str) -> None:

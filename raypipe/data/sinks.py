@@ -157,6 +157,11 @@ def _parquet(block: pa.Table) -> memoryview:
 # --- COCO annotations of what was written ----------------------------------------------------------------------------------
 
 
+def annotations_of(source: str) -> str:
+    """Where `write_annotations` puts what becomes of the COCO JSON `source`, relative to the output."""
+    return "annotations/" + posixpath.basename(path_of(source))
+
+
 def write_annotations(
     source: str,
     root: str,
@@ -194,7 +199,7 @@ def write_annotations(
     result = {**coco, "images": images}
     if "annotations" in coco:
         result["annotations"] = annotations
-    file = "annotations/" + posixpath.basename(path_of(source))
+    file = annotations_of(source)
     write(root, file, json.dumps(result).encode(), tmp=tmp)
     return file
 

@@ -130,12 +130,14 @@ def extend(work: pa.Table, source: pa.Table, *, rows_per_shard: int, taper: bool
     return pa.concat_tables([work, added])
 
 
+def in_shards(work: pa.Table, numbers: Set[int]) -> pa.Array:
+    """Of each row of `work`, whether its shard is among `numbers`."""
+    return pa.array(np.isin(work.column("shard").to_numpy(), np.fromiter(numbers, np.int64, len(numbers))))
+
+
 def remaining(work: pa.Table, done: Set[int]) -> pa.Table:
     """The rows of `work` whose shard is not among `done`."""
-    if not done:
-        return work
-    todo = ~np.isin(work.column("shard").to_numpy(), np.fromiter(done, np.int64, len(done)))
-    return work.filter(pa.array(todo))
+    return work.filter(pc.invert(in_shards(work, done))) if done else work
 
 
 def untouched(work: pa.Table, *, epoch: int, image_ids: pa.Array) -> pa.Table:

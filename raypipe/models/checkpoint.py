@@ -107,8 +107,9 @@ def about(folder: str) -> dict[str, Any] | None:
     return found
 
 
-def load(folder: str, *, device: str = "cpu") -> Checkpoint:
-    """Read a checkpoint back; tensors go to `device`.
+def load(folder: str) -> Checkpoint:
+    """Read a checkpoint back, into the CPU's memory: loading a state into a model copies it to where that is, and an optimizer's counts of steps,
+    which it leaves where they are, would on a GPU be waited for at every step.
 
     Raises:
         UsageError: there is none, it is of another version, or its files are not those that were written.
@@ -128,7 +129,7 @@ def load(folder: str, *, device: str = "cpu") -> Checkpoint:
                 f"the checkpoint before it."
             )
     try:
-        state = torch.load(io.BytesIO(data["state.pt"]), map_location=device, weights_only=True)
+        state = torch.load(io.BytesIO(data["state.pt"]), map_location="cpu", weights_only=True)
     except Exception as error:  # pickle's and zip's many; also what weights_only refuses
         raise UsageError(f"{location.join(folder, 'state.pt')} cannot be loaded safely: {location.one_line(error)}") from error
     return Checkpoint(

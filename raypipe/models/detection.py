@@ -18,7 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision.models import detection
-from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
+from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
+from torchvision.models.detection.fcos import FCOS
+from torchvision.models.detection.retinanet import RetinaNet
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.models.detection.ssd import SSD
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
@@ -221,7 +225,38 @@ def build(name: str, *, num_classes: int, arguments: Mapping[str, Any] | None = 
     transform = getattr(model, "transform", None)
     if isinstance(transform, GeneralizedRCNNTransform):
         model.transform = AsGiven(transform.size_divisible)
+    _keep_boxes_exact(model)
     return model
+
+
+def _keep_boxes_exact(model: nn.Module) -> None:
+    """Have boxes and scores stay float32 where the model computes in bfloat16.
+
+    torchvision makes anchors in the type of the feature maps, and boxes in that of the head's output. bfloat16 has 8 bits: beyond 256 pixels boxes
+    would stand on every second one; and non-maximum suppression, which tells classes apart by moving each class's boxes away from those of
+    the others, would throw together boxes of a class that are up to 128 pixels apart (80 classes, images of 300x300).
+    """
+    for module in model.modules():
+        if isinstance(module, (AnchorGenerator, DefaultBoxGenerator)):
+            module.register_forward_pre_hook(_for_float32_anchors)
+        if isinstance(module, (SSD, RetinaNet, FCOS, RegionProposalNetwork)):
+            module.head.register_forward_hook(_float32)
+        if isinstance(module, RoIHeads):
+            module.box_predictor.register_forward_hook(_float32)
+
+
+def _for_float32_anchors(_: nn.Module, given: tuple[Any, list[Tensor]]) -> tuple[Any, list[Tensor]]:
+    """Instead of the feature maps, of which anchors have the sizes, the device and the type: such of float32 that take no memory."""
+    images, maps = given
+    return images, [each.new_empty((), dtype=torch.float32).expand(each.shape) for each in maps]
+
+
+def _float32(_: nn.Module, given: Any, out: Any) -> Any:
+    if isinstance(out, Tensor):
+        return out.float()
+    if isinstance(out, dict):
+        return {name: _float32(_, given, each) for name, each in out.items()}
+    return type(out)(_float32(_, given, each) for each in out)
 
 
 def finish_of(recipe: Recipe) -> Finish:

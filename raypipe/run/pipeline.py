@@ -31,9 +31,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from raypipe import UsageError
 from raypipe.data import journal, location
 from raypipe.data.reader import Reader
-from raypipe.data.sinks import Sink, write_annotations
+from raypipe.data.sinks import Sink, annotations_of, write_annotations
 from raypipe.data.sources import list_images
-from raypipe.data.work import extend, make_work, remaining, shard_rows, shards, wanted_by
+from raypipe.data.work import extend, in_shards, make_work, remaining, shard_rows, shards, wanted_by
 from raypipe.images import backend as backend_module
 from raypipe.images import catalog
 from raypipe.images.decode import thumbnail
@@ -45,7 +45,7 @@ from raypipe.run.collector import Facts, start_collector
 from raypipe.run.control import Control
 from raypipe.run.meter import Meter, busy_cpu_s
 from raypipe.run.scaling import steer
-from raypipe.run.session import Pools, Session, hardware, ray_session, seated, size_pools, versions
+from raypipe.run.session import Pools, Session, check_shared, hardware, ray_session, seated, size_pools, versions
 from raypipe.run.settings import Settings, check_apart, check_free, deciding, image_folder, result_files
 from raypipe.stages import After
 from raypipe.stages.preprocess import TRIES, Preprocess, Preprocessing
@@ -115,7 +115,8 @@ def preprocessed(
         return dataset
     device = {"device": "cuda"} if after.gpu else {}
     resources = {"num_gpus": 1, "num_cpus": 0} if after.gpu else {"num_cpus": cpus_each}
-    return dataset.map_batches(
+    # map_batches is this one, but refuses GPUs without a number of rows; with one Ray Data would cut and join shards.
+    return dataset.map_batches_internal(
         after.actor,
         fn_constructor_kwargs={
             "sink": after.sink,
@@ -157,7 +158,10 @@ def plan(settings: Settings) -> Todo:
     source = wanted_by(listed, needs_boxes=recipe.needs_boxes, drops_crowds=recipe.drops_crowds)
     if not source.num_rows:
         raise UsageError(f"No image of {settings.input!r} has boxes, which recipe {recipe.name} needs. Give --annotations.")
-    return left_to_do(settings, recipe, source, deciding(settings, recipe), files=partial(result_files, settings))
+    annotations = (annotations_of(settings.annotations),) if settings.annotations is not None else ()
+    return left_to_do(
+        settings, recipe, source, deciding(settings, recipe), files=partial(result_files, settings), endings=annotations
+    )
 
 
 def left_to_do(
@@ -174,7 +178,7 @@ def left_to_do(
     Args:
         decides: what decides the results, JSON types: an output made with other is refused.
         files: gives the files that a table of work becomes, relative to the output.
-        endings: files directly in the output that are written when all shards are done.
+        endings: files of the output that are written when all shards are done.
 
     Raises:
         UsageError: the output is of another run, or cannot be used. Nothing was changed.
@@ -187,7 +191,7 @@ def left_to_do(
         work = make_work(source, **cut)
         return Todo(recipe=recipe, work=work, left=work, endings=endings)
     if not settings.resume:
-        journal.clear(root, endings=endings)
+        journal.clear(root)
     going_on = journal.check_settings(root, decides)
     stored = journal.read_work(root) if going_on else None
     if stored is None:
@@ -195,12 +199,18 @@ def left_to_do(
         check_free(root, [*endings, *files(work)])
         journal.check_writable(root)
     else:
-        work = extend(stored, source, **cut)
+        # A shard that is not done loses the rows that the input does not have now: done without them it would count as done. Should they come
+        # back, they get a shard of their own.
+        kept = pc.or_(
+            in_shards(stored, journal.done_shards(root)),
+            pc.is_in(stored.column("image_id"), source.column("image_id").combine_chunks()),
+        )
+        work = extend(stored.filter(kept), source, **cut)
         here = work.filter(pc.is_in(work.column("image_id"), source.column("image_id").combine_chunks()))
-    if stored is None or work.num_rows > stored.num_rows:
+    if stored is None or not work.equals(stored):
         journal.put_work(root, work)
     if not going_on:
-        journal.put_settings(root, decides, versions())
+        journal.put_settings(root, decides, versions(), endings=endings)
     return Todo(recipe=recipe, work=here, left=remaining(here, journal.done_shards(root)), endings=endings)
 
 
@@ -359,7 +369,12 @@ def carry_out(
             markup=False,
         )
         written, rejected = _journaled(settings, todo)
-        if settings.output is not None and not set(todo.endings) <= set(location.names(settings.output)):
+        if lost := total - len(written) - len(rejected):
+            raise UsageError(
+                f"The journal in {settings.output} says that all shards are done, but its entries have {lost} of {total} images neither as written nor as "
+                f"rejected: somebody changed it, or it is a defect of raypipe. --no-resume does all of them again."
+            )
+        if not all(location.exists(location.join(str(settings.output), file)) for file in todo.endings):
             job.conclude(written)  # the run that did the last shard was killed before it could
         return Outcome(report=None, rejected=rejected, rows=total)
     if left < total:
@@ -466,14 +481,15 @@ def _execute(
         "read_ms": settings.read_ms,
         "store_ms": settings.store_ms,
     }
-    timing = None
-    if job.auto:
-        timing = probes.start(probes.Probe(rows=todo.left, settings=job.pixels, after=after, **how))
+    probe = probes.Probe(rows=todo.left, settings=job.pixels, after=after, **how) if job.auto else None
+    timing = probes.start(probe) if probe else None
     console.print("Starting Ray ..." if not os.environ.get("RAY_ADDRESS") else "Joining Ray ...")
     try:
         with ray_session(settings, after=after) as session:
             costs = probes.finish(timing) if timing else None
             after = after and seated(after, session)
+            if after is not None and session.nodes > 1 and not location.is_remote(after.sink.root):
+                check_shared(location.join(after.sink.root, f"{journal.STATE}/run.json"), option=f"--output {settings.output!r}")
             pools = size_pools(settings, costs, session, images=left, after=after)
             facts = Facts(
                 input=settings.input,
@@ -510,8 +526,8 @@ def _execute(
             wall_s = time.perf_counter() - begun
             snapshot, cpu_percent = collected(collector, since=machine)
     finally:
-        if timing is not None:
-            timing.kill()
+        if probe is not None and timing is not None:
+            probes.end(timing, probe)
     return _Executed(
         session=session,
         after=after,

@@ -51,7 +51,7 @@ class Probe:
 
 
 def start(probe: Probe) -> subprocess.Popen[bytes]:
-    """Begin timing."""
+    """Begin timing; `end` is for whatever happens meanwhile."""
     # Own ops live in modules that this process finds.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
     process = subprocess.Popen(
@@ -78,7 +78,15 @@ def started(probe: Probe) -> Iterator[subprocess.Popen[bytes]]:
     try:
         yield process
     finally:
-        process.kill()
+        end(process, probe)
+
+
+def end(process: subprocess.Popen[bytes], probe: Probe) -> None:
+    """It is over, and what it has stored is deleted, which it cannot do itself when it is killed."""
+    process.kill()
+    process.wait()
+    if probe.after is not None:
+        location.delete_folder(_folder(probe.after.sink))
 
 
 def finish(process: subprocess.Popen[bytes]) -> list[StageCost] | None:

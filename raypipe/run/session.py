@@ -6,7 +6,7 @@ import platform
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -24,6 +24,9 @@ from raypipe.stages import After
 
 ACTOR_BYTES = {"opencv": 250 * 10**6, "torchvision": 600 * 10**6}
 """Memory that an actor has before it has an image (measured: resident, libraries included)."""
+
+REST_BYTES = 1500 * 10**6
+"""Memory for the driver, Ray's own processes and the system, beside the actors."""
 
 ROOM = 0.6
 """Share of a machine's memory that actors may take of themselves; the rest is for the object store and others."""
@@ -76,6 +79,11 @@ def beside_driver() -> dict[str, Any]:
     return {"num_cpus": 0, "scheduling_strategy": here}
 
 
+def memory_for(actors: Iterable[tuple[int, str]]) -> int:
+    """Bytes of memory that so many actors, each with these libraries, take with all that a run has beside them."""
+    return sum(count * ACTOR_BYTES[libraries] for count, libraries in actors) + REST_BYTES
+
+
 def room_here(settings: Settings, after: After | None = None) -> int:
     """How many actors this machine has memory for; more than cores, as those that wait need none.
 
@@ -85,9 +93,9 @@ def room_here(settings: Settings, after: After | None = None) -> int:
     memory = psutil.virtual_memory().total
     stages = [(settings.actors, settings.backend)] + ([(after.actors, after.libraries)] if after else [])
     room = max(int(ROOM * memory / max(ACTOR_BYTES[libraries] for _, libraries in stages)), 2)
-    asked = [(count, ACTOR_BYTES[libraries]) for count, libraries in stages if count != "auto"]
-    needed = sum(count * each for count, each in asked)
-    if needed > memory:
+    asked = [(count, libraries) for count, libraries in stages if count != "auto"]
+    needed = memory_for(asked)
+    if needed > memory and asked:
         actors, options = _named(settings.actors, after.actors if after else None, after)
         raise UsageError(
             f"{actors} need about {needed / 1e9:.0f} GB of memory; this machine has {memory / 1e9:.0f} GB and {cores_here()} cores. Ask for "
@@ -172,10 +180,34 @@ def size_pools(
     return Pools(actors=counts["preprocess"], after=counts[after.name] if after else 0)
 
 
+def check_shared(file: str, *, option: str) -> None:
+    """Raises UsageError where a node of the cluster does not see `file`, a local one of this node, which is where the user's `option` is."""
+    sees = ray.remote(num_cpus=0)(os.path.exists)
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    where = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
+    blind = sum(not seen for seen in ray.get([sees.options(scheduling_strategy=on).remote(file) for on in where]))
+    if blind:
+        raise UsageError(
+            f"{option} is a folder of this node, and {blind} of the cluster's {len(nodes)} nodes do not see it: what they wrote would stay with them, "
+            f"unknown to the run. Nothing was started. Give a folder that all of them share, or s3:// or gs://."
+        )
+
+
 ENDING = threading.Lock()
 """Held while a session's Ray ends, and by whoever asks it something from another thread: asked after its end, Ray would start another by itself."""
 
-_open: list[Session] = []  # those that this process is in: of runs that share one, the outermost
+
+@dataclass(frozen=True, kw_only=True)
+class _Open:
+    session: Session
+    ours: bool  # Ray ends with it
+    thread: int  # that opened it
+    ending: Any  # what SIGTERM did before
+
+
+_open: list[_Open] = []  # the one that this process is in: of runs that share one, the outermost
+_OPENING = threading.Lock()
+"""Held while it is opened or closed."""
 
 
 @contextmanager
@@ -189,11 +221,29 @@ def ray_session(settings: Settings, *, after: After | None = None, beside: int =
         beside: CPUs that others than these actors take: the workers of a training.
 
     Raises:
-        UsageError: there is no cluster at RAY_ADDRESS, or no memory here for the actors asked for.
+        UsageError: there is no cluster at RAY_ADDRESS, no memory here for the actors asked for, or another run of this process has a Ray of
+            its own.
     """
-    if _open:
-        yield _open[0]
-        return
+    with _OPENING:
+        inner = bool(_open)
+        if not inner:
+            _open.append(_opened(settings, after, beside))
+        elif _open[0].ours and _open[0].thread != threading.get_ident():
+            raise UsageError(
+                "Another run of this process is going on, with a Ray that ends with it. Wait for it (`run.wait()`), start this one in a process "
+                "of its own, or call ray.init() before both."
+            )
+        opened = _open[0]
+    try:
+        yield opened.session
+    finally:
+        if not inner:
+            with _OPENING:
+                _open.clear()
+                _end(ours=opened.ours, ending=opened.ending)
+
+
+def _opened(settings: Settings, after: After | None, beside: int) -> _Open:
     joined = bool(os.environ.get("RAY_ADDRESS")) or ray.is_initialized()
     ours = not ray.is_initialized()
     dashboard = None
@@ -226,18 +276,20 @@ def ray_session(settings: Settings, *, after: After | None = None, beside: int =
         # instead would have Ray start an idle process for each of them.
         at_most, each = (cpus, 1.0) if joined else (room, int(10_000 * cores / room) / 10_000)
         gpus = int(ray.cluster_resources().get("GPU", 0))
-        _open.append(
-            Session(at_most=at_most, cpus_each=each, cores=cores, nodes=nodes, joined=joined, dashboard=dashboard, gpus=gpus)
-        )
-        yield _open[0]
-    finally:
-        _open.clear()
-        if ours:
-            # After Ctrl-C Ray would say of every task under way that it will be retried, which it will not.
-            with without_rays_lines(), ENDING:
-                ray.shutdown()
-        if ending is not None:
-            signal.signal(signal.SIGTERM, ending)
+        session = Session(at_most=at_most, cpus_each=each, cores=cores, nodes=nodes, joined=joined, dashboard=dashboard, gpus=gpus)
+    except BaseException:
+        _end(ours=ours, ending=ending)
+        raise
+    return _Open(session=session, ours=ours, thread=threading.get_ident(), ending=ending)
+
+
+def _end(*, ours: bool, ending: Any) -> None:
+    if ours:
+        # After Ctrl-C Ray would say of every task under way that it will be retried, which it will not.
+        with without_rays_lines(), ENDING:
+            ray.shutdown()
+    if ending is not None:
+        signal.signal(signal.SIGTERM, ending)
 
 
 def _end_by_sigterm() -> Any:

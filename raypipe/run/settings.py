@@ -105,12 +105,9 @@ def deciding(settings: Settings, recipe: Recipe) -> dict[str, Any]:
 
 def check_apart(settings: Settings) -> None:
     """Raises UsageError where results would overwrite what they are made from, or be taken for input the next time."""
-    if settings.output is None or settings.input.startswith("demo") or location.is_remote(settings.input):
+    if settings.output is None or settings.input.startswith("demo"):
         return
-    if location.is_remote(settings.output):
-        return
-    source, output = os.path.realpath(settings.input), os.path.realpath(settings.output)
-    if os.path.isdir(source) and os.path.commonpath([source, output]) == source:
+    if location.within(settings.output, settings.input):
         raise UsageError(
             f"--output {settings.output!r} is the input folder {settings.input!r} or in it: results would overwrite originals, or be taken "
             f"for input by the next run. Nothing was started. Give a folder beside it."
@@ -126,13 +123,18 @@ def result_files(settings: Settings, work: pa.Table) -> Iterator[str]:
 
 def check_free(output: str, files: Iterable[str]) -> None:
     """Raises UsageError where a first run would overwrite one of `files`, relative to `output`, that is no result of raypipe."""
-    if location.is_remote(output) or not os.path.isdir(root := location.local_path(output)):
-        return
-    for file in files:
-        if os.path.lexists(path := os.path.join(root, file)):
-            raise UsageError(
-                f"{path} exists and is no result of an earlier run: it would be overwritten. Nothing was started. Give an --output without it."
-            )
+    if location.is_remote(output):
+        there = set(location.below(output))  # one listing, not a question an image
+        taken = [file for file in files if file in there]
+    elif os.path.isdir(root := location.local_path(output)):
+        taken = [file for file in files if os.path.lexists(os.path.join(root, file))]
+    else:
+        taken = []
+    for file in taken:
+        raise UsageError(
+            f"{location.join(output, file)} exists and is no result of an earlier run: it would be overwritten. Nothing was started. Give an "
+            f"--output without it."
+        )
 
 
 def image_folder(settings: Settings) -> str:

@@ -7,6 +7,7 @@
 A point's run is told to begin when all its actors are there: what is measured is work, not the start of processes.
 """
 
+import os
 import random
 import shlex
 import sys
@@ -21,6 +22,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
+import ray
 import torch
 from ray.data import DataContext
 from rich.console import Console
@@ -32,7 +34,7 @@ from raypipe.data.reader import Reader
 from raypipe.insight import planner, talk
 from raypipe.insight.claims import STAGES, Finding, Where, findings
 from raypipe.run import pipeline, training
-from raypipe.run.session import Session, cores_here, processor, ray_session, versions
+from raypipe.run.session import Session, cores_here, memory_for, processor, ray_session, versions
 from raypipe.run.settings import Settings as Preprocess
 from raypipe.run.settings import check_apart
 
@@ -456,7 +458,9 @@ def _going_on(settings: Settings) -> bool:
     return there[root]
 
 
-def leave(settings: Settings, rows: Sequence[Mapping[str, Any]], *, gpus: int, command: str) -> list[Finding]:
+def leave(
+    settings: Settings, rows: Sequence[Mapping[str, Any]], *, gpus: int, command: str, left_out: Sequence[str] = ()
+) -> list[Finding]:
     """Write the table and the page of what was measured so far."""
     where = Where(cores=rows[0]["cores"], gpus=gpus, read_ms=settings.read_ms, store_ms=settings.store_ms)
     days = sorted({row["at"][:10] for row in rows})
@@ -471,6 +475,7 @@ def leave(settings: Settings, rows: Sequence[Mapping[str, Any]], *, gpus: int, c
             "memory_bytes": psutil.virtual_memory().total,
             "processor": processor(),
             "gpus": gpus,
+            **({"no_memory_for": list(left_out)} if left_out else {}),
         },
     }
     put_results(settings.output, rows)
@@ -489,7 +494,8 @@ def run(settings: Settings, *, console: Console) -> Swept:
         KeyboardInterrupt: what was measured is kept, and the same settings go on.
     """
     settings.check()
-    largest = settings.preprocess(_largest(settings), output=settings.output)
+    joined = bool(os.environ.get("RAY_ADDRESS")) or ray.is_initialized()
+    largest = settings.preprocess(_largest(settings, joined=joined), output=settings.output)
     check_apart(largest)
     looked = pipeline.plan(replace(largest, output=None))
     if settings.train:
@@ -506,7 +512,12 @@ def run(settings: Settings, *, console: Console) -> Swept:
     with ray_session(largest, after=writing, beside=beside) as session, _together():
         gpus = session.gpus
         points = grid(settings, cores=session.cores, gpus=gpus)
-        _check_room(settings, session)
+        if joined:
+            _check_room(settings, session)
+        left_out = [] if joined else [str(point) for point in points if not point.repeat and not _fits(point)]
+        if left_out:
+            points = [point for point in points if _fits(point)]
+            console.print(f"Left out for want of memory: {'; '.join(left_out)}.", highlight=False)
         done = {_is_of(row) for row in rows}
         left = [point for point in points if point not in done]
         if len(left) < len(points):
@@ -525,26 +536,34 @@ def run(settings: Settings, *, console: Console) -> Swept:
         except Failed as error:
             failure = str(error)
         finally:
-            found = leave(settings, rows, gpus=gpus, command=command) if rows else []
+            found = leave(settings, rows, gpus=gpus, command=command, left_out=left_out) if rows else []
     warning = talk.disturbed(rows, Where(cores=session.cores))
     return Swept(findings=found, warning=warning, failure=failure)
 
 
-def _largest(settings: Settings) -> Point:
-    """A point with the most actors of each kind, on the library that needs most memory."""
-    most = max(settings.actors)
-    writers = {"none": 0, "one": 1, "same": most}
-    return Point(
-        kind="preprocess",
-        backend="torchvision" if "torchvision" in settings.backends else "opencv",
-        actors=max(most, *settings.train_actors) if settings.train else most,
-        writers=max(writers[writing] for writing in settings.writers),
-        threads=1,
-    )
+def _largest(settings: Settings, *, joined: bool) -> Point:
+    """The point with the most actors, of those that this machine has the memory for; of a cluster that is joined this is not known."""
+    writers = {"none": lambda actors: 0, "one": lambda actors: 1, "same": lambda actors: actors}
+    counts = [(actors, writers[writing](actors)) for actors in settings.actors for writing in settings.writers]
+    counts += [(actors, 0) for actors in settings.train_actors] if settings.train else []
+    points = [
+        Point(kind="preprocess", backend=backend, actors=actors, writers=also, threads=1)
+        for backend in settings.backends
+        for actors, also in counts
+    ]
+    return max((point for point in points if joined or _fits(point)), default=min(points, key=_actors), key=_actors)
+
+
+def _actors(point: Point) -> int:
+    return point.actors + point.writers
+
+
+def _fits(point: Point) -> bool:
+    return memory_for([(_actors(point), point.backend)]) <= psutil.virtual_memory().total
 
 
 def _check_room(settings: Settings, session: Session) -> None:
-    most = _largest(settings)
+    most = _largest(settings, joined=True)
     if most.actors + most.writers > session.at_most:
         raise UsageError(
             f"The largest point has {most.actors} actors and {most.writers} writers, but the cluster has {session.at_most} CPUs, one each. "

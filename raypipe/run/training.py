@@ -583,7 +583,7 @@ def _attempt(
         run_config=ray.train.RunConfig(
             name=name,
             **(remote or {"storage_path": storage}),
-            failure_config=ray.train.FailureConfig(max_failures=0),
+            failure_config=ray.train.FailureConfig(max_failures=0, max_preemption_failures=0),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=settings.keep),
         ),
         datasets=datasets,

@@ -210,7 +210,7 @@ def trainable(row: Row) -> tuple[np.ndarray, np.ndarray]:
 
 def uses_bf16(amp: str, device: torch.device) -> bool:
     """Whether the model computes in bfloat16 on `device`, by a training's setting: on, off, or auto, where a GPU has it."""
-    return amp == "on" or (amp == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
+    return amp == "on" or (amp == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 # Not inference_mode: anchors that a model keeps between calls would then be tensors that training must not touch.

@@ -70,7 +70,7 @@ def load(folder: str, device: torch.device) -> tuple[nn.Module, Classes, str]:
     Raises:
         UsageError: it is no checkpoint, or its weights are not of the model that it names.
     """
-    kept = checkpoints.load(folder, device=str(device))
+    kept = checkpoints.load(folder)
     classes = Classes(tuple(kept.settings["classes"]))
     named = kept.settings["model"]
     model = detection.build(named["name"], num_classes=len(classes) + 1, arguments=named["arguments"]).to(device)

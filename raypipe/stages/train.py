@@ -102,15 +102,17 @@ class Assignment:
 class Feed:
     """Prepares items ahead in a thread; what goes wrong there is raised here."""
 
-    def __init__(self, items: Iterator[Batch], prepare: Callable[[Batch], Placed]):
+    def __init__(self, items: Iterator[Batch], prepare: Callable[[Batch], Placed], device: torch.device):
         self._queue: queue.Queue[Placed | BaseException | None] = queue.Queue(PREFETCHED)
         self._next: Placed | None = None
         self._ended = self._closed = False
-        self._thread = threading.Thread(target=self._fill, args=(items, prepare), daemon=True, name="raypipe-feed")
+        self._thread = threading.Thread(target=self._fill, args=(items, prepare, device), daemon=True, name="raypipe-feed")
         self._thread.start()
 
-    def _fill(self, items: Iterator[Batch], prepare: Callable[[Batch], Placed]) -> None:
+    def _fill(self, items: Iterator[Batch], prepare: Callable[[Batch], Placed], device: torch.device) -> None:
         try:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)  # which is of the thread: else every rank would have a context on the first GPU too
             for item in items:
                 self._queue.put(prepare(item))
                 if self._closed:  # else it would hold batches, and the execution behind them, for ever
@@ -295,7 +297,7 @@ class Worker:
         if assignment.resume is None:
             self._seed_rank()
         else:
-            self._restore(checkpoints.load(assignment.resume, device=str(device)))
+            self._restore(checkpoints.load(assignment.resume))
         if training.compile:
             # The backbone is nearly all of the arithmetic; the rest of a detection model has shapes that differ from image to image.
             getattr(self._model, "backbone", self._model).compile()
@@ -307,7 +309,7 @@ class Worker:
         self._placer = Placer(device, training.finish, training.classes)  # of what is judged on, which actors have done whole
         share = training.batch_size // peers.size + (peers.rank < training.batch_size % peers.size)
         self._share = max(share, 1)
-        self._feed = Feed(batches(blocks, self._share), self._train_placer)
+        self._feed = Feed(batches(blocks, self._share), self._train_placer, device)
         self._amp = uses_bf16(training.amp, device)
         self._gpu = GpuMeter(device)
         assignment.meter.start(self._gpu)

@@ -54,7 +54,8 @@ def test_other_settings_are_refused_with_each_difference_shown(tmp_path):
 def test_clear_deletes_what_the_journal_names_and_nothing_else(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"result")
     (tmp_path / "mine.jpg").write_bytes(b"the user's own")
-    journal.put_settings(str(tmp_path), {}, {})
+    (tmp_path / "all.json").write_bytes(b"result")
+    journal.put_settings(str(tmp_path), {}, {}, endings=["all.json"])
     journal.put_entry(str(tmp_path), entry(3))
     journal.clear(str(tmp_path))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.jpg"]

@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
 
 from raypipe import UsageError
 from raypipe.models import detection
@@ -53,6 +54,24 @@ def test_a_model_trains_and_finds_boxes_within_the_image(name):
     assert result["boxes"].shape[1] == 4
     assert ((result["boxes"] >= 0) & (result["boxes"] <= torch.tensor([width, height, width, height]))).all()
     assert ((result["labels"] >= 1) & (result["labels"] <= 3)).all()
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in LIGHT else pytest.mark.slow) for name in MODELS])
+def test_boxes_and_scores_are_float32_where_the_model_computes_in_bfloat16(name):
+    torch.manual_seed(0)
+    arguments = {"box_score_thresh" if name.startswith("faster") else "score_thresh": 0.0}
+    model = build(name, num_classes=91, arguments=arguments).eval()
+    image = torch.randn(3, *((300, 300) if name == "ssd300_vgg16" else (320, 320)))
+    seen = []
+    for module in model.modules():
+        if isinstance(module, (AnchorGenerator, DefaultBoxGenerator)):
+            module.register_forward_hook(lambda module, given, out: seen.append(out))
+    with torch.no_grad():
+        model([image])
+        with torch.autocast("cpu", torch.bfloat16):
+            found = model([image])[0]
+    assert torch.equal(seen[0][0], seen[1][0]) and seen[1][0].dtype == torch.float32
+    assert found["boxes"].dtype == found["scores"].dtype == torch.float32
 
 
 def test_images_of_different_sizes_are_padded_with_zeros_and_keep_their_memory_layout():

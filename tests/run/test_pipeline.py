@@ -1,20 +1,24 @@
 import contextlib
+import json
 import threading
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import psutil
+import pyarrow as pa
 import pytest
 from rich.console import Console
 
 from raypipe import UsageError
+from raypipe.data import journal, location
 from raypipe.data.sinks import FORMATS, Sink
 from raypipe.data.sources import Reader
 from raypipe.data.work import shards
 from raypipe.images import catalog
 from raypipe.images.recipe import Recipe, Resize
-from raypipe.run.pipeline import plan, run, verdict_on
+from raypipe.run.pipeline import plan, preprocessed, run, verdict_on, writing
+from raypipe.run.session import Pools
 from raypipe.run.settings import Settings
 from raypipe.stages.preprocess import Preprocessing, pixels, preprocess_shard
 from raypipe.stages.write import write_block
@@ -110,6 +114,48 @@ def test_other_settings_into_the_same_output_are_refused_and_no_resume_starts_ag
     assert {Path(name).suffix for name in files(tmp_path / "out")} == {".png"}
 
 
+def pretend_done(root: Path, shard: pa.Table) -> None:
+    """What the journal has of a shard that a writer is done with."""
+    rows = shard.to_pylist()
+    written = [journal.Written(image_id=row["image_id"], file=row["name"] + ".jpg", height=300, width=300) for row in rows]
+    number = rows[0]["shard"]
+    journal.put_entry(
+        str(root), journal.Entry(epoch=0, shard=number, written=written, rejected=[], files=[w.file for w in written], bytes=1)
+    )
+
+
+def test_images_that_are_missing_for_one_run_are_done_when_they_are_back(photos, tmp_path):
+    wanted = settings(input=photos, output=tmp_path / "out")  # 60 images, 7 a shard
+    *most, last = shards(plan(wanted).left)
+    for shard in most:
+        pretend_done(tmp_path / "out", shard)
+    (less,) = shards(plan(replace(wanted, limit=58)).left)
+    assert last.num_rows == 4 and less.num_rows == 2
+    pretend_done(tmp_path / "out", less)
+    left = plan(wanted).left
+    assert set(left.column("image_id").to_pylist()) == set(last.column("image_id").to_pylist()) - set(
+        less.column("image_id").to_pylist()
+    )
+    for shard in shards(left):
+        pretend_done(tmp_path / "out", shard)
+    assert plan(wanted).left.num_rows == 0
+
+
+def test_a_journal_that_has_lost_images_is_not_taken_for_done(photos, tmp_path):
+    wanted = settings(input=photos, output=tmp_path / "out")
+    for shard in shards(plan(wanted).left):
+        pretend_done(tmp_path / "out", shard.slice(1) if shard.column("shard")[0].as_py() == 3 else shard)
+    with pytest.raises(UsageError, match="its entries have 1 of 60 images neither as written nor as rejected"):
+        run(wanted, console=quiet())
+
+
+def test_a_stage_on_gpus_can_be_built_on_a_machine_without(session, photos):
+    todo = plan(settings(input=photos))
+    on_gpu = replace(writing(settings(input=photos, output="out"), todo.recipe), gpu=True)
+    given = Preprocessing(recipe=todo.recipe, backend="opencv")
+    preprocessed(todo.work, given, pools=Pools(actors=1, after=1), after=on_gpu, run_id="never-run")  # raises nothing
+
+
 def kill_workers(title: str, times: int, stop: threading.Event, killed: list[int]) -> None:
     """SIGKILL processes of our own Ray that have `title` in their command line, `times` of them, some time apart."""
     while len(killed) < times and not stop.wait(0.7):
@@ -159,6 +205,21 @@ def test_an_image_that_kills_its_process_is_rejected_and_its_shard_is_delivered(
     assert outcome.report["images_out"] == 60 == len(files(tmp_path / "out"))
 
 
+def test_on_s3_too_results_never_go_where_the_input_is_nor_over_what_is_none(photos, bucket):
+    for name in ("a/000.jpg", "a/001.jpg"):
+        location.write(bucket("in"), name, (photos / name).read_bytes())
+    before = set(location.below(bucket("in")))
+    for output in ("in", "in/results"):
+        with pytest.raises(UsageError, match="is the input folder"):
+            plan(settings(input=bucket("in"), output=bucket(output)))
+    location.write(bucket("out"), "a/001.jpg", b"the user's own")
+    with pytest.raises(UsageError, match=r"a/001\.jpg.* exists and is no result"):
+        plan(settings(input=bucket("in"), output=bucket("out")))
+    assert set(location.below(bucket("in"))) == before == {"a/000.jpg", "a/001.jpg"}
+    assert set(location.below(bucket("out"))) == {"a/001.jpg"}
+    assert plan(settings(input=bucket("in"), output=bucket("fresh"))).left.num_rows == 2
+
+
 @pytest.mark.parametrize("output", [".", "results/deep"])
 def test_results_never_go_where_the_input_is(photos, output):
     before = files(photos)
@@ -173,6 +234,23 @@ def test_a_file_that_is_no_result_is_never_overwritten(photos, tmp_path):
     with pytest.raises(UsageError, match=r"a/003\.jpg exists and is no result"):
         plan(settings(input=photos, output=tmp_path / "out"))
     assert not (tmp_path / "out/_raypipe").exists()
+
+
+def test_the_users_annotations_are_never_overwritten_nor_deleted(photos, tmp_path):
+    own = tmp_path / "annotations/boxes.json"
+    own.parent.mkdir()
+    images = [{"id": 1, "file_name": "a/000.jpg", "height": 101, "width": 151}]
+    own.write_text(json.dumps({"images": images, "annotations": [], "categories": []}))
+    content = own.read_text()
+    wanted = settings(input=photos, annotations=own, output=tmp_path, format="parquet")
+    for resume in (True, False):
+        with pytest.raises(UsageError, match=r"annotations/boxes\.json exists and is no result"):
+            plan(replace(wanted, resume=resume))
+    # An earlier run that had no annotations has written none: --no-resume deletes none.
+    journal.put_settings(str(tmp_path), {"recipe": "coco-300"}, {})
+    with pytest.raises(UsageError, match="exists and is no result"):
+        plan(replace(wanted, resume=False))
+    assert own.read_text() == content
 
 
 @pytest.mark.parametrize(

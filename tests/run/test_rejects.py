@@ -167,7 +167,8 @@ def test_bad_boxes_reject_their_image_alone(session, tmp_path):
     outcome = run(wanted, console=quiet())
     assert {row.image_id: row.reason for row in outcome.rejected} == {"2": "bad boxes", "3": "bad boxes", "4": "bad boxes"}
     assert sorted(files(tmp_path / "out")) == ["annotations/instances.json", "in/good.jpg", "in/sticks-out.jpg"]
-    written = json.loads((tmp_path / "out/annotations/instances.json").read_text())
+    annotations = tmp_path / "out/annotations/instances.json"
+    written = json.loads(annotations.read_text())
     assert [(image["id"], image["file_name"], image["height"], image["width"]) for image in written["images"]] == [
         (0, "good.jpg", 300, 300),
         (1, "sticks-out.jpg", 300, 300),
@@ -177,3 +178,7 @@ def test_bad_boxes_reject_their_image_alone(session, tmp_path):
         100: pytest.approx([18.75, 25, 37.5, 50]),
         101: pytest.approx([281.25, 275, 18.75, 25]),
     }
+    content = annotations.read_bytes()
+    annotations.unlink()  # as if the run had been killed when its last shard was done
+    assert run(wanted, console=quiet()).report is None
+    assert annotations.read_bytes() == content

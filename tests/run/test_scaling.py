@@ -153,6 +153,11 @@ def test_a_run_that_has_ended_says_so_and_no_other_ray_is_started_to_ask_it():
         from raypipe.run.settings import Settings
 
         run = start(Settings(input="demo:40", actors=1), console=Console(quiet=True))
+        other = start(Settings(input="demo:60", actors=1), console=Console(quiet=True))
+        try:
+            other.wait()
+        except UsageError as error:
+            print(error)
         while True:
             try:
                 run.live()
@@ -164,4 +169,5 @@ def test_a_run_that_has_ended_says_so_and_no_other_ray_is_started_to_ask_it():
     """
     asked = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
     assert asked.returncode == 0, asked.stderr
+    assert "Another run of this process is going on" in asked.stdout
     assert "has ended" in asked.stdout and asked.stdout.split()[-1] == "False"

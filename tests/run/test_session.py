@@ -6,7 +6,7 @@ from raypipe import UsageError
 from raypipe.images import catalog
 from raypipe.insight.planner import StageCost
 from raypipe.run.pipeline import writing
-from raypipe.run.session import Pools, Session, ray_session, room_here, seated, size_pools
+from raypipe.run.session import Pools, Session, check_shared, ray_session, room_here, seated, size_pools
 from raypipe.run.settings import Settings
 
 CLUSTER = Session(at_most=16, cpus_each=1.0, cores=16, nodes=4, joined=True, dashboard=None)
@@ -43,10 +43,17 @@ def test_more_than_a_cluster_has_is_refused_before_starting_with_the_numbers():
 
 def test_a_machine_of_our_own_has_room_for_more_actors_than_cores_and_not_for_more_than_memory():
     assert room(settings(actors=6, writers=2)) >= 8
-    with pytest.raises(UsageError, match=r"50000 preprocess actors and 2 writers need about 12500 GB"):
+    with pytest.raises(UsageError, match=r"50000 preprocess actors and 2 writers need about 12502 GB"):
         room(settings(actors=50000, writers=2))
-    with pytest.raises(UsageError, match=r"50000 preprocess actors and auto writers need about 12500 GB"):
+    with pytest.raises(UsageError, match=r"50000 preprocess actors and auto writers need about 12502 GB"):
         room(settings(actors=50000))
+
+
+def test_a_folder_that_only_the_drivers_node_has_is_no_output_for_a_cluster(session, tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    check_shared(str(tmp_path / "run.json"), option="--output 'out'")
+    with pytest.raises(UsageError, match=r"--output 'out' is a folder of this node, and 1 of the cluster's 1 nodes do not see it"):
+        check_shared(str(tmp_path / "elsewhere/run.json"), option="--output 'out'")
 
 
 def test_auto_gives_each_stage_what_its_timing_asks_for():

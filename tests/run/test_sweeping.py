@@ -91,6 +91,14 @@ def test_each_actor_of_the_largest_point_gets_several_shards_and_a_small_grid_ca
     assert Settings(input="demo", output="out", shard_rows=5).rows == 5
 
 
+def test_points_without_memory_for_their_actors_are_left_out_on_a_machine_of_our_own():
+    wanted = Settings(input="demo", output="out", actors=(2, 100_000))
+    assert sweeping._largest(wanted, joined=True).actors == 100_000
+    largest = sweeping._largest(wanted, joined=False)
+    assert (largest.actors, largest.writers) == (2, 2)
+    assert {sweeping._fits(point) for point in grid(wanted, cores=2, gpus=0)} == {True, False}
+
+
 @pytest.fixture(scope="module")
 def swept(session, tmp_path_factory) -> Path:
     """A folder with the results of the smallest sweep that has all kinds of points."""

@@ -149,7 +149,7 @@ def test_what_goes_wrong_ahead_is_raised_where_batches_are_taken():
         yield from batches([block(0, range(2))], 2)
         raise OSError("the store is gone")
 
-    feed = Feed(broken(), Placer(torch.device("cpu"), Finish(), Classes((5,))))
+    feed = Feed(broken(), Placer(torch.device("cpu"), Finish(), Classes((5,))), torch.device("cpu"))
     assert ids(feed.peek().batch) == ids(feed.take().batch) == ["i0", "i1"]
     with pytest.raises(OSError, match="the store is gone"):
         feed.peek()
