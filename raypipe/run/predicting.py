@@ -45,7 +45,7 @@ class Settings:
     input: str
     """Folder, glob, file, tar or Parquet files, local or s3:// gs://; or demo, demo:COUNT."""
     output: str
-    """Where results go: predictions.json, predictions/, and with --draw drawn/."""
+    """Where results go: predictions.json, predictions/, and with --draw drawn/; with several nodes a place that all of them see."""
     annotations: str | None = None
     """COCO JSON: its images, ids and category names; --input is then the folder its file names are relative to."""
     backend: Literal["opencv", "torchvision"] | None = None

@@ -24,7 +24,7 @@ class Settings:
     annotations: str | None = None
     """COCO JSON with the boxes; --input is then the folder its file names are relative to."""
     output: str | None = None
-    """Where results go. Without it nothing is written: preprocessing only."""
+    """Where results go; with several nodes a place that all of them see. Without it nothing is written: preprocessing only."""
     recipe: str = "coco-300"
     """Name (`raypipe recipes` lists them) or a JSON file."""
     backend: Literal["opencv", "torchvision"] = "opencv"
