@@ -19,6 +19,7 @@ SHARED = ("trained", "undisturbed", "swept")
 """Fixtures of a run that many tests look at: with `pytest -n` these go to one process, so that it is not done in each."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for name in SHARED:
