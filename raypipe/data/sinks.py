@@ -183,19 +183,23 @@ def write_annotations(
     coco = read_coco(source)
     written = {image_id: rest for image_id, *rest in rows}
     images = []
-    boxes: dict[int, list[float]] = {}
+    boxes: dict[tuple[str, int], list[float]] = {}  # ids need only be unique within an image
     for image in coco["images"]:
-        if (row := written.get(str(image["id"]))) is None:
+        image_id = str(image["id"])
+        if (row := written.get(image_id)) is None:
             continue
         file, height, width, moved, ids = row
         name = file.removeprefix(folder.strip("/") + "/") if folder else file
         images.append({**image, "file_name": name, "height": height, "width": width})
-        boxes.update(zip(ids, np.asarray(moved, np.float64).reshape(-1, 4).tolist(), strict=True))
+        keys = [(image_id, identity) for identity in ids]
+        boxes.update(zip(keys, np.asarray(moved, np.float64).reshape(-1, 4).tolist(), strict=True))
     annotations = []
     for position, annotation in enumerate(coco.get("annotations") or []):
-        box = boxes.get(annotation_id(annotation, position))
-        if box is not None:
-            annotations.append(_moved(annotation, box))
+        image_id = str(annotation["image_id"])
+        if image_id in written and annotation.get("bbox"):  # others were not looked at when the JSON was listed
+            box = boxes.get((image_id, annotation_id(annotation, position)))
+            if box is not None:
+                annotations.append(_moved(annotation, box))
     result = {**coco, "images": images}
     if "annotations" in coco:
         result["annotations"] = annotations
@@ -209,8 +213,8 @@ def _moved(annotation: dict[str, Any], box: list[float]) -> dict[str, Any]:
     left, top, right, bottom = box
     # Four decimals: what float32 boxes hold of a pixel, and half the file's size.
     kept["bbox"] = [round(value, 4) for value in (left, top, right - left, bottom - top)]
-    if "area" in annotation:
-        before = annotation["bbox"][2] * annotation["bbox"][3]
+    if isinstance(area := annotation.get("area"), int | float):
+        before = float(annotation["bbox"][2]) * float(annotation["bbox"][3])
         after = (right - left) * (bottom - top)
-        kept["area"] = round(annotation["area"] * after / before if before > 0 else after, 4)
+        kept["area"] = round(area * after / before if before > 0 else after, 4)
     return kept

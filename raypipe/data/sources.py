@@ -41,6 +41,7 @@ from pyarrow import fs
 
 from raypipe import UsageError
 from raypipe.data import demo
+from raypipe.data.journal import STATE
 from raypipe.data.location import ERRORS, absolute, filesystem, is_remote, join, local_path, local_uri, one_line, read
 from raypipe.data.names import PARQUET, SUFFIXES, TAR, unique_names
 from raypipe.data.reader import Reader, image_column, open_parquet
@@ -166,8 +167,14 @@ def _find_local(input: str) -> tuple[str, Iterable[str]]:
     if not glob.has_magic(path):
         raise UsageError(f"{input!r} does not exist (looked at {path}); nothing can be read from it")
     base = os.path.dirname(path[: re.search(r"[*?[]", path).start()])  # type: ignore[union-attr]
-    matches = {match[len(base) :].lstrip("/") for match in glob.iglob(path, recursive=True)}
-    return base, sorted(matches, key=_components)
+    inside = path[len(base) :].lstrip("/")
+    if "**" in inside.split("/") and os.path.isdir(
+        base
+    ):  # glob would follow links in circles, and pass over folders that it cannot read
+        wanted = _glob_regex(inside, question=True)
+        return base, filter(wanted.fullmatch, _walk(base))
+    matches = {match[len(base) :].lstrip("/") for match in glob.iglob(path)}
+    return base, sorted((match for match in matches if STATE not in _components(match)), key=_components)
 
 
 def _find_remote(uri: str) -> tuple[str, Iterable[str]]:
@@ -175,6 +182,8 @@ def _find_remote(uri: str) -> tuple[str, Iterable[str]]:
     magic = re.search(r"[*\[]", path)
     base = path if magic is None else path[: magic.start()].rpartition("/")[0].rstrip("/")
     try:
+        if magic is not None and system.get_file_info(posixpath.normpath(path)).type != fs.FileType.NotFound:  # it is called so
+            magic, base = None, path
         if magic is None and "/" in path:
             info = system.get_file_info(path)
             if info.type == fs.FileType.File:
@@ -203,8 +212,9 @@ def _reroot(uri: str, path: str, base: str) -> str:
     return join(bucket_root, base[len(root_path) :].strip("/"))
 
 
-def _glob_regex(pattern: str) -> re.Pattern[str]:
-    """Like glob with recursive=True: `**` as a whole component is any number of folders, `*` and `[]` stay in one."""
+def _glob_regex(pattern: str, *, question: bool = False) -> re.Pattern[str]:
+    """Like glob with recursive=True: `**` as a whole component is any number of folders, `*` and `[]` stay in one; and `?`, which in a URI
+    starts a query, if `question` says so."""
     regex = ""
     for piece in re.findall(r"\*\*/|\*\*$|\*|\[[^\]]+\]|.", pattern, re.DOTALL):
         if piece == "**/" and (not regex or regex.endswith("/")):
@@ -213,6 +223,8 @@ def _glob_regex(pattern: str) -> re.Pattern[str]:
             regex += ".*"
         elif piece.startswith("*"):
             regex += "[^/]*" + ("/" if piece.endswith("/") else "")
+        elif piece == "?" and question:
+            regex += "[^/]"
         elif piece.startswith("["):
             regex += "[" + ("^/" + piece[2:] if piece[1] == "!" else piece[1:])
         else:
@@ -259,7 +271,7 @@ def _entries(folder: str) -> list[os.DirEntry[str]]:
 
 
 def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name == "_raypipe"
+    return name.startswith(".") or name == STATE
 
 
 def _components(path: str) -> list[str]:
@@ -480,8 +492,8 @@ def read_coco(location: str) -> dict[str, Any]:
 
 
 def annotation_id(annotation: dict[str, Any], position: int) -> int:
-    """The annotation's id, or its position in the JSON's list where it has none."""
-    return annotation.get("id", position)
+    """The annotation's id, or its position in the JSON's list where it has none. Raises TypeError or ValueError if that is no whole number."""
+    return int(annotation.get("id", position))
 
 
 def _coco_annotations(
@@ -492,6 +504,7 @@ def _coco_annotations(
     crowds: list[bool] = []
     ids: list[int] = []
     owners: list[int] = []
+    seen: set[tuple[int, int]] = set()
     strangers = without_box = 0
     for position, annotation in enumerate(annotations):
         try:
@@ -505,12 +518,18 @@ def _coco_annotations(
                 continue
             x, y, width, height = map(float, box)
             label, crowd = int(annotation["category_id"]), bool(annotation.get("iscrowd", 0))
-            identity = int(annotation_id(annotation, position))
+            identity = annotation_id(annotation, position)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UsageError(
                 f"{location!r}: annotation number {position} makes no sense ({type(error).__name__}: {one_line(error)}): "
                 f"{str(annotation)[:200]}. It needs image_id, category_id, an integer id and a bbox of four numbers"
             ) from error
+        if (owner, identity) in seen:
+            raise UsageError(
+                f"{location!r}: the annotation id {identity} occurs twice for the image {annotation['image_id']!r}, so it is not clear which of its "
+                f"boxes is which; make the ids unique"
+            )
+        seen.add((owner, identity))
         boxes.append([x, y, x + width, y + height])
         labels.append(label)
         crowds.append(crowd)
@@ -607,17 +626,23 @@ def _tar_samples(uri: str) -> Generator[_Sample, None, None]:
 
 def _tar_members(uri: str) -> Iterator[tuple[_Member, bytes | None]]:
     """Image members without, sidecars with their content. A tar that breaks off gives what was before the break."""
-    count = 0
+    count = unread = 0
+    places: dict[str, tuple[int, int]] = {}  # of the images so far, for links to them
     try:
         with _open_tar(uri) as tar:
             for info in tar:
                 count += 1
                 tar.members = []  # type: ignore[attr-defined]  # else it keeps a kilobyte a member
-                if not info.isreg() or info.issparse():
-                    continue
                 lower = info.name.lower()
+                place = _place(info, places)
                 if lower.endswith(SUFFIXES):
-                    yield _Member(info.name, info.offset_data, info.size), None
+                    if place is None:
+                        unread += not info.isdir()
+                        continue
+                    places[posixpath.normpath(info.name)] = place
+                    yield _Member(info.name, *place), None
+                elif not info.isreg() or info.issparse():
+                    continue
                 elif lower.endswith((".json", ".cls")):
                     content = tar.extractfile(info)
                     yield _Member(info.name, info.offset_data, info.size), content.read() if content else b""
@@ -628,20 +653,46 @@ def _tar_members(uri: str) -> Iterator[tuple[_Member, bytes | None]]:
                 "because images inside it cannot be reached one by one"
             ) from error
         log.warning("%s breaks off after %d members (%s); what was behind that is lost", uri, count, one_line(error))
+    if unread:
+        log.warning("%s: %d images are left out: links to what the tar does not have before them, or sparse files", uri, unread)
+
+
+def _place(info: tarfile.TarInfo, places: dict[str, tuple[int, int]]) -> tuple[int, int] | None:
+    """Where the bytes of a member are, offset and length; of a link, those of the image among `places` that it leads to. None: nowhere in the tar."""
+    if info.isreg():
+        return None if info.issparse() else (info.offset_data, info.size)
+    if info.islnk():
+        return places.get(posixpath.normpath(info.linkname))
+    if info.issym():
+        return places.get(posixpath.normpath(posixpath.join(posixpath.dirname(info.name), info.linkname)))
+    return None
+
+
+class _Strict(tarfile.TarInfo):
+    """A damaged header is an error everywhere; tarfile takes it for the tar's end, unless it is the first."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> "_Strict":
+        try:
+            return super().fromtarfile(tar)
+        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:  # type: ignore[attr-defined]
+            if tar.offset > 0:
+                raise tarfile.SubsequentHeaderError(str(error)) from error  # type: ignore[attr-defined]
+            raise
 
 
 @contextlib.contextmanager
 def _open_tar(uri: str) -> Iterator[tarfile.TarFile]:
     if not is_remote(uri):
         # Unbuffered: a buffer would read 8 KiB for every header of 512 bytes and be thrown away by the seek to the next.
-        with open(local_path(uri), "rb", buffering=0) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with open(local_path(uri), "rb", buffering=0) as file, tarfile.open(fileobj=file, mode="r:", tarinfo=_Strict) as tar:
             yield tar
         return
     system, path = filesystem(uri)
     # As one stream: a request for each header would be slower than reading everything, at usual image sizes.
     with (
         system.open_input_stream(path, buffer_size=8 << 20) as stream,
-        tarfile.open(fileobj=stream, mode="r|", bufsize=1 << 20) as tar,
+        tarfile.open(fileobj=stream, mode="r|", bufsize=1 << 20, tarinfo=_Strict) as tar,
     ):
         yield tar
 

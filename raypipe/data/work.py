@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from raypipe import UsageError
 from raypipe.data.names import unique_names
 from raypipe.data.sources import SOURCE
 
@@ -115,6 +116,41 @@ def _cut(rows: int, rows_per_shard: int, *, taper: bool) -> np.ndarray:
     large = -(-(rows - rows // TAPERED) // rows_per_shard) if taper else rows
     at = np.arange(rows, dtype=np.int64)
     return np.where(at < large * rows_per_shard, at // rows_per_shard, large + (at - large * rows_per_shard) // small)
+
+
+def named_as_before(source: pa.Table, work: pa.Table) -> pa.Table:
+    """`source` with the image ids that `work` has for the same bytes.
+
+    Where the same name occurs several times a source numbers them in their order, which changes when others are added before them.
+
+    Raises:
+        UsageError: an image is at another place in its tar or Parquet file than `work` has it, so that is another file now.
+    """
+    at = pc.index_in(source.column("image_id"), value_set=work.column("image_id").combine_chunks())
+    same = pc.and_(*(pc.equal(source.column(name), work.column(name).take(at)) for name in ("uri", "offset")))
+    if pc.all(same).as_py() is not False:  # null: an image that is not in `work`
+        return source
+    places: dict[tuple[str, int], list[str]] = {}
+    columns = ("image_id", "uri", "offset")
+    for image_id, uri, offset in zip(*(work.column(name).to_pylist() for name in columns), strict=True):
+        places.setdefault((uri, offset), []).append(image_id)
+    uris = dict(zip(work.column("image_id").to_pylist(), work.column("uri").to_pylist(), strict=True))
+    taken, ids = set(uris), []
+    for image_id, uri, offset in zip(*(source.column(name).to_pylist() for name in columns), strict=True):
+        known = next(iter(places.get((uri, offset), ())), None)
+        if known is not None:
+            places[uri, offset].remove(known)  # the same image may be there twice
+        if known is None and uris.get(image_id) == uri:
+            raise UsageError(
+                f"{uri} has changed since the output was begun: {image_id} is at another place in it. Going on would mix the two. Use another --output, "
+                f"or --no-resume to start again."
+            )
+        unique, number = image_id if known is None else known, 2
+        while known is None and unique in taken:
+            unique, number = f"{image_id}#{number}", number + 1
+        taken.add(unique)
+        ids.append(unique)
+    return _with(source, "image_id", pa.array(ids, pa.string()))
 
 
 def extend(work: pa.Table, source: pa.Table, *, rows_per_shard: int, taper: bool = False) -> pa.Table:

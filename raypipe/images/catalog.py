@@ -117,7 +117,7 @@ _ALL = (
     Recipe(
         name="torchvision-lsj",
         description=f"Large-scale jitter: 0.1 to 2 times, cut or padded to 1024x1024; 0 to 1. {_TORCHVISION}",
-        ops=(HorizontalFlip(), LargeScaleJitter(), SanitizeBoxes()),
+        ops=(LargeScaleJitter(), HorizontalFlip(), SanitizeBoxes()),
         finish=_UNIT,
     ),
     Recipe(

@@ -1150,9 +1150,11 @@ class Recipe:
         return Plan(tuple(done), size, boxes, keep)
 
 
-def left_of(values: np.ndarray, keep: np.ndarray) -> np.ndarray:
-    """What belongs to the boxes that a plan kept, (m,), of what belongs to those it was given, (n,). A source may know boxes without
-    labels or ids: then there is nothing to choose from."""
+def left_of(values: np.ndarray, keep: np.ndarray, *, boxes: int) -> np.ndarray:
+    """What belongs to the boxes that a plan kept, (m,), of what belongs to the `boxes` it was given, (n,). A source may know boxes without
+    labels or ids: then there is nothing to choose from. Without boxes it belongs to the whole image, and stays."""
+    if not boxes:
+        return values
     return values[keep] if len(values) > keep.max(initial=-1) else values[:0]
 
 

@@ -131,6 +131,7 @@ class Collector:
         self._clock = clock
         self._started = self._looked = clock()
         self._latest: dict[str, Sample] = {}
+        self._heard: dict[str, float] = {}  # when, by this node's clock
         self._first: dict[str, Sample] = {}
         self._peak_by_stage: dict[str, int] = {}
         self._pools: dict[str, PoolView] = {}
@@ -166,7 +167,8 @@ class Collector:
         elif sample.at < before.at:
             return
         self._latest[sample.actor] = sample
-        together = sum(s.rss_bytes for s in self._latest.values() if s.stage == sample.stage and sample.at - s.at < 3)
+        self._heard[sample.actor] = self._clock()
+        together = sum(s.rss_bytes for s in self._latest.values() if s.stage == sample.stage and self._there(s.actor))
         self._peak_by_stage[sample.stage] = max(self._peak_by_stage.get(sample.stage, 0), together)
         for bucket, share in self._between(before.at, sample.at, sample.stage):
             bucket.images += share * (sample.images - before.images)
@@ -175,6 +177,10 @@ class Collector:
             bucket.gpu_seen_s += share * (sample.gpu_seen_s - before.gpu_seen_s)
             bucket.gpu_busy_s += share * (sample.gpu_busy_s - before.gpu_busy_s)
             bucket.rss_bytes[sample.actor] = sample.rss_bytes
+
+    def _there(self, actor: str) -> bool:
+        """Whether the actor was heard of lately: by this node's clock, as that of another may differ."""
+        return self._clock() - self._heard[actor] < 3 * SAMPLE_EVERY_S
 
     def _between(self, since: float, until: float, stage: str) -> list[tuple[_Bucket, float]]:
         """The stretches of the timeline between two moments, each with its share of the time: totals say nothing of the way there."""
@@ -228,7 +234,7 @@ class Collector:
                 continue
             view = views.get(sample.stage) or PoolView()
             before = self._pools.get(sample.stage)
-            running = view.running + (self._clock() - sample.at < 3 * SAMPLE_EVERY_S)
+            running = view.running + self._there(actor)
             views[sample.stage] = replace(
                 view,
                 running=running,
@@ -389,7 +395,7 @@ class Collector:
         }
 
     def _stage(self, stage: str, pool: PoolView) -> dict[str, Any]:
-        fresh = [s for s in self._latest.values() if s.stage == stage and self._clock() - s.at < 3 * SAMPLE_EVERY_S]
+        fresh = [s for s in self._latest.values() if s.stage == stage and self._there(s.actor)]
         samples = [s for s in self._latest.values() if s.stage == stage]
         window = self._window(stage)
         took = window[1].at - window[0].at if window else 0.0

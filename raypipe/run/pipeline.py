@@ -33,7 +33,7 @@ from raypipe.data import journal, location
 from raypipe.data.reader import Reader
 from raypipe.data.sinks import Sink, annotations_of, write_annotations
 from raypipe.data.sources import list_images
-from raypipe.data.work import extend, in_shards, make_work, remaining, shard_rows, shards, wanted_by
+from raypipe.data.work import extend, in_shards, make_work, named_as_before, remaining, shard_rows, shards, wanted_by
 from raypipe.images import backend as backend_module
 from raypipe.images import catalog
 from raypipe.images.decode import thumbnail
@@ -201,6 +201,7 @@ def left_to_do(
     else:
         # A shard that is not done loses the rows that the input does not have now: done without them it would count as done. Should they come
         # back, they get a shard of their own.
+        source = named_as_before(source, stored)
         kept = pc.or_(
             in_shards(stored, journal.done_shards(root)),
             pc.is_in(stored.column("image_id"), source.column("image_id").combine_chunks()),

@@ -139,4 +139,4 @@ def check_free(output: str, files: Iterable[str]) -> None:
 
 def image_folder(settings: Settings) -> str:
     """Sub-folder of the output for the images. With annotations the layout is MLPerf's: the image folder beside annotations/."""
-    return os.path.basename(location.path_of(settings.input).rstrip("/")) if settings.annotations else ""
+    return os.path.basename(location.path_of(location.absolute(settings.input)).rstrip("/")) if settings.annotations else ""

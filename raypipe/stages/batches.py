@@ -57,7 +57,7 @@ def rows_of(block: pa.Table) -> Iterator[Row]:
             image_id=row["image_id"],
             pixels=flat[offsets[at] : offsets[at + 1]].reshape(row["height"], row["width"], 3) if good else None,
             boxes=boxes[at],
-            labels=labels[at],
+            labels=labels[at] if len(boxes[at]) else labels[at][:0],  # of the whole image: nothing that a detector learns
             crowds=crowds[at],
             reject=None if good else {name: row[name] or "" for name in ("image_id", "uri", "reason", "detail")},
         )
@@ -154,7 +154,7 @@ class Placer:
             assert row.pixels is not None
             size = row.pixels.shape[:2]
             plan = recipe.plan(seed=self._seed, epoch=row.epoch, image_id=row.image_id, size=size, boxes=row.boxes)
-            labels, crowds = (left_of(values, plan.keep) for values in (row.labels, row.crowds))
+            labels, crowds = (left_of(values, plan.keep, boxes=len(row.boxes)) for values in (row.labels, row.crowds))
             pixels.append(row.pixels)
             planned.append(replace(row, boxes=plan.boxes, labels=labels, crowds=crowds))
             alike.setdefault((size, plan.ops), []).append(at)

@@ -132,7 +132,7 @@ def preprocess_shard(
     }
     for name, values in (("labels", labels), ("crowds", None), ("annotation_ids", None)):
         values = unlist(shard.column(name)) if values is None else values
-        chosen = [left_of(v, k) for v, k in zip(values, keep, strict=True)]
+        chosen = [left_of(v, k, boxes=len(b)) for v, k, b in zip(values, keep, boxes, strict=True)]
         columns[name] = lists(chosen, BLOCK.field(name).type)
     return pa.table(columns, schema=BLOCK), bytes_in
 

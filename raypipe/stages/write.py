@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from raypipe.data.journal import Entry, Rejected, Written, put_entry
 from raypipe.data.sinks import Sink, write_shard
@@ -27,6 +28,8 @@ def write_block(block: pa.Table, sink: Sink, *, backend: str, finish: Finish | N
     Args:
         finish: applied to what is stored, for the format that stores arrays (npy). None: uint8 pixels.
     """
+    if sink.format in ("jpeg", "webdataset"):
+        block = _within(block, JPEG_SIDE)
     written = write_shard(sink, block, encode=backend_module(backend).encode, finish=partial(_finished, finish) if finish else None)
     rows = block.select(_TOLD).to_pylist()
     good = [row for row in rows if row["reason"] is None]
@@ -49,6 +52,23 @@ def write_block(block: pa.Table, sink: Sink, *, backend: str, finish: Finish | N
         files=written.files,
         bytes=written.bytes,
     )
+
+
+JPEG_SIDE = 65_500
+"""Pixels a side that libjpeg encodes at most (JPEG_MAX_DIMENSION)."""
+
+
+def _within(block: pa.Table, side: int) -> pa.Table:
+    """`block` with images that are longer than `side` rejected."""
+    longest = pc.max_element_wise(block.column("height"), block.column("width"))
+    if (pc.max(longest).as_py() or 0) <= side:
+        return block
+    long = pc.fill_null(pc.greater(longest, side), False)
+    for name, value in (("image", None), ("reason", "too many pixels"), ("detail", f"a JPEG has at most {side} pixels a side")):
+        column = block.column_names.index(name)
+        values = pc.if_else(long, pa.scalar(value, block.schema.field(name).type), block.column(name))
+        block = block.set_column(column, block.schema.field(name), values)
+    return block
 
 
 _TOLD = ["epoch", "shard", "image_id", "uri", "height", "width", "reason", "detail", "boxes", "annotation_ids"]

@@ -390,6 +390,33 @@ def test_annotations_of_written_images(tmp_path):
     assert again["boxes"].to_pylist() == [[[30, 30, 90, 90], [0, 0, 300, 300]], []]
 
 
+def test_annotations_whose_ids_are_unique_within_their_image_only_and_odd_values(tmp_path):
+    source = {
+        "images": [{"id": 1, "file_name": "a.jpg"}, {"id": 2, "file_name": "b.jpg"}, {"id": 3, "file_name": "left-out.jpg"}],
+        "annotations": [
+            {"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 10, 10], "area": None},
+            {"id": 1, "image_id": 2, "category_id": 1, "bbox": ["5", "5", "10", "20"], "area": 200},
+            {"id": "2", "image_id": 2, "category_id": 1, "bbox": [0, 0, 10, 10]},
+            {"id": 1, "image_id": 3, "category_id": 1, "bbox": [0, 0, 10, 10], "area": 100},
+            {"id": 1, "image_id": 1, "category_id": 1, "caption": "no box"},
+        ],
+    }
+    path = tmp_path / "boxes.json"
+    path.write_text(json.dumps(source))
+    listed = list_images(str(tmp_path), annotations=str(path)).slice(0, 2).to_pylist()
+    rows = [
+        (row["image_id"], f"{row['name']}.jpg", 20, 20, [[2 * v for v in box] for box in row["boxes"]], row["annotation_ids"])
+        for row in listed
+    ]
+    write_annotations(str(path), str(tmp_path / "out"), rows)
+    result = json.loads((tmp_path / "out/annotations/boxes.json").read_text())["annotations"]
+    assert [(one["image_id"], one["id"], one["bbox"], one.get("area")) for one in result] == [
+        (1, 1, [0, 0, 20, 20], None),
+        (2, 1, [10, 10, 20, 40], 800),
+        (2, "2", [0, 0, 20, 20], None),
+    ]
+
+
 def test_annotations_from_something_else(tmp_path):
     (tmp_path / "x.json").write_text("[]")
     with pytest.raises(UsageError, match="not COCO"):
@@ -429,6 +456,11 @@ def test_s3_listing(bucket):
     assert list_images(bucket("data/{b,a}/**"), limit=2)["image_id"].to_pylist() == ["c/3.jpg", "1.jpg"]
     assert list_images(bucket("data/z 1.jpg"))["image_id"].to_pylist() == ["z 1.jpg"]
     assert list_images(bucket("data/"), limit=2)["uri"].to_pylist() == table["uri"].to_pylist()[:2]
+    for file in ("run[2]/x.jpg", "run2/y.jpg"):
+        location.write(bucket("odd"), file, b"")
+    assert list_images(bucket("odd/run[2]"))["image_id"].to_pylist() == ["x.jpg"]
+    assert list_images(bucket("odd/run[2]/x.jpg"))["image_id"].to_pylist() == ["x.jpg"]
+    assert list_images(bucket("odd/run[23]/*"))["image_id"].to_pylist() == ["run2/y.jpg"]
     for key, message in (("nothing/here", "does not exist"), ("data/*.gif", "no images")):
         with pytest.raises(UsageError, match=message):
             list_images(bucket(key))

@@ -111,6 +111,17 @@ def test_globs(tmp_path):
         list_images(f"{tmp_path}/*.png")
 
 
+def test_deep_globs_have_the_guards_of_directories(tmp_path):
+    put(tmp_path, "a/x.jpg", "b/y.jpg", "_raypipe/work.parquet")
+    (tmp_path / "a/up").symlink_to(tmp_path)
+    (tmp_path / "b/up").symlink_to(tmp_path)
+    assert len(ids(list_images(f"{tmp_path}/**/*.jpg"))) < 20
+    with pytest.raises(UsageError, match="no images"):
+        list_images(f"{tmp_path}/**/*.parquet")
+    with pytest.raises(UsageError, match="no images"):
+        list_images(f"{tmp_path}/*/*.parquet")
+
+
 @pytest.mark.parametrize(
     "pattern", ["*.jpg", "**/*.jpg", "a/**/x.jpg", "**", "a/*/*.jpg", "[ab]/?.jpg", "[!a]/*.jpg", "**/b/*", "a**/x.jpg"]
 )
@@ -223,6 +234,10 @@ def test_coco_annotations_of_unknown_images_are_counted_and_ignored(tmp_path, ca
         ({"annotations": [{"id": 1, "image_id": 7, "bbox": [1, 2, 3, 4]}]}, "category_id"),
         ({"annotations": [{"id": 1, "category_id": 7, "bbox": [1, 2, 3, 4]}]}, "image_id"),
         ({"annotations": ["x"]}, "annotation number 0"),
+        (
+            {"annotations": [{"id": 1, "image_id": 7, "category_id": 1, "bbox": [1, 2, 3, 4]}] * 2},
+            "annotation id 1 occurs twice for the image 7",
+        ),
     ],
 )
 def test_coco_that_makes_no_sense(tmp_path, changes, message):
@@ -321,6 +336,40 @@ def test_tar_members_with_hostile_names_stay_below_the_root(tmp_path):
     table = list_images(str(tmp_path / "a.tar"))
     assert names(table) == ["_/_/etc/passwd", "etc/shadow", "a_b"]
     assert read(table) == [b"1", b"2", b"3"]
+
+
+def test_a_damaged_header_is_no_end_of_a_tar(tmp_path, caplog):
+    tar(tmp_path / "whole.tar", *((f"{i}.jpg", bytes([i]) * 3000) for i in range(5)))
+    data = bytearray((tmp_path / "whole.tar").read_bytes())
+    third = 2 * (512 + 3072)
+    (tmp_path / "cut.tar").write_bytes(data[: third + 100])
+    data[third + 3] ^= 1
+    (tmp_path / "flipped.tar").write_bytes(data)
+    for name in ("cut", "flipped"):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert ids(list_images(str(tmp_path / f"{name}.tar"))) == ["0", "1"]
+        assert f"{name}.tar breaks off after 2 members" in caplog.text
+
+
+def test_links_in_tars_are_what_they_lead_to(tmp_path, caplog):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name, kind, to in (
+            ("set/a.jpg", tarfile.REGTYPE, ""),
+            ("set/hard.jpg", tarfile.LNKTYPE, "set/a.jpg"),
+            ("set/soft.jpg", tarfile.SYMTYPE, "../set/a.jpg"),
+            ("set/nowhere.jpg", tarfile.SYMTYPE, "gone.jpg"),
+            ("folder.jpg", tarfile.DIRTYPE, ""),
+        ):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, to
+            info.size = 4 if kind == tarfile.REGTYPE else 0
+            archive.addfile(info, io.BytesIO(b"here") if info.size else None)
+    with caplog.at_level(logging.WARNING):
+        table = list_images(str(tmp_path / "a.tar"))
+    assert ids(table) == ["set/a", "set/hard", "set/soft"]
+    assert read(table) == [b"here"] * 3
+    assert "1 images are left out" in caplog.text
 
 
 def test_broken_tars(tmp_path, caplog):

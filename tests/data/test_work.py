@@ -2,8 +2,21 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from raypipe import UsageError
 from raypipe.data.sources import SOURCE
-from raypipe.data.work import WORK, extend, lists, make_work, remaining, shard_rows, shards, unlist, untouched, wanted_by
+from raypipe.data.work import (
+    WORK,
+    extend,
+    lists,
+    make_work,
+    named_as_before,
+    remaining,
+    shard_rows,
+    shards,
+    unlist,
+    untouched,
+    wanted_by,
+)
 
 
 def source(*names: str) -> pa.Table:
@@ -52,6 +65,34 @@ def test_shuffling_is_a_permutation_of_each_epoch_and_a_function_of_its_seed():
     assert sorted(first) == sorted(second) == [f"{n}.jpg" for n in names(50)]
     assert first != second
     assert order(1) == [first, second] != order(2)
+
+
+def at(*places: tuple[str, str, int]) -> pa.Table:
+    """A source of images with these ids, URIs and offsets."""
+    rows = source(*(image_id for image_id, _, _ in places))
+    for name, values in zip(("image_id", "uri", "offset"), zip(*places, strict=True), strict=True):
+        rows = rows.set_column(rows.column_names.index(name), SOURCE.field(name), pa.array(values, SOURCE.field(name).type))
+    return rows
+
+
+def test_an_image_keeps_its_id_when_another_of_its_name_comes_before_it():
+    work = make_work(at(("b.jpg", "/val/b.jpg", 0), ("b.jpg#2", "/val/sub/b.jpg", 0)), rows_per_shard=2)
+    grown = at(
+        ("b.jpg", "/train/b.jpg", 0), ("b.jpg#2", "/val/b.jpg", 0), ("b.jpg#3", "/val/sub/b.jpg", 0), ("c.jpg", "/val/c.jpg", 0)
+    )
+    named = named_as_before(grown, work)
+    assert named.column("image_id").to_pylist() == ["b.jpg#3", "b.jpg", "b.jpg#2", "c.jpg"]
+    assert extend(work, named, rows_per_shard=2).column("uri").to_pylist()[2:] == ["/train/b.jpg", "/val/c.jpg"]
+    assert named_as_before(work.select(SOURCE.names), work).equals(work.select(SOURCE.names))
+    twice = at(("b.jpg", "/new", 0), ("b.jpg#2", "/val/b.jpg", 0), ("b.jpg#3", "/val/b.jpg", 0))
+    assert named_as_before(twice, work).column("image_id").to_pylist() == ["b.jpg#3", "b.jpg", "b.jpg#3#2"]
+
+
+def test_a_tar_that_was_made_again_is_refused():
+    work = make_work(at(("a", "/x.tar", 512), ("b", "/x.tar", 4096)), rows_per_shard=2)
+    assert named_as_before(at(("a", "/x.tar", 512), ("b", "/x.tar", 4096), ("c", "/x.tar", 9000)), work).num_rows == 3
+    with pytest.raises(UsageError, match=r"/x\.tar has changed since the output was begun: b is at another place"):
+        named_as_before(at(("a", "/x.tar", 512), ("b", "/x.tar", 5120)), work)
 
 
 def test_rows_found_later_get_new_shards_and_old_rows_keep_theirs():

@@ -177,6 +177,16 @@ def test_the_live_record_says_how_it_goes_of_late():
     assert record["verdict"]["advice"][0]["change"] == "write actors 2 -> 3"
 
 
+def test_a_node_whose_clock_is_behind_is_no_node_whose_actors_are_gone():
+    played = Pipeline(busy_s={"preprocess": 0.1, "write": 0.2}, counts={"preprocess": 2, "write": 2}, facts=replace(FACTS, auto=()))
+    played.run(20)
+    sample = next(sample for sample in played.collector._latest.values() if sample.stage == "write")
+    played.collector.record(replace(sample, actor="elsewhere", at=played.now - 60, rss_bytes=90))
+    (_, write) = played.collector.live()["stages"]
+    assert write["rss_bytes"] == 100
+    assert played.collector.snapshot()["rss_peak_by_stage"]["write"] == 100
+
+
 def test_a_stage_that_is_done_limits_nothing_any_more():
     played = Pipeline(busy_s={"preprocess": 0.3, "write": 0.2}, counts={"preprocess": 2, "write": 2}, facts=replace(FACTS, auto=()))
     played.run(20)

@@ -19,7 +19,7 @@ from raypipe.images import catalog
 from raypipe.images.recipe import Recipe, Resize
 from raypipe.run.pipeline import plan, preprocessed, run, verdict_on, writing
 from raypipe.run.session import Pools
-from raypipe.run.settings import Settings
+from raypipe.run.settings import Settings, image_folder
 from raypipe.stages.preprocess import Preprocessing, pixels, preprocess_shard
 from raypipe.stages.write import write_block
 from tests.conftest import buffer, files, jpeg
@@ -234,6 +234,12 @@ def test_a_file_that_is_no_result_is_never_overwritten(photos, tmp_path):
     with pytest.raises(UsageError, match=r"a/003\.jpg exists and is no result"):
         plan(settings(input=photos, output=tmp_path / "out"))
     assert not (tmp_path / "out/_raypipe").exists()
+
+
+def test_images_go_below_the_output_whatever_the_input_is_called(photos, monkeypatch):
+    monkeypatch.chdir(photos / "a")
+    for spelling, folder in (("..", "photos"), (".", "a"), ("../b/", "b"), (str(photos), "photos")):
+        assert image_folder(settings(input=spelling, annotations="boxes.json")) == folder
 
 
 def test_the_users_annotations_are_never_overwritten_nor_deleted(photos, tmp_path):

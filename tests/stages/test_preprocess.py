@@ -9,10 +9,10 @@ import pyarrow as pa
 import pytest
 
 from raypipe.data.reader import Reader
-from raypipe.data.sources import list_images
+from raypipe.data.sources import SOURCE, list_images
 from raypipe.data.work import BLOCK, make_work
 from raypipe.images import catalog, opencv
-from raypipe.images.recipe import Recipe, Resize
+from raypipe.images.recipe import CenterCrop, Recipe, Resize
 from raypipe.stages.preprocess import TRIES, Preprocessing, Tracks, pixels, preprocess_shard
 from tests.conftest import jpeg
 
@@ -36,6 +36,29 @@ def test_rows_stay_in_order_and_a_bad_one_has_a_reason_and_no_pixels(photos):
     assert bad == {"a/001.jpg": "not an image", "a/002.jpg": "empty"}
     assert [p is None for p in block.column("image").to_pylist()] == [r is not None for r in block.column("reason").to_pylist()]
     assert bytes_in == sum(path.stat().st_size for path in photos.rglob("*.jpg")) - len(b"not a photo")
+
+
+def test_labels_of_whole_images_stay_and_those_of_dropped_boxes_go():
+    photo, boxed = jpeg(1), [[10.0, 10, 50, 50], [80, 60, 150, 110]]
+    source = {
+        "labels": [[7], [], [1, 2]],
+        "boxes": [[], [], boxed],
+        "crowds": [[], [], [False] * 2],
+        "annotation_ids": [[], [], [5, 6]],
+    }
+    rows = [{"image_id": str(n), "name": str(n), "uri": str(n), "offset": 0, "length": -1} for n in range(3)]
+    rows = [row | {name: source[name][n] for name in source} for n, row in enumerate(rows)]
+    shard = make_work(pa.Table.from_pylist(rows, schema=SOURCE), rows_per_shard=3)
+
+    class Given:
+        def read(self, shard):
+            return [photo] * 3
+
+    left = Recipe(name="left", ops=(CenterCrop(height=60, width=60),))  # of 120x160: the first box is outside
+    block, _ = preprocess_shard(shard, settings(left), reader=Given())
+    assert block.column("reason").to_pylist() == [None] * 3
+    assert block.column("labels").to_pylist() == [[7], [], [2]]
+    assert block.column("annotation_ids").to_pylist() == [[], [], [6]]
 
 
 def test_pixels_of_one_size_are_one_array_without_a_copy(photos):
