@@ -7,7 +7,7 @@
 
 Run it again with the same --output to go on after Ctrl-C, or to add points to the grid. The results are in --output: sweep.html with a
 figure for each claim, results.parquet and results.csv.
-Exit status: 0 when all points were measured, 1 when one failed or lost images, 2 for bad arguments.
+Exit status: 0 when all points were measured that there is memory for, 1 when one failed or lost images, 2 for bad arguments.
 """
 
 import sys

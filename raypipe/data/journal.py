@@ -209,13 +209,17 @@ def put_settings(root: str, settings: dict, versions: dict, *, endings: Iterable
     location.write(root, f"{STATE}/run.json", json.dumps(record, indent=2).encode())
 
 
+def endings(root: str) -> set[str]:
+    """The files in `root` that its run writes when its shards are done, by run.json; none where that cannot be read."""
+    try:
+        return set(json.loads(_read_if_there(root, "run.json") or b"{}").get("endings", ()))
+    except (ValueError, AttributeError, TypeError):  # damaged: what is not known to be ours is the user's
+        return set()
+
+
 def clear(root: str) -> None:
     """Delete the results that the journal and run.json name, and the run's state: what `--no-resume` does. Other files are left alone."""
-    try:
-        endings = json.loads(_read_if_there(root, "run.json") or b"{}").get("endings", [])
-    except (ValueError, AttributeError):  # damaged: what is not known to be ours stays
-        endings = []
-    for file in endings:
+    for file in endings(root):
         location.delete(location.join(root, file))
     for entry in read_entries(root, sorted(done_shards(root))):
         for file in entry.files:

@@ -168,13 +168,23 @@ def _find_local(input: str) -> tuple[str, Iterable[str]]:
         raise UsageError(f"{input!r} does not exist (looked at {path}); nothing can be read from it")
     base = os.path.dirname(path[: re.search(r"[*?[]", path).start()])  # type: ignore[union-attr]
     inside = path[len(base) :].lstrip("/")
-    if "**" in inside.split("/") and os.path.isdir(
-        base
-    ):  # glob would follow links in circles, and pass over folders that it cannot read
-        wanted = _glob_regex(inside, question=True)
-        return base, filter(wanted.fullmatch, _walk(base))
+    if "**" in _components(inside):
+        return base, _deep(base, inside)
     matches = {match[len(base) :].lstrip("/") for match in glob.iglob(path)}
     return base, sorted((match for match in matches if STATE not in _components(match)), key=_components)
+
+
+def _deep(base: str, pattern: str) -> Iterator[str]:
+    """The paths below `base` that match a pattern with `**`. glob itself would follow links in circles there, and pass over folders that it cannot read."""
+    wanted = _glob_regex(pattern, question=True)
+    head = "/".join(itertools.takewhile(lambda part: part != "**", _components(pattern)))
+    folders = [
+        folder[len(base) :].strip("/") for folder in glob.iglob(os.path.join(glob.escape(base), head)) if os.path.isdir(folder)
+    ]
+    for folder in sorted(folders, key=_components):
+        if STATE not in _components(folder):
+            inside = (posixpath.join(folder, path) for path in _walk(os.path.join(base, folder)))
+            yield from filter(wanted.fullmatch, inside)
 
 
 def _find_remote(uri: str) -> tuple[str, Iterable[str]]:
@@ -504,7 +514,6 @@ def _coco_annotations(
     crowds: list[bool] = []
     ids: list[int] = []
     owners: list[int] = []
-    seen: set[tuple[int, int]] = set()
     strangers = without_box = 0
     for position, annotation in enumerate(annotations):
         try:
@@ -524,12 +533,6 @@ def _coco_annotations(
                 f"{location!r}: annotation number {position} makes no sense ({type(error).__name__}: {one_line(error)}): "
                 f"{str(annotation)[:200]}. It needs image_id, category_id, an integer id and a bbox of four numbers"
             ) from error
-        if (owner, identity) in seen:
-            raise UsageError(
-                f"{location!r}: the annotation id {identity} occurs twice for the image {annotation['image_id']!r}, so it is not clear which of its "
-                f"boxes is which; make the ids unique"
-            )
-        seen.add((owner, identity))
         boxes.append([x, y, x + width, y + height])
         labels.append(label)
         crowds.append(crowd)
@@ -546,6 +549,17 @@ def _coco_annotations(
         np.asarray(ids, np.int64),
         np.asarray(owners, np.int64),
     )
+
+
+def check_annotation_ids(source: pa.Table, annotations: str) -> None:
+    """Raises UsageError where an image of `source` (schema SOURCE) has an annotation id twice: then it is not clear which of its boxes is which."""
+    for image_id, ids in zip(source["image_id"].to_pylist(), source["annotation_ids"].to_pylist(), strict=True):
+        if len(set(ids)) < len(ids):
+            again = next(one for one in ids if ids.count(one) > 1)
+            raise UsageError(
+                f"{annotations!r}: the annotation id {again} occurs twice for the image {image_id!r}, so it is not clear which of its boxes is which, "
+                f"and the JSON of what is written would be wrong; make the ids unique"
+            )
 
 
 # --- tars ----------------------------------------------------------------------------------------------------------------

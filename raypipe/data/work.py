@@ -4,13 +4,13 @@ A run's table is stored beside its results. Rows keep their shard for ever, so t
 of its shard, never changes; rows found later get new shards. What is still to do is the table less the journal.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Set
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raypipe import UsageError
 from raypipe.data.names import unique_names
 from raypipe.data.sources import SOURCE
 
@@ -118,39 +118,58 @@ def _cut(rows: int, rows_per_shard: int, *, taper: bool) -> np.ndarray:
     return np.where(at < large * rows_per_shard, at // rows_per_shard, large + (at - large * rows_per_shard) // small)
 
 
+_NUMBERED = re.compile(r"(.*)#\d+", re.DOTALL)
+
+
 def named_as_before(source: pa.Table, work: pa.Table) -> pa.Table:
-    """`source` with the image ids that `work` has for the same bytes.
-
-    Where the same name occurs several times a source numbers them in their order, which changes when others are added before them.
-
-    Raises:
-        UsageError: an image is at another place in its tar or Parquet file than `work` has it, so that is another file now.
+    """`source` with the image ids that `work` has for the same bytes, where ids are the source's numbering of a name that occurs several times:
+    that changes when others of this name are added before them. Ids that an image brings along stay as they are.
     """
-    at = pc.index_in(source.column("image_id"), value_set=work.column("image_id").combine_chunks())
-    same = pc.and_(*(pc.equal(source.column(name), work.column(name).take(at)) for name in ("uri", "offset")))
-    if pc.all(same).as_py() is not False:  # null: an image that is not in `work`
+    if not any(pc.any(pc.match_substring_regex(table.column("image_id"), r"#\d+$")).as_py() for table in (source, work)):
         return source
-    places: dict[tuple[str, int], list[str]] = {}
     columns = ("image_id", "uri", "offset")
-    for image_id, uri, offset in zip(*(work.column(name).to_pylist() for name in columns), strict=True):
-        places.setdefault((uri, offset), []).append(image_id)
-    uris = dict(zip(work.column("image_id").to_pylist(), work.column("uri").to_pylist(), strict=True))
-    taken, ids = set(uris), []
-    for image_id, uri, offset in zip(*(source.column(name).to_pylist() for name in columns), strict=True):
-        known = next(iter(places.get((uri, offset), ())), None)
-        if known is not None:
-            places[uri, offset].remove(known)  # the same image may be there twice
-        if known is None and uris.get(image_id) == uri:
-            raise UsageError(
-                f"{uri} has changed since the output was begun: {image_id} is at another place in it. Going on would mix the two. Use another --output, "
-                f"or --no-resume to start again."
-            )
-        unique, number = image_id if known is None else known, 2
-        while known is None and unique in taken:
-            unique, number = f"{image_id}#{number}", number + 1
+    listed, before = (list(zip(*(table.column(name).to_pylist() for name in columns), strict=True)) for table in (source, work))
+    ids = {image_id for image_id, _, _ in (*listed, *before)}
+    repeated = {match[1] for image_id in ids if (match := _NUMBERED.fullmatch(image_id)) and match[1] in ids}
+    if not repeated:
+        return source
+
+    def name_of(image_id: str) -> str:
+        match = _NUMBERED.fullmatch(image_id)
+        return match[1] if match and match[1] in repeated else image_id
+
+    places: dict[tuple[str, str, int], list[str]] = {}
+    for image_id, uri, offset in before:
+        places.setdefault((name_of(image_id), uri, offset), []).append(image_id)
+    taken, named = {image_id for image_id, _, _ in before}, []
+    for image_id, uri, offset in listed:
+        name = name_of(image_id)
+        known = places.get((name, uri, offset))
+        if known:
+            named.append(known.pop(0))  # the same image may be there twice
+            continue
+        unique, number = image_id, 2
+        while name in repeated and unique in taken:
+            unique, number = f"{name}#{number}", number + 1
         taken.add(unique)
-        ids.append(unique)
-    return _with(source, "image_id", pa.array(ids, pa.string()))
+        named.append(unique)
+    return _with(source, "image_id", pa.array(named, pa.string()))
+
+
+def renewed(work: pa.Table, source: pa.Table, done: Set[int]) -> pa.Table:
+    """`work` without the rows that are neither in a shard of `done` nor among `source`; those that are still to do are as `source` has them now,
+    but for their shard and their name.
+
+    A shard that was done without a row would count as done: should the row come back, it gets a shard of its own.
+    """
+    at = pc.index_in(work.column("image_id"), value_set=source.column("image_id").combine_chunks()).to_numpy()
+    finished = in_shards(work, done).to_numpy(zero_copy_only=False)
+    rows = np.where(finished, np.arange(work.num_rows), work.num_rows + at)[finished | ~np.isnan(at)].astype(np.int64)
+    both = pa.concat_tables([work.select(SOURCE.names), source.select(SOURCE.names)]).take(pa.array(rows))
+    kept = work.filter(pa.array(finished | ~np.isnan(at)))
+    for name in ("uri", "offset", "length", "boxes", "labels", "crowds", "annotation_ids"):
+        kept = kept.set_column(kept.column_names.index(name), WORK.field(name), both.column(name))
+    return kept
 
 
 def extend(work: pa.Table, source: pa.Table, *, rows_per_shard: int, taper: bool = False) -> pa.Table:

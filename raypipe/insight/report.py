@@ -149,11 +149,11 @@ def _work(snapshot: dict, clock: Clock) -> _Work:
     return _Work(seconds=work_s if work_s > 0 else None, cpu_percent=100 * used / total if total > 0 else None, cores=cores)
 
 
-def _held_by_others(snapshot: dict, work: _Work) -> float:
+def _held_by_others(snapshot: dict, work: _Work, driver_cpu_s: float) -> float:
     """Percent of the cores, as `planner.held_by_others`; 0 where it is not known."""
     if not work.seconds or work.cpu_percent is None:
         return 0.0
-    own_s = sum(actor["cpu_s"] for actor in snapshot["actors"])
+    own_s = sum(actor["cpu_s"] for actor in snapshot["actors"]) + driver_cpu_s
     return planner.held_by_others(work.cpu_percent, own_s / work.seconds, work.cores)
 
 
@@ -176,6 +176,7 @@ def build(
     counts: Counts,
     clock: Clock,
     cpu_percent: float | None,
+    driver_cpu_s: float = 0.0,
     stage_names: list[str],
     on_gpu: Collection[str] = (),
     snapshot: dict,
@@ -186,6 +187,7 @@ def build(
     Args:
         hardware: `cores` of all nodes together, and what else is known.
         cpu_percent: mean of all cores over the run, 0 to 100.
+        driver_cpu_s: CPU seconds of the process that runs it, which may do something with what comes out.
         on_gpu: stages each of whose actors holds a GPU, whether or not it could be looked at.
         snapshot: of the run's collector (raypipe.run.collector.Collector.snapshot).
         predicted: images/s that the planner expected of the actors that the run began with.
@@ -227,7 +229,7 @@ def build(
             stages,
             cores,
             steady or _ratio(done_now, clock.wall_s) or 0.0,
-            held=_held_by_others(snapshot, work),
+            held=_held_by_others(snapshot, work, driver_cpu_s),
             overhead_s=overhead_s or 0.0,
         ),
         "predicted": None

@@ -238,25 +238,30 @@ def _keep_boxes_exact(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, (AnchorGenerator, DefaultBoxGenerator)):
-            module.register_forward_pre_hook(_for_float32_anchors)
+            module.register_forward_pre_hook(_for_float32_anchors, with_kwargs=True)
         if isinstance(module, (SSD, RetinaNet, FCOS, RegionProposalNetwork)):
             module.head.register_forward_hook(_float32)
         if isinstance(module, RoIHeads):
             module.box_predictor.register_forward_hook(_float32)
 
 
-def _for_float32_anchors(_: nn.Module, given: tuple[Any, list[Tensor]]) -> tuple[Any, list[Tensor]]:
+def _for_float32_anchors(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Instead of the feature maps, of which anchors have the sizes, the device and the type: such of float32 that take no memory."""
-    images, maps = given
-    return images, [each.new_empty((), dtype=torch.float32).expand(each.shape) for each in maps]
+
+    def stand_in(maps: list[Tensor]) -> list[Tensor]:
+        return [each.new_empty((), dtype=torch.float32).expand(each.shape) for each in maps]
+
+    if "feature_maps" in named:
+        return given, named | {"feature_maps": stand_in(named["feature_maps"])}
+    return (given[0], stand_in(given[1]), *given[2:]), named
 
 
 def _float32(_: nn.Module, given: Any, out: Any) -> Any:
     if isinstance(out, Tensor):
         return out.float()
-    if isinstance(out, dict):
-        return {name: _float32(_, given, each) for name, each in out.items()}
-    return type(out)(_float32(_, given, each) for each in out)
+    if type(out) in (list, tuple):
+        return type(out)(_float32(_, given, each) for each in out)
+    return {name: _float32(_, given, each) for name, each in out.items()} if isinstance(out, dict) else out
 
 
 def finish_of(recipe: Recipe) -> Finish:

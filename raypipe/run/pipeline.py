@@ -32,8 +32,8 @@ from raypipe import UsageError
 from raypipe.data import journal, location
 from raypipe.data.reader import Reader
 from raypipe.data.sinks import Sink, annotations_of, write_annotations
-from raypipe.data.sources import list_images
-from raypipe.data.work import extend, in_shards, make_work, named_as_before, remaining, shard_rows, shards, wanted_by
+from raypipe.data.sources import check_annotation_ids, list_images
+from raypipe.data.work import extend, make_work, named_as_before, remaining, renewed, shard_rows, shards, wanted_by
 from raypipe.images import backend as backend_module
 from raypipe.images import catalog
 from raypipe.images.decode import thumbnail
@@ -136,11 +136,13 @@ def preprocessed(
 
 @dataclass(frozen=True, kw_only=True)
 class Todo:
-    """What a run has to do: `work` in all, of which `left` is not in the journal; and then `endings`, files of the output itself."""
+    """What a run has to do: `work` in all, of which `left` is not in the journal; and then `endings`, files of the output itself. `image_ids`: what
+    `work` calls the images of the source, in its order."""
 
     recipe: Recipe
     work: pa.Table
     left: pa.Table
+    image_ids: pa.ChunkedArray
     endings: tuple[str, ...] = ()
 
 
@@ -159,6 +161,8 @@ def plan(settings: Settings) -> Todo:
     if not source.num_rows:
         raise UsageError(f"No image of {settings.input!r} has boxes, which recipe {recipe.name} needs. Give --annotations.")
     annotations = (annotations_of(settings.annotations),) if settings.annotations is not None else ()
+    if annotations and settings.output is not None:
+        check_annotation_ids(source, str(settings.annotations))
     return left_to_do(
         settings, recipe, source, deciding(settings, recipe), files=partial(result_files, settings), endings=annotations
     )
@@ -189,8 +193,9 @@ def left_to_do(
     root = settings.output
     if root is None:
         work = make_work(source, **cut)
-        return Todo(recipe=recipe, work=work, left=work, endings=endings)
+        return Todo(recipe=recipe, work=work, left=work, image_ids=source.column("image_id"), endings=endings)
     if not settings.resume:
+        check_free(root, set(endings) - journal.endings(root))
         journal.clear(root)
     going_on = journal.check_settings(root, decides)
     stored = journal.read_work(root) if going_on else None
@@ -199,20 +204,15 @@ def left_to_do(
         check_free(root, [*endings, *files(work)])
         journal.check_writable(root)
     else:
-        # A shard that is not done loses the rows that the input does not have now: done without them it would count as done. Should they come
-        # back, they get a shard of their own.
         source = named_as_before(source, stored)
-        kept = pc.or_(
-            in_shards(stored, journal.done_shards(root)),
-            pc.is_in(stored.column("image_id"), source.column("image_id").combine_chunks()),
-        )
-        work = extend(stored.filter(kept), source, **cut)
+        work = extend(renewed(stored, source, journal.done_shards(root)), source, **cut)
         here = work.filter(pc.is_in(work.column("image_id"), source.column("image_id").combine_chunks()))
     if stored is None or not work.equals(stored):
         journal.put_work(root, work)
     if not going_on:
         journal.put_settings(root, decides, versions(), endings=endings)
-    return Todo(recipe=recipe, work=here, left=remaining(here, journal.done_shards(root)), endings=endings)
+    left = remaining(here, journal.done_shards(root))
+    return Todo(recipe=recipe, work=here, left=left, image_ids=source.column("image_id"), endings=endings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -450,7 +450,8 @@ def start(settings: Settings, *, consume: Callable[[pa.Table], None] | None = No
 
 @dataclass(frozen=True, kw_only=True)
 class _Executed:
-    """What is known of an execution when it has ended. `begun_at` and `wall_s`: seconds, of a clock and long."""
+    """What is known of an execution when it has ended. `begun_at` and `wall_s`: seconds, of a clock and long; `driver_cpu_s`: of this process, with
+    whatever consumes the blocks."""
 
     session: Session
     after: After | None
@@ -458,6 +459,7 @@ class _Executed:
     predicted: float | None  # images/s, by the planner, beforehand
     begun_at: float
     wall_s: float
+    driver_cpu_s: float
     snapshot: dict[str, Any]
     cpu_percent: float | None
     tally: _Tally
@@ -509,7 +511,7 @@ def _execute(
             dataset = preprocessed(todo.left, job.pixels, pools=pools, collector=collector, **how)
             console.print(_opening(run_id, job, after, session, pools), markup=False, highlight=False)
             machine = psutil.cpu_times()
-            begun, begun_at = time.perf_counter(), time.time()
+            begun, begun_at, driver_cpu_s = time.perf_counter(), time.time(), time.process_time()
             ray.get(collector.begin.remote(begun_at))
             began(Control(run_id, collector))
             tally = _Tally()
@@ -524,7 +526,7 @@ def _execute(
                         consume(block)
                     if stop.is_set():
                         raise KeyboardInterrupt
-            wall_s = time.perf_counter() - begun
+            wall_s, driver_cpu_s = time.perf_counter() - begun, time.process_time() - driver_cpu_s
             snapshot, cpu_percent = collected(collector, since=machine)
     finally:
         if probe is not None and timing is not None:
@@ -536,6 +538,7 @@ def _execute(
         predicted=_predicted(costs, pools, session, after),
         begun_at=begun_at,
         wall_s=wall_s,
+        driver_cpu_s=driver_cpu_s,
         snapshot=snapshot,
         cpu_percent=cpu_percent,
         tally=tally,
@@ -575,6 +578,7 @@ def _account(job: Job, run_id: str, executed: _Executed, *, setup_s: float) -> O
             outputs=tally.outputs,
         ),
         cpu_percent=executed.cpu_percent,
+        driver_cpu_s=executed.driver_cpu_s,
         stage_names=["preprocess"] + ([after.name] if after else []),
         on_gpu=(after.name,) if after and after.gpu else (),
         snapshot=snapshot,

@@ -20,7 +20,7 @@ from rich.console import Console
 from raypipe import UsageError
 from raypipe.data import demo, journal, location
 from raypipe.data.sinks import Sink
-from raypipe.data.sources import ANNOTATION_FIELDS, list_images, read_coco
+from raypipe.data.sources import ANNOTATION_FIELDS, SOURCE, list_images, read_coco
 from raypipe.data.work import unlist
 from raypipe.images import backend as backend_module
 from raypipe.images.recipe import Recipe, back, for_evaluation, from_json
@@ -185,6 +185,7 @@ def predicting(settings: Settings) -> Job:
         in_flight=2,
         gpu=gpu_or_cpu(gpu=settings.gpu, cpu=settings.cpu),
     )
+    source = source.set_column(0, SOURCE.field("image_id"), todo.image_ids)
     ids = {str(image["id"]): image["id"] for image in coco.get("images") or ()}
 
     def conclude(written: list[journal.Written]) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from raypipe import UsageError
 from raypipe.data import journal, location
 from raypipe.data.reader import Reader
+from raypipe.images import backend as backend_module
 from raypipe.insight import planner, talk
 from raypipe.insight.claims import STAGES, Finding, Where, findings
 from raypipe.run import pipeline, training
@@ -498,6 +499,8 @@ def run(settings: Settings, *, console: Console) -> Swept:
     largest = settings.preprocess(_largest(settings, joined=joined), output=settings.output)
     check_apart(largest)
     looked = pipeline.plan(replace(largest, output=None))
+    for backend in settings.backends:
+        backend_module(backend).check(looked.recipe)
     if settings.train:
         training.plan(
             settings.training(Point(kind="train", backend="opencv", actors=1, threads=1, workers=1), storage=settings.output)
@@ -555,7 +558,7 @@ def _largest(settings: Settings, *, joined: bool) -> Point:
 
 
 def _actors(point: Point) -> int:
-    return point.actors + point.writers
+    return point.actors + max(point.writers, 1)  # one is counted where none writes
 
 
 def _fits(point: Point) -> bool:

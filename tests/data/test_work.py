@@ -2,7 +2,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from raypipe import UsageError
 from raypipe.data.sources import SOURCE
 from raypipe.data.work import (
     WORK,
@@ -11,6 +10,7 @@ from raypipe.data.work import (
     make_work,
     named_as_before,
     remaining,
+    renewed,
     shard_rows,
     shards,
     unlist,
@@ -85,14 +85,31 @@ def test_an_image_keeps_its_id_when_another_of_its_name_comes_before_it():
     assert extend(work, named, rows_per_shard=2).column("uri").to_pylist()[2:] == ["/train/b.jpg", "/val/c.jpg"]
     assert named_as_before(work.select(SOURCE.names), work).equals(work.select(SOURCE.names))
     twice = at(("b.jpg", "/new", 0), ("b.jpg#2", "/val/b.jpg", 0), ("b.jpg#3", "/val/b.jpg", 0))
-    assert named_as_before(twice, work).column("image_id").to_pylist() == ["b.jpg#3", "b.jpg", "b.jpg#3#2"]
+    assert named_as_before(twice, work).column("image_id").to_pylist() == ["b.jpg#3", "b.jpg", "b.jpg#4"]
+    first = make_work(at(("b.jpg", "/val/b.jpg", 0)), rows_per_shard=2)
+    assert named_as_before(grown.slice(0, 2), first).column("image_id").to_pylist() == ["b.jpg#2", "b.jpg"]
 
 
-def test_a_tar_that_was_made_again_is_refused():
-    work = make_work(at(("a", "/x.tar", 512), ("b", "/x.tar", 4096)), rows_per_shard=2)
-    assert named_as_before(at(("a", "/x.tar", 512), ("b", "/x.tar", 4096), ("c", "/x.tar", 9000)), work).num_rows == 3
-    with pytest.raises(UsageError, match=r"/x\.tar has changed since the output was begun: b is at another place"):
-        named_as_before(at(("a", "/x.tar", 512), ("b", "/x.tar", 5120)), work)
+def test_ids_that_images_bring_along_are_theirs_wherever_these_are():
+    work = make_work(at(("7", "/old/a.jpg", 0), ("9#1", "/x.tar", 512), ("a.parquet#0", "/a.parquet", 0)), rows_per_shard=2)
+    moved = at(("7", "/new/a.jpg", 0), ("9#1", "/x.tar", 4096), ("a.parquet#0", "/a.parquet", 1))
+    assert named_as_before(moved, work).equals(moved)
+
+
+def test_what_is_still_to_do_is_as_the_source_has_it_now_and_what_is_done_stays():
+    work = make_work(at(*((name, f"/old/{name}", 0) for name in "abcdef")), rows_per_shard=2)  # shards ab, cd, ef
+    now = at(("f", "/new/f", 9), ("d", "/new/d", 5), ("a", "/new/a", 7), ("g", "/new/g", 1))
+    after = renewed(work, now, {0})
+    assert after.schema == WORK
+    columns = ("image_id", "shard", "name", "uri", "offset")
+    assert list(zip(*(after.column(name).to_pylist() for name in columns), strict=True)) == [
+        ("a", 0, "a", "/old/a", 0),
+        ("b", 0, "b", "/old/b", 0),
+        ("d", 1, "d", "/new/d", 5),
+        ("f", 2, "f", "/new/f", 9),
+    ]
+    assert renewed(work, work.select(SOURCE.names), set()).equals(work)
+    assert renewed(work, now.slice(0, 0), set()).num_rows == 0
 
 
 def test_rows_found_later_get_new_shards_and_old_rows_keep_theirs():

@@ -75,7 +75,7 @@ def sample(stage: str, actor: str, at: float, *, busy: float = 0.0, node: str = 
     }
 
 
-def built(first: list[dict], last: list[dict], *, outputs: list[tuple[float, int]], pools: dict | None = None) -> dict:
+def built(first: list[dict], last: list[dict], *, outputs: list[tuple[float, int]], pools: dict | None = None, **more) -> dict:
     pools = pools or {"preprocess": {"start": 2}, "write": {"start": 1}}
     snapshot = {"actors": last, "first": first, "started": 100.0, "pools": pools, "rss_peak_by_stage": {}, "nodes": {}}
     return build(
@@ -88,6 +88,7 @@ def built(first: list[dict], last: list[dict], *, outputs: list[tuple[float, int
         cpu_percent=50.0,
         stage_names=["preprocess", "write"],
         snapshot=snapshot | {"scale_events": [], "timeline": []},
+        **more,
     )
 
 
@@ -139,6 +140,8 @@ def test_cpu_that_was_neither_the_stages_nor_rays_is_said(idle_s, told):
     }
     reason = built(first, last, outputs=[(11.0, 10), (21.0, 10)], pools=pools)["verdict"]["reason"]
     assert ("Other programs held about 20% of the machine's CPU" in reason) == told, reason
+    consumed = built(first, last, outputs=[(11.0, 10), (21.0, 10)], pools=pools, driver_cpu_s=8.0)["verdict"]["reason"]
+    assert "Other programs" not in consumed
 
 
 def test_work_that_was_done_before_all_actors_were_there_has_no_time():

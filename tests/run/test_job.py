@@ -111,7 +111,7 @@ def bare_python(tmp_path) -> str:
 @pytest.fixture
 def cluster(bare_python):
     """`ray start --head` with token authentication, and an environment for it."""
-    env = environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="a" * 32)
+    env = environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="a" * 32, RAY_JOB_STOP_WAIT_TIME_S="60")  # a slow machine is no defect
     env["PATH"] = f"{Path(bare_python).parent}:{env['PATH']}"  # `python` of a job's command line
     with head(cpus=4, env=env, python=bare_python) as started:
         yield started, env

@@ -252,11 +252,21 @@ def test_the_users_annotations_are_never_overwritten_nor_deleted(photos, tmp_pat
     for resume in (True, False):
         with pytest.raises(UsageError, match=r"annotations/boxes\.json exists and is no result"):
             plan(replace(wanted, resume=resume))
-    # An earlier run that had no annotations has written none: --no-resume deletes none.
+    # An earlier run that had no annotations has written none: --no-resume deletes none, nor anything else before it is refused.
     journal.put_settings(str(tmp_path), {"recipe": "coco-300"}, {})
     with pytest.raises(UsageError, match="exists and is no result"):
         plan(replace(wanted, resume=False))
     assert own.read_text() == content
+    assert (tmp_path / "_raypipe/run.json").exists()
+
+
+def test_annotation_ids_that_say_not_which_box_are_refused_where_they_are_written(photos, tmp_path):
+    box = {"id": 1, "image_id": 7, "category_id": 1, "bbox": [1, 2, 30, 40]}
+    (tmp_path / "boxes.json").write_text(json.dumps({"images": [{"id": 7, "file_name": "a/001.jpg"}], "annotations": [box, box]}))
+    wanted = settings(input=photos, annotations=tmp_path / "boxes.json", output=tmp_path / "out")
+    with pytest.raises(UsageError, match="the annotation id 1 occurs twice for the image '7'"):
+        plan(wanted)
+    assert plan(replace(wanted, output=None)).left.num_rows == 1
 
 
 @pytest.mark.parametrize(

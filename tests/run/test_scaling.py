@@ -152,7 +152,8 @@ def test_a_run_that_has_ended_says_so_and_no_other_ray_is_started_to_ask_it():
         from raypipe.run.pipeline import start
         from raypipe.run.settings import Settings
 
-        run = start(Settings(input="demo:40", actors=1), console=Console(quiet=True))
+        run = start(Settings(input="demo:40", actors=1, read_ms=200.0), console=Console(quiet=True))
+        run.live()
         other = start(Settings(input="demo:60", actors=1), console=Console(quiet=True))
         try:
             other.wait()
