@@ -15,18 +15,6 @@ from raypipe.data import location
 HERE = Path(__file__).parent
 
 
-SHARED = ("trained", "undisturbed", "swept")
-"""Fixtures of a run that many tests look at: with `pytest -n` these go to one process, so that it is not done in each."""
-
-
-@pytest.hookimpl(tryfirst=True)  # before xdist looks for the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        for name in SHARED:
-            if name in getattr(item, "fixturenames", ()):
-                item.add_marker(pytest.mark.xdist_group(name))
-
-
 @pytest.fixture(scope="session")
 def session():
     """One local Ray for all tests that need none of their own: 8 logical CPUs, whatever the machine has."""

@@ -177,7 +177,9 @@ def others(records: Iterable[Record], cores: float) -> float:
         percent, rate = known(record.get("cpu_percent")), known(record.get("images_per_s"))
         if percent is not None and rate is not None:
             own = sum(known(record.get(f"{stage}_cpu_s")) or 0.0 for stage in STAGES)
-            held.append(planner.held_by_others(percent, rate * own, cores))
+            ended = sum(known(record.get(count)) or 0 for count in ("actors", "writers", "workers")) * planner.END_S
+            time_s = known(record.get("time_s"))
+            held.append(planner.held_by_others(percent, rate * own + (ended / time_s if time_s else 0.0), cores))
     return median(held) if held else 0.0
 
 

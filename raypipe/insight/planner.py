@@ -34,6 +34,9 @@ RAYS_SHARE = 0.3
 RAYS_CORES = 0.3
 """Cores that those may take besides, however little the stages do (measured: 0.25, preprocess actors waiting for one slow writer)."""
 
+END_S = 1.5
+"""CPU seconds that the end of an actor may take, while Python and the libraries take themselves down (measured: 0.3 with OpenCV, 1.3 with torchvision)."""
+
 TOLD = 10.0
 """Percent of all cores that other programs may hold before it is said: less changes no conclusion."""
 
@@ -213,7 +216,7 @@ def held_by_others(busy_percent: float, own_cores: float, cores: float) -> float
 
     Args:
         busy_percent: of all cores, by whatever ran, 0 to 100.
-        own_cores: cores that the stages themselves used meanwhile.
+        own_cores: cores that the stages themselves used meanwhile, the end of their actors included (END_S each).
     """
     return max(busy_percent - 100 * (own_cores * (1 + RAYS_SHARE) + RAYS_CORES) / cores, 0.0)
 

@@ -153,7 +153,7 @@ def _held_by_others(snapshot: dict, work: _Work, driver_cpu_s: float) -> float:
     """Percent of the cores, as `planner.held_by_others`; 0 where it is not known."""
     if not work.seconds or work.cpu_percent is None:
         return 0.0
-    own_s = sum(actor["cpu_s"] for actor in snapshot["actors"]) + driver_cpu_s
+    own_s = sum(actor["cpu_s"] + planner.END_S for actor in snapshot["actors"]) + driver_cpu_s
     return planner.held_by_others(work.cpu_percent, own_s / work.seconds, work.cores)
 
 

@@ -127,11 +127,11 @@ def test_work_of_several_nodes_is_their_cpu_together():
 @pytest.mark.parametrize(("idle_s", "told"), [(0.0, True), (12.0, False), (30.0, False)])
 def test_cpu_that_was_neither_the_stages_nor_rays_is_said(idle_s, told):
     first = [sample("preprocess", "a", 101), sample("preprocess", "b", 101), sample("write", "c", 101)]
-    # 20 s on 2 cores: 20 CPU seconds are the stages', so up to 12 may be Ray's.
+    # 20 s on 2 cores: 16 CPU seconds are the stages', up to 4.5 the end of three actors, and so up to 12.2 may be Ray's.
     used = {"busy_s": 10.0, "images": 10}
     last = [
-        sample("preprocess", "a", 121, busy=40 - idle_s) | used | {"cpu_s": 8.0},
-        sample("preprocess", "b", 121, busy=40 - idle_s) | used | {"cpu_s": 8.0},
+        sample("preprocess", "a", 121, busy=40 - idle_s) | used | {"cpu_s": 6.0},
+        sample("preprocess", "b", 121, busy=40 - idle_s) | used | {"cpu_s": 6.0},
         sample("write", "c", 121, busy=40 - idle_s) | used | {"cpu_s": 4.0},
     ]
     pools = {
@@ -139,7 +139,7 @@ def test_cpu_that_was_neither_the_stages_nor_rays_is_said(idle_s, told):
         "write": {"start": 1, "max": 1, "end": 1, "actor_s": 20.0},
     }
     reason = built(first, last, outputs=[(11.0, 10), (21.0, 10)], pools=pools)["verdict"]["reason"]
-    assert ("Other programs held about 20% of the machine's CPU" in reason) == told, reason
+    assert ("Other programs held about 18% of the machine's CPU" in reason) == told, reason
     consumed = built(first, last, outputs=[(11.0, 10), (21.0, 10)], pools=pools, driver_cpu_s=8.0)["verdict"]["reason"]
     assert "Other programs" not in consumed
 

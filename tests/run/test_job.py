@@ -55,6 +55,7 @@ def undisturbed(tmp_path_factory) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("undisturbed")
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_driver_that_is_killed_or_interrupted_goes_on_where_it_was(tmp_path, undisturbed, how):
     out = tmp_path / "out"

@@ -30,6 +30,8 @@ from tests.run.test_job import ROOT, environment, named, wait_for
 from tests.run.test_pipeline import quiet
 from tests.run.test_scaling import running, until
 
+pytestmark = pytest.mark.xdist_group("trained")  # nearly all tests need that training: with `pytest -n` in one process
+
 SIZE = (90, 120)
 
 

@@ -110,6 +110,7 @@ def swept(session, tmp_path_factory) -> Path:
     return root
 
 
+@pytest.mark.xdist_group("swept")
 def test_a_sweep_measures_every_point_and_leaves_nothing_but_its_results(swept):
     rows = read_results(str(swept / "out"))
     assert Counter((r["kind"], r["actors"], r["writers"]) for r in rows) == {
@@ -132,6 +133,7 @@ def test_a_sweep_measures_every_point_and_leaves_nothing_but_its_results(swept):
     assert left == ["_raypipe/run.json", "results.csv", "results.parquet", "sweep.html"]
 
 
+@pytest.mark.xdist_group("swept")
 def test_the_table_is_there_as_csv_too(swept):
     with (swept / "out/results.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -140,6 +142,7 @@ def test_the_table_is_there_as_csv_too(swept):
     assert [float(row["time_s"]) for row in rows] == pytest.approx(table.column("time_s").to_pylist())
 
 
+@pytest.mark.xdist_group("swept")
 def test_the_page_shows_the_claims_and_how_it_was_measured(swept):
     tree = Reader((swept / "out/sweep.html").read_text()).open[0]
     assert "Preprocessing only: time" in {e.text for e in tree.all("h3")}
@@ -147,6 +150,7 @@ def test_the_page_shows_the_claims_and_how_it_was_measured(swept):
     assert "demo:24" in tree.text
 
 
+@pytest.mark.xdist_group("swept")
 def test_the_same_command_measures_nothing_again_and_a_larger_grid_only_what_is_new(swept, session):
     before = {row["run_id"]: row for row in read_results(str(swept / "out"))}
     console = quiet()
@@ -159,6 +163,7 @@ def test_the_same_command_measures_nothing_again_and_a_larger_grid_only_what_is_
     assert [(r["actors"], r["writers"]) for key, r in after.items() if key not in before] == [(3, 0)]
 
 
+@pytest.mark.xdist_group("swept")
 def test_other_settings_into_the_same_folder_are_refused_with_the_difference(swept):
     before = (swept / "out/results.parquet").read_bytes()
     with pytest.raises(UsageError) as caught:

@@ -78,6 +78,7 @@ def every_row(given: Settings) -> Counter[str]:
     return Counter(f"{e}/{i}" for e, i in zip(work["epoch"].to_pylist(), work["image_id"].to_pylist(), strict=True))
 
 
+@pytest.mark.xdist_group("trained")
 def test_a_run_trains_on_every_row_once_an_epoch_and_reports_what_it_cost(trained):
     given, outcome = trained.settings, trained.outcome
     assert verdict_on(outcome, given) is None
