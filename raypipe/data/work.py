@@ -5,6 +5,7 @@ of its shard, never changes; rows found later get new shards. What is still to d
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Set
 
 import numpy as np
@@ -142,15 +143,17 @@ def named_as_before(source: pa.Table, work: pa.Table) -> pa.Table:
     for image_id, uri, offset in before:
         places.setdefault((name_of(image_id), uri, offset), []).append(image_id)
     taken, named = {image_id for image_id, _, _ in before}, []
+    numbers: Counter[str] = Counter()  # of each name, those that are known to be taken
     for image_id, uri, offset in listed:
         name = name_of(image_id)
         known = places.get((name, uri, offset))
         if known:
             named.append(known.pop(0))  # the same image may be there twice
             continue
-        unique, number = image_id, 2
+        unique = image_id
         while name in repeated and unique in taken:
-            unique, number = f"{name}#{number}", number + 1
+            numbers[name] += 1
+            unique = f"{name}#{numbers[name] + 1}"
         taken.add(unique)
         named.append(unique)
     return _with(source, "image_id", pa.array(named, pa.string()))

@@ -199,20 +199,20 @@ def left_to_do(
         journal.clear(root)
     going_on = journal.check_settings(root, decides)
     stored = journal.read_work(root) if going_on else None
+    done = journal.done_shards(root)
     if stored is None:
         work = here = make_work(source, **cut)
         check_free(root, [*endings, *files(work)])
         journal.check_writable(root)
     else:
         source = named_as_before(source, stored)
-        work = extend(renewed(stored, source, journal.done_shards(root)), source, **cut)
+        work = extend(renewed(stored, source, done), source, **cut)
         here = work.filter(pc.is_in(work.column("image_id"), source.column("image_id").combine_chunks()))
     if stored is None or not work.equals(stored):
         journal.put_work(root, work)
     if not going_on:
         journal.put_settings(root, decides, versions(), endings=endings)
-    left = remaining(here, journal.done_shards(root))
-    return Todo(recipe=recipe, work=here, left=left, image_ids=source.column("image_id"), endings=endings)
+    return Todo(recipe=recipe, work=here, left=remaining(here, done), image_ids=source.column("image_id"), endings=endings)
 
 
 @dataclass(frozen=True, kw_only=True)

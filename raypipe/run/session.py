@@ -79,6 +79,11 @@ def beside_driver() -> dict[str, Any]:
     return {"num_cpus": 0, "scheduling_strategy": here}
 
 
+def joins() -> bool:
+    """Whether a session that opens now would use a Ray that is there, instead of starting one on this machine alone."""
+    return bool(os.environ.get("RAY_ADDRESS")) or ray.is_initialized()
+
+
 def memory_for(actors: Iterable[tuple[int, str]]) -> int:
     """Bytes of memory that so many actors, each with these libraries, take with all that a run has beside them."""
     return sum(count * ACTOR_BYTES[libraries] for count, libraries in actors) + REST_BYTES
@@ -244,7 +249,7 @@ def ray_session(settings: Settings, *, after: After | None = None, beside: int =
 
 
 def _opened(settings: Settings, after: After | None, beside: int) -> _Open:
-    joined = bool(os.environ.get("RAY_ADDRESS")) or ray.is_initialized()
+    joined = joins()
     ours = not ray.is_initialized()
     dashboard = None
     if ours:

@@ -7,7 +7,6 @@
 A point's run is told to begin when all its actors are there: what is measured is work, not the start of processes.
 """
 
-import os
 import random
 import shlex
 import sys
@@ -22,7 +21,6 @@ import psutil
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
-import ray
 import torch
 from ray.data import DataContext
 from rich.console import Console
@@ -35,7 +33,7 @@ from raypipe.images import backend as backend_module
 from raypipe.insight import planner, talk
 from raypipe.insight.claims import STAGES, Finding, Where, findings
 from raypipe.run import pipeline, training
-from raypipe.run.session import Session, cores_here, memory_for, processor, ray_session, versions
+from raypipe.run.session import Session, cores_here, joins, memory_for, processor, ray_session, versions
 from raypipe.run.settings import Settings as Preprocess
 from raypipe.run.settings import check_apart
 
@@ -248,6 +246,10 @@ class Point:
         return ", ".join(parts) + {"stored": ", stored once and read back", "ops": ", ops on the GPU"}.get(self.kind, "")
 
 
+def _writers(writing: str, actors: int) -> int:
+    return {"none": 0, "one": 1, "same": actors}[writing]
+
+
 def grid(settings: Settings, *, cores: float, gpus: int) -> list[Point]:
     """All points, in the order in which they are measured: repeat by repeat, each in an order of its own, so that what changes on the
     machine meanwhile changes no curve's shape."""
@@ -256,7 +258,7 @@ def grid(settings: Settings, *, cores: float, gpus: int) -> list[Point]:
     for backend in settings.backends:
         for actors in settings.actors:
             for writing in settings.writers:
-                writers = {"none": 0, "one": 1, "same": actors}[writing]
+                writers = _writers(writing, actors)
                 for threads in settings.threads if writing == "none" else (base,):
                     found[Point(kind="preprocess", backend=backend, actors=actors, writers=writers, threads=threads)] = None
         if settings.writers != ("none",):
@@ -495,7 +497,7 @@ def run(settings: Settings, *, console: Console) -> Swept:
         KeyboardInterrupt: what was measured is kept, and the same settings go on.
     """
     settings.check()
-    joined = bool(os.environ.get("RAY_ADDRESS")) or ray.is_initialized()
+    joined = joins()
     largest = settings.preprocess(_largest(settings, joined=joined), output=settings.output)
     check_apart(largest)
     looked = pipeline.plan(replace(largest, output=None))
@@ -546,8 +548,7 @@ def run(settings: Settings, *, console: Console) -> Swept:
 
 def _largest(settings: Settings, *, joined: bool) -> Point:
     """The point with the most actors, of those that this machine has the memory for; of a cluster that is joined this is not known."""
-    writers = {"none": lambda actors: 0, "one": lambda actors: 1, "same": lambda actors: actors}
-    counts = [(actors, writers[writing](actors)) for actors in settings.actors for writing in settings.writers]
+    counts = [(actors, _writers(writing, actors)) for actors in settings.actors for writing in settings.writers]
     counts += [(actors, 0) for actors in settings.train_actors] if settings.train else []
     points = [
         Point(kind="preprocess", backend=backend, actors=actors, writers=also, threads=1)

@@ -51,7 +51,18 @@ from raypipe.run.collector import Facts, start_collector
 from raypipe.run.following import Watch, say
 from raypipe.run.meter import Meter
 from raypipe.run.pipeline import preprocessed
-from raypipe.run.session import Pools, Session, beside_driver, cores_here, hardware, on_gpus, ray_session, size_pools, versions
+from raypipe.run.session import (
+    Pools,
+    Session,
+    beside_driver,
+    cores_here,
+    hardware,
+    joins,
+    on_gpus,
+    ray_session,
+    size_pools,
+    versions,
+)
 from raypipe.run.settings import COUNT, gpu_or_cpu
 from raypipe.run.settings import Settings as Preprocess
 from raypipe.run.trainer import Board, ToBoard, Uneven, train
@@ -408,7 +419,7 @@ def _latest(storage: str, todo: Todo) -> tuple[Progress, str | None]:
 def _sized(settings: Settings) -> Preprocess:
     """The input side, with the number of actors for a machine of our own."""
     given = settings.preprocessing
-    joined = bool(os.environ.get("RAY_ADDRESS")) or ray.is_initialized()
+    joined = joins()
     if given.actors == "auto" and not joined:
         return replace(given, actors=max(1, cores_here() - _cpus_for_workers(settings)))
     return given
