@@ -36,7 +36,7 @@ from rich.table import Table
 from raypipe.data import demo
 from raypipe.data.sources import list_images
 from raypipe.run.pipeline import run
-from raypipe.run.session import cores_here
+from raypipe.run.session import cores_here, ray_here
 from raypipe.run.settings import Settings
 from raypipe.stages.preprocess import keep_freed_memory, pixels
 
@@ -314,7 +314,7 @@ def main() -> int:
     paths = local_files(wanted.input)
     names = wanted.contenders or tuple(CONTENDERS)
     console = Console()
-    ray.init(address="local", num_cpus=2 * CORES, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+    ray_here(num_cpus=2 * CORES, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
     results: dict[tuple[str, str], list[tuple[Timing, int]]] = {}
     for round_ in range(wanted.rounds):
         for mode in wanted.modes:

@@ -28,6 +28,7 @@ from raypipe import UsageError
 from raypipe.data.location import path_of, write
 from raypipe.data.reader import RAW, npy
 from raypipe.data.sources import annotation_id, read_coco
+from raypipe.data.work import images_of
 
 FORMATS = ("jpeg", "png", "npy", "webdataset", "parquet")
 
@@ -73,20 +74,20 @@ def write_shard(sink: Sink, block: pa.Table, *, encode: Encode, finish: Finish |
     for one HWC uint8 image; only npy uses it. Raises OSError or a pyarrow error if the place cannot be written to; what was
     written by then stays and will be overwritten by the next try.
     """
-    # Without rejects no filter: it would copy all pixels.
-    good = block.filter(pc.is_valid(block["image"])) if block["image"].null_count else block
-    if good.num_rows == 0:
+    if block["image"].null_count == block.num_rows:
         return Written(files=[], bytes=0)
-    epoch, shard = good["epoch"][0].as_py(), good["shard"][0].as_py()
+    epoch, shard = block["epoch"][0].as_py(), block["shard"][0].as_py()
     prefix = f"epoch-{epoch:03d}/" if epoch else ""
     if sink.format == "webdataset":
-        return _write_one(sink, f"{prefix}shard-{shard:06d}.tar", _tar(good, encode, sink.quality))
+        return _write_one(sink, f"{prefix}shard-{shard:06d}.tar", _tar(block, encode, sink.quality))
     if sink.format == "parquet":
-        return _write_one(sink, f"{prefix}part-{shard:06d}.parquet", _parquet(good))
+        return _write_one(sink, f"{prefix}part-{shard:06d}.parquet", _parquet(block))
     folder = prefix + (sink.folder.strip("/") + "/" if sink.folder else "")
     extension = _EXTENSION[sink.format]
     files, size = [], 0
-    for name, image in zip(good["name"].to_pylist(), _images(good), strict=True):
+    for name, image in zip(block["name"].to_pylist(), images_of(block), strict=True):
+        if image is None:
+            continue
         if sink.format == "npy":
             data = npy(image if finish is None else finish(image))
         else:
@@ -103,19 +104,14 @@ def _write_one(sink: Sink, file: str, data: bytes | memoryview) -> Written:
     return Written(files=[file], bytes=len(data))
 
 
-def _images(block: pa.Table) -> Iterable[np.ndarray]:
-    """The images as HWC uint8 views of the block's memory."""
-    rows = zip(block["image"], block["height"].to_pylist(), block["width"].to_pylist(), strict=True)
-    for pixels, height, width in rows:
-        yield np.frombuffer(pixels.as_buffer(), np.uint8).reshape(height, width, 3)
-
-
 def _tar(block: pa.Table, encode: Encode, quality: int) -> memoryview:
     columns = ("image_id", "name", "height", "width", "boxes", "labels", "crowds", "annotation_ids")
     rows = block.select(columns).to_pylist()
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
-        for row, image in zip(rows, _images(block), strict=True):
+        for row, image in zip(rows, images_of(block), strict=True):
+            if image is None:
+                continue
             folder, _, base = row["name"].rpartition("/")
             # A key ends at its first dot, so dots inside the name are escaped; listing the tar turns them back.
             key = posixpath.join(folder, base.replace("%", "%25").replace(".", "%2E"))
@@ -143,6 +139,7 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 def _parquet(block: pa.Table) -> memoryview:
     columns = ["image_id", "name", "height", "width", "image", "boxes", "labels", "crowds", "annotation_ids"]
+    block = block.filter(pc.is_valid(block["image"])) if block["image"].null_count else block  # which would copy all pixels
     sink = pa.BufferOutputStream()
     pq.write_table(
         block.select(columns).replace_schema_metadata(RAW),

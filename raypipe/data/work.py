@@ -216,6 +216,25 @@ def shards(work: pa.Table) -> Iterator[pa.Table]:
         yield work.slice(start, stop - start)
 
 
+def image_column(block: pa.Table) -> pa.LargeBinaryArray:
+    """The pixels of a block (schema BLOCK) as one array."""
+    chunks = block.column("image")
+    return chunks.chunk(0) if chunks.num_chunks == 1 else chunks.combine_chunks()  # which copies even a single chunk
+
+
+def images_of(block: pa.Table) -> list[np.ndarray | None]:
+    """The image of each row of a block (schema BLOCK), HWC RGB uint8, a view of the block's memory; None: rejected."""
+    column = image_column(block)
+    _, offsets, values = column.buffers()
+    if values is None:  # none has pixels
+        return [None] * len(column)
+    flat = np.frombuffer(values, np.uint8)
+    ends = np.frombuffer(offsets, np.int64)[column.offset : column.offset + len(column) + 1].tolist()
+    shapes = zip(block.column("height").to_pylist(), block.column("width").to_pylist(), column.is_valid().to_pylist(), strict=True)
+    rows = zip(ends[:-1], ends[1:], shapes, strict=True)
+    return [flat[start:end].reshape(height, width, 3) if good else None for start, end, (height, width, good) in rows]
+
+
 def lists(values: Iterable[np.ndarray], type_: pa.ListType) -> pa.Array:
     """One list a row of `values` ((n,) or (n, 4) arrays) as an Arrow array of `type_`, without a Python object per element."""
     arrays = list(values)

@@ -88,6 +88,7 @@ def preprocessed(
     # The actors measure their own memory; Ray Data would start a thread for it in every task.
     context.memory_usage_poll_interval_s = None
     largest = max(table.num_rows for table in tables)
+    height, width = settings.done_here.fixed_size or (0, 0)
     if collector is not None:
         actors = {"preprocess": Preprocess} | ({after.name: after.actor} if after else {})
         steer(context, collector=collector, stages={f"MapBatches({actor.__name__})": name for name, actor in actors.items()})
@@ -103,6 +104,7 @@ def preprocessed(
             "tracks": tracks_folder(run_id),
             "io_threads": io_threads,
             "wait_ms": read_ms,
+            "bytes_out": largest * height * width * 3,
             "meter": Meter(stage="preprocess", collector=collector),
         },
         batch_size=None,

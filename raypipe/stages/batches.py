@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from raypipe import UsageError
-from raypipe.data.work import unlist
+from raypipe.data.work import images_of, unlist
 from raypipe.images import torchvision as on_torch
 from raypipe.images.recipe import Finish, Recipe, left_of
 from raypipe.models.detection import Classes
@@ -44,22 +44,17 @@ class Batch:
 
 def rows_of(block: pa.Table) -> Iterator[Row]:
     """The rows of a block (schema BLOCK), their pixels as views of it."""
-    column = block.column("image").combine_chunks()
-    column = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
-    offsets = np.frombuffer(column.buffers()[1], np.int64)[column.offset : column.offset + len(column) + 1]
-    flat = np.frombuffer(column.buffers()[2], np.uint8) if column.buffers()[2] is not None else np.empty(0, np.uint8)
     boxes, labels, crowds = (unlist(block.column(name)) for name in ("boxes", "labels", "crowds"))
-    names = ("epoch", "image_id", "uri", "height", "width", "reason", "detail")
-    for at, row in enumerate(block.select(names).to_pylist()):
-        good = row["reason"] is None
+    names = ("epoch", "image_id", "uri", "reason", "detail")
+    for at, (row, image) in enumerate(zip(block.select(names).to_pylist(), images_of(block), strict=True)):
         yield Row(
             epoch=row["epoch"],
             image_id=row["image_id"],
-            pixels=flat[offsets[at] : offsets[at + 1]].reshape(row["height"], row["width"], 3) if good else None,
+            pixels=image,
             boxes=boxes[at],
             labels=labels[at] if len(boxes[at]) else labels[at][:0],  # of the whole image: nothing that a detector learns
             crowds=crowds[at],
-            reject=None if good else {name: row[name] or "" for name in ("image_id", "uri", "reason", "detail")},
+            reject=None if image is not None else {name: row[name] or "" for name in ("image_id", "uri", "reason", "detail")},
         )
 
 

@@ -2,14 +2,15 @@
 
 import contextlib
 import ctypes
+import mmap
 import os
 import struct
 import sys
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
-from mmap import mmap
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import psutil
 import pyarrow as pa
 
 from raypipe.data.reader import Reader
-from raypipe.data.work import BLOCK, SHARD_BYTES, lists, unlist
+from raypipe.data.work import BLOCK, image_column, lists, unlist
 from raypipe.images import backend as backend_module
 from raypipe.images.decode import MAX_PIXELS, Header, Reject, read_header
 from raypipe.images.recipe import Plan, Recipe, left_of
@@ -48,6 +49,10 @@ class Preprocessing:
         return replace(self.recipe, ops=()) if self.decode_only else self.recipe
 
 
+def _new(size: int) -> np.ndarray:
+    return np.empty(size, np.uint8)
+
+
 @dataclass(frozen=True, slots=True)
 class _Planned:
     data: bytes
@@ -62,6 +67,7 @@ def preprocess_shard(
     reader: Reader,
     killers: Collection[int] = (),
     mark: Callable[[int], None] = lambda row: None,
+    memory: Callable[[int], np.ndarray] = _new,
 ) -> tuple[pa.Table, int]:
     """Read, decode and transform the images of `shard` (schema WORK).
 
@@ -69,6 +75,7 @@ def preprocess_shard(
         reader: gives each row's encoded bytes, in order.
         killers: rows not to touch, because they have killed the process before.
         mark: called with a row's number before it is touched.
+        memory: gives an array of so many bytes (uint8, one dimension) for the pixels of all rows.
 
     Returns:
         A table of schema BLOCK with the same rows in the same order, and the number of encoded bytes read. A row that cannot be
@@ -82,11 +89,11 @@ def preprocess_shard(
     recipe = settings.done_here
     fixed = recipe.fixed_size
     if fixed is not None:
-        pixels = np.empty(shard.num_rows * fixed[0] * fixed[1] * 3, np.uint8)
+        pixels = memory(shard.num_rows * fixed[0] * fixed[1] * 3)
     else:
         # Sizes are known before decoding, from the headers: one buffer all the same, for the price of reading all rows first.
         planned = iter(known := list(planned))
-        pixels = np.empty(sum(p.plan.size[0] * p.plan.size[1] * 3 for p in known if isinstance(p, _Planned)), np.uint8)
+        pixels = memory(sum(p.plan.size[0] * p.plan.size[1] * 3 for p in known if isinstance(p, _Planned)))
 
     end = 0
     bytes_in = 0
@@ -199,8 +206,7 @@ def pixels(block: pa.Table) -> np.ndarray:
         raise ValueError(f"the images of this block have {len(sizes)} sizes, such as {sorted(sizes)[:2]}; they are no one array")
     if not sizes:
         return np.empty((0, 0, 0, 3), np.uint8)
-    chunks = good.column("image")
-    column = chunks.chunk(0) if chunks.num_chunks == 1 else chunks.combine_chunks()  # which copies even a single chunk
+    column = image_column(good)
     first = np.frombuffer(column.buffers()[1], np.int64)[column.offset]
     height, width = sizes.pop()
     flat = np.frombuffer(column.buffers()[2], np.uint8, len(column) * height * width * 3, first)
@@ -218,6 +224,35 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 64 * 2**20)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
             mallopt(parameter, value)
+
+
+class Memory:
+    """Arrays of bytes, the same memory again once nobody has the last one any more.
+
+    Memory that is new to a process is dear: 64 MiB took 10 to 150 ms here, the work on them 450. Ray has copied a block before it asks for
+    the next one, so an actor needs no more than one; and takes it before it begins. From malloc it would not be the same memory: Ray Data
+    calls an actor in another thread than it makes it in, and glibc has memory for each.
+    """
+
+    def __init__(self, size: int):
+        self._take(size)
+
+    def _take(self, size: int) -> None:
+        self._bytes = mmap.mmap(-1, max(size, 1))
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            self._bytes.madvise(mmap.MADV_HUGEPAGE)
+        np.frombuffer(self._bytes, np.uint8).fill(0)
+        self._lent: weakref.ref[np.ndarray] | None = None
+
+    def __call__(self, size: int) -> np.ndarray:
+        """`size` bytes (uint8, one dimension), whose content is anything. They are free when neither the array is left nor a view of it."""
+        if self._lent is not None and self._lent() is not None:
+            return _new(size)
+        if size > len(self._bytes):
+            self._take(size)
+        array = np.frombuffer(self._bytes, np.uint8, size)
+        self._lent = weakref.ref(array)
+        return array
 
 
 def _is_alive(pid: int, created: int) -> bool:
@@ -245,7 +280,7 @@ class Tracks:
         path = self._folder / f"{os.getpid()}-{int(psutil.Process().create_time())}.at"
         path.write_bytes(self._POSITION.pack(-1, -1))
         with path.open("r+b") as file:
-            self._at = mmap(file.fileno(), self._POSITION.size)
+            self._at = mmap.mmap(file.fileno(), self._POSITION.size)
 
     def _bury(self) -> None:
         for path in self._folder.glob("*.at"):
@@ -286,6 +321,7 @@ class Preprocess:
         threads: int = 1,
         io_threads: int = 1,
         wait_ms: float = 0.0,  # more than it takes, an image
+        bytes_out: int = 0,  # of the pixels of a shard, as far as known
     ):
         keep_freed_memory()
         backend_module(settings.backend).setup(threads)
@@ -294,8 +330,7 @@ class Preprocess:
         self._wait_s = wait_ms / 1000
         self._reader = Reader(threads=io_threads)
         self._tracks = Tracks(tracks)
-        # The first shard would pay 65 ms for memory that is new to the process; here it passes while other actors start.
-        np.empty(SHARD_BYTES, np.uint8).fill(0)
+        self._memory = Memory(bytes_out)
         meter.start()
 
     def __call__(self, shard: pa.Table) -> pa.Table:
@@ -307,6 +342,7 @@ class Preprocess:
                 reader=self._reader,
                 killers=self._tracks.killers(number),
                 mark=lambda row: self._tracks.mark(number, row),
+                memory=self._memory,
             )
             self._tracks.mark(-1, -1)
             time.sleep(self._wait_s * shard.num_rows)

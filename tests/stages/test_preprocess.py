@@ -10,10 +10,10 @@ import pytest
 
 from raypipe.data.reader import Reader
 from raypipe.data.sources import SOURCE, list_images
-from raypipe.data.work import BLOCK, make_work
+from raypipe.data.work import BLOCK, images_of, make_work
 from raypipe.images import catalog, opencv
 from raypipe.images.recipe import CenterCrop, Recipe, Resize
-from raypipe.stages.preprocess import TRIES, Preprocessing, Tracks, pixels, preprocess_shard
+from raypipe.stages.preprocess import TRIES, Memory, Preprocessing, Tracks, pixels, preprocess_shard
 from tests.conftest import jpeg
 
 
@@ -96,7 +96,38 @@ def test_pixels_of_a_slice_and_of_a_block_with_rejects(photos):
     assert len(good) == 59
     part = block.slice(5, 10)
     np.testing.assert_array_equal(pixels(part)[0], good[4])
+    images = images_of(block)
+    assert images[0] is None and all(np.array_equal(image, of) for image, of in zip(images[1:], good, strict=True))
+    assert all(np.array_equal(image, of) for image, of in zip(images_of(part), good[4:14], strict=True))
+    assert images_of(block.slice(0, 1)) == [None] and images_of(block.slice(0, 0)) == []
+    assert images_of(pa.concat_tables([block.slice(0, 3), block.slice(0, 2)]))[3] is None
     assert pixels(block.slice(0, 1)).shape[0] == 0
+
+
+def test_memory_is_the_same_again_when_nobody_has_it_any_more():
+    memory = Memory(1000)
+    array = memory(600)
+    address = array.ctypes.data
+    view = array[20:30]
+    del array
+    assert memory(600).ctypes.data != address
+    del view
+    assert memory(1000).ctypes.data == address
+    more = memory(5000)
+    more.fill(7)
+    assert len(more) == 5000 and len(memory(10)) == 10
+
+
+def test_a_block_that_is_kept_does_not_change_with_the_next_one(photos):
+    shard, memory = shard_of(photos), Memory(60 * 300 * 300 * 3)
+    fresh, _ = preprocess_shard(shard, settings(), reader=Reader())
+    one, _ = preprocess_shard(shard, settings(), reader=Reader(), memory=memory)
+    address = one.column("image").chunk(0).buffers()[2].address
+    other, _ = preprocess_shard(shard.slice(30), settings(), reader=Reader(), memory=memory)
+    assert one.equals(fresh) and other.equals(fresh.slice(30))
+    del one, other
+    again, _ = preprocess_shard(shard, settings(), reader=Reader(), memory=memory)
+    assert again.column("image").chunk(0).buffers()[2].address == address and again.equals(fresh)
 
 
 @dataclass(frozen=True, kw_only=True)
