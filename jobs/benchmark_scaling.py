@@ -5,7 +5,8 @@
     python jobs/benchmark_scaling.py predict   # one run predicts 14 allocations, which are then run
     python jobs/benchmark_scaling.py overhead  # throughput with meters, collector and steering, and without
 
-auto is the case of ray-project/ray#65540: two stages of 0.17 s and 0.21 s a task, the second slow to start. Waiting takes no core, so logical CPUs may be many more than
+auto is the case of ray-project/ray#65540: two stages of 0.17 s and 0.21 s a task, the second slow to start. Ray Data's autoscaler is measured as it is in Ray 2.60, where it
+starts as many actors as the queue asks for, and as it was when that was reported, an actor at a time. Waiting takes no core, so logical CPUs may be many more than
 cores; only the start of actors (about 1 s of CPU each) is the machine's own. All times are whole executions, actors' start included, except
 where a table says otherwise.
 """
@@ -13,6 +14,7 @@ where a table says otherwise.
 import contextlib
 import json
 import math
+import os
 import statistics
 import sys
 import tempfile
@@ -100,8 +102,8 @@ def took(settings: Settings) -> dict[str, Any]:
     return report
 
 
-def autoscaled_by_ray_data(settings: Settings, cpus: int) -> float:
-    """Seconds of the same two stages under Ray Data's own autoscaler."""
+def autoscaled_by_ray_data(settings: Settings, cpus: int, *, one_by_one: bool) -> float:
+    """Seconds of the same two stages under Ray Data's own autoscaler; `one_by_one`: as it was by default before ray-project/ray#66035."""
     todo = plan(replace(settings, output=None))
     with tempfile.TemporaryDirectory(prefix="raypipe-benchmark-") as folder:
         sink = Sink(format="jpeg", root=folder)
@@ -123,6 +125,10 @@ def autoscaled_by_ray_data(settings: Settings, cpus: int) -> float:
         }
         dataset = dataset.map_batches(Preprocess, fn_constructor_kwargs=preprocess, **how)
         dataset = dataset.map_batches(Write, fn_constructor_kwargs=write, **how)
+        if one_by_one:
+            context = dataset.context
+            context.autoscaling_config = replace(context.autoscaling_config, actor_pool_max_upscaling_delta=1)
+        os.environ["RAY_DATA_ACTOR_AUTOSCALER"] = "DEFAULT" if one_by_one else "BACKLOG_AWARE"  # which is the default
         begun = time.perf_counter()
         for _ in dataset.iter_batches(batch_size=None):
             pass
@@ -140,7 +146,8 @@ def auto(wanted: Benchmark, console: Console) -> None:
 
     contenders = {f"static {p} + {w}": seconds_of(actors=p, writers=w) for p, w in sorted(static)}
     contenders["raypipe auto"] = seconds_of(actors="auto", writers="auto")
-    contenders["Ray Data's autoscaler"] = lambda: autoscaled_by_ray_data(base, wanted.cpus)
+    contenders["Ray Data's autoscaler"] = lambda: autoscaled_by_ray_data(base, wanted.cpus, one_by_one=False)
+    contenders["the same, an actor at a time"] = lambda: autoscaled_by_ray_data(base, wanted.cpus, one_by_one=True)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for round_ in range(wanted.rounds):
         for name, contender in contenders.items():
