@@ -4,6 +4,7 @@ import os
 import pickle
 import tarfile
 import threading
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -84,6 +85,39 @@ def test_read_ahead_is_bounded_in_rows(tmp_path, monkeypatch):
         one._pool.submit(lambda: None).result()
         assert len(opened) <= 5 * 16
         stream.close()
+
+
+def test_one_thread_reads_ahead_where_reading_waits_and_stays_out_of_the_way_where_it_does_not(tmp_path, monkeypatch):
+    contents = list(put(tmp_path, *(f"{i:03d}.jpg" for i in range(100))).values())
+    table = list_images(str(tmp_path))
+    slow, seen = False, []
+    original = reader._read_local
+
+    def watched(path, group):
+        seen.append(threading.current_thread() is threading.main_thread())
+        if slow:
+            time.sleep(0.001)
+        return original(path, group)
+
+    monkeypatch.setattr(reader, "_read_local", watched)
+    with contextlib.closing(Reader(1)) as one:
+        list(one.read(table))  # the system may have to open the folder
+        one._far = 0
+        seen.clear()
+        assert list(one.read(table)) == contents
+        assert all(seen) == reader._TELLS  # elsewhere than on Linux always ahead
+        slow = True
+        seen.clear()
+        assert list(one.read(table)) == contents
+        assert not any(seen[16:])
+        seen.clear()
+        for _ in range(reader._AGAIN):
+            assert list(one.read(table)) == contents
+        assert not any(seen)
+        slow = False
+        seen.clear()
+        assert list(one.read(table)) == contents
+        assert all(seen) == reader._TELLS
 
 
 def test_read_ahead_is_bounded_in_bytes(tmp_path, monkeypatch):
