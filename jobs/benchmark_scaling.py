@@ -19,7 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -40,7 +40,7 @@ from raypipe.images.recipe import Recipe, Resize
 from raypipe.insight import planner
 from raypipe.run.meter import Meter
 from raypipe.run.pipeline import plan, preprocessed, run, start, tracks_folder
-from raypipe.run.session import Pools
+from raypipe.run.session import Pools, ray_here
 from raypipe.run.settings import Settings
 from raypipe.stages.preprocess import Preprocess, Preprocessing
 from raypipe.stages.write import Write
@@ -128,11 +128,23 @@ def autoscaled_by_ray_data(settings: Settings, cpus: int, *, one_by_one: bool) -
         if one_by_one:
             context = dataset.context
             context.autoscaling_config = replace(context.autoscaling_config, actor_pool_max_upscaling_delta=1)
-        os.environ["RAY_DATA_ACTOR_AUTOSCALER"] = "DEFAULT" if one_by_one else "BACKLOG_AWARE"  # which is the default
-        begun = time.perf_counter()
-        for _ in dataset.iter_batches(batch_size=None):
-            pass
-        return time.perf_counter() - begun
+        with _environment(RAY_DATA_ACTOR_AUTOSCALER="DEFAULT" if one_by_one else "BACKLOG_AWARE"):  # the latter is the default
+            begun = time.perf_counter()
+            for _ in dataset.iter_batches(batch_size=None):
+                pass
+            return time.perf_counter() - begun
+
+
+@contextlib.contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """Environment variables of this process, for a while."""
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def auto(wanted: Benchmark, console: Console) -> None:
@@ -309,8 +321,7 @@ def main() -> int:
     """Measure and print."""
     wanted = tyro.cli(Benchmark, description=__doc__)
     environment = {"worker_process_setup_hook": slow_writers(wanted.slow_start_s)} if wanted.slow_start_s else None
-    ray.init(
-        address="local",
+    ray_here(
         num_cpus=wanted.cpus,
         log_to_driver=False,
         logging_level="ERROR",

@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from raypipe.run import pipeline, training
-from raypipe.run.session import cores_here
+from raypipe.run.session import cores_here, ray_here
 from raypipe.run.settings import Settings as Preprocess
 from raypipe.run.training import Settings
 
@@ -143,9 +143,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="raypipe-benchmark-") as name:
         folder = Path(name)
         (folder / "small.json").write_text(RECIPE)
-        ray.init(
-            address="local", num_cpus=max(8, cores_here()), include_dashboard=False, log_to_driver=False, logging_level="ERROR"
-        )
+        ray_here(num_cpus=max(8, cores_here()), include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         {"overlap": overlap, "designs": designs, "ops": ops}[wanted.what](wanted, folder, Console())
         ray.shutdown()
     return 0

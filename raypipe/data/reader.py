@@ -32,6 +32,7 @@ _CHUNK_BYTES = 4 << 20
 _PAUSES = (0.5, 2.0, 8.0)  # seconds; on top of the tries of pyarrow's own S3 client
 _TELLS = hasattr(resource, "RUSAGE_THREAD")  # Linux tells of a thread what it did
 _AGAIN = 16  # calls of read, after one that had to wait
+_WORTH_S = 1e-4  # of waiting, a row: an image of 90 kB takes 1.5 ms to decode
 _GAP = 64 << 10  # bytes between two ranges up to which reading them in one go is cheaper than another request
 
 
@@ -79,13 +80,16 @@ class Reader:
             )
         ]
         todo = deque(_chunks(ranges, self._threads))
-        near = self._threads == 0 or (self._threads == 1 and _TELLS and not self._far)
+        local = not ranges or not is_remote(ranges[0].uri)
+        near = self._threads == 0 or (self._threads == 1 and _TELLS and local and not self._far)
         self._far = max(self._far - 1, 0)
         while todo and near:
             chunk = todo.popleft()
-            before = _waits() if self._threads else 0
+            before = _waited()
             done = self._read(chunk)
-            if self._threads and _waits() - before > len(done) / 4:
+            # By time alone, whoever had to leave the core to others would count.
+            waits, waited_s = (now - then for now, then in zip(_waited(), before, strict=True))
+            if self._threads and waits and waited_s > _WORTH_S * len(done):
                 near, self._far = False, _AGAIN
             if len(done) < len(chunk):
                 todo.appendleft(chunk[len(done) :])
@@ -175,9 +179,10 @@ class Reader:
                 return _read_local(local_path(uri), group)
 
 
-def _waits() -> int:
-    """How often this thread has waited, for a disk, a network or the interpreter."""
-    return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
+def _waited() -> tuple[int, float]:
+    """How often this thread has waited, for a disk, a network or the interpreter; and since when, in seconds that it did not run."""
+    waits = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw if _TELLS else 0
+    return waits, time.perf_counter() - time.thread_time()
 
 
 def _chunks(ranges: list[_Range], threads: int) -> Iterator[list[_Range]]:

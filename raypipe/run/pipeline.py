@@ -478,7 +478,7 @@ def _execute(
 ) -> _Executed:
     settings, todo, after = job.settings, job.todo, job.after
     left = todo.left.num_rows
-    # One reads ahead of the decoder; more only contend for the interpreter, unless each waits for a network.
+    # One reads ahead of the decoder, where reading waits; more only contend for the interpreter, unless each waits for a network.
     io_threads = 8 if location.is_remote(settings.input) else 1
     how: dict[str, Any] = {
         "threads": settings.threads,

@@ -256,8 +256,8 @@ each takes memory that is new to the actor that stores it: 25 to 60 ms a block, 
 def ray_here(*, num_cpus: int, **options: Any) -> Any:
     """Start a Ray on this machine that is this process's own; the arguments, and what is returned, are those of ray.init."""
     # 0 would free at once, but have Ray no longer look whether its store is full enough to spill.
-    os.environ.setdefault("RAY_free_objects_period_milliseconds", str(FREE_EVERY_MS))
-    return ray.init(address="local", num_cpus=num_cpus, **options)
+    own = {} if "RAY_free_objects_period_milliseconds" in os.environ else {"free_objects_period_milliseconds": FREE_EVERY_MS}
+    return ray.init(address="local", num_cpus=num_cpus, _system_config=own, **options)
 
 
 def _opened(settings: Settings, after: After | None, beside: int) -> _Open:

@@ -119,7 +119,8 @@ def preprocess_shard(
                 plan, end = item.plan, end_if_fine
                 sizes[row] = item.header.height, item.header.width, height, width
             except Reject as reject:
-                rejects[row] = reject
+                # Not itself: its traceback has this frame, and with it all pixels until Python looks for cycles.
+                rejects[row] = Reject(reject.reason, reject.detail)
             except Exception as error:
                 # Whatever an op raises, its own image pays for it, not the other hundred of the shard.
                 rejects[row] = Reject("failed", f"{type(error).__name__}: {error}")
@@ -257,9 +258,11 @@ class Memory:
         self._take(size)
 
     def _take(self, size: int) -> None:
-        self._bytes = mmap.mmap(-1, max(size, 1))
+        # Not shared memory, which is mmap's default and for which Linux has no huge pages unless it is told to.
+        self._bytes = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            self._bytes.madvise(mmap.MADV_HUGEPAGE)
+            with contextlib.suppress(OSError):  # a kernel without them
+                self._bytes.madvise(mmap.MADV_HUGEPAGE)
         np.frombuffer(self._bytes, np.uint8).fill(0)
         self._lent: weakref.ref[np.ndarray] | None = None
 

@@ -87,37 +87,49 @@ def test_read_ahead_is_bounded_in_rows(tmp_path, monkeypatch):
         stream.close()
 
 
-def test_one_thread_reads_ahead_where_reading_waits_and_stays_out_of_the_way_where_it_does_not(tmp_path, monkeypatch):
-    contents = list(put(tmp_path, *(f"{i:03d}.jpg" for i in range(100))).values())
-    table = list_images(str(tmp_path))
-    slow, seen = False, []
+@pytest.mark.parametrize("name", ["", "a.tar"])
+def test_one_thread_reads_ahead_where_reading_waits_and_stays_out_of_the_way_where_it_does_not(tmp_path, monkeypatch, name):
+    if name:
+        packed(tmp_path / name, 100)
+    else:
+        put(tmp_path, *(f"{i:03d}.jpg" for i in range(100)))
+    table = list_images(str(tmp_path / name))
+    contents = read(table)
+    waited, slow, here = [0, 0.0], False, []
     original = reader._read_local
 
     def watched(path, group):
-        seen.append(threading.current_thread() is threading.main_thread())
-        if slow:
-            time.sleep(0.001)
+        here.append(threading.current_thread() is threading.main_thread())
+        if slow:  # once, for however many rows that are next to each other
+            waited[0] += 1
+            waited[1] += 0.02
         return original(path, group)
 
     monkeypatch.setattr(reader, "_read_local", watched)
+    monkeypatch.setattr(reader, "_waited", lambda: tuple(waited))
+    monkeypatch.setattr(reader, "_TELLS", True)
     with contextlib.closing(Reader(1)) as one:
-        list(one.read(table))  # the system may have to open the folder
-        one._far = 0
-        seen.clear()
         assert list(one.read(table)) == contents
-        assert all(seen) == reader._TELLS  # elsewhere than on Linux always ahead
+        assert all(here)
         slow = True
-        seen.clear()
+        here.clear()
         assert list(one.read(table)) == contents
-        assert not any(seen[16:])
-        seen.clear()
+        assert here[0] and not here[-1]
+        here.clear()
         for _ in range(reader._AGAIN):
             assert list(one.read(table)) == contents
-        assert not any(seen)
+        assert not any(here)
         slow = False
-        seen.clear()
+        here.clear()
         assert list(one.read(table)) == contents
-        assert all(seen) == reader._TELLS
+        assert all(here)
+
+
+def test_what_a_thread_has_waited_is_known():
+    waits, waited = reader._waited()
+    time.sleep(0.05)
+    more, longer = reader._waited()
+    assert longer - waited > 0.045 and (more > waits) == reader._TELLS
 
 
 def test_read_ahead_is_bounded_in_bytes(tmp_path, monkeypatch):
@@ -238,12 +250,16 @@ def test_threads_below_zero():
         Reader(-1)
 
 
-def test_neighbours_in_a_tar_are_read_at_once(tmp_path, monkeypatch):
-    with tarfile.open(tmp_path / "a.tar", "w") as archive:
-        for i in range(48):
+def packed(path, count):
+    with tarfile.open(path, "w") as archive:
+        for i in range(count):
             info = tarfile.TarInfo(f"{i}.jpg")
             info.size = 1000
             archive.addfile(info, io.BytesIO(bytes([i]) * 1000))
+
+
+def test_neighbours_in_a_tar_are_read_at_once(tmp_path, monkeypatch):
+    packed(tmp_path / "a.tar", 48)
     table = list_images(str(tmp_path / "a.tar"))
     calls = []
     pread = os.pread

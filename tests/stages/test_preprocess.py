@@ -12,6 +12,7 @@ from raypipe.data.reader import Reader
 from raypipe.data.sources import SOURCE, list_images
 from raypipe.data.work import BLOCK, images_of, make_work
 from raypipe.images import catalog, opencv
+from raypipe.images.decode import Reject
 from raypipe.images.recipe import CenterCrop, Recipe, Resize
 from raypipe.stages.preprocess import TRIES, Memory, Preprocessing, Tracks, pixels, preprocess_shard
 from tests.conftest import jpeg
@@ -115,7 +116,8 @@ def test_memory_is_the_same_again_when_nobody_has_it_any_more():
     assert memory(1000).ctypes.data == address
     more = memory(5000)
     more.fill(7)
-    assert len(more) == 5000 and len(memory(10)) == 10
+    memory(10).fill(8)
+    assert len(more) == 5000 and (more == 7).all()
 
 
 def test_a_block_that_is_kept_does_not_change_with_the_next_one(photos):
@@ -142,12 +144,36 @@ def _(op: FailAtTall, image, out=None):
     return image
 
 
+@dataclass(frozen=True, kw_only=True)
+class RejectTall:
+    above: int = 150
+
+
+@opencv.apply.register
+def _(op: RejectTall, image, out=None):
+    if image.shape[0] > op.above:
+        raise Reject("corrupt", "found in the op")
+    return image
+
+
 def test_an_op_that_raises_costs_its_own_image_only(photos):
     recipe = Recipe(name="own", ops=(FailAtTall(), Resize(height=50, width=50, antialias=False)))
     block, _ = preprocess_shard(shard_of(photos), settings(recipe), reader=Reader())
     reasons = block.column("reason").to_pylist()
     assert reasons.count("failed") == 9 and reasons.count(None) == 51  # heights are 100 to 159
     assert "ZeroDivisionError: a bug in the user's op" in block.column("detail").to_pylist()
+
+
+def test_an_image_that_is_rejected_late_does_not_keep_the_memory(photos):
+    ops = RejectTall(), Resize(height=50, width=50, antialias=False)
+    shard, memory = shard_of(photos), Memory(60 * 50 * 50 * 3)
+    addresses = set()
+    for _ in range(2):
+        block, _ = preprocess_shard(shard, settings(Recipe(name="own", ops=ops)), reader=Reader(), memory=memory)
+        assert block.column("detail").to_pylist().count("found in the op") == 9
+        addresses.add(block.column("image").chunk(0).buffers()[2].address)
+        del block
+    assert len(addresses) == 1
 
 
 def test_a_killer_is_not_touched_and_marks_say_where_a_process_is(photos):
