@@ -5,7 +5,6 @@ import functools
 import io
 import itertools
 import os
-import resource
 import stat
 import threading
 import time
@@ -30,8 +29,8 @@ MAX_BYTES = 512 << 20
 _CHUNK_ROWS = 16  # at most, in one I/O thread's turn
 _CHUNK_BYTES = 4 << 20
 _PAUSES = (0.5, 2.0, 8.0)  # seconds; on top of the tries of pyarrow's own S3 client
-_TELLS = hasattr(resource, "RUSAGE_THREAD")  # Linux tells of a thread what it did
-_AGAIN = 16  # calls of read, after one that had to wait
+_SCHEDSTAT = "/proc/thread-self/schedstat"
+_TELLS = os.path.exists(_SCHEDSTAT)  # on Linux
 _WORTH_S = 1e-4  # of waiting, a row: an image of 90 kB takes 1.5 ms to decode
 _GAP = 64 << 10  # bytes between two ranges up to which reading them in one go is cheaper than another request
 
@@ -59,7 +58,7 @@ class Reader:
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads, "raypipe-read") if threads else None
         self._parquet = _ParquetReader()
-        self._far = 0  # calls of read for which nothing is tried in the caller's thread
+        self._far = False  # the last that was read in the caller's thread had to be waited for
         self._pauses: tuple[float, ...] = _PAUSES
 
     def close(self) -> None:
@@ -81,16 +80,17 @@ class Reader:
         ]
         todo = deque(_chunks(ranges, self._threads))
         local = not ranges or not is_remote(ranges[0].uri)
-        near = self._threads == 0 or (self._threads == 1 and _TELLS and local and not self._far)
-        self._far = max(self._far - 1, 0)
+        near = self._threads == 0 or (self._threads == 1 and _TELLS and local)
         while todo and near:
             chunk = todo.popleft()
-            before = _waited()
+            if self._far and len(chunk) > 1:  # one row tells whether it still is
+                todo.appendleft(chunk[1:])
+                chunk = chunk[:1]
+            before = _off_s()
             done = self._read(chunk)
-            # By time alone, whoever had to leave the core to others would count.
-            waits, waited_s = (now - then for now, then in zip(_waited(), before, strict=True))
-            if self._threads and waits and waited_s > _WORTH_S * len(done):
-                near, self._far = False, _AGAIN
+            if self._threads:
+                self._far = _off_s() - before > _WORTH_S * len(done)
+                near = not self._far
             if len(done) < len(chunk):
                 todo.appendleft(chunk[len(done) :])
             yield from done
@@ -179,10 +179,13 @@ class Reader:
                 return _read_local(local_path(uri), group)
 
 
-def _waited() -> tuple[int, float]:
-    """How often this thread has waited, for a disk, a network or the interpreter; and since when, in seconds that it did not run."""
-    waits = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw if _TELLS else 0
-    return waits, time.perf_counter() - time.thread_time()
+def _off_s() -> float:
+    """Seconds, from whenever, that this thread neither ran nor was ready to: it waited for a disk, a network or the interpreter."""
+    off = time.perf_counter() - time.thread_time()
+    if _TELLS:  # its second figure: ready, but others had the cores
+        with open(_SCHEDSTAT, "rb") as file:
+            off -= int(file.read().split()[1]) / 1e9
+    return off
 
 
 def _chunks(ranges: list[_Range], threads: int) -> Iterator[list[_Range]]:
