@@ -19,10 +19,11 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
+from unittest import mock
 
 import cv2
 import numpy as np
@@ -128,23 +129,13 @@ def autoscaled_by_ray_data(settings: Settings, cpus: int, *, one_by_one: bool) -
         if one_by_one:
             context = dataset.context
             context.autoscaling_config = replace(context.autoscaling_config, actor_pool_max_upscaling_delta=1)
-        with _environment(RAY_DATA_ACTOR_AUTOSCALER="DEFAULT" if one_by_one else "BACKLOG_AWARE"):  # the latter is the default
+        with mock.patch.dict(
+            os.environ, RAY_DATA_ACTOR_AUTOSCALER="DEFAULT" if one_by_one else "BACKLOG_AWARE"
+        ):  # the latter is the default
             begun = time.perf_counter()
             for _ in dataset.iter_batches(batch_size=None):
                 pass
             return time.perf_counter() - begun
-
-
-@contextlib.contextmanager
-def _environment(**values: str) -> Iterator[None]:
-    """Environment variables of this process, for a while."""
-    before = dict(os.environ)
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def auto(wanted: Benchmark, console: Console) -> None:

@@ -12,6 +12,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -26,11 +27,9 @@ from raypipe.images.decode import Reject
 MAX_BYTES = 512 << 20
 """Encoded images above this are rejected instead of read: 0.5 GiB for one image is an accident or an attack."""
 
-_CHUNK_ROWS = 16  # at most, in one I/O thread's turn
-_CHUNK_BYTES = 4 << 20
+CHUNK_ROWS = 16  # at most, in one I/O thread's turn
+CHUNK_BYTES = 4 << 20
 _PAUSES = (0.5, 2.0, 8.0)  # seconds; on top of the tries of pyarrow's own S3 client
-_SCHEDSTAT = "/proc/thread-self/schedstat"
-_TELLS = os.path.exists(_SCHEDSTAT)  # on Linux
 _WORTH_S = 1e-4  # of waiting, a row: an image of 90 kB takes 1.5 ms to decode
 _GAP = 64 << 10  # bytes between two ranges up to which reading them in one go is cheaper than another request
 
@@ -128,7 +127,7 @@ class Reader:
                 found = self._fetch(uri, group)
                 out += found
                 size += sum(len(one) for one in found if isinstance(one, bytes))
-                if size > _CHUNK_BYTES or len(found) < len(group):
+                if size > CHUNK_BYTES or len(found) < len(group):
                     return out
         return out
 
@@ -179,13 +178,21 @@ class Reader:
                 return _read_local(local_path(uri), group)
 
 
+def core_wait_s(thread: int) -> float | None:
+    """Seconds that a thread of this process (its native id) has been ready to run and had no core: the second figure of its schedstat. None where the
+    system does not tell."""
+    try:
+        return int(Path(f"/proc/self/task/{thread}/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, IndexError, ValueError):
+        return None
+
+
+_TELLS = core_wait_s(threading.get_native_id()) is not None  # on Linux
+
+
 def _off_s() -> float:
     """Seconds, from whenever, that this thread neither ran nor was ready to: it waited for a disk, a network or the interpreter."""
-    off = time.perf_counter() - time.thread_time()
-    if _TELLS:  # its second figure: ready, but others had the cores
-        with open(_SCHEDSTAT, "rb") as file:
-            off -= int(file.read().split()[1]) / 1e9
-    return off
+    return time.perf_counter() - time.thread_time() - (core_wait_s(threading.get_native_id()) or 0.0)
 
 
 def _chunks(ranges: list[_Range], threads: int) -> Iterator[list[_Range]]:
@@ -193,7 +200,7 @@ def _chunks(ranges: list[_Range], threads: int) -> Iterator[list[_Range]]:
 
     Only one if each is a request of its own to a remote store.
     """
-    rows = min(max(len(ranges) // (4 * max(threads, 1)), 1), _CHUNK_ROWS)
+    rows = min(max(len(ranges) // (4 * max(threads, 1)), 1), CHUNK_ROWS)
     start = 0
     while start < len(ranges):
         one = ranges[start]
@@ -216,7 +223,7 @@ def _follows(group: list[_Range], one: _Range) -> bool:
     if last.length < 0 or one.length < 0:
         return False
     end = last.offset + last.length
-    return end <= one.offset <= end + _GAP and one.offset + one.length - group[0].offset <= _CHUNK_BYTES
+    return end <= one.offset <= end + _GAP and one.offset + one.length - group[0].offset <= CHUNK_BYTES
 
 
 def _read_local(path: str, group: list[_Range]) -> list[bytes | Reject]:
@@ -314,7 +321,7 @@ class _ParquetReader:
                     break  # the next call begins with it
                 out.append(found)
                 size += len(found) if isinstance(found, bytes) else 0
-                if size > _CHUNK_BYTES:
+                if size > CHUNK_BYTES:
                     break
         return out
 

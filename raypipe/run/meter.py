@@ -10,11 +10,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 import ray
 
+from raypipe.data.reader import core_wait_s
 from raypipe.stages import Gpu, GpuUse
 
 SAMPLE_EVERY_S = 1.0
@@ -76,7 +76,7 @@ class Meter:
         self._calls = self._images = self._bytes_in = self._bytes_out = self._rss_peak = 0
         self._busy = 0.0
         self._core_wait: float | None = 0.0
-        self._core_wait_before = _core_wait_s(self._thread)
+        self._core_wait_before = core_wait_s(self._thread)
         self._entered: float | None = None
         self._left = time.perf_counter()
         self._cpu_left = time.process_time()
@@ -106,12 +106,12 @@ class Meter:
             self._busy += max(between, 0.0)
             self._entered = now
         thread = threading.get_native_id()  # not always the one that made the actor
-        waited = _core_wait_s(thread)
+        waited = core_wait_s(thread)
         try:
             yield
         finally:
             now = time.perf_counter()
-            in_all = _core_wait_s(thread)
+            in_all = core_wait_s(thread)
             with self._lock:
                 self._busy += now - self._entered
                 if self._core_wait is not None:
@@ -138,7 +138,7 @@ class Meter:
             under_way = now - self._entered if self._entered is not None else 0.0
             return self._busy + under_way, under_way, self._core_wait, None
         starved = self._starved + (now - self._waits_since if self._waits_since is not None else 0.0)
-        in_all = _core_wait_s(self._thread)
+        in_all = core_wait_s(self._thread)
         waited = None if in_all is None or self._core_wait_before is None else in_all - self._core_wait_before
         return now - self._began - starved, 0.0, waited, starved
 
@@ -183,14 +183,6 @@ class Meter:
         assert self._collector is not None
         self._sent = time.time()
         self._collector.record.remote(self.sample())
-
-
-def _core_wait_s(thread: int) -> float | None:
-    """Seconds that a thread of this process has been ready to run and had no core (the second figure of its schedstat, nanoseconds)."""
-    try:
-        return int(Path(f"/proc/self/task/{thread}/schedstat").read_text().split()[1]) / 1e9
-    except (OSError, IndexError, ValueError):
-        return None
 
 
 def busy_cpu_s(times) -> float:

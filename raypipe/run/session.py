@@ -250,7 +250,7 @@ def ray_session(settings: Settings, *, after: After | None = None, beside: int =
 
 FREE_EVERY_MS = 100
 """How often a Ray of our own frees blocks that nobody needs any more; Ray's default is 1000. In a second some 5 blocks come out of two cores, and
-each takes memory that is new to the actor that stores it: 25 to 60 ms a block, where it else takes 13 (19 such blocks in a run, then 10)."""
+each takes memory that is new to the actor that stores it: 25 to 60 ms a block, where it else takes 13 (19 such blocks in two runs, then 10)."""
 
 
 def ray_here(*, num_cpus: int, **options: Any) -> Any:

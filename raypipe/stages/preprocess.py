@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 import pyarrow as pa
 
-from raypipe.data.reader import Reader
+from raypipe.data.reader import CHUNK_BYTES, CHUNK_ROWS, Reader
 from raypipe.data.work import BLOCK, image_column, lists, unlist
 from raypipe.images import backend as backend_module
 from raypipe.images.decode import MAX_PIXELS, Header, Reject, read_header
@@ -85,12 +85,11 @@ def preprocess_shard(
     backend = backend_module(settings.backend)
     boxes = unlist(shard.column("boxes"))
     labels = unlist(shard.column("labels"))
-    planned: Iterator[_Planned | Reject] = _together(
-        _plan(shard, settings, boxes, labels, reader=reader, killers=killers, mark=mark)
-    )
+    planned: Iterator[_Planned | Reject] = _plan(shard, settings, boxes, labels, reader=reader, killers=killers, mark=mark)
     recipe = settings.done_here
     fixed = recipe.fixed_size
     if fixed is not None:
+        planned = _together(planned)
         pixels = memory(shard.num_rows * fixed[0] * fixed[1] * 3)
     else:
         # Sizes are known before decoding, from the headers: one buffer all the same, for the price of reading all rows first.
@@ -189,18 +188,15 @@ def _plan(shard, settings, boxes, labels, *, reader, killers, mark) -> Iterator[
             yield _Planned(data, header, plan)
 
 
-TOGETHER_ROWS, TOGETHER_BYTES = 16, 4 << 20
-
-
 def _together(items: Iterator[_Planned | Reject]) -> Iterator[_Planned | Reject]:
-    """`items`, some of them made before the first is given: what of Python and of this file that takes has left the processor's caches whenever
+    """`items`, as many of them made before the first is given as the reader reads together: what of Python and of this file that takes has left the processor's caches whenever
     another image was decoded (1% of a small image)."""
     some: list[_Planned | Reject] = []
     size = 0
     for item in items:
         some.append(item)
         size += len(item.data) if isinstance(item, _Planned) else 0
-        if len(some) == TOGETHER_ROWS or size > TOGETHER_BYTES:
+        if len(some) == CHUNK_ROWS or size > CHUNK_BYTES:
             yield from some
             some, size = [], 0
     yield from some
