@@ -1,5 +1,10 @@
 """Where things are: local paths through `os`, everything else through pyarrow.fs, under one spelling.
 
+Objects of s3:// and gs:// are read through obstore. It says how many bytes came, where pyarrow's S3
+file gives as many as were asked for even when the object has become shorter, and it creates an
+object only where none is. Errors of all clients become OSError: FileNotFoundError, PermissionError,
+and `StoreError` for what may pass.
+
 A location is a local path (also `file://`) or a URI that `pyarrow.fs.FileSystem.from_uri` knows: `s3://bucket/key`,
 `gs://bucket/key`, `hdfs://...`. Options are URI queries and stay with every URI derived from it:
 `s3://bucket/photos?endpoint_override=http://localhost:9000&region=us-east-1`. A `?` in a URI always starts a query; other
@@ -9,7 +14,9 @@ a URI is written to the journal and to reports.
 Local files go through `os` and not through pyarrow because that is measurably cheaper for a million small files.
 """
 
+import configparser
 import contextlib
+import errno
 import functools
 import os
 import re
@@ -17,15 +24,56 @@ import shutil
 import threading
 import uuid
 from collections.abc import Iterator
-from urllib.parse import quote, unquote, unquote_to_bytes
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, quote, unquote, unquote_to_bytes
 
+import obstore
 import pyarrow as pa
+from obstore.exceptions import (
+    AlreadyExistsError,
+    BaseError,
+    PermissionDeniedError,
+    PreconditionError,
+    UnauthenticatedError,
+)
+from obstore.store import GCSStore, S3Store
 from pyarrow import fs
 
 from raypipe import UsageError
 
 ERRORS = (OSError, pa.ArrowException)
 """What reading or writing at a location raises."""
+
+
+class StoreError(OSError):
+    """A store did not answer, or said that it cannot now: timeouts, HTTP 5xx, throttling. It says
+    nothing of the object, and may pass."""
+
+
+_PASSING = {
+    getattr(errno, name)
+    for name in (
+        *("EIO", "ESTALE", "ETIMEDOUT", "ENOTCONN", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN"),
+        *("ENETUNREACH", "ECONNRESET", "ECONNABORTED", "ECONNREFUSED", "EPIPE", "ENODEV", "ENXIO"),
+        *("EREMOTEIO", "EAGAIN", "EBUSY", "EINTR", "EMFILE", "ENFILE", "ENOMEM", "ENOBUFS"),
+    )
+    if hasattr(errno, name)
+}
+"""What the system says of a disk or a mount that does not answer, not of the file."""
+
+
+def may_pass(error: BaseException, location: str) -> bool:
+    """Whether a failure to read or write is the store's, which may pass, and not the file's."""
+    if isinstance(error, StoreError):
+        return True
+    if isinstance(error, FileNotFoundError | PermissionError | NotADirectoryError | BeyondEnd | ValueError):
+        return False
+    if not isinstance(error, ERRORS):
+        return False
+    # Of a remote store all that is left is the network's and the server's.
+    return is_remote(location) or getattr(error, "errno", None) in _PASSING
+
 
 _URI = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+)://([^/?]*)([^?]*)(\?.*)?", re.DOTALL)
 _OBJECT_STORES = ("s3", "gcs", "abfs")
@@ -97,14 +145,132 @@ def _filesystem(scheme: str, authority: str, query: str) -> tuple[fs.FileSystem,
         ) from error
 
 
+class BeyondEnd(OSError):
+    """A range was asked for that begins behind an object's end."""
+
+
+@contextlib.contextmanager
+def _as_os_errors() -> Iterator[None]:
+    """Give obstore's errors as OSError."""
+    try:
+        yield
+    except (PermissionDeniedError, UnauthenticatedError) as error:
+        raise PermissionError(one_line(error)) from error
+    except BaseError as error:
+        if "status code: 416" in str(error):
+            raise BeyondEnd(short(error)) from error
+        raise StoreError(short(error)) from error
+
+
+_STATUS = re.compile(r"(?:status code: |HTTP status )(\d{3}(?: [A-Z][A-Za-z]*)*)")
+
+
+def short(error: BaseException) -> str:
+    """What a failure to read or write says, without what differs from one file to the next: `HTTP 503
+    Service Unavailable`, `Input/output error`."""
+    text = str(error)
+    if (status := _STATUS.search(text)) is not None:
+        return f"HTTP {status[1]}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, BaseError):  # its first line names the object, its last the reason
+        reason = re.findall(r"^\s*(?:source|inner): (?:Os|Custom|hyper|reqwest).*?\"([^\"]+)\"", text, re.MULTILINE)
+        text = text.partition("\n\nDebug source")[0]
+        text = re.sub(r"(performing [A-Z]+) \S+ in \S+", r"\1", text) + (f" ({reason[-1]})" if reason else "")
+    return " ".join(text.split())[:200] or type(error).__name__
+
+
+def object_store(uri: str) -> tuple[Any, str] | None:
+    """The obstore client of an s3:// or gs:// URI, and the key in its bucket; None for others.
+
+    It asks once: whoever calls decides how long a store is waited for (`raypipe.data.patience`).
+    """
+    match = _URI.fullmatch(uri)
+    if match is None or match[1].lower() not in ("s3", "gs", "gcs"):
+        return None
+    scheme, authority, path, query = match.groups()
+    client = _object_store(scheme.lower(), authority, query or "")
+    return client, unquote(path).strip("/")
+
+
+@functools.lru_cache(maxsize=64)
+def _object_store(scheme: str, authority: str, query: str) -> Any:
+    options = dict(parse_qsl(query.removeprefix("?")))
+    user, _, bucket = authority.rpartition("@")
+    endpoint = options.get("endpoint_override")
+    if endpoint and "://" not in endpoint:
+        endpoint = f"{options.get('scheme', 'https')}://{endpoint}"
+    common: dict[str, Any] = {
+        "client_options": {"allow_http": bool(endpoint and endpoint.startswith("http://")), "timeout": "60s"},
+        "retry_config": {"max_retries": 0},
+    }
+    if user == "anonymous":
+        common["skip_signature"] = True
+    if scheme != "s3":
+        return GCSStore(bucket, **common | ({"base_url": endpoint} if endpoint else {}))
+    system, _ = _filesystem(scheme, authority, query)
+    key, _, secret = user.partition(":")
+    keys = {"access_key_id": unquote(key), "secret_access_key": unquote(secret)} if secret else _profile()
+    common |= keys | ({"endpoint": endpoint} if endpoint else {})
+    return S3Store(bucket, region=system.region, **common)
+
+
+def _profile() -> dict[str, str]:
+    """Keys of ~/.aws/credentials, which obstore does not read; none where the environment has some."""
+    if "AWS_ACCESS_KEY_ID" in os.environ or "AWS_WEB_IDENTITY_TOKEN_FILE" in os.environ:
+        return {}
+    place = os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or Path.home() / ".aws/credentials"
+    found = configparser.RawConfigParser()
+    with contextlib.suppress(configparser.Error, OSError, UnicodeDecodeError):
+        found.read(place)
+    profile = os.environ.get("AWS_PROFILE", "default")
+    names = {
+        "aws_access_key_id": "access_key_id",
+        "aws_secret_access_key": "secret_access_key",
+        "aws_session_token": "session_token",
+    }
+    if not found.has_section(profile):
+        return {}
+    return {ours: found.get(profile, theirs) for theirs, ours in names.items() if found.has_option(profile, theirs)}
+
+
 def read(location: str) -> bytes:
     """All bytes at a location. Raises one of ERRORS."""
     if not is_remote(location):
         with open(local_path(location), "rb") as file:
             return file.read()
+    if (found := object_store(location)) is not None:
+        client, key = found
+        with _as_os_errors():
+            return bytes(obstore.get(client, key).bytes())
     system, path = filesystem(location)
     with system.open_input_stream(path) as stream:
         return stream.read()
+
+
+def read_range(uri: str, start: int, stop: int | None) -> tuple[bytes, int]:
+    """The bytes of a remote file from `start` to before `stop` (None: its end), as many as there are, and
+    the size of the file, which is -1 where only a range was asked for.
+
+    Raises:
+        StoreError: fewer bytes came than the store had announced, or it does not answer.
+        OSError: it cannot be read.
+    """
+    if (found := object_store(uri)) is not None:
+        client, key = found
+        with _as_os_errors():
+            if stop is not None:
+                return bytes(obstore.get_range(client, key, start=start, end=stop)), -1
+            answer = obstore.get(client, key)
+            return bytes(answer.bytes())[start:], int(answer.meta["size"])
+    system, path = filesystem(uri)
+    with system.open_input_file(path) as file:
+        size = file.size()
+        data = file.read_at(min(stop or size, size) - start, start) if start < size else b""
+    # pyarrow gives as many bytes as were asked for, also where the file has become shorter meanwhile.
+    if system.get_file_info(path).size != size:
+        raise StoreError("the file has changed while it was read")
+    return data, size
 
 
 def names(folder: str) -> list[str]:
@@ -206,6 +372,119 @@ def write(root: str, relative: str, data: bytes | memoryview, *, tmp: str = "_ra
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+def create(root: str, relative: str, data: bytes) -> bool:
+    """Put `data` at `relative` under `root`, whole, unless something is there: then False.
+
+    Of all who do it at the same time exactly one is told True: on a local disk, on NFS, on s3:// and
+    on gs://. Other stores have no such operation, and are asked before they are written to.
+    Raises one of ERRORS.
+    """
+    if is_remote(root):
+        uri = join(root, relative)
+        if (found := object_store(uri)) is None:
+            if exists(uri):
+                return False
+            _write_remote(uri, data)
+            return True
+        client, key = found
+        try:
+            with _as_os_errors():
+                obstore.put(client, key, data, mode="create")
+        except StoreError as error:
+            if isinstance(error.__cause__, AlreadyExistsError | PreconditionError):
+                return False
+            raise
+        return True
+    target = os.path.join(local_path(root), relative)
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    temporary = f"{target}.{_temporary_name()}"
+    Path(temporary).write_bytes(data)
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK):
+            raise
+        return _create_alone(target, data)  # a file system without hard links
+    finally:
+        os.unlink(temporary)
+    return True
+
+
+def _create_alone(target: str, data: bytes) -> bool:
+    try:
+        with open(target, "xb") as file:
+            file.write(data)
+    except FileExistsError:
+        return False
+    return True
+
+
+def replace_same(root: str, relative: str, before: bytes, data: bytes) -> bool:
+    """Put `data` in the place of `before`; False if something else, or nothing, is there by now.
+
+    Of all who do it at the same time exactly one is told True, as with `create`.
+    Raises one of ERRORS.
+    """
+    uri = join(root, relative)
+    if (found := object_store(uri)) is not None:
+        client, key = found
+        try:
+            with _as_os_errors():
+                there = obstore.get(client, key)
+                if bytes(there.bytes()) != before:
+                    return False
+                obstore.put(client, key, data, mode={"e_tag": there.meta["e_tag"] or ""})
+        except FileNotFoundError:
+            return False
+        except StoreError as error:
+            if isinstance(error.__cause__, AlreadyExistsError | PreconditionError):
+                return False
+            raise
+        return True
+    if is_remote(uri):
+        try:
+            same = read(uri) == before
+        except FileNotFoundError:
+            return False
+        if same:
+            _write_remote(uri, data)
+        return same
+    # Whoever moves the file away has it alone.
+    target = local_path(uri)
+    mine = f"{target}.{_temporary_name()}-taken"
+    try:
+        os.rename(target, mine)
+    except FileNotFoundError:
+        return False
+    try:
+        if Path(mine).read_bytes() != before:
+            with contextlib.suppress(FileExistsError):
+                os.link(mine, target)
+            return False
+        return create(root, relative, data)
+    finally:
+        os.unlink(mine)
+
+
+def contains(root: str, relative: str) -> bool:
+    """Whether the file `relative` (posix, without `..`) can only be below `root`: of a local one no
+    symbolic link in its path leads out."""
+    if is_remote(root):
+        return True
+    top = os.path.realpath(local_path(root))
+    folder = os.path.realpath(os.path.dirname(os.path.join(top, relative)))
+    return folder == top or folder.startswith(top.rstrip("/") + "/")
+
+
+def delete_empty(folder: str) -> None:
+    """Deletes a folder that has nothing in it; in an object store there are none. Raises nothing."""
+    if not is_remote(folder):
+        with contextlib.suppress(OSError):
+            os.rmdir(local_path(folder))
 
 
 def _create(path: str) -> int:

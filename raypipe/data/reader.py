@@ -20,16 +20,30 @@ import pyarrow.parquet as pq
 
 from raypipe import UsageError
 from raypipe.data import demo
-from raypipe.data.location import ERRORS, filesystem, is_remote, local_path, one_line, path_of
+from raypipe.data.location import (
+    ERRORS,
+    BeyondEnd,
+    StoreError,
+    filesystem,
+    is_remote,
+    local_path,
+    one_line,
+    path_of,
+    read_range,
+    short,
+)
 from raypipe.data.names import PARQUET
-from raypipe.images.decode import Reject
+from raypipe.data.patience import READ_PATIENCE_S, Patience
+from raypipe.images.decode import UNREAD, Reject
 
 MAX_BYTES = 512 << 20
 """Encoded images above this are rejected instead of read: 0.5 GiB for one image is an accident or an attack."""
 
 CHUNK_ROWS = 16  # at most, in one I/O thread's turn
 CHUNK_BYTES = 4 << 20
-_PAUSES = (0.5, 2.0, 8.0)  # seconds; on top of the tries of pyarrow's own S3 client
+AGAIN_AFTER_S = 2.0
+"""Then missing files are tried once more: a network file system may show another node's file late."""
+
 _WORTH_S = 1e-4  # of waiting, a row: an image of 90 kB takes 1.5 ms to decode
 _GAP = 64 << 10  # bytes between two ranges up to which reading them in one go is cheaper than another request
 
@@ -39,6 +53,19 @@ class _Range:
     uri: str
     offset: int
     length: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reading:
+    """How an actor reads: the arguments of its Reader."""
+
+    threads: int = 1
+    patience_s: float = READ_PATIENCE_S
+    root: str | None = None
+
+    def reader(self) -> "Reader":
+        """A reader that does so."""
+        return Reader(self.threads, patience_s=self.patience_s, root=self.root)
 
 
 class Reader:
@@ -51,14 +78,22 @@ class Reader:
     calls of `read`, one after another or at the same time.
     """
 
-    def __init__(self, threads: int = 4) -> None:
+    def __init__(self, threads: int = 4, *, patience_s: float = READ_PATIENCE_S, root: str | None = None) -> None:
+        """
+        Args:
+            threads: that read.
+            patience_s: seconds for which a store that does not answer is asked again.
+            root: the local folder that the rows were listed in, where it is one.
+        """
         if threads < 0:
             raise UsageError(f"{threads} reader threads are not possible; give 0 or more")
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads, "raypipe-read") if threads else None
         self._parquet = _ParquetReader()
         self._far = False  # the last that was read in the caller's thread had to be waited for
-        self._pauses: tuple[float, ...] = _PAUSES
+        self._patience_s = patience_s
+        self._root = root
+        self._stores: dict[str, Patience] = {}
 
     def close(self) -> None:
         """Ends the threads. Reads in progress are finished, not started ones dropped."""
@@ -70,6 +105,8 @@ class Reader:
         """The bytes of each row (of SOURCE's `uri`, `offset`, `length`) in order, or why they cannot be had.
 
         Rows of raw pixels in Parquet come as the bytes of a .npy file. Raises nothing for a row that cannot be read.
+        What a store fails to give in time has the reason UNREAD, which says nothing of the row. Files that
+        are missing or forbidden are tried once more, together; where nothing can be read, it is the store's failure.
         """
         ranges = [
             _Range(uri, offset, length)
@@ -77,6 +114,60 @@ class Reader:
                 rows["uri"].to_pylist(), rows["offset"].to_pylist(), rows["length"].to_pylist(), strict=True
             )
         ]
+        return self._settled(ranges, self._ahead(ranges))
+
+    def _settled(self, ranges: list[_Range], found: Iterator[bytes | Reject]) -> Iterator[bytes | Reject]:
+        """`found` with those that are missing tried once more: from the first of them on, all are read
+        before any is given."""
+        nothing = True
+        for row, one in enumerate(found):
+            if isinstance(one, _Missing):
+                return (yield from self._again(ranges[row:], [one, *found], nothing=nothing))
+            nothing = nothing and isinstance(one, Reject)
+            yield one
+
+    def _again(self, ranges: list[_Range], found: list[bytes | Reject], *, nothing: bool) -> Iterator[bytes | Reject]:
+        missing = [row for row, one in enumerate(found) if isinstance(one, _Missing)]
+        if self._patience_s:
+            time.sleep(min(AGAIN_AFTER_S, self._patience_s))
+        pauses = 0
+        while True:
+            for row in missing:
+                (found[row],) = self._read([ranges[row]])
+            missing = [row for row, one in enumerate(found) if isinstance(one, _Missing)]
+            nothing = nothing and all(isinstance(one, Reject) for one in found) and len(found) > 1
+            if not missing or not (nothing or self._root_is_away()):
+                break
+            patience = self._patience(ranges[missing[0]].uri)
+            pause = patience.failed(found[missing[0]].detail, pauses) if self._patience_s else None  # type: ignore[union-attr]
+            if pause is None:
+                for row in missing:
+                    found[row] = Reject(UNREAD, found[row].short)  # type: ignore[union-attr]
+                break
+            pauses += 1
+            time.sleep(pause)
+        for row in missing:
+            if isinstance(one := found[row], _Missing):
+                found[row] = _unreadable(one.detail)
+        found.reverse()
+        while found:
+            yield found.pop()
+
+    def _root_is_away(self) -> bool:
+        """Whether the folder that rows were listed in is missing, or empty as a mount point is."""
+        if self._root is None:
+            return False
+        try:
+            with os.scandir(self._root) as entries:
+                return next(entries, None) is None
+        except OSError:
+            return True
+
+    def _patience(self, uri: str) -> Patience:
+        store = uri.partition("://")[0] + uri.partition("://")[2].partition("/")[0] if is_remote(uri) else ""
+        return self._stores.setdefault(store, Patience(self._patience_s))
+
+    def _ahead(self, ranges: list[_Range]) -> Iterator[bytes | Reject]:
         todo = deque(_chunks(ranges, self._threads))
         local = not ranges or not is_remote(ranges[0].uri)
         near = self._threads == 0 or (self._threads == 1 and _TELLS and local)
@@ -146,24 +237,18 @@ class Reader:
     def _fetch(self, uri: str, group: list[_Range]) -> list[bytes | Reject]:
         """The ranges of a group; of a Parquet file perhaps only the first, at least one.
 
-        Waits and tries again where a store does not answer, until that did not help once: then only after a success.
+        A store that does not answer is waited for (`Patience`).
         """
-        pauses = iter(self._pauses if is_remote(uri) else ())
-        while True:
-            try:
-                found = self._fetch_once(uri, group)
-            except (FileNotFoundError, PermissionError, ValueError) as error:  # ValueError: also what Arrow calls invalid
-                return [_unreadable(f"{uri}: {one_line(error)}")] * len(group)
-            except ERRORS as error:
-                pause = next(pauses, None)
-                if pause is None:
-                    self._pauses = ()
-                    # Of a Parquet file other rows may be in a row group that can be read.
-                    return [_unreadable(f"{uri}: {one_line(error)}")] * (1 if _kind(uri) == "parquet" else len(group))
-                time.sleep(pause)
-            else:
-                self._pauses = _PAUSES
-                return found
+        # Of a Parquet file other rows may be in a row group that can be read.
+        count = 1 if _kind(uri) == "parquet" else len(group)
+        try:
+            return self._patience(uri).call(lambda: self._fetch_once(uri, group), uri)
+        except StoreError as error:
+            return [Reject(UNREAD, short(error))] * count
+        except (FileNotFoundError, PermissionError, NotADirectoryError) as error:
+            return [_Missing(f"{uri}: {one_line(error)}", short(error))] * len(group)
+        except (ValueError, *ERRORS) as error:  # ValueError: also what Arrow calls invalid
+            return [_unreadable(f"{uri}: {one_line(error)}")] * (len(group) if isinstance(error, ValueError) else count)
 
     def _fetch_once(self, uri: str, group: list[_Range]) -> list[bytes | Reject]:
         match _kind(uri):
@@ -249,9 +334,18 @@ def _pread(descriptor: int, length: int, offset: int) -> bytes:
 
 
 def _read_remote(uri: str, group: list[_Range]) -> list[bytes | Reject]:
-    system, path = filesystem(uri)
-    with system.open_input_file(path) as file:
-        return _slices(uri, file.size(), group, file.read_at)
+    first, last = group[0], group[-1]
+    if first.offset < 0:
+        return [_beyond(uri, 0, one) for one in group]
+    stop = None if last.length < 0 else last.offset + last.length
+    if stop is not None and stop - first.offset > MAX_BYTES:
+        return [_too_long(uri, stop - first.offset)] * len(group)
+    try:
+        data, size = read_range(uri, first.offset, stop)
+    except BeyondEnd:
+        data, size = b"", -1
+    size = first.offset + len(data) if size < 0 else size
+    return _slices(uri, size, group, lambda length, offset: data[offset - first.offset :][:length])
 
 
 def _slices(name: str, size: int, group: list[_Range], read_at: Callable[[int, int], bytes]) -> list[bytes | Reject]:
@@ -262,7 +356,7 @@ def _slices(name: str, size: int, group: list[_Range], read_at: Callable[[int, i
     if start == stop and len(group) == 1:
         return [_empty(name)] if first.length <= 0 else [_beyond(name, size, first)]
     if stop - start > MAX_BYTES:
-        return [_unreadable(f"{name}: {stop - start} bytes for one image, more than {MAX_BYTES}")] * len(group)
+        return [_too_long(name, stop - start)] * len(group)
     data = read_at(stop - start, start) if 0 <= start < stop else b""
     if len(group) == 1 and len(data) == (first.length if first.length >= 0 else size - start):
         return [data]
@@ -287,8 +381,20 @@ def _beyond(name: str, size: int, one: _Range) -> Reject:
     return _unreadable(f"{name}: cut short: {one.length} bytes from {one.offset} on, but the file has {size}")
 
 
+def _too_long(name: str, size: int) -> Reject:
+    return _unreadable(f"{name}: {size} bytes for one image, more than {MAX_BYTES}")
+
+
 def _unreadable(detail: str) -> Reject:
     return Reject("unreadable", detail)
+
+
+class _Missing(Reject):
+    """A file that is not there or forbidden, so far. `short`: the reason without its name."""
+
+    def __init__(self, detail: str, short: str) -> None:
+        super().__init__("unreadable", detail)
+        self.short = short
 
 
 class _ParquetReader:

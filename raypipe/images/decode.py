@@ -35,7 +35,11 @@ logging.getLogger("PIL").setLevel(logging.CRITICAL)
 MAX_PIXELS = 178_956_970
 """Images with more pixels are rejected from their header: 512 MiB as RGB. The same figure at which Pillow refuses by default."""
 
+UNREAD = "unread"
+"""The reason of a row whose bytes its store did not give in time. It is no reject: the next run tries again."""
+
 REASONS = (
+    UNREAD,
     "empty",
     "not an image",
     "truncated",

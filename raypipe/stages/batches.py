@@ -1,6 +1,6 @@
 """From blocks of pixels to batches on a device, and to what a model finds in them: what training, judging and predicting share."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from raypipe import UsageError
+from raypipe.data.location import StoreError
 from raypipe.data.work import images_of, unlist
 from raypipe.images import torchvision as on_torch
+from raypipe.images.decode import UNREAD
 from raypipe.images.recipe import Finish, Recipe, left_of
 from raypipe.models.detection import Classes
 from raypipe.models.evaluate import Found, Truth
@@ -58,16 +60,25 @@ def rows_of(block: pa.Table) -> Iterator[Row]:
         )
 
 
+def check_read(reject: Mapping[str, str]) -> None:
+    """Raise StoreError where a row without pixels is none that was rejected, but one that no store gave."""
+    if reject["reason"] == UNREAD:
+        raise StoreError(f"{reject['uri']} could not be read ({reject['detail']}), and without it a row would be missed")
+
+
 def batches(blocks: Iterable[pa.Table], size: int) -> Iterator[Batch]:
     """Batches of `size` good rows, in the order of `blocks`; none spans two epochs, so the last of each may be smaller.
 
     Raises:
         ValueError: an epoch comes after a later one.
+        StoreError: a row could not be read. Learning goes on from the last checkpoint when it can.
     """
     rows: list[Row] = []
     good = 0
     for block in blocks:
         for row in rows_of(block):
+            if row.reject is not None:
+                check_read(row.reject)
             if rows and row.epoch != rows[0].epoch:
                 if row.epoch < rows[0].epoch:
                     raise ValueError(

@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 import pyarrow as pa
 
-from raypipe.data.reader import CHUNK_BYTES, CHUNK_ROWS, Reader
+from raypipe.data.reader import CHUNK_BYTES, CHUNK_ROWS, Reader, Reading
 from raypipe.data.work import BLOCK, image_column, lists, unlist
 from raypipe.images import backend as backend_module
 from raypipe.images.decode import MAX_PIXELS, Header, Reject, read_header
@@ -337,7 +337,7 @@ class Preprocess:
         meter: Meter,
         tracks: str,
         threads: int = 1,
-        io_threads: int = 1,
+        reading: Reading | None = None,
         wait_ms: float = 0.0,  # more than it takes, an image
         bytes_out: int = 0,  # of the pixels of a shard, as far as known
     ):
@@ -346,7 +346,7 @@ class Preprocess:
         self._settings = settings
         self._meter = meter
         self._wait_s = wait_ms / 1000
-        self._reader = Reader(threads=io_threads)
+        self._reader = (reading or Reading()).reader()
         self._tracks = Tracks(tracks)
         self._memory = Memory(bytes_out)
         meter.start()

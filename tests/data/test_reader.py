@@ -7,6 +7,7 @@ import sys
 import tarfile
 import threading
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +20,7 @@ from raypipe.data.reader import Reader
 from raypipe.data.sources import list_images
 from raypipe.images.decode import Reject
 from tests.data.conftest import ids, put, read, reasons
+from tests.objects import Objects, objects
 
 
 def rows(*ranges: tuple[str, int, int]) -> pa.Table:
@@ -208,50 +210,94 @@ def test_one_image_of_absurd_size_is_not_read(tmp_path, monkeypatch):
     assert isinstance(result, Reject) and "1001 bytes" in result.detail
 
 
-class Flaky:
-    """Stands in for a store that does not answer: nothing else fails on demand and comes back."""
-
-    def __init__(self, monkeypatch, failures: int, error: type[OSError] = OSError) -> None:
-        self.calls = 0
-        self.failures = failures
-        self.error = error
-        self.slept: list[float] = []
-        monkeypatch.setattr(reader, "_read_remote", self.read)
-        monkeypatch.setattr(reader.time, "sleep", self.slept.append)
-
-    def read(self, uri, group):
-        self.calls += 1
-        if self.calls <= self.failures:
-            raise self.error(5, "no answer")
-        return [b"bytes"] * len(group)
+KEYS = [f"{i}.jpg" for i in range(60)]
 
 
-def test_a_store_that_does_not_answer_is_asked_again(monkeypatch):
-    store = Flaky(monkeypatch, failures=2)
-    assert read(rows(("s3://bucket/a.jpg", 0, -1)), threads=1) == [b"bytes"]
-    assert len(store.slept) == 2 and store.calls == 3
+@pytest.fixture
+def store() -> Iterator[Objects]:
+    with objects(**{key: key.encode() * 100 for key in KEYS}) as served:
+        yield served
 
 
-def test_waiting_for_a_store_ends(monkeypatch):
-    """A thousand rows of a store that is gone must not take hours; when it is back, patience is back."""
-    store = Flaky(monkeypatch, failures=50)
-    results = read(rows(*((f"s3://bucket/{i}.jpg", 0, -1) for i in range(60))), threads=0)
-    assert reasons(results) == ["unreadable"] * 47 + [None] * 13
-    assert store.slept == list(reader._PAUSES)
-    assert isinstance(results[0], Reject) and "no answer" in results[0].detail
-    with contextlib.closing(Reader(1)) as one:
-        for _ in range(2):
-            store.failures = store.calls + 50
-            table = rows(*((f"s3://bucket/{i}.jpg", 0, -1) for i in range(60)))
-            assert reasons(list(one.read(table))) == ["unreadable"] * 47 + [None] * 13
-    assert store.slept == list(reader._PAUSES) * 3
+def of(store: Objects, *keys: str) -> pa.Table:
+    return rows(*((store.uri(key), 0, -1) for key in keys))
 
 
-@pytest.mark.parametrize("error", [FileNotFoundError, PermissionError])
-def test_what_a_store_answers_is_not_asked_again(monkeypatch, error):
-    store = Flaky(monkeypatch, failures=1, error=error)
-    assert reasons(read(rows(("s3://bucket/a.jpg", 0, -1)))) == ["unreadable"]
-    assert store.calls == 1 and not store.slept
+@pytest.mark.parametrize("failure", [503, 500, 429, "reset", "short"])
+def test_a_store_that_fails_is_asked_again_until_it_gives_the_whole_object(store, failure):
+    store.fails = lambda key, n: failure if n < 3 else None
+    assert read(of(store, "0.jpg"), threads=1) == [store.contents["0.jpg"]]
+    pauses = np.diff([at for at, _ in store.asked])
+    assert len(pauses) == 3 and np.all(pauses >= [0.5, 1.0, 2.0])
+
+
+def test_waiting_for_a_store_ends_and_it_is_not_asked_for_each_image(store):
+    store.fails = lambda key, n: 503
+    with contextlib.closing(Reader(0, patience_s=2.0)) as one:
+        results = list(one.read(of(store, *KEYS)))
+    assert reasons(results) == ["unread"] * 60
+    assert {result.detail for result in results} == {"HTTP 503 Service Unavailable"}
+    assert len(store.asked) <= 6  # 0.5, 1 and 0.5 s of pauses
+
+
+def test_a_store_that_is_back_has_patience_again(store):
+    store.fails = lambda key, n: 503 if n < 2 or 20 < n < 23 else None
+    assert read(of(store, *KEYS), threads=0) == [store.contents[key] for key in KEYS]
+
+
+def test_threads_have_one_patience_with_a_store(store):
+    store.fails = lambda key, n: 503
+    with contextlib.closing(Reader(8, patience_s=1.5)) as one:
+        assert reasons(list(one.read(of(store, *KEYS)))) == ["unread"] * 60
+    assert len(store.asked) <= 8 * 4
+
+
+@pytest.mark.parametrize(("status", "words"), [(404, "not found"), (403, "403")])
+def test_what_a_store_answers_is_final_after_one_more_try(store, status, words):
+    store.fails = lambda key, n: status if key == "1.jpg" else None
+    results = read(of(store, "0.jpg", "1.jpg", "2.jpg"))
+    assert reasons(results) == [None, "unreadable", None] and words in results[1].detail
+    assert [key for _, key in store.asked].count("1.jpg") == 2
+
+
+def test_an_object_that_is_shorter_than_its_range_is_never_taken_for_whole(store):
+    ranges = rows((store.uri("7.jpg"), 100, 300), (store.uri("8.jpg"), 400, 200), (store.uri("9.jpg"), 900, 10))
+    whole, short, beyond = read(ranges, threads=0)
+    assert whole == store.contents["7.jpg"][100:400]
+    assert reasons([short, beyond]) == ["unreadable"] * 2 and "cut short" in short.detail
+
+
+def test_a_file_that_appears_late_is_read(tmp_path):
+    contents = put(tmp_path, *(f"{i}.jpg" for i in range(10)))
+    table = list_images(str(tmp_path))
+    for late in ("3.jpg", "7.jpg"):
+        (tmp_path / late).rename(tmp_path / f"{late}.hidden")
+    threading.Timer(0.5, lambda: [(p.rename(p.with_suffix(""))) for p in tmp_path.glob("*.hidden")]).start()
+    assert read(table, threads=1) == list(contents.values())
+
+
+def test_files_that_stay_missing_are_rejected_together(tmp_path):
+    put(tmp_path, *(f"{i}.jpg" for i in range(10)))
+    table = list_images(str(tmp_path))
+    for i in range(1, 10):
+        (tmp_path / f"{i}.jpg").unlink()
+    began = time.monotonic()
+    assert reasons(read(table, threads=1)) == [None] + ["unreadable"] * 9
+    assert time.monotonic() - began < 10  # one pause, not nine
+
+
+@pytest.mark.parametrize("root", [True, False])
+def test_a_mount_that_is_away_is_the_stores_failure(tmp_path, root):
+    folder = tmp_path / "photos"
+    contents = put(folder, *(f"{i}.jpg" for i in range(10)))
+    table = list_images(str(folder))
+    folder.rename(tmp_path / "away")
+    folder.mkdir()  # a mount point without its mount
+    with contextlib.closing(Reader(1, patience_s=0.5, root=str(folder) if root else None)) as one:
+        assert reasons(list(one.read(table))) == ["unread"] * 10
+    folder.rmdir()
+    threading.Timer(3.0, lambda: (tmp_path / "away").rename(folder)).start()
+    assert read(table, threads=1) == list(contents.values())
 
 
 def test_rejects_of_the_reader_survive_pickling(tmp_path):
