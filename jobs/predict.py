@@ -18,7 +18,7 @@ import tyro
 from rich.console import Console
 
 from raypipe.insight.report import terminal
-from raypipe.run.pipeline import attempt, ended
+from raypipe.run.command import attempt, ended, goes_on
 from raypipe.run.predicting import RESULTS, Settings, run, verdict_on
 
 
@@ -26,8 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the job; returns the exit status."""
     console = Console(stderr=True)
     settings = tyro.cli(Settings, args=arguments, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
-    again = f"The same command goes on from there: what is finished is in {settings.output}."
-    outcome = attempt(lambda: run(settings, console=console), again=again, console=console)
+    kept = f"What is finished is in {settings.output}."
+    outcome = attempt(lambda: run(settings, console=console), kept=kept, again=goes_on(resume=settings.resume), console=console)
     if isinstance(outcome, int):
         return outcome
     if outcome.report is not None:

@@ -18,7 +18,9 @@ import tyro
 from rich.console import Console
 
 from raypipe.insight.report import terminal
-from raypipe.run.pipeline import attempt, ended, run, verdict_on
+from raypipe.run.command import attempt, ended, goes_on
+from raypipe.run.pipeline import run
+from raypipe.run.result import verdict_on
 from raypipe.run.settings import Settings
 
 
@@ -26,12 +28,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the job; returns the exit status."""
     console = Console(stderr=True)
     settings = tyro.cli(Settings, args=arguments, description=__doc__)
-    again = (
-        f"The same command goes on from there: what is finished is in {settings.output}."
-        if settings.output
-        else "Nothing was kept."
-    )
-    outcome = attempt(lambda: run(settings, console=console), again=again, console=console)
+    kept = f"What is finished is in {settings.output}." if settings.output else "Nothing was kept."
+    again = goes_on(resume=settings.resume) if settings.output else "The same command starts again."
+    outcome = attempt(lambda: run(settings, console=console), kept=kept, again=again, console=console)
     if isinstance(outcome, int):
         return outcome
     if outcome.report is not None:

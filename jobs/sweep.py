@@ -16,17 +16,16 @@ import tyro
 from rich.console import Console
 
 from raypipe.insight.talk import terminal
-from raypipe.run.pipeline import attempt, ended
+from raypipe.run.command import attempt, ended, goes_on
 from raypipe.run.sweeping import Settings, run
-from raypipe.run.training import BREAKS
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the job; returns the exit status."""
     console = Console(stderr=True)
     settings = tyro.cli(Settings, args=arguments, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
-    again = f"The same command goes on from there: what is measured is in {settings.output}."
-    swept = attempt(lambda: run(settings, console=console), again=again, console=console, breaks=BREAKS)
+    kept = f"What is measured is in {settings.output}."
+    swept = attempt(lambda: run(settings, console=console), kept=kept, again=goes_on(resume=settings.resume), console=console)
     if isinstance(swept, int):
         return swept
     if swept.findings:
@@ -34,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         if swept.warning:
             console.print(swept.warning, style="yellow", markup=False, highlight=False)
         console.print(f"page: {settings.output}/sweep.html", markup=False, highlight=False)
-    return ended(swept.failure and f"{swept.failure}\n{again}", console=console)
+    return ended(swept.failure and f"{swept.failure}\n{kept} {goes_on(resume=settings.resume)}", console=console)
 
 
 if __name__ == "__main__":

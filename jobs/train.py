@@ -19,16 +19,16 @@ import tyro
 from rich.console import Console
 
 from raypipe.insight.report import terminal
-from raypipe.run.pipeline import attempt, ended
-from raypipe.run.training import BREAKS, Settings, run, verdict_on
+from raypipe.run.command import attempt, ended, goes_on
+from raypipe.run.training import Settings, run, verdict_on
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the job; returns the exit status."""
     console = Console(stderr=True)
     settings = tyro.cli(Settings, args=arguments, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
-    again = f"The same command goes on from the last checkpoint in {settings.storage}."
-    outcome = attempt(lambda: run(settings, console=console), again=again, console=console, breaks=BREAKS)
+    kept = f"Checkpoints are in {settings.storage}."
+    outcome = attempt(lambda: run(settings, console=console), kept=kept, again=goes_on(resume=settings.resume), console=console)
     if isinstance(outcome, int):
         return outcome
     if outcome.report is not None:

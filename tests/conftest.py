@@ -13,6 +13,7 @@ import ray
 from raypipe.data import location
 
 HERE = Path(__file__).parent
+ROOT = HERE.parent
 
 
 @pytest.fixture(scope="session")

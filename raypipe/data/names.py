@@ -11,8 +11,14 @@ from hashlib import blake2b
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".npy")
 """What a file must end with, in upper or lower case, to be listed as an image."""
 
+STATE = "_raypipe"
+"""The folder of a run's own files inside its output. Sources never list it."""
+
 TAR = (".tar",)
 PARQUET = (".parquet", ".pq")
+
+OUTSIDE = re.compile(r"(^|/)\.{0,2}(/|$)|[\x00\\]")
+"""What a name that may lead out of its folder has: an empty part, `.` or `..`, a backslash or NUL."""
 
 _MAX_COMPONENT = 200  # bytes; file systems allow 255, and an extension, `-12` or the source's own extension come on top
 _MAX_NAME = 1000  # bytes; PATH_MAX is 4096, and 1024 on macOS

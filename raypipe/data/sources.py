@@ -41,9 +41,8 @@ from pyarrow import fs
 
 from raypipe import UsageError
 from raypipe.data import demo
-from raypipe.data.journal import STATE
 from raypipe.data.location import ERRORS, absolute, filesystem, is_remote, join, local_path, local_uri, one_line, read
-from raypipe.data.names import PARQUET, SUFFIXES, TAR, unique_names
+from raypipe.data.names import PARQUET, STATE, SUFFIXES, TAR, unique_names
 from raypipe.data.reader import Reader, image_column, open_parquet
 
 __all__ = ["ANNOTATION_FIELDS", "BOXES", "SOURCE", "Reader", "annotation_id", "list_images", "read_coco", "unique_names"]

@@ -6,7 +6,7 @@ of its shard, never changes; rows found later get new shards. What is still to d
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 
 import numpy as np
 import pyarrow as pa
@@ -173,6 +173,19 @@ def renewed(work: pa.Table, source: pa.Table, done: Set[int]) -> pa.Table:
     for name in ("uri", "offset", "length", "boxes", "labels", "crowds", "annotation_ids"):
         kept = kept.set_column(kept.column_names.index(name), WORK.field(name), both.column(name))
     return kept
+
+
+def requeued(work: pa.Table, waiting: Mapping[int, Set[str]], *, rows_per_shard: int, taper: bool = False) -> pa.Table:
+    """`work` with the rows in `waiting` (image ids, by shard) in new shards at its end; they keep their names."""
+    if not waiting:
+        return work
+    keys = zip(work.column("shard").to_pylist(), work.column("image_id").to_pylist(), strict=True)
+    again = np.array([image_id in waiting.get(shard, ()) for shard, image_id in keys], bool)
+    rows = work.filter(pa.array(again))
+    first = int(work.column("shard").to_numpy().max()) + 1
+    numbers = pa.array(first + _cut(rows.num_rows, rows_per_shard, taper=taper))
+    rows = rows.set_column(rows.column_names.index("shard"), WORK.field("shard"), numbers)
+    return pa.concat_tables([work.filter(pa.array(~again)), rows])
 
 
 def extend(work: pa.Table, source: pa.Table, *, rows_per_shard: int, taper: bool = False) -> pa.Table:

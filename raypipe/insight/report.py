@@ -34,12 +34,14 @@ class PoolView:
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """What became of the rows. `before` were done by an earlier run into the same output."""
+    """What became of the rows. `before` were done by an earlier run into the same output; `unread` had
+    a store that did not give their bytes, and are tried again by the next run."""
 
     images_in: int
     images_out: int
     rejects_by_reason: dict[str, int]
     before: int = 0
+    unread: int = 0
 
     @property
     def rejected(self) -> int:
@@ -47,8 +49,8 @@ class Counts:
 
     @property
     def lost(self) -> int:
-        """Rows neither delivered nor rejected: 0, or the run has failed."""
-        return self.images_in - self.images_out - self.rejected
+        """Rows neither delivered, rejected nor unread: 0, or the run has failed."""
+        return self.images_in - self.images_out - self.rejected - self.unread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,21 +201,29 @@ def build(
         meanwhile.
     """
     cores = hardware["cores"]
+    if snapshot == NOTHING_SEEN:
+        known = unmeasured(run_id=run_id, settings=settings, versions=versions, counts=counts)
+        done_now = counts.images_out + counts.rejected + counts.unread - counts.before
+        return known | {
+            "hardware": hardware,
+            "setup_s": clock.setup_s,
+            "wall_s": clock.wall_s,
+            "first_output_s": clock.first_output_s,
+            "images_per_s": _ratio(done_now, clock.wall_s),
+            "cpu_percent": cpu_percent,
+            "verdict": {"stage": None, "reason": _NO_COLLECTOR, "advice": []},
+        }
     stages = [_stage(name, snapshot, cores, on_gpu=name in on_gpu) for name in stage_names]
     overhead_s = _overhead(snapshot, stages)
     steady = clock.steady_images_per_s
-    done_now = counts.images_out + counts.rejected - counts.before
+    done_now = counts.images_out + counts.rejected + counts.unread - counts.before
     work = _work(snapshot, clock)
     return {
         "run_id": run_id,
         "settings": settings,
         "versions": versions,
         "hardware": hardware,
-        "images_in": counts.images_in,
-        "images_out": counts.images_out,
-        "images_rejected": counts.rejected,
-        "images_done_before": counts.before,
-        "rejects_by_reason": counts.rejects_by_reason,
+        **_counted(counts),
         "setup_s": clock.setup_s,
         "ready_s": clock.ready_s,
         "wall_s": clock.wall_s,
@@ -241,6 +251,47 @@ def build(
         },
         "scale_events": snapshot["scale_events"],
         "timeline": snapshot["timeline"],
+    }
+
+
+NOTHING_SEEN: dict[str, Any] = {
+    **{name: [] for name in ("actors", "first", "timeline", "scale_events")},
+    **{name: {} for name in ("rss_peak_by_stage", "pools", "nodes")},
+}
+"""The snapshot of a collector that was killed."""
+
+_NO_COLLECTOR = "What the stages cost is not known: the actor that collects it was killed. The counts are right."
+_NO_DRIVER = "What this run cost is not known: its driver ended before it could report. The counts are the journal's."
+
+
+def unmeasured(*, run_id: str, settings: dict, versions: dict, counts: Counts) -> dict[str, Any]:
+    """The report of a run of which only the journal is left: `build`'s keys, with None for every figure."""
+    figures = (
+        *("setup_s", "ready_s", "wall_s", "first_output_s", "images_per_s", "steady_images_per_s"),
+        *("cpu_percent", "work_s", "work_cpu_percent", "overhead_cpu_s_per_image", "predicted"),
+    )
+    return {
+        "run_id": run_id,
+        "settings": settings,
+        "versions": versions,
+        "hardware": dict.fromkeys(("cores", "nodes", "gpus", "memory_bytes", "processor")),
+        **_counted(counts),
+        **dict.fromkeys(figures),
+        "stages": [],
+        "verdict": {"stage": None, "reason": _NO_DRIVER, "advice": []},
+        "scale_events": [],
+        "timeline": [],
+    }
+
+
+def _counted(counts: Counts) -> dict[str, Any]:
+    return {
+        "images_in": counts.images_in,
+        "images_out": counts.images_out,
+        "images_rejected": counts.rejected,
+        "images_unread": counts.unread,
+        "images_done_before": counts.before,
+        "rejects_by_reason": counts.rejects_by_reason,
     }
 
 
@@ -371,8 +422,9 @@ def terminal(report: dict) -> Group:
     for label, cell in _ROWS:
         table.add_row(label, *(cell(stage) for stage in report["stages"]))
     before = f" ({report['images_done_before']} of them by an earlier run)" if report["images_done_before"] else ""
+    unread = f" + {report['images_unread']} not read" if report.get("images_unread") else ""
     lines = [
-        f"{report['images_in']} images in = {report['images_out']} out + {report['images_rejected']} rejected{before}",
+        f"{report['images_in']} images in = {report['images_out']} out + {report['images_rejected']} rejected{unread}{before}",
         f"{_number(report['steady_images_per_s'], '.0f')} images/s once running, {_number(report['images_per_s'], '.0f')} from start to end",
         f"{_number(report['setup_s'], '.1f')} s to list and start Ray, then {_number(report['wall_s'], '.1f')} s, first output after "
         f"{_number(report['first_output_s'], '.1f')} s; "
@@ -385,4 +437,5 @@ def terminal(report: dict) -> Group:
     measured = report["steady_images_per_s"] or report["images_per_s"] or 0.0
     gains = [a for a in report["verdict"]["advice"] if a["predicted_images_per_s"] > 1.02 * measured][:2]
     advice = [Text(f"  {a['change']}: about {a['predicted_images_per_s']:.0f} images/s expected", style="dim") for a in gains]
-    return Group(*(Text(line) for line in lines), table, verdict_text, *advice)
+    stages = [table] if report["stages"] else []
+    return Group(*(Text(line) for line in lines), *stages, verdict_text, *advice)

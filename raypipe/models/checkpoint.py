@@ -118,7 +118,8 @@ def load(folder: str) -> Checkpoint:
     if found is None:
         raise UsageError(f"{folder!r} is no checkpoint: there is no about.json in it. Give the folder of one.")
     data = {}
-    for name, size in found["bytes"].items():
+    for name in _FILES[1:]:
+        size = found["bytes"].get(name)
         try:
             data[name] = location.read(location.join(folder, name))
         except FileNotFoundError:
@@ -206,9 +207,20 @@ def check_same(folder: str, settings: Mapping[str, Any]) -> None:
         )
 
 
-def prune(storage: str, keep: Sequence[str] = ()) -> None:
-    """Delete all finished checkpoints below `storage` but those to keep."""
+_FILES = ("about.json", "state.pt", "consumed.parquet")
+
+
+def prune(storage: str, keep: Sequence[str] = ()) -> list[str]:
+    """Delete all finished checkpoints below `storage` but those to keep. Of each, only the files that
+    raypipe writes, and no folder to which a symbolic link leads. Returns, a line each, what was left."""
+    left = []
     for folder in all_in(storage):
-        if folder not in keep:
-            location.delete(location.join(folder, "about.json"))  # first: what is left of it is no checkpoint
-            location.delete_folder(folder)
+        if folder in keep:
+            continue
+        if not location.within(folder, storage):
+            left.append(f"{folder} leads out of {storage}. It was not deleted.")
+            continue
+        for name in _FILES:  # about.json first: what is left of it is no checkpoint
+            location.delete(location.join(folder, name))
+        location.delete_empty(folder)
+    return left

@@ -1,16 +1,14 @@
 """A run: stages put on Ray Data and watched to their end. The only place that builds datasets."""
 
-import json
+import contextlib
 import os
 import shutil
 import tempfile
 import threading
 import time
-import traceback
 import uuid
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -30,26 +28,26 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from raypipe import UsageError
 from raypipe.data import journal, location
-from raypipe.data.reader import Reader
+from raypipe.data.reader import Reading
 from raypipe.data.sinks import Sink, annotations_of, write_annotations
 from raypipe.data.sources import check_annotation_ids, list_images
-from raypipe.data.work import extend, make_work, named_as_before, remaining, renewed, shard_rows, shards, wanted_by
+from raypipe.data.work import extend, make_work, named_as_before, remaining, renewed, requeued, shard_rows, shards, wanted_by
 from raypipe.images import backend as backend_module
 from raypipe.images import catalog
-from raypipe.images.decode import thumbnail
 from raypipe.images.recipe import Recipe
-from raypipe.insight import html, planner
+from raypipe.insight import planner
 from raypipe.insight import report as reports
 from raypipe.run import probe as probes
 from raypipe.run.collector import Facts, start_collector
 from raypipe.run.control import Control
 from raypipe.run.meter import Meter, busy_cpu_s
+from raypipe.run.result import Became, Outcome, became, check_report, covers, leave_report, ranges, shown
 from raypipe.run.scaling import steer
 from raypipe.run.session import Pools, Session, check_shared, hardware, ray_session, seated, size_pools, versions
-from raypipe.run.settings import Settings, check_apart, check_free, deciding, image_folder, result_files
+from raypipe.run.settings import Settings, check_apart, check_free, deciding, image_folder, reading, result_names
 from raypipe.stages import After
 from raypipe.stages.preprocess import TRIES, Preprocess, Preprocessing
-from raypipe.stages.write import Write
+from raypipe.stages.write import Write, rejected_of, unread_of
 
 T = TypeVar("T")
 
@@ -66,7 +64,7 @@ def preprocessed(
     pools: Pools,
     cpus_each: float = 1.0,
     threads: int = 1,
-    io_threads: int = 1,
+    reading: Reading | None = None,
     read_ms: float = 0.0,
     store_ms: float = 0.0,
     after: After | None = None,
@@ -102,7 +100,7 @@ def preprocessed(
             "settings": settings,
             "threads": threads,
             "tracks": tracks_folder(run_id),
-            "io_threads": io_threads,
+            "reading": reading,
             "wait_ms": read_ms,
             "bytes_out": largest * height * width * 3,
             "meter": Meter(stage="preprocess", collector=collector),
@@ -138,14 +136,16 @@ def preprocessed(
 
 @dataclass(frozen=True, kw_only=True)
 class Todo:
-    """What a run has to do: `work` in all, of which `left` is not in the journal; and then `endings`, files of the output itself. `image_ids`: what
-    `work` calls the images of the source, in its order."""
+    """What a run has to do: `work` in all, of which `left` is not in the journal; and then `endings`, files
+    of the output itself. `image_ids`: what `work` calls the images of the source, in its order. `claim`:
+    what it changes in the output before it begins; None: nothing is written."""
 
     recipe: Recipe
     work: pa.Table
     left: pa.Table
     image_ids: pa.ChunkedArray
     endings: tuple[str, ...] = ()
+    claim: journal.Claim | None = None
 
 
 def plan(settings: Settings) -> Todo:
@@ -165,9 +165,7 @@ def plan(settings: Settings) -> Todo:
     annotations = (annotations_of(settings.annotations),) if settings.annotations is not None else ()
     if annotations and settings.output is not None:
         check_annotation_ids(source, str(settings.annotations))
-    return left_to_do(
-        settings, recipe, source, deciding(settings, recipe), files=partial(result_files, settings), endings=annotations
-    )
+    return left_to_do(settings, recipe, source, deciding(settings, recipe), results=result_names(settings), endings=annotations)
 
 
 def left_to_do(
@@ -176,19 +174,20 @@ def left_to_do(
     source: pa.Table,
     decides: dict[str, Any],
     *,
-    files: Callable[[pa.Table], Iterable[str]],
+    results: tuple[str, ...],
     endings: tuple[str, ...] = (),
 ) -> Todo:
     """The images of `source` (schema SOURCE) in shards, less what an earlier run into the same output has done.
 
     Args:
         decides: what decides the results, JSON types: an output made with other is refused.
-        files: gives the files that a table of work becomes, relative to the output.
+        results: what the results are called (`journal.Made`).
         endings: files of the output that are written when all shards are done.
 
     Raises:
         UsageError: the output is of another run, or cannot be used. Nothing was changed.
     """
+    check_report(settings.report)
     height, width = recipe.fixed_size or (480, 640)
     rows = settings.shard_rows or shard_rows(rows=source.num_rows, row_bytes=height * width * 3)
     cut: dict[str, Any] = {"rows_per_shard": rows, "taper": settings.shard_rows is None}
@@ -196,25 +195,28 @@ def left_to_do(
     if root is None:
         work = make_work(source, **cut)
         return Todo(recipe=recipe, work=work, left=work, image_ids=source.column("image_id"), endings=endings)
-    if not settings.resume:
-        check_free(root, set(endings) - journal.endings(root))
-        journal.clear(root)
-    going_on = journal.check_settings(root, decides)
-    stored = journal.read_work(root) if going_on else None
-    done = journal.done_shards(root)
+    found = journal.look(root, decides, resume=settings.resume)
+    stored, done = found.work, found.done
     if stored is None:
-        work = here = make_work(source, **cut)
-        check_free(root, [*endings, *files(work)])
-        journal.check_writable(root)
+        work = here = fresh = make_work(source, **cut)
+        wanted = [*endings, *journal.named(results, work)]
     else:
         source = named_as_before(source, stored)
+        stored = requeued(stored, found.waiting, **cut)
         work = extend(renewed(stored, source, done), source, **cut)
         here = work.filter(pc.is_in(work.column("image_id"), source.column("image_id").combine_chunks()))
-    if stored is None or not work.equals(stored):
-        journal.put_work(root, work)
-    if not going_on:
-        journal.put_settings(root, decides, versions(), endings=endings)
-    return Todo(recipe=recipe, work=here, left=remaining(here, done), image_ids=source.column("image_id"), endings=endings)
+        fresh = work.filter(pc.invert(pc.is_in(work.column("image_id"), stored.column("image_id").combine_chunks())))
+        wanted = [*journal.named(results, fresh)]
+    check_free(root, wanted, ours=set(journal.owned(root)[0]) if found.clearing else set())
+    claim = journal.Claim(
+        root=root,
+        clears=found.clearing,
+        made=journal.Made(settings=decides, versions=versions(), results=results, endings=endings),
+        work=None if found.work is not None and work.equals(found.work) else work,
+        seen=journal.state_of(root),
+    )
+    left = remaining(here, done)
+    return Todo(recipe=recipe, work=here, left=left, image_ids=source.column("image_id"), endings=endings, claim=claim)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,15 +284,6 @@ def writing(settings: Settings, recipe: Recipe) -> After | None:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """How a run ended. `report` is None when there was nothing left to do; `rows` were to be accounted for."""
-
-    report: dict[str, Any] | None
-    rejected: list[journal.Rejected]
-    rows: int
-
-
 @dataclass
 class _Tally:
     """What came out of the execution so far."""
@@ -298,7 +291,9 @@ class _Tally:
     outputs: list[tuple[float, int]] = field(default_factory=list)
     images: int = 0
     rejected: int = 0
-    rejects: list[journal.Rejected] = field(default_factory=list)  # of blocks of pixels; writers put theirs in the journal
+    unread: int = 0
+    # Of blocks of pixels; writers put theirs in the journal.
+    became: Became = field(default_factory=Became)
     told: float = 0.0
 
     @property
@@ -310,10 +305,13 @@ class _Tally:
     def count(self, block: pa.Table, at_s: float) -> None:
         if "image" in block.column_names:
             bad = block.filter(pc.is_valid(block.column("reason"))).select(journal.REJECTS.names).to_pylist()
-            self.rejects.extend(journal.Rejected(**row) for row in bad)
-            images, rejected = block.num_rows, len(bad)
+            rejects, waiting = rejected_of(bad), unread_of(bad)
+            self.became.rejected.extend(rejects)
+            self.became.unread.extend(waiting)
+            images, rejected, unread = block.num_rows, len(rejects), len(waiting)
         else:
-            images, rejected = pc.sum(block.column("images")).as_py(), pc.sum(block.column("rejected")).as_py()
+            images, rejected, unread = (pc.sum(block.column(name)).as_py() for name in ("images", "rejected", "unread"))
+        self.unread += unread
         self.images += images
         self.rejected += rejected
         self.outputs.append((at_s, images))
@@ -362,29 +360,74 @@ def carry_out(
     """Do the job that `make` makes of the images of `source`, to the end; the other arguments are those of `run`, and so is what it raises."""
     started = time.time()
     console = console or Console(stderr=True)
-    console.print(f"Listing {source} ...", markup=False, highlight=False)
-    job = make()
+    touched = False
+
+    def touch() -> None:
+        nonlocal touched
+        touched = True
+
+    try:
+        console.print(f"Listing {source} ...", markup=False, highlight=False)
+        job = make()
+        run_id = job.settings.run_id or f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
+        if not job.todo.left.num_rows:
+            return _nothing_left(job, run_id, console=console, touch=touch)
+        return _execute(
+            job,
+            run_id,
+            console=console,
+            consume=consume,
+            began=began,
+            stop=stop or threading.Event(),
+            started=started,
+            touch=touch,
+        )
+    except KeyboardInterrupt as error:
+        if not touched:
+            raise Untouched from error
+        raise
+
+
+def _nothing_left(job: Job, run_id: str, *, console: Console, touch: Callable[[], None]) -> Outcome:
+    """The outcome of a run that finds all shards done. It makes the end again where that is missing."""
     settings, todo = job.settings, job.todo
-    total, left = todo.work.num_rows, todo.left.num_rows
-    if not left:
+    root, total = str(settings.output), todo.work.num_rows
+    of_journal = became(root, todo.work)
+    if lost := total - len(of_journal.written) - len(of_journal.rejected) - len(of_journal.unread):
+        raise UsageError(
+            f"The journal in {root} says that all shards are done, but its entries have {lost} of {total} images neither as written nor as "
+            f"rejected: somebody changed it, or it is a defect of raypipe. --no-resume does all of them again."
+        )
+    covered = covers(root, todo.work)
+    if covered:
         console.print(
-            f"Nothing to do: all {total} images of {settings.input} are done, in {settings.output}. --no-resume does them again.",
+            f"Nothing to do: all {total} images of {settings.input} are done, in {root}. --no-resume does them again.",
             markup=False,
         )
-        written, rejected = _journaled(settings, todo)
-        if lost := total - len(written) - len(rejected):
-            raise UsageError(
-                f"The journal in {settings.output} says that all shards are done, but its entries have {lost} of {total} images neither as written nor as "
-                f"rejected: somebody changed it, or it is a defect of raypipe. --no-resume does all of them again."
-            )
-        if not all(location.exists(location.join(str(settings.output), file)) for file in todo.endings):
-            job.conclude(written)  # the run that did the last shard was killed before it could
-        return Outcome(report=None, rejected=rejected, rows=total)
-    if left < total:
-        console.print(f"Going on: {total - left} of {total} images are done already.")
-    run_id = settings.run_id or f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
-    executed = _execute(job, run_id, console=console, consume=consume, began=began, stop=stop or threading.Event())
-    return _account(job, run_id, executed, setup_s=executed.begun_at - started)
+    else:
+        console.print(
+            f"All {total} images of {settings.input} are done, in {root}; the run that did the last of them did not come to its end. "
+            f"Writing its report from the journal ...",
+            markup=False,
+        )
+    if covered and all(location.exists(location.join(root, file)) for file in todo.endings):
+        return Outcome(report=None, rejected=of_journal.rejected, unread=of_journal.unread, rows=total)
+    assert todo.claim is not None
+    with journal.claimed(todo.claim, run_id=run_id, tell=partial(_say, console), check=lambda file: touch()):
+        if covered:
+            job.conclude(of_journal.written)
+            return Outcome(report=None, rejected=of_journal.rejected, unread=of_journal.unread, rows=total)
+        counts = of_journal.counts(rows=total, before=total)
+        report = reports.unmeasured(run_id=run_id, settings=job.given, versions=versions(), counts=counts)
+        return _conclude(job, report, of_journal)
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, markup=False, highlight=False)
+
+
+class Untouched(KeyboardInterrupt):
+    """An interruption before anything was changed."""
 
 
 class Run:
@@ -475,14 +518,17 @@ def _execute(
     consume: Callable[[pa.Table], None] | None,
     began: Callable[[Control], None],
     stop: threading.Event,
-) -> _Executed:
+    started: float,
+    touch: Callable[[], None],
+) -> Outcome:
     settings, todo, after = job.settings, job.todo, job.after
+    if job.todo.left.num_rows < todo.work.num_rows:
+        total = todo.work.num_rows
+        console.print(f"Going on: {total - todo.left.num_rows} of {total} images are done already.")
     left = todo.left.num_rows
-    # One reads ahead of the decoder, where reading waits; more only contend for the interpreter, unless each waits for a network.
-    io_threads = 8 if location.is_remote(settings.input) else 1
     how: dict[str, Any] = {
         "threads": settings.threads,
-        "io_threads": io_threads,
+        "reading": reading(settings),
         "read_ms": settings.read_ms,
         "store_ms": settings.store_ms,
     }
@@ -493,8 +539,6 @@ def _execute(
         with ray_session(settings, after=after) as session:
             costs = probes.finish(timing) if timing else None
             after = after and seated(after, session)
-            if after is not None and session.nodes > 1 and not location.is_remote(after.sink.root):
-                check_shared(location.join(after.sink.root, f"{journal.STATE}/run.json"), option=f"--output {settings.output!r}")
             pools = size_pools(settings, costs, session, images=left, after=after)
             facts = Facts(
                 input=settings.input,
@@ -508,43 +552,67 @@ def _execute(
                 on_gpu=(after.name,) if after and after.gpu else (),
                 gpus=session.gpus,
             )
-            collector = start_collector(run_id, facts)
             how |= {"cpus_each": session.cpus_each, "after": after, "run_id": run_id}
-            dataset = preprocessed(todo.left, job.pixels, pools=pools, collector=collector, **how)
-            console.print(_opening(run_id, job, after, session, pools), markup=False, highlight=False)
-            machine = psutil.cpu_times()
-            begun, begun_at, driver_cpu_s = time.perf_counter(), time.time(), time.process_time()
-            ray.get(collector.begin.remote(begun_at))
-            began(Control(run_id, collector))
-            tally = _Tally()
-            # Fetching ahead is for blocks of other nodes: here it would only hand each block on a block later.
-            ahead = 1 if session.nodes > 1 and after is None else 0
-            with tracks(run_id), _progress(console, left) as show:
-                for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=ahead):
-                    tally.count(block, time.perf_counter() - begun)
-                    tally.tell(collector)
-                    show(tally)
-                    if consume is not None and after is None:
-                        consume(block)
-                    if stop.is_set():
-                        raise KeyboardInterrupt
-            wall_s, driver_cpu_s = time.perf_counter() - begun, time.process_time() - driver_cpu_s
-            snapshot, cpu_percent = collected(collector, since=machine)
+            with _claimed(job, run_id, session, console=console, touch=touch) as held:
+                collector = start_collector(run_id, facts)
+                dataset = preprocessed(todo.left, job.pixels, pools=pools, collector=collector, **how)
+                console.print(_opening(run_id, job, after, session, pools), markup=False, highlight=False)
+                machine = psutil.cpu_times()
+                begun, begun_at, driver_cpu_s = time.perf_counter(), time.time(), time.process_time()
+                collector.begin.remote(begun_at)
+                began(Control(run_id, collector))
+                tally = _Tally()
+                # Fetching ahead is for blocks of other nodes: here it would only hand each block on a block later.
+                ahead = 1 if session.nodes > 1 and after is None else 0
+                with tracks(run_id), _progress(console, left) as show:
+                    for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=ahead):
+                        tally.count(block, time.perf_counter() - begun)
+                        tally.tell(collector)
+                        show(tally)
+                        if consume is not None and after is None:
+                            consume(block)
+                        if stop.is_set():
+                            raise KeyboardInterrupt
+                        held()
+                wall_s, driver_cpu_s = time.perf_counter() - begun, time.process_time() - driver_cpu_s
+                snapshot, cpu_percent = collected(collector, since=machine)
+                executed = _Executed(
+                    session=session,
+                    after=after,
+                    pools=pools,
+                    predicted=_predicted(costs, pools, session, after),
+                    begun_at=begun_at,
+                    wall_s=wall_s,
+                    driver_cpu_s=driver_cpu_s,
+                    snapshot=snapshot,
+                    cpu_percent=cpu_percent,
+                    tally=tally,
+                )
+                # Before Ray ends, which takes seconds: whoever is killed then has its report.
+                return _account(job, run_id, executed, setup_s=begun_at - started)
     finally:
         if probe is not None and timing is not None:
             probes.end(timing, probe)
-    return _Executed(
-        session=session,
-        after=after,
-        pools=pools,
-        predicted=_predicted(costs, pools, session, after),
-        begun_at=begun_at,
-        wall_s=wall_s,
-        driver_cpu_s=driver_cpu_s,
-        snapshot=snapshot,
-        cpu_percent=cpu_percent,
-        tally=tally,
-    )
+
+
+@contextmanager
+def _claimed(
+    job: Job, run_id: str, session: Session, *, console: Console, touch: Callable[[], None]
+) -> Iterator[Callable[[], None]]:
+    """The output for this run alone, where something is written. Yields what raises LeaseLost once it is not."""
+    claim = job.todo.claim
+    if claim is None:
+        touch()
+        yield lambda: None
+        return
+
+    def check(file: str) -> None:
+        if session.nodes > 1 and not location.is_remote(file):
+            check_shared(file, option=f"{claim.option} {claim.root!r}")
+        touch()
+
+    with journal.claimed(claim, run_id=run_id, tell=partial(_say, console), check=check) as lease:
+        yield lease.check
 
 
 def _predicted(costs: list[planner.StageCost] | None, pools: Pools, session: Session, after: After | None) -> float | None:
@@ -559,20 +627,14 @@ def _account(job: Job, run_id: str, executed: _Executed, *, setup_s: float) -> O
     settings, todo, after = job.settings, job.todo, executed.after
     tally, snapshot = executed.tally, executed.snapshot
     total = todo.work.num_rows
-    written, rejected = _journaled(settings, todo) if after else ([], tally.rejects)
-    reasons = Counter(row.reason for row in rejected)
-    counts = reports.Counts(
-        images_in=total,
-        images_out=len(written) if after else tally.images - tally.rejected,
-        rejects_by_reason=dict(reasons.most_common()),
-        before=total - todo.left.num_rows,
-    )
+    rows = became(str(settings.output), todo.work) if after else tally.became
+    out = None if after else tally.images - tally.rejected - tally.unread
     report = reports.build(
         run_id=run_id,
         settings=job.given,
         versions=versions(),
         hardware=hardware(executed.session),
-        counts=counts,
+        counts=rows.counts(rows=total, before=total - todo.left.num_rows, out=out),
         clock=reports.Clock(
             wall_s=executed.wall_s,
             setup_s=setup_s,
@@ -586,58 +648,21 @@ def _account(job: Job, run_id: str, executed: _Executed, *, setup_s: float) -> O
         snapshot=snapshot,
         predicted=executed.predicted,
     )
-    shown = _shown(todo, rejected) if after is not None or settings.report is not None else []
+    return _conclude(job, report, rows)
+
+
+def _conclude(job: Job, report: dict[str, Any], rows: Became) -> Outcome:
+    """Write what a run leaves at its end, the report last: it says which shards all of it covers."""
+    settings, todo, after = job.settings, job.todo, job.after
+    pictures = shown(todo.work, rows.rejected) if after is not None or settings.report is not None else []
     if after is not None:
-        report |= job.conclude(written)
-        leave_report(after.sink.root, f"{journal.STATE}/", report, rejected, shown)
-        location.delete_folder(location.join(after.sink.root, after.sink.tmp))  # what killed actors had under way
+        report |= job.conclude(rows.written)
+        report["shards"] = ranges(todo.work.column("shard").to_pylist())
+        journal.clear_temporary(after.sink.root)  # what killed actors had under way
+        leave_report(after.sink.root, f"{journal.STATE}/", report, rows.rejected, pictures)
     if settings.report is not None:
-        leave_report(settings.report, "", report, rejected, shown)
-    return Outcome(report=report, rejected=rejected, rows=total)
-
-
-def _journaled(settings: Settings, todo: Todo) -> tuple[list[journal.Written], list[journal.Rejected]]:
-    """What the journal says of the rows of `todo`, in their order; nothing where nothing is written."""
-    if settings.output is None:
-        return [], []
-    wanted = set(todo.work.column("image_id").to_pylist())
-    entries = list(journal.read_entries(settings.output, pc.unique(todo.work.column("shard")).to_pylist()))
-    written = [row for entry in entries for row in entry.written if row.image_id in wanted]
-    rejected = [row for entry in entries for row in entry.rejected if row.image_id in wanted]
-    return written, rejected
-
-
-def leave_report(
-    folder: str, prefix: str, report: dict[str, Any], rejected: list[journal.Rejected], shown: Sequence[dict[str, Any]] = ()
-) -> None:
-    """Put report.json, report.html and rejects.parquet into `folder`, their names after `prefix`. `shown`: rejects that the page shows."""
-    page = html.page(report, rejects=shown, more_rejects=len(rejected) - len(shown))
-    files = {
-        "rejects.parquet": journal.rejects_parquet(rejected),
-        "report.json": json.dumps(report, indent=1).encode(),
-        "report.html": page.encode(),
-    }
-    for name, data in files.items():
-        location.write(folder, prefix + name, data, tmp=f"{journal.STATE}/tmp" if prefix else "")
-
-
-SHOWN_PER_REASON, SHOWN = 3, 12
-
-
-def _shown(todo: Todo, rejected: list[journal.Rejected]) -> list[dict[str, Any]]:
-    """A few rejects of each reason with what can be seen of them, for the report's page."""
-    count: Counter[str] = Counter()
-    rows: list[journal.Rejected] = []
-    for row in rejected:
-        count[row.reason] += 1
-        if count[row.reason] <= SHOWN_PER_REASON and len(rows) < SHOWN:
-            rows.append(row)
-    # What kills an actor would kill the driver too.
-    harmless = pa.array([row.image_id for row in rows if row.reason != "kills its process"], pa.string())
-    work = todo.work.filter(pc.is_in(todo.work.column("image_id"), harmless))
-    data = Reader(threads=0).read(work)
-    seen = {i: thumbnail(d) for i, d in zip(work.column("image_id").to_pylist(), data, strict=True) if isinstance(d, bytes)}
-    return [{**asdict(row), "thumbnail": seen.get(row.image_id)} for row in rows]
+        leave_report(settings.report, "", report, rows.rejected, pictures)
+    return Outcome(report=report, rejected=rows.rejected, unread=rows.unread, rows=todo.work.num_rows)
 
 
 def _opening(run_id: str, job: Job, after: After | None, session: Session, pools: Pools) -> str:
@@ -657,12 +682,19 @@ def _ready_at(snapshot: dict[str, Any], actors: int, *, default: float) -> float
 
 def collected(collector: ray.actor.ActorHandle, *, since: Any) -> tuple[dict[str, Any], float | None]:
     """Ends the collector: its snapshot, and the mean use of all cores, 0 to 100, since `since` (psutil.cpu_times() of this node)."""
-    snapshot = ray.get(collector.snapshot.remote())
-    here = ray.get_runtime_context().get_node_id()
-    others = [seen for node, seen in snapshot["nodes"].items() if node != here]
+    try:
+        snapshot = ray.get(collector.snapshot.remote(), timeout=SNAPSHOT_AT_MOST_S)
+        here = ray.get_runtime_context().get_node_id()
+        others = [seen for node, seen in snapshot["nodes"].items() if node != here]
+    except RayError:  # it was killed, or its node: what the stages cost died with it, and nothing else
+        snapshot, others = dict(reports.NOTHING_SEEN), []
     cpu_percent = _cpu_percent(since, psutil.cpu_times(), others)
-    ray.kill(collector)
+    with contextlib.suppress(RayError):
+        ray.kill(collector)
     return snapshot, cpu_percent
+
+
+SNAPSHOT_AT_MOST_S = 60.0
 
 
 def _cpu_percent(before, after, others: list[dict[str, float]]) -> float | None:
@@ -723,68 +755,3 @@ def _progress(console: Console, total: int) -> Iterator[Callable[[_Tally], None]
             progress.update(task, description="images", completed=tally.images, rate=tally.rate, rejected=tally.rejected)
 
         yield bar
-
-
-def attempt(
-    do: Callable[[], T], *, again: str, console: Console, breaks: tuple[type[Exception], ...] = (RayError, OSError)
-) -> T | int:
-    """What `do` returns; or where it did not come to its end, the exit status of a job, and the user is told why.
-
-    Args:
-        again: what starting it again does, in a sentence.
-        breaks: errors by which an execution breaks off. Others are defects, and raised.
-    """
-    try:
-        return do()
-    except UsageError as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False)
-        return 2
-    except KeyboardInterrupt:
-        console.print(f"\nInterrupted. {again}", markup=False)
-        return 130
-    except breaks as error:
-        if isinstance(error.__context__, KeyboardInterrupt):  # Ctrl-C again, while Ray was ending
-            return 130
-        console.print(f"error: the run broke off: {_broken_off(error)}\n{again}", style="red", markup=False, highlight=False)
-        return 1
-
-
-def ended(failure: str | None, *, console: Console) -> int:
-    """The exit status of a job that came to its end; the user is told why it counts as failed, if it does."""
-    if failure:
-        console.print(f"error: {failure}", style="red", markup=False, highlight=False)
-    return 1 if failure else 0
-
-
-def _broken_off(error: BaseException) -> str:
-    """Why an execution ended early, in a line, and where the rest of Ray's account is: a file, for it runs over pages."""
-    trace = "".join(traceback.format_exception(error))
-    with tempfile.NamedTemporaryFile("w", prefix="raypipe-error-", suffix=".log", delete=False) as file:
-        file.write(trace)
-    cause: BaseException = error
-    while isinstance(below := getattr(cause, "cause", None) or cause.__cause__, BaseException):
-        cause = below
-    lines = [line for line in str(cause).splitlines() if line.strip()] or [type(cause).__name__]
-    return f"{lines[-1].strip()}. All that Ray says of it is in {file.name}."
-
-
-def verdict_on(outcome: Outcome, settings: Settings) -> str | None:
-    """Why a finished run counts as failed: rows lost, or too many rejected. None: it does not."""
-    report = outcome.report
-    if report is not None:
-        lost = report["images_in"] - report["images_out"] - report["images_rejected"]
-        if lost:
-            return (
-                f"{lost} of {report['images_in']} images are unaccounted for: {report['images_out']} came out and "
-                f"{report['images_rejected']} were rejected. This is a defect of raypipe; run again to have them done, and report it."
-            )
-    share = len(outcome.rejected) / outcome.rows
-    if share > settings.max_reject_fraction:
-        where = " or ".join(f for f in (settings.output and f"{settings.output}/{journal.STATE}", settings.report) if f)
-        first = outcome.rejected[0]
-        return (
-            f"{len(outcome.rejected)} of {outcome.rows} images were rejected ({100 * share:.1f}%), more than --max-reject-fraction "
-            f"{settings.max_reject_fraction:g} allows; what was good is kept. The first: {first.uri}: {first.reason} ({first.detail}). "
-            + (f"All are in {where}/rejects.parquet." if where else "Give --report FOLDER to get them all.")
-        )
-    return None

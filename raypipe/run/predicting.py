@@ -19,6 +19,7 @@ from rich.console import Console
 
 from raypipe import UsageError
 from raypipe.data import demo, journal, location
+from raypipe.data.patience import READ_PATIENCE_S
 from raypipe.data.sinks import Sink
 from raypipe.data.sources import ANNOTATION_FIELDS, SOURCE, list_images, read_coco
 from raypipe.data.work import unlist
@@ -26,12 +27,13 @@ from raypipe.images import backend as backend_module
 from raypipe.images.recipe import Recipe, back, for_evaluation, from_json
 from raypipe.models import checkpoint as checkpoints
 from raypipe.models.evaluate import Found, Precision, Truth, mean_average_precision
-from raypipe.run import pipeline
-from raypipe.run.pipeline import Job, Outcome, Run, left_to_do
+from raypipe.run import pipeline, result
+from raypipe.run.pipeline import Job, Run, left_to_do
+from raypipe.run.result import Outcome
 from raypipe.run.settings import COUNT, check_apart, gpu_or_cpu
 from raypipe.run.settings import Settings as Preprocess
 from raypipe.stages import After
-from raypipe.stages.predict import Predict, Predicting, drawing_of, load, part_of
+from raypipe.stages.predict import DRAWN, PART, Predict, Predicting, load
 
 RESULTS = "predictions.json"
 
@@ -79,6 +81,8 @@ class Settings:
     """Have every image take so many milliseconds longer to read, as from a slow store: to try what waiting does."""
     store_ms: float = 0.0
     """Have every image take so many milliseconds longer to predict on, likewise."""
+    read_patience: float = READ_PATIENCE_S
+    """Seconds for which a store that does not answer is asked again; what it has not given by then is left for the next run."""
     shard_rows: int | None = None
     """Images a shard; by default as many as make 64 MiB of pixels."""
     max_reject_fraction: float = 0.01
@@ -119,7 +123,7 @@ class Settings:
                 "read_ms",
                 "store_ms",
             ),
-            *("shard_rows", "max_reject_fraction", "run_id", "resume", "report"),
+            *("shard_rows", "read_patience", "max_reject_fraction", "run_id", "resume", "report"),
         )
         given = {name: getattr(self, name) for name in names}
         return Preprocess(**{name: value for name, value in given.items() if value is not None})
@@ -169,7 +173,7 @@ def predicting(settings: Settings) -> Job:
         recipe,
         unlabelled(source),
         deciding(settings, identity),
-        files=partial(_result_files, settings.draw),
+        results=(PART, DRAWN) if settings.draw else (PART,),
         endings=(RESULTS,),
     )
     after = After(
@@ -251,12 +255,6 @@ def unlabelled(source: pa.Table) -> pa.Table:
     return source
 
 
-def _result_files(draw: bool, work: pa.Table) -> Iterator[str]:
-    yield from (part_of(shard) for shard in pc.unique(work.column("shard")).to_pylist())
-    if draw:
-        yield from (drawing_of(name) for name in work.column("name").to_pylist())
-
-
 def _stored(output: str, written: Sequence[journal.Written]) -> Iterator[pa.Table]:
     """The predictions for the images in `written`, a table (schema PREDICTIONS) a shard."""
     wanted = pa.array([row.image_id for row in written], pa.string())
@@ -303,4 +301,4 @@ def precision_of(source: pa.Table, tables: Sequence[pa.Table]) -> Precision | No
 
 def verdict_on(outcome: Outcome, settings: Settings) -> str | None:
     """Why a finished run counts as failed: rows lost, or too many rejected. None: it does not."""
-    return pipeline.verdict_on(outcome, settings.preprocessing)
+    return result.verdict_on(outcome, settings.preprocessing)

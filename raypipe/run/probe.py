@@ -11,16 +11,17 @@ import pickle
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import BinaryIO
 
 import pyarrow as pa
 
 from raypipe.data import location
-from raypipe.data.reader import Reader
-from raypipe.data.sinks import Sink
+from raypipe.data.reader import Reader, Reading
 from raypipe.data.sources import list_images
 from raypipe.data.work import make_work
 from raypipe.images import backend as backend_module
@@ -44,14 +45,27 @@ class Probe:
     settings: Preprocessing
     after: After | None
     threads: int
-    io_threads: int
+    reading: Reading
     read_ms: float
     store_ms: float
     stored: bool = False
+    token: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
+
+    @property
+    def folder(self) -> str:
+        """Where what it stores goes: beside unfinished files, and its own, as the output is not claimed yet."""
+        assert self.after is not None
+        return location.join(self.after.sink.root, f"{self.after.sink.tmp}/probe-{self.token}")
+
+    @cached_property
+    def makes_root(self) -> bool:
+        """Whether the output was missing when this was first asked: then it goes with the probe."""
+        return self.after is not None and not location.exists(self.after.sink.root)
 
 
 def start(probe: Probe) -> subprocess.Popen[bytes]:
     """Begin timing; `end` is for whatever happens meanwhile."""
+    _ = probe.makes_root
     # Own ops live in modules that this process finds.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
     process = subprocess.Popen(
@@ -86,7 +100,7 @@ def end(process: subprocess.Popen[bytes], probe: Probe) -> None:
     process.kill()
     process.wait()
     if probe.after is not None:
-        location.delete_folder(_folder(probe.after.sink))
+        _tidy(probe)
 
 
 def finish(process: subprocess.Popen[bytes]) -> list[StageCost] | None:
@@ -109,8 +123,8 @@ def time_stages(probe: Probe) -> list[StageCost]:
     GPUs there are decides its actors, and what it costs on a CPU says nothing."""
     keep_freed_memory()
     backend_module(probe.settings.backend).setup(probe.threads)
-    reader = Reader(threads=probe.io_threads)
-    after = {} if probe.after is None or _may_be_on_gpu(probe.after) else {probe.after.name: _actor(probe.after, probe.threads)}
+    reader = replace(probe.reading, patience_s=0.0).reader()
+    after = {} if probe.after is None or _may_be_on_gpu(probe.after) else {probe.after.name: _actor(probe)}
     # The first image pays for libraries that load, and for memory that is new.
     block, _ = preprocess_shard(probe.rows.slice(0, 1), probe.settings, reader=reader)
     for store in after.values():
@@ -139,7 +153,7 @@ def time_stages(probe: Probe) -> list[StageCost]:
         for name, (busy_s, cpu_s) in spent.items()
     ]
     if probe.after is not None and probe.stored:
-        costs.append(_time_stored(_folder(probe.after.sink), probe.settings, reader))
+        costs.append(_time_stored(probe.folder, probe.settings, reader))
     return costs
 
 
@@ -166,10 +180,12 @@ class _Unmeasured:
     def count(self, *, images: int, bytes_in: int, bytes_out: int) -> None: ...
 
 
-def _actor(after: After, threads: int) -> Callable[[pa.Table], pa.Table]:
+def _actor(probe: Probe) -> Callable[[pa.Table], pa.Table]:
     """One of the stage's actors, here, with a folder of its own for what it stores."""
-    sink = replace(after.sink, root=_folder(after.sink))
-    return after.actor(sink=sink, threads=threads, wait_ms=0.0, meter=_Unmeasured(), **after.arguments)
+    after = probe.after
+    assert after is not None
+    sink = replace(after.sink, root=probe.folder)
+    return after.actor(sink=sink, threads=probe.threads, wait_ms=0.0, meter=_Unmeasured(), **after.arguments)
 
 
 def _may_be_on_gpu(after: After) -> bool:
@@ -180,8 +196,13 @@ def _may_be_on_gpu(after: After) -> bool:
     return torch.cuda.is_available()
 
 
-def _folder(sink: Sink) -> str:
-    return location.join(sink.root, f"{sink.tmp}/probe")
+def _tidy(probe: Probe) -> None:
+    """Delete what the probe stored, and the folders that nobody else has put anything into."""
+    assert probe.after is not None
+    location.delete_folder(probe.folder)
+    root, tmp = probe.after.sink.root, probe.after.sink.tmp
+    for folder in (location.join(root, tmp), location.join(root, tmp.partition("/")[0]), *[root] * probe.makes_root):
+        location.delete_empty(folder)
 
 
 def _now() -> tuple[float, float]:
@@ -200,7 +221,7 @@ def main(stdin: BinaryIO) -> None:
         costs = time_stages(probe)
     finally:
         if probe.after is not None:
-            location.delete_folder(_folder(probe.after.sink))
+            _tidy(probe)
     print(json.dumps([{"name": c.name, "actors": c.actors, "busy_s": c.busy_s, "cpu_s": c.cpu_s} for c in costs]))
 
 

@@ -1,14 +1,14 @@
 """What a user asks of a run, and what of it cannot be done."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import pyarrow as pa
-
 from raypipe import UsageError
 from raypipe.data import location
+from raypipe.data.patience import READ_PATIENCE_S
+from raypipe.data.reader import Reading
 from raypipe.images.decode import MAX_PIXELS
 from raypipe.images.recipe import Recipe, to_json
 
@@ -50,6 +50,8 @@ class Settings:
     """Have every image take so many milliseconds longer to read, as from a slow store: to try what waiting does."""
     store_ms: float = 0.0
     """Have every image take so many milliseconds longer to write, likewise."""
+    read_patience: float = READ_PATIENCE_S
+    """Seconds for which a store that does not answer is asked again; what it has not given by then is left for the next run."""
     shard_rows: int | None = None
     """Images a shard; by default as many as make 64 MiB of output."""
     max_reject_fraction: float = 0.01
@@ -71,6 +73,8 @@ class Settings:
         for name, delay in (("read-ms", self.read_ms), ("store-ms", self.store_ms)):
             if not 0 <= delay < 3_600_000:
                 raise UsageError(f"--{name} is {delay}; it is milliseconds an image, from 0 to an hour's.")
+        if not 0 <= self.read_patience < 86_400:
+            raise UsageError(f"--read-patience is {self.read_patience}; it is seconds, from 0 to a day's.")
         if not 1 <= self.quality <= 100:
             raise UsageError(f"--quality is {self.quality}; JPEG quality goes from 1 to 100.")
         if not 0 <= self.max_reject_fraction <= 1:
@@ -79,6 +83,14 @@ class Settings:
             raise UsageError(f"--seed is {self.seed}; it must not be negative.")
         if self.run_id is not None and not all(c.isalnum() or c in "-_." for c in self.run_id or "/"):
             raise UsageError(f"--run-id is {self.run_id!r}; use letters, digits, '-', '_' and '.' only.")
+
+
+def reading(settings: Settings) -> Reading:
+    """How preprocess actors read the input."""
+    # One reads ahead of the decoder, where reading waits; more only contend for the interpreter, unless each waits for a network.
+    local = not location.is_remote(settings.input) and os.path.isdir(root := location.local_path(settings.input))
+    threads = 8 if location.is_remote(settings.input) else 1
+    return Reading(threads=threads, patience_s=settings.read_patience, root=root if local else None)
 
 
 def gpu_or_cpu(*, gpu: bool, cpu: bool) -> bool | None:
@@ -114,25 +126,28 @@ def check_apart(settings: Settings) -> None:
         )
 
 
-def result_files(settings: Settings, work: pa.Table) -> Iterator[str]:
-    """The files that rows of `work` become, relative to the output, where each becomes one with a name of its own."""
+def result_names(settings: Settings) -> tuple[str, ...]:
+    """What the results are called, relative to the output (`raypipe.data.journal.Made`)."""
+    one = {"webdataset": "shard-{shard}.tar", "parquet": "part-{shard}.parquet"}.get(settings.format)
     extension = {"jpeg": ".jpg", "png": ".png", "npy": ".npy"}.get(settings.format)
-    if extension is not None:
-        yield from (os.path.join(image_folder(settings), name + extension) for name in work.column("name").to_pylist())
+    return (one or os.path.join(image_folder(settings), "{name}" + str(extension)),)
 
 
-def check_free(output: str, files: Iterable[str]) -> None:
-    """Raises UsageError where a first run would overwrite one of `files`, relative to `output`, that is no result of raypipe."""
+def check_free(output: str, files: Sequence[str], *, ours: Set[str]) -> None:
+    """Raise UsageError where a run would overwrite one of `files`, relative to `output`, that is not one of `ours`."""
+    wanted = [file for file in files if file not in ours]
+    if not wanted:
+        return
     if location.is_remote(output):
         there = set(location.below(output))  # one listing, not a question an image
-        taken = [file for file in files if file in there]
+        taken = [file for file in wanted if file in there]
     elif os.path.isdir(root := location.local_path(output)):
-        taken = [file for file in files if os.path.lexists(os.path.join(root, file))]
+        taken = [file for file in wanted if os.path.lexists(os.path.join(root, file))]
     else:
         taken = []
-    for file in taken:
+    if taken:
         raise UsageError(
-            f"{location.join(output, file)} exists and is no result of an earlier run: it would be overwritten. Nothing was started. Give an "
+            f"{location.join(output, taken[0])} exists and is no result of an earlier run: it would be overwritten. Nothing was started. Give an "
             f"--output without it."
         )
 

@@ -7,6 +7,7 @@
 A point's run is told to begin when all its actors are there: what is measured is work, not the start of processes.
 """
 
+import contextlib
 import random
 import shlex
 import sys
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Literal
 
 import psutil
@@ -27,12 +29,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from raypipe import UsageError
-from raypipe.data import journal, location
+from raypipe.data import journal, lease, location
 from raypipe.data.reader import Reader
 from raypipe.images import backend as backend_module
 from raypipe.insight import planner, talk
 from raypipe.insight.claims import STAGES, Finding, Where, findings
-from raypipe.run import pipeline, training
+from raypipe.run import pipeline, result, training
 from raypipe.run.session import Session, cores_here, joins, memory_for, processor, ray_session, versions
 from raypipe.run.settings import Settings as Preprocess
 from raypipe.run.settings import check_apart
@@ -333,7 +335,7 @@ def measure(point: Point, settings: Settings) -> list[dict[str, Any]]:
 
     def run(given: Preprocess, kind: str) -> dict[str, Any]:
         outcome = pipeline.run(given, console=quiet)
-        if failure := pipeline.verdict_on(outcome, given):
+        if failure := result.verdict_on(outcome, given):
             raise Failed(f"{point}: {failure}")
         assert outcome.report is not None
         return record(point, outcome.report, kind=kind)
@@ -436,29 +438,56 @@ class Swept:
     failure: str | None = None
 
 
+RESULT_FILES = ("results.parquet", "results.csv", "sweep.html")
+
+
 def clear(output: str) -> None:
     """Delete what a sweep has left in `output`."""
-    for name in ("results.parquet", "results.csv", "sweep.html"):
-        location.delete(location.join(output, name))
-    location.delete_folder(location.join(output, journal.STATE))
+    with journal.clearing(output):
+        for name in RESULT_FILES:
+            location.delete(location.join(output, name))
+        location.delete_folder(location.join(output, f"{journal.STATE}/training"))
+        location.delete_folder(location.join(output, f"{journal.STATE}/point"))
+        location.delete(location.join(output, f"{journal.STATE}/run.json"))
 
 
-def _going_on(settings: Settings) -> bool:
-    """Whether the output directory has rows of the same settings; notes the settings where it has none.
+def _parts(settings: Settings) -> dict[str, dict[str, Any]]:
+    """What decides the rows, by where it is noted: training apart, so that it can be added later."""
+    parts = {settings.output: deciding(settings)}
+    if settings.train:
+        parts[location.join(settings.output, f"{journal.STATE}/training")] = deciding_training(settings)
+    return parts
+
+
+def look(settings: Settings) -> tuple[list[dict[str, Any]], bool]:
+    """The rows that are measured already with the same settings, and whether what is there is to be deleted. It changes nothing.
 
     Raises:
-        UsageError: it has rows of others, or cannot be written to.
+        UsageError: the output has rows of other settings, files that are no sweep's, or another driver.
     """
     root = settings.output
-    parts = {root: deciding(settings)}
-    if settings.train:
-        parts[location.join(root, f"{journal.STATE}/training")] = deciding_training(settings)
-    there = {place: journal.check_settings(place, wanted) for place, wanted in parts.items()}
-    journal.check_writable(root)
-    for place, wanted in parts.items():
-        if not there[place]:
-            journal.put_settings(place, wanted, versions())
-    return there[root]
+    lease.check(root, option="--output")
+    clears = not settings.resume or journal.is_clearing(root)
+    ours = journal.read_made(root) is not None if not clears else location.exists(location.join(root, f"{journal.STATE}/run.json"))
+    taken = [name for name in RESULT_FILES if location.exists(location.join(root, name))]
+    if taken and not ours and not journal.is_clearing(root):
+        raise UsageError(
+            f"{location.join(root, taken[0])} exists and is no result of an earlier sweep: it would be overwritten. Nothing was measured. "
+            f"Give an --output without it."
+        )
+    if clears:
+        return [], True
+    there = {place: journal.check_settings(place, wanted) for place, wanted in _parts(settings).items()}
+    return (read_results(root) if there[root] else []), False
+
+
+def claim(settings: Settings, *, clears: bool) -> None:
+    """Delete what is there where that was asked for, and note what decides the rows."""
+    if clears:
+        clear(settings.output)
+    for place, wanted in _parts(settings).items():
+        if journal.read_made(place) is None:
+            journal.put_made(place, journal.Made(settings=wanted, versions=versions()))
 
 
 def leave(
@@ -507,18 +536,21 @@ def run(settings: Settings, *, console: Console) -> Swept:
         training.plan(
             settings.training(Point(kind="train", backend="opencv", actors=1, threads=1, workers=1), storage=settings.output)
         )
-    if not settings.resume:
-        clear(settings.output)
-    rows = read_results(settings.output) if _going_on(settings) else []
+    rows, clears = look(settings)
     command = shlex.join(["python", *sys.argv])
     beside = max(settings.workers or (2,)) if settings.train and not torch.cuda.is_available() else 0
     console.print("Starting Ray ...", highlight=False)
     writing = pipeline.writing(largest, looked.recipe)
-    with ray_session(largest, after=writing, beside=beside) as session, _together():
+    with contextlib.ExitStack() as stack:
+        session = stack.enter_context(ray_session(largest, after=writing, beside=beside))
+        stack.enter_context(_together())
         gpus = session.gpus
         points = grid(settings, cores=session.cores, gpus=gpus)
         if joined:
             _check_room(settings, session)
+        tell = partial(console.print, markup=False, highlight=False)
+        held = stack.enter_context(lease.hold(settings.output, run_id="sweep", option="--output", tell=tell))
+        claim(settings, clears=clears)
         left_out = [] if joined else [str(point) for point in points if not point.repeat and not _fits(point)]
         if left_out:
             points = [point for point in points if _fits(point)]
@@ -534,6 +566,7 @@ def run(settings: Settings, *, console: Console) -> Swept:
         try:
             with _progress(console, len(left)) as show:
                 for point in left:
+                    held.check()
                     fresh = measure(point, settings)
                     rows += fresh
                     put_results(settings.output, rows)

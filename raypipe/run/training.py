@@ -12,10 +12,13 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -30,8 +33,10 @@ from ray.train.torch import TorchTrainer
 from rich.console import Console
 
 from raypipe import UsageError
-from raypipe.data import journal, location
+from raypipe.data import journal, lease, location
 from raypipe.data.journal import Rejected
+from raypipe.data.location import StoreError
+from raypipe.data.patience import READ_PATIENCE_S
 from raypipe.data.sources import list_images
 from raypipe.data.work import make_work, shard_rows, unlist, untouched, wanted_by
 from raypipe.images import backend as backend_module
@@ -45,16 +50,18 @@ from raypipe.models import checkpoint as checkpoints
 from raypipe.models import detection
 from raypipe.models.checkpoint import Progress
 from raypipe.models.detection import Classes
-from raypipe.run import pipeline
+from raypipe.run import pipeline, result
 from raypipe.run import probe as probes
+from raypipe.run.causes import cause_of, causes
 from raypipe.run.collector import Facts, start_collector
 from raypipe.run.following import Watch, say
 from raypipe.run.meter import Meter
-from raypipe.run.pipeline import preprocessed
+from raypipe.run.pipeline import Untouched, preprocessed
 from raypipe.run.session import (
     Pools,
     Session,
     beside_driver,
+    check_shared,
     cores_here,
     hardware,
     joins,
@@ -63,14 +70,12 @@ from raypipe.run.session import (
     size_pools,
     versions,
 )
-from raypipe.run.settings import COUNT, gpu_or_cpu
+from raypipe.run.settings import COUNT, gpu_or_cpu, reading
 from raypipe.run.settings import Settings as Preprocess
 from raypipe.run.trainer import Board, ToBoard, Uneven, train
+from raypipe.stages.batches import check_read
 from raypipe.stages.preprocess import Preprocessing
 from raypipe.stages.train import Assignment, Training
-
-BREAKS = (RayError, ray.train.TrainingFailedError, OSError)
-"""Errors by which a training breaks off; others are defects."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +148,8 @@ class Settings:
     """Threads that OpenCV or torch may use within each preprocess actor."""
     read_ms: float = 0.0
     """Have every image take so many milliseconds longer to read, as from a slow store: to try what waiting does."""
+    read_patience: float = READ_PATIENCE_S
+    """Seconds for which a store that does not answer is asked again; then the training stops, and goes on from its last checkpoint."""
     shard_rows: int | None = None
     """Images a shard; by default as many as make 64 MiB of output."""
     checkpoint_every: int | None = None
@@ -208,6 +215,7 @@ class Settings:
             "actors",
             "threads",
             "read_ms",
+            "read_patience",
             "shard_rows",
         )
         return Preprocess(
@@ -330,81 +338,185 @@ def run(settings: Settings, *, console: Console | None = None) -> Outcome:
     """
     started = time.time()
     console = console or Console(stderr=True)
+    touched = False
+
+    def touch() -> None:
+        nonlocal touched
+        touched = True
+
+    try:
+        return _run(settings, console, started=started, touch=touch)
+    except KeyboardInterrupt as error:
+        if not touched:
+            raise Untouched from error
+        raise
+
+
+def _run(settings: Settings, console: Console, *, started: float, touch: Callable[[], None]) -> Outcome:
     storage = location.absolute(settings.storage)
     say(console, f"Listing {settings.input} ...")
     todo = plan(settings)
-    if not settings.resume:
-        checkpoints.prune(storage)
-    progress, folder = _latest(storage, todo)
+    result.check_report(settings.report)
+    _check_row_log(settings.row_log)
+    lease.check(storage, option="--storage")
+    clears = not settings.resume or journal.is_clearing(storage)
+    progress, folder = (Progress(), None) if clears else _latest(storage, todo)
     total = todo.work.num_rows
+    run_id = settings.run_id or f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
     if folder is not None and progress.epoch == settings.epochs:
-        say(console, f"Nothing to do: all {settings.epochs} epochs are done; the model is in {folder}. --no-resume trains again.")
-        return Outcome(report=None, progress=progress, rows=total, checkpoint=folder)
+        return _nothing_left(settings, storage, progress, folder, console=console, run_id=run_id, total=total)
     if folder is not None:
         say(console, f"Going on from {folder}: {progress.rows} of {total} rows are done, in {progress.step} steps.")
-    else:
-        journal.check_writable(storage, option="--storage")
     before = progress.rows
-    run_id = settings.run_id or f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
     say(console, "Starting Ray ..." if not os.environ.get("RAY_ADDRESS") else "Joining Ray ...")
     alone = ray_session(_sized(settings), beside=_cpus_for_workers(settings))
     with probes.started(_probe(settings, todo)) as timing, alone as session:
         on_gpu = on_gpus(settings.workers, "workers", must=gpu_or_cpu(gpu=settings.gpu, cpu=settings.cpu), session=session)
         timed = probes.finish(timing)
         pools = size_pools(_sized(settings), None, session, images=total)
-        collector = start_collector(run_id, _facts(settings, todo, session, rows=total - before, on_gpu=on_gpu))
-        board = ray.remote(Board).options(**beside_driver()).remote()
-        say(console, _opening(run_id, settings, todo, session, pools, on_gpu))
-        machine = psutil.cpu_times()
-        begun, begun_at = time.perf_counter(), time.time()
-        collector.begin.remote(begun_at)
-        held, held_rejects = _held_out(todo, settings, pools, session, run_id)
-        watch = Watch(console, total, collector, begun_at=begun_at, before=(before, progress.rejected), rows=before)
-        failures = attempt = 0
-        said: str | None = None
-        while True:
-            attempt += 1
-            try:
-                _attempt(
-                    settings,
-                    todo,
-                    name=f"{run_id}-{attempt}",
-                    resume=folder,
-                    on_gpu=on_gpu,
-                    pools=pools,
-                    cpus_each=session.cpus_each,
-                    held=held,
-                    collector=collector,
-                    board=board,
-                    watch=watch,
-                )
-                break
-            except ray.train.TrainingFailedError as error:
-                now, latest = _latest(storage, todo)
-                failures = 1 if now.rows > progress.rows else failures + 1
-                _give_up(error, failures, settings, before=said if failures > 1 else None)
-                said = _cause(error)
-                progress, folder = now, latest
-                say(
-                    console,
-                    f"A worker ended ({_cause(error)}). Going on from {folder or 'the start'}: {progress.rows} of {total} rows are done; "
-                    f"retry {failures} of {settings.retries}.",
-                )
-        wall_s = time.perf_counter() - begun
-        snapshot, cpu_percent = pipeline.collected(collector, since=machine)
-    progress, folder = _latest(storage, todo)
-    assert folder is not None
-    checkpoints.prune(storage, keep=checkpoints.all_in(storage)[-settings.keep :])
-    report = _report(
-        settings, todo, run_id, session, progress, watch,
-        clock=reports.Clock(wall_s=wall_s, setup_s=begun_at - started, ready_s=watch.began and watch.began - begun_at, outputs=watch.outputs),
-        snapshot=snapshot, cpu_percent=cpu_percent, total=total, before=before, on_gpu=on_gpu, held_rejects=held_rejects, timed=timed or [],
-    )  # fmt: skip
-    rejected = [Rejected(**row) for row in progress.rejects]
-    pipeline.leave_report(storage, f"{journal.STATE}/", report, rejected)
-    if settings.report is not None:
-        pipeline.leave_report(settings.report, "", report, rejected)
+        with _claimed(settings, storage, run_id, session, clears=clears, seen=folder, console=console, touch=touch) as check:
+            collector = start_collector(run_id, _facts(settings, todo, session, rows=total - before, on_gpu=on_gpu))
+            board = ray.remote(Board).options(**beside_driver()).remote()
+            say(console, _opening(run_id, settings, todo, session, pools, on_gpu))
+            machine = psutil.cpu_times()
+            begun, begun_at = time.perf_counter(), time.time()
+            collector.begin.remote(begun_at)
+            held, held_rejects = _held_out(todo, settings, pools, session, run_id)
+            watch = Watch(console, total, collector, begun_at=begun_at, before=(before, progress.rejected), rows=before)
+            failures = attempt = 0
+            said: str | None = None
+            while True:
+                attempt += 1
+                try:
+                    _attempt(
+                        settings,
+                        todo,
+                        name=f"{run_id}-{attempt}",
+                        resume=folder,
+                        on_gpu=on_gpu,
+                        pools=pools,
+                        cpus_each=session.cpus_each,
+                        held=held,
+                        collector=collector,
+                        board=board,
+                        watch=watch,
+                        check=check,
+                    )
+                    break
+                except ray.train.TrainingFailedError as error:
+                    check()
+                    now, latest = _latest(storage, todo)
+                    failures = 1 if now.rows > progress.rows else failures + 1
+                    _give_up(error, failures, settings, before=said if failures > 1 else None)
+                    said = cause_of(error)
+                    progress, folder = now, latest
+                    say(
+                        console,
+                        f"A worker ended ({said}). Going on from {folder or 'the start'}: {progress.rows} of {total} rows are done; "
+                        f"retry {failures} of {settings.retries}.",
+                    )
+            wall_s = time.perf_counter() - begun
+            snapshot, cpu_percent = pipeline.collected(collector, since=machine)
+            progress, folder = _latest(storage, todo)
+            assert folder is not None
+            checkpoints.prune(storage, keep=checkpoints.all_in(storage)[-settings.keep :])
+            report = _report(
+                settings, todo, run_id, session, progress, watch,
+                clock=reports.Clock(wall_s=wall_s, setup_s=begun_at - started, ready_s=watch.began and watch.began - begun_at, outputs=watch.outputs),
+                snapshot=snapshot, cpu_percent=cpu_percent, total=total, before=before, on_gpu=on_gpu, held_rejects=held_rejects, timed=timed or [],
+            )  # fmt: skip
+            _leave(settings, storage, report, progress)
     return Outcome(report=report, progress=progress, rows=total, checkpoint=folder)
+
+
+def _leave(settings: Settings, storage: str, report: dict[str, Any], progress: Progress) -> None:
+    rejected = [Rejected(**row) for row in progress.rejects]
+    result.leave_report(storage, f"{journal.STATE}/", report, rejected)
+    if settings.report is not None:
+        result.leave_report(settings.report, "", report, rejected)
+
+
+def _nothing_left(
+    settings: Settings, storage: str, progress: Progress, folder: str, *, console: Console, run_id: str, total: int
+) -> Outcome:
+    """The outcome of a training that is complete. It makes the report again where the driver was killed before it could."""
+    if result.is_report(location.join(storage, journal.STATE)):
+        say(
+            console,
+            f"Nothing to do: all {settings.epochs} epochs are done; the model is in {folder}. --no-resume trains again.",
+        )
+        return Outcome(report=None, progress=progress, rows=total, checkpoint=folder)
+    say(
+        console,
+        f"All {settings.epochs} epochs are done, but the run that did the last did not come to its end. Writing its report ...",
+    )
+    with lease.hold(storage, run_id=run_id, option="--storage", tell=partial(say, console)):
+        checkpoints.prune(storage, keep=checkpoints.all_in(storage)[-settings.keep :])
+        reasons = Counter(row["reason"] for row in progress.rejects)
+        counts = reports.Counts(
+            images_in=total, images_out=progress.images, rejects_by_reason=_in_all(reasons, progress), before=total
+        )
+        report = reports.unmeasured(run_id=run_id, settings=asdict(settings), versions=versions(), counts=counts)
+        unknown = ("attempts", "workers", "accelerator_utilisation", "wait_share", "break_even", "holdout_rejected")
+        report["train"] = dict.fromkeys(unknown) | {
+            "epochs": progress.epochs,
+            "steps": progress.step,
+            "map": progress.epochs[-1]["map"] if progress.epochs else None,
+        }
+        _leave(settings, storage, report, progress)
+    return Outcome(report=report, progress=progress, rows=total, checkpoint=folder)
+
+
+@contextmanager
+def _claimed(
+    settings: Settings,
+    storage: str,
+    run_id: str,
+    session: Session,
+    *,
+    clears: bool,
+    seen: str | None,
+    console: Console,
+    touch: Callable[[], None],
+) -> Iterator[Callable[[], None]]:
+    """The storage for this run alone, cleared where that is asked for. Yields what raises LeaseLost once it is not."""
+    with lease.hold(storage, run_id=run_id, option="--storage", tell=partial(say, console)) as held:
+        if session.nodes > 1 and not location.is_remote(storage):
+            check_shared(location.join(storage, lease.FILE), option=f"--storage {settings.storage!r}")
+        there = checkpoints.all_in(storage)
+        if not clears and (there[-1] if there else None) != seen:
+            raise UsageError(
+                f"--storage {settings.storage!r} has changed since this run looked at it: another training has written "
+                f"there. Nothing was changed. Start this one again; it then goes on from what is there."
+            )
+        touch()
+        if clears:
+            say(console, f"Deleting the checkpoints in {settings.storage} ...")
+            with journal.clearing(storage):
+                for line in checkpoints.prune(storage):
+                    say(console, line)
+                location.delete(location.join(storage, f"{journal.STATE}/report.json"))
+        yield held.check
+
+
+def _check_row_log(folder: str | None) -> None:
+    """Raise UsageError where logs of rows would go into a file, or be added to what is no such log."""
+    if folder is None or not os.path.exists(folder):
+        return
+    if not os.path.isdir(folder):
+        raise UsageError(f"--row-log {folder!r} is a file. Nothing was started. Give a folder for the logs.")
+    for path in sorted(Path(folder).glob("*.jsonl")):
+        try:
+            with path.open() as file:
+                first = json.loads(file.readline() or '{"step": 0, "epoch": 0, "image_ids": []}')
+            known = {"step", "epoch", "image_ids"} <= first.keys()
+        except (OSError, ValueError, AttributeError):
+            known = False
+        if not known:
+            raise UsageError(
+                f"--row-log {folder!r} has {path.name!r}, which is no log of raypipe's and might be written to. Nothing was "
+                f"started. Give a folder without it."
+            )
 
 
 def _latest(storage: str, todo: Todo) -> tuple[Progress, str | None]:
@@ -467,22 +579,25 @@ def _held_out(todo: Todo, settings: Settings, pools: Pools, session: Session, ru
         pools=pools,
         cpus_each=session.cpus_each,
         threads=settings.threads,
-        io_threads=_io_threads(settings),
+        reading=reading(settings.preprocessing),
         run_id=run_id,
     )
     with pipeline.tracks(run_id):
         made = dataset.materialize()
     refs = made.to_arrow_refs()
-    rejected = sum(
-        pc.count(block.column("reason")).as_py() for block in made.select_columns(["reason"]).iter_batches(batch_format="pyarrow")
-    )
+    rejected = 0
+    for block in made.select_columns(journal.REJECTS.names).iter_batches(batch_format="pyarrow"):
+        rejects = block.filter(pc.is_valid(block.column("reason"))).to_pylist()
+        rejected += len(rejects)
+        for reject in rejects:
+            check_read(reject)
     return refs, rejected
 
 
 def _probe(settings: Settings, todo: Todo) -> probes.Probe:
     """Times what storing preprocessed images and reading them again would cost, for the report's break-even."""
     after = pipeline.writing(replace(settings.preprocessing, output=settings.storage, format="parquet"), todo.recipe)
-    how: dict[str, Any] = {"threads": settings.threads, "io_threads": _io_threads(settings), "read_ms": settings.read_ms}
+    how: dict[str, Any] = {"threads": settings.threads, "reading": reading(settings.preprocessing), "read_ms": settings.read_ms}
     pixels = replace(_pixels(todo, settings), decode_only=False)
     return probes.Probe(rows=todo.work, settings=pixels, after=after, store_ms=0.0, stored=True, **how)
 
@@ -523,10 +638,6 @@ def _pixels(todo: Todo, settings: Settings) -> Preprocessing:
     )
 
 
-def _io_threads(settings: Settings) -> int:
-    return 8 if location.is_remote(settings.input) else 1
-
-
 def _attempt(
     settings: Settings,
     todo: Todo,
@@ -540,6 +651,7 @@ def _attempt(
     collector: ray.actor.ActorHandle,
     board: ray.actor.ActorHandle,
     watch: Watch,
+    check: Callable[[], None],
 ) -> None:
     """Train from checkpoint `resume` to the end, or until a worker dies.
 
@@ -559,7 +671,7 @@ def _attempt(
             pools=pools,
             cpus_each=cpus_each,
             threads=settings.threads,
-            io_threads=_io_threads(settings),
+            reading=reading(settings.preprocessing),
             read_ms=settings.read_ms,
             run_id=name,
             collector=collector,
@@ -601,11 +713,12 @@ def _attempt(
         dataset_config=Uneven(),
     )
     with watch.on(board), pipeline.tracks(name):
-        _fit(trainer)
+        _fit(trainer, check)
 
 
-def _fit(trainer: TorchTrainer) -> None:
-    """trainer.fit() in a thread of its own: in the main thread it would take Ctrl-C for itself."""
+def _fit(trainer: TorchTrainer, check: Callable[[], None]) -> None:
+    """trainer.fit() in a thread of its own: in the main thread it would take Ctrl-C for itself. `check`
+    is called meanwhile, and ends it by raising."""
     ended: list[BaseException | None] = []
 
     def fit() -> None:
@@ -619,35 +732,19 @@ def _fit(trainer: TorchTrainer) -> None:
     thread.start()
     while thread.is_alive():
         thread.join(0.2)
+        check()
     if ended and ended[0] is not None:
         raise ended[0]
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error and all that it was made from."""
-    yield error
-    for below in getattr(error, "worker_failures", {}).values():
-        yield from _causes(below)
-    for name in ("_base_exc", "cause", "__cause__"):
-        below = getattr(error, name, None)
-        if isinstance(below, BaseException):
-            yield from _causes(below)
-            return
-
-
-def _cause(error: BaseException) -> str:
-    lines = [line for line in str(list(_causes(error))[-1]).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
-
-
 def _give_up(error: ray.train.TrainingFailedError, failures: int, settings: Settings, *, before: str | None) -> None:
     """Raises what ends the run: what the user must change, a failure too often repeated, or an error of the code's own that came twice."""
-    causes = list(_causes(error))
-    for cause in causes:
-        if isinstance(cause, UsageError):
+    chain = list(causes(error))
+    for cause in chain:
+        if isinstance(cause, UsageError | StoreError):
             raise cause
-    died = any(isinstance(cause, RayError) for cause in causes)
-    if failures > settings.retries or (not died and _cause(error) == before):
+    died = any(isinstance(cause, RayError) for cause in chain)
+    if failures > settings.retries or (not died and cause_of(error) == before):
         raise error
 
 
@@ -675,9 +772,10 @@ def _report(
     spent = {what: sum(worker[what] for worker in workers) for what in ("wait", "step", "evaluate", "checkpoint", "wall")}
     busy = spent["step"] + spent["evaluate"] + spent["checkpoint"]
     count = settings.workers
-    snapshot["pools"]["train"] = asdict(
-        PoolView(start=count, min=count, max=count, end=count, actor_s=spent["wall"], starved_s=spent["wait"])
-    )
+    if snapshot != reports.NOTHING_SEEN:
+        snapshot["pools"]["train"] = asdict(
+            PoolView(start=count, min=count, max=count, end=count, actor_s=spent["wall"], starved_s=spent["wait"])
+        )
     mine = [actor for actor in snapshot["actors"] if actor["stage"] == "train"]
     for actor in mine:  # the meter counts what the feeding thread does meanwhile; the workers know better
         actor["busy_s"] = busy / len(mine)

@@ -32,7 +32,7 @@ from raypipe.stages import Meter
 from raypipe.stages.batches import Placer, found_in, uses_bf16
 from raypipe.stages.gpu import GpuMeter
 from raypipe.stages.preprocess import keep_freed_memory
-from raypipe.stages.write import put_done, rejected_of
+from raypipe.stages.write import put_done, rejected_of, unread_of
 
 PREDICTIONS = pa.schema(
     [
@@ -136,14 +136,18 @@ _OF_THE_SOURCE = [
 ]
 
 
+PART, DRAWN = "predictions/part-{shard}.parquet", "drawn/{name}.jpg"
+"""What the results are called, relative to the output (`raypipe.data.journal.Made`)."""
+
+
 def part_of(shard: int) -> str:
-    """The file of a shard's predictions, relative to the output."""
-    return f"predictions/part-{shard:06d}.parquet"
+    """The file of a shard's predictions."""
+    return PART.replace("{shard}", f"{shard:06d}")
 
 
 def drawing_of(name: str) -> str:
-    """The file of an image with its boxes drawn, relative to the output; `name` is the row's."""
-    return f"drawn/{name}.jpg"
+    """The file of an image with its boxes drawn; `name` is the row's."""
+    return DRAWN.replace("{name}", name)
 
 
 def predict_block(block: pa.Table, predictor: Predictor, sink: Sink, *, reader: Reader) -> Entry:
@@ -172,6 +176,7 @@ def predict_block(block: pa.Table, predictor: Predictor, sink: Sink, *, reader: 
             if row["reason"] is None
         ],
         rejected=rejected_of(told),
+        unread=unread_of(told),
         files=list(sizes),
         bytes=sum(sizes.values()),
     )

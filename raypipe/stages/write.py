@@ -10,15 +10,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raypipe.data.journal import Entry, Rejected, Written, put_entry
+from raypipe.data.journal import Entry, Rejected, Unread, Written, put_entry
 from raypipe.data.sinks import Sink, write_shard
 from raypipe.images import backend as backend_module
 from raypipe.images import opencv
+from raypipe.images.decode import UNREAD
 from raypipe.images.recipe import Finish
 from raypipe.stages import Meter
 from raypipe.stages.preprocess import keep_freed_memory
 
-DONE = pa.schema([("shard", pa.int64()), ("images", pa.int64()), ("rejected", pa.int64())])
+DONE = pa.schema([(name, pa.int64()) for name in ("shard", "images", "rejected", "unread")])
 """What the stage after preprocess says of a shard, when it is in the journal."""
 
 
@@ -49,6 +50,7 @@ def write_block(block: pa.Table, sink: Sink, *, backend: str, finish: Finish | N
             for row, file in zip(good, files, strict=True)
         ],
         rejected=rejected_of(rows),
+        unread=unread_of(rows),
         files=written.files,
         bytes=written.bytes,
     )
@@ -75,18 +77,24 @@ _TOLD = ["epoch", "shard", "image_id", "uri", "height", "width", "reason", "deta
 
 
 def rejected_of(rows: Iterable[dict[str, Any]]) -> list[Rejected]:
-    """Those of a block's rows that have no pixels, and why."""
+    """Those of a block's rows that have no pixels for good, and why."""
     return [
         Rejected(image_id=row["image_id"], uri=row["uri"], reason=row["reason"], detail=row["detail"] or "")
         for row in rows
-        if row["reason"] is not None
+        if row["reason"] not in (None, UNREAD)
     ]
+
+
+def unread_of(rows: Iterable[dict[str, Any]]) -> list[Unread]:
+    """Those of a block's rows that no store gave."""
+    return [Unread(image_id=row["image_id"], uri=row["uri"], detail=row["detail"] or "") for row in rows if row["reason"] == UNREAD]
 
 
 def put_done(root: str, entry: Entry) -> pa.Table:
     """Have the journal below `root` say that the shard is done, and say so (schema DONE)."""
     put_entry(root, entry)
-    return pa.table({"shard": [entry.shard], "images": [entry.images], "rejected": [len(entry.rejected)]}, schema=DONE)
+    counts = (entry.shard, entry.images, len(entry.rejected), len(entry.unread))
+    return pa.table({name: [count] for name, count in zip(DONE.names, counts, strict=True)}, schema=DONE)
 
 
 def _finished(finish: Finish, image: np.ndarray) -> np.ndarray:

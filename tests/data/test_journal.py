@@ -6,7 +6,7 @@ import pytest
 
 from raypipe import UsageError
 from raypipe.data import journal
-from raypipe.data.journal import Entry, Rejected, Written
+from raypipe.data.journal import Entry, Made, Rejected, Written
 
 
 def entry(shard: int) -> Entry:
@@ -35,14 +35,14 @@ def test_a_damaged_entry_is_named_with_the_remedy(tmp_path):
     journal.put_entry(str(tmp_path), entry(3))
     path = tmp_path / "_raypipe/journal/000000003.json"
     path.write_text(path.read_text()[:-5])
-    with pytest.raises(UsageError, match=r"000000003\.json cannot be read .* Delete that file"):
+    with pytest.raises(UsageError, match=r"000000003\.json: cannot be read .* Delete that file"):
         list(journal.read_entries(str(tmp_path), [3]))
 
 
 def test_other_settings_are_refused_with_each_difference_shown(tmp_path):
     root = str(tmp_path)
     assert journal.check_settings(root, {"recipe": "coco-300"}) is False
-    journal.put_settings(root, {"recipe": "coco-300", "seed": 1}, {"ray": "2"})
+    journal.put_made(root, Made(settings={"recipe": "coco-300", "seed": 1}, versions={"ray": "2"}))
     assert journal.check_settings(root, {"recipe": "coco-300", "seed": 1}) is True
     with pytest.raises(UsageError) as caught:
         journal.check_settings(root, {"recipe": "coco-1200", "seed": 1})
@@ -55,7 +55,7 @@ def test_clear_deletes_what_the_journal_names_and_nothing_else(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"result")
     (tmp_path / "mine.jpg").write_bytes(b"the user's own")
     (tmp_path / "all.json").write_bytes(b"result")
-    journal.put_settings(str(tmp_path), {}, {}, endings=["all.json"])
+    journal.put_made(str(tmp_path), Made(settings={}, endings=("all.json",)))
     journal.put_entry(str(tmp_path), entry(3))
     journal.clear(str(tmp_path))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.jpg"]

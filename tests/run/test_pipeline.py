@@ -17,7 +17,8 @@ from raypipe.data.sources import Reader
 from raypipe.data.work import shards
 from raypipe.images import catalog
 from raypipe.images.recipe import Recipe, Resize
-from raypipe.run.pipeline import plan, preprocessed, run, verdict_on, writing
+from raypipe.run.pipeline import plan, preprocessed, run, writing
+from raypipe.run.result import verdict_on
 from raypipe.run.session import Pools
 from raypipe.run.settings import Settings, image_folder
 from raypipe.stages.preprocess import Preprocessing, pixels, preprocess_shard
@@ -114,6 +115,13 @@ def test_other_settings_into_the_same_output_are_refused_and_no_resume_starts_ag
     assert {Path(name).suffix for name in files(tmp_path / "out")} == {".png"}
 
 
+def claimed(wanted: Settings) -> pa.Table:
+    """What is left to do, in an output that a run has claimed."""
+    todo = plan(wanted)
+    with journal.claimed(todo.claim, run_id="test"):
+        return todo.left
+
+
 def pretend_done(root: Path, shard: pa.Table) -> None:
     """What the journal has of a shard that a writer is done with."""
     rows = shard.to_pylist()
@@ -126,13 +134,13 @@ def pretend_done(root: Path, shard: pa.Table) -> None:
 
 def test_images_that_are_missing_for_one_run_are_done_when_they_are_back(photos, tmp_path):
     wanted = settings(input=photos, output=tmp_path / "out")  # 60 images, 7 a shard
-    *most, last = shards(plan(wanted).left)
+    *most, last = shards(claimed(wanted))
     for shard in most:
         pretend_done(tmp_path / "out", shard)
-    (less,) = shards(plan(replace(wanted, limit=58)).left)
+    (less,) = shards(claimed(replace(wanted, limit=58)))
     assert last.num_rows == 4 and less.num_rows == 2
     pretend_done(tmp_path / "out", less)
-    left = plan(wanted).left
+    left = claimed(wanted)
     assert set(left.column("image_id").to_pylist()) == set(last.column("image_id").to_pylist()) - set(
         less.column("image_id").to_pylist()
     )
@@ -143,7 +151,7 @@ def test_images_that_are_missing_for_one_run_are_done_when_they_are_back(photos,
 
 def test_a_journal_that_has_lost_images_is_not_taken_for_done(photos, tmp_path):
     wanted = settings(input=photos, output=tmp_path / "out")
-    for shard in shards(plan(wanted).left):
+    for shard in shards(claimed(wanted)):
         pretend_done(tmp_path / "out", shard.slice(1) if shard.column("shard")[0].as_py() == 3 else shard)
     with pytest.raises(UsageError, match="its entries have 1 of 60 images neither as written nor as rejected"):
         run(wanted, console=quiet())
@@ -253,7 +261,7 @@ def test_the_users_annotations_are_never_overwritten_nor_deleted(photos, tmp_pat
         with pytest.raises(UsageError, match=r"annotations/boxes\.json exists and is no result"):
             plan(replace(wanted, resume=resume))
     # An earlier run that had no annotations has written none: --no-resume deletes none, nor anything else before it is refused.
-    journal.put_settings(str(tmp_path), {"recipe": "coco-300"}, {})
+    journal.put_made(str(tmp_path), journal.Made(settings={"recipe": "coco-300"}))
     with pytest.raises(UsageError, match="exists and is no result"):
         plan(replace(wanted, resume=False))
     assert own.read_text() == content
@@ -279,10 +287,14 @@ def test_annotation_ids_that_say_not_which_box_are_refused_where_they_are_writte
         ({"input": "demo", "quality": 101}, "--quality is 101"),
         ({"input": "demo", "max_reject_fraction": 1.5}, "--max-reject-fraction is 1.5"),
         ({"input": "demo", "run_id": "a/b"}, "--run-id is 'a/b'"),
-        ({"input": "demo", "output": "/proc/no"}, "cannot be written to"),
     ],
 )
 def test_bad_settings_are_refused_with_the_value_and_the_remedy(given, words):
     with pytest.raises(UsageError) as caught:
         plan(settings(**given))
     assert words in str(caught.value)
+
+
+def test_an_output_that_cannot_be_written_to_is_refused_and_nothing_is_begun(session):
+    with pytest.raises(UsageError, match="--output '/proc/no' cannot be written to"):
+        run(settings(input="demo:8", output="/proc/no"), console=quiet())

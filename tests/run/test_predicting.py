@@ -22,8 +22,8 @@ from raypipe.data import journal
 from raypipe.models import checkpoint as checkpoints
 from raypipe.models import detection
 from raypipe.run import probe
-from raypipe.run.pipeline import Outcome
 from raypipe.run.predicting import Settings, predicting, run, start, verdict_on
+from raypipe.run.result import Outcome
 from tests.conftest import files
 from tests.run.labelled import RECIPE, texts
 from tests.run.test_job import ROOT, environment, named, wait_for

@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from raypipe.run.pipeline import run, verdict_on
+from raypipe.run.pipeline import run
+from raypipe.run.result import verdict_on
 from raypipe.run.settings import Settings
 from tests.conftest import files, jpeg, photo
 from tests.run.test_pipeline import quiet, settings

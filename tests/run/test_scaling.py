@@ -14,7 +14,8 @@ from rich.console import Console
 from raypipe import UsageError
 from raypipe.data import journal
 from raypipe.run import scaling
-from raypipe.run.pipeline import Outcome, Run, start, verdict_on
+from raypipe.run.pipeline import Run, start
+from raypipe.run.result import Outcome, verdict_on
 from raypipe.run.settings import Settings
 from tests.run.clusters import environment
 from tests.run.test_job import ROOT

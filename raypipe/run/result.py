@@ -1,0 +1,187 @@
+"""What a run leaves at its end: counts, rejects and the report, all of them functions of the journal.
+
+Whatever is written here says which shards it covers (`shards` in report.json, which is put last). A run
+that finds nothing to do makes the end again where it does not cover all: the driver before it was killed
+between its last shard and its end. Figures that died with that driver are null.
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raypipe import UsageError
+from raypipe.data import journal, location
+from raypipe.data.journal import Rejected, Unread, Written
+from raypipe.data.reader import Reader
+from raypipe.images.decode import thumbnail
+from raypipe.insight import html
+from raypipe.insight import report as reports
+from raypipe.run.settings import Settings
+
+FILES = ("rejects.parquet", "report.html", "report.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a run ended. `report` is None when there was nothing left to do; `rows` were to be accounted for."""
+
+    report: dict[str, Any] | None
+    rejected: list[Rejected]
+    rows: int
+    unread: list[Unread] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Became:
+    """What became of the rows of a run: delivered, rejected, or not read."""
+
+    written: list[Written] = field(default_factory=list)
+    rejected: list[Rejected] = field(default_factory=list)
+    unread: list[Unread] = field(default_factory=list)
+
+    def counts(self, *, rows: int, before: int = 0, out: int | None = None) -> reports.Counts:
+        """As the report has them. `rows`: in all. `out`: delivered, where nothing was written."""
+        reasons = Counter(row.reason for row in self.rejected)
+        return reports.Counts(
+            images_in=rows,
+            images_out=len(self.written) if out is None else out,
+            rejects_by_reason=dict(reasons.most_common()),
+            unread=len(self.unread),
+            before=before,
+        )
+
+
+def became(root: str, work: pa.Table) -> Became:
+    """What the journal in `root` says of the rows of `work` (schema WORK).
+
+    Raises:
+        UsageError: an entry cannot be read.
+    """
+    ids, shards = (work.column(name).to_pylist() for name in ("image_id", "shard"))
+    wanted = set(zip(shards, ids, strict=True))
+    entries = list(journal.read_entries(root, sorted(set(shards) & journal.done_shards(root))))
+    written, rejected, unread = (
+        [row for entry in entries for row in getattr(entry, name) if (entry.shard, row.image_id) in wanted]
+        for name in ("written", "rejected", "unread")
+    )
+    return Became(written=written, rejected=rejected, unread=unread)
+
+
+def ranges(shards: Iterable[int]) -> list[list[int]]:
+    """Shard numbers as runs of consecutive ones: `[first, last]` each."""
+    numbers = np.unique(np.fromiter(shards, np.int64))
+    runs = np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1) if len(numbers) else []
+    return [[int(run[0]), int(run[-1])] for run in runs]
+
+
+def covers(root: str, work: pa.Table) -> bool:
+    """Whether the report of a run into `root`, which is written last, covers all shards of `work`."""
+    try:
+        report = json.loads(location.read(location.join(root, f"{journal.STATE}/report.json")))
+        there: set[int] = set()
+        for first, last in report["shards"]:
+            there.update(range(int(first), min(int(last), int(first) + 10**8) + 1))
+    except location.ERRORS:
+        return False
+    except Exception:  # damaged, or of an older version: whatever it says, it is made again
+        return False
+    return set(pc.unique(work.column("shard")).to_pylist()) <= there
+
+
+def is_report(folder: str) -> bool:
+    """Whether the report.json in `folder` is one of raypipe."""
+    try:
+        found = json.loads(location.read(location.join(folder, "report.json")))
+        return isinstance(found, dict) and {"run_id", "stages", "verdict", "versions"} <= found.keys()
+    except Exception:
+        return False
+
+
+def check_report(folder: str | None) -> None:
+    """Raise UsageError where a report in `folder`, given as --report, would overwrite what is none."""
+    if folder is None:
+        return
+    if not location.is_remote(folder) and os.path.exists(path := location.local_path(folder)) and not os.path.isdir(path):
+        raise UsageError(f"--report {folder!r} is a file. Nothing was started. Give a folder for the report.")
+    taken = [name for name in FILES if location.exists(location.join(folder, name))]
+    if taken and not is_report(folder):
+        raise UsageError(
+            f"--report {folder!r} has a {taken[0]} that is no report of raypipe: it would be overwritten. "
+            f"Nothing was started. Give a folder without it."
+        )
+
+
+def leave_report(
+    folder: str, prefix: str, report: dict[str, Any], rejected: list[Rejected], shown: Sequence[dict[str, Any]] = ()
+) -> None:
+    """Put rejects.parquet, report.html and, last, report.json into `folder`, their names after `prefix`.
+
+    Args:
+        shown: rejects that the page shows.
+    """
+    page = html.page(report, rejects=shown, more_rejects=len(rejected) - len(shown))
+    files = {
+        "rejects.parquet": journal.rejects_parquet(rejected),
+        "report.html": page.encode(),
+        "report.json": json.dumps(report, indent=1).encode(),
+    }
+    for name, data in files.items():
+        location.write(folder, prefix + name, data, tmp=f"{journal.STATE}/tmp" if prefix else "")
+
+
+SHOWN_PER_REASON, SHOWN = 3, 12
+
+
+def shown(work: pa.Table, rejected: list[Rejected]) -> list[dict[str, Any]]:
+    """A few rejects of each reason with what can be seen of them, for the report's page."""
+    count: Counter[str] = Counter()
+    rows: list[Rejected] = []
+    for row in rejected:
+        count[row.reason] += 1
+        if count[row.reason] <= SHOWN_PER_REASON and len(rows) < SHOWN:
+            rows.append(row)
+    # What kills an actor would kill the driver too.
+    harmless = pa.array([row.image_id for row in rows if row.reason != "kills its process"], pa.string())
+    work = work.filter(pc.is_in(work.column("image_id"), harmless))
+    data = Reader(threads=0, patience_s=0).read(work)
+    seen = {i: thumbnail(d) for i, d in zip(work.column("image_id").to_pylist(), data, strict=True) if isinstance(d, bytes)}
+    return [{**asdict(row), "thumbnail": seen.get(row.image_id)} for row in rows]
+
+
+def verdict_on(outcome: Outcome, settings: Settings) -> str | None:
+    """Why a finished run counts as failed: rows lost or unread, or too many rejected. None: it does not."""
+    report = outcome.report
+    if report is not None:
+        lost = report["images_in"] - report["images_out"] - report["images_rejected"] - report["images_unread"]
+        if lost:
+            return (
+                f"{lost} of {report['images_in']} images are unaccounted for: {report['images_out']} came out and "
+                f"{report['images_rejected']} were rejected. This is a defect of raypipe; run again to have them done, and report it."
+            )
+    if outcome.unread:
+        causes = Counter(row.detail for row in outcome.unread)
+        again = (
+            "the same command tries them again" if settings.output else "nothing was kept, so they are tried when it is run again"
+        )
+        without = "" if settings.resume else " without --no-resume"
+        return (
+            f"{len(outcome.unread)} of {outcome.rows} images could not be read ({causes.most_common(1)[0][0]}); {again}{without}. "
+            f"The first: {outcome.unread[0].uri}."
+        )
+    share = len(outcome.rejected) / outcome.rows
+    if share > settings.max_reject_fraction:
+        where = " or ".join(f for f in (settings.output and f"{settings.output}/{journal.STATE}", settings.report) if f)
+        first = outcome.rejected[0]
+        return (
+            f"{len(outcome.rejected)} of {outcome.rows} images were rejected ({100 * share:.1f}%), more than --max-reject-fraction "
+            f"{settings.max_reject_fraction:g} allows; what was good is kept. The first: {first.uri}: {first.reason} ({first.detail}). "
+            + (f"All are in {where}/rejects.parquet." if where else "Give --report FOLDER to get them all.")
+        )
+    return None
