@@ -52,6 +52,7 @@ class Written:
     width: int
     boxes: list[list[float]] = field(default_factory=list)  # xyxy, pixels of the written image
     annotation_ids: list[int] = field(default_factory=list)
+    damaged: bool = False  # delivered all the same (--damaged keep)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

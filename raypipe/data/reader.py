@@ -34,7 +34,7 @@ from raypipe.data.location import (
 )
 from raypipe.data.names import PARQUET
 from raypipe.data.patience import READ_PATIENCE_S, Patience
-from raypipe.images.decode import UNREAD, Reject
+from raypipe.images.header import UNREAD, Reject
 
 MAX_BYTES = 512 << 20
 """Encoded images above this are rejected instead of read: 0.5 GiB for one image is an accident or an attack."""

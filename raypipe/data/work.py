@@ -32,7 +32,7 @@ BLOCK = pa.schema(
         pa.field("width", pa.int32()),
         pa.field("image", pa.large_binary()),  # HWC RGB uint8; null: rejected. Large: 16 photos of 50 MP pass 2 GiB
         pa.field("reason", pa.string()),  # null: fine
-        pa.field("detail", pa.string()),
+        pa.field("detail", pa.string()),  # of the reason; without one, what is damaged in an image that was kept
         *(SOURCE.field(name) for name in ("boxes", "labels", "crowds", "annotation_ids")),
     ]
 )

@@ -6,6 +6,8 @@ from types import ModuleType
 from raypipe import UsageError
 
 BACKENDS = ("opencv", "torchvision")
+DECODERS = ("simplejpeg", "own")
+"""Who decodes JPEGs: the same for both backends, noticing damage; or what the backend's library has."""
 
 
 def backend(name: str) -> ModuleType:

@@ -1,91 +1,41 @@
 """From bytes to pixels: what both backends share, so that they agree on which images are accepted and how these look.
 
-`read_header` looks at the first bytes only and says what a file is; `decode_shared` decodes everything that is not an ordinary
-JPEG. An ordinary JPEG (`Header.native`) is decoded by each backend with its own decoder; both are libjpeg-turbo and give equal
-pixels.
+`read_header` looks at the first bytes only and says what a file is; `decode` makes pixels of it.
+Backends differ in one point: an ordinary JPEG (`Header.native`) may also be decoded by their own
+decoder (`--decoder own`). All are libjpeg-turbo and give equal pixels.
 
-Every image becomes 8-bit RGB, upright (EXIF orientation applied), by these rules:
+Every image becomes 8-bit RGB, upright, by these rules:
 
 - grey is replicated; palettes are looked up; 1-bit images become 0 and 255;
 - alpha is dropped, not blended, as `PIL.Image.convert("RGB")` and `cv2.IMREAD_COLOR` do;
 - CMYK and YCCK go through Pillow's convert, without colour profiles;
 - 16 bits keep their high byte;
 - of animations and multi-page files the first frame;
-- floating-point and 32-bit integer pixels are rejected: they have no range to map from.
+- floating-point, signed and 32-bit integer pixels are rejected: they have no range to map from.
 
-A `.npy` file holds such an image already: uint8 of shape (height, width, 3), RGB.
+A `.npy` file holds such an image already: uint8 of shape (height, width, 3), RGB. README.md in this
+folder says of each format which damage is noticed.
 """
 
 import ctypes
 import io
 import logging
-import struct
 import warnings
-from dataclasses import dataclass
 
 import cv2
 import numpy as np
-from PIL import BmpImagePlugin, GifImagePlugin, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
+from PIL import AvifImagePlugin, BmpImagePlugin, GifImagePlugin, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 from PIL.ImageFile import ImageFile
+
+from raypipe.images import jpeg, png, tiff
+from raypipe.images.header import MAX_PIXELS, REASONS, Header, Reject, rejected
+from raypipe.images.orientation import upright
+
+__all__ = ["MAX_PIXELS", "REASONS", "Header", "Reject"]  # whoever decodes needs these too
 
 # What Pillow says about odd metadata would only fill a cluster's logs: damage that matters becomes a Reject with a reason.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
-
-MAX_PIXELS = 178_956_970
-"""Images with more pixels are rejected from their header: 512 MiB as RGB. The same figure at which Pillow refuses by default."""
-
-UNREAD = "unread"
-"""The reason of a row whose bytes its store did not give in time. It is no reject: the next run tries again."""
-
-REASONS = (
-    UNREAD,
-    "empty",
-    "not an image",
-    "truncated",
-    "corrupt",
-    "too many pixels",
-    "too small",
-    "unsupported mode",
-    "unreadable",
-    "bad boxes",
-    "kills its process",
-    "failed",  # an op raised something else
-)
-"""All reasons for which an image is left out, few enough to count by."""
-
-
-class Reject(Exception):
-    """This one image cannot be processed; the run goes on.
-
-    `reason` is one of REASONS, for counting; `detail` says for a person what exactly is wrong.
-    """
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        assert reason in REASONS, reason
-        super().__init__(reason, detail)  # these as args: that is what pickle restores an exception from
-        self.reason = reason
-        self.detail = detail
-
-    def __str__(self) -> str:
-        return f"{self.reason}: {self.detail}" if self.detail else self.reason
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Header:
-    """What the first bytes of a file say.
-
-    `height` and `width` are those of the upright image. `orientation` is the EXIF number (1..8) that decoding still has to
-    apply: 1 for TIFF, where Pillow does so itself. `native`: an 8-bit grey or colour JPEG, which a backend decodes with its
-    own decoder.
-    """
-
-    format: str
-    height: int
-    width: int
-    orientation: int = 1
-    native: bool = False
-
 
 # The plugin classes rather than Image.open: 10 us less an image, and no second pixel limit beside ours.
 _PLUGINS: dict[str, type[ImageFile]] = {
@@ -93,31 +43,28 @@ _PLUGINS: dict[str, type[ImageFile]] = {
     "png": PngImagePlugin.PngImageFile,
     "webp": WebPImagePlugin.WebPImageFile,
     "bmp": BmpImagePlugin.BmpImageFile,
-    "tiff": TiffImagePlugin.TiffImageFile,
     "gif": GifImagePlugin.GifImageFile,
+    "avif": AvifImagePlugin.AvifImageFile,
 }
-_EXIF_ORIENTATION = 0x0112
-_EOI = b"\xff\xd9"
+FORMATS = ("jpeg", "png", "webp", "bmp", "tiff", "gif", "avif", "heif", "npy")
 
 
 def read_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Header:
-    """Reads format, size and orientation. Takes about 8 us for a JPEG, 30 for others, and decodes nothing.
+    """Reads format, size and orientation. Takes about 8 us for a JPEG, 30 to 120 for others, and decodes nothing.
 
-    Raises Reject if the bytes are no image, have more than `max_pixels`, or are a JPEG without its end (which OpenCV would
-    silently fill up with grey).
+    Raises Reject if the bytes are no image, have more than `max_pixels`, or are a JPEG without its end.
     """
     if not data:
         raise Reject("empty", "0 bytes")
     format = _sniff(data)
     if format is None:
-        known = ", ".join([*_PLUGINS, "npy"])
-        raise Reject("not an image", f"starts with {data[:12]!r}; known formats are {known}")
+        raise Reject("not an image", f"starts with {data[:12]!r}; known formats are {', '.join(FORMATS)}")
     try:
-        header = _npy_header(data) if format == "npy" else (format == "jpeg" and _jpeg_header(data)) or _pillow_header(data, format)
+        header = _header(data, format)
     except Reject:
         raise
     except Exception as error:  # parsers of hostile bytes raise anything; whatever it is, this image has no header
-        if format == "jpeg" and _EOI not in data:
+        if format == "jpeg" and jpeg.EOI not in data:
             raise Reject("truncated", f"cut within the headers, after {len(data)} bytes") from error
         raise rejected(error) from error
     if header.height <= 0 or header.width <= 0:
@@ -127,22 +74,61 @@ def read_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Header:
     return header
 
 
-def decode_shared(data: bytes, header: Header) -> np.ndarray:
-    """Decodes what is not native. Returns HWC RGB uint8, upright, contiguous. Raises Reject."""
+def _header(data: bytes, format: str) -> Header:
+    if format == "jpeg" and (header := jpeg.read(data)) is not None:
+        return header
+    reader = {"npy": _npy_header, "png": png.read, "tiff": tiff.read}.get(format)
+    return reader(data) if reader is not None else _pillow_header(data, format)
+
+
+def decode(data: bytes, header: Header, reduce: int = 1, *, strict: bool = True) -> np.ndarray:
+    """Decodes an image of any format.
+
+    Args:
+        reduce: a native JPEG comes at 1/`reduce` (1, 2, 4, 8) of its size, rounded up.
+        strict: refuse what a decoder or a checksum says is damaged, as "damaged". Otherwise what can
+            be decoded of it is returned.
+
+    Returns:
+        HWC RGB uint8, upright, contiguous, writable.
+
+    Raises:
+        Reject: it cannot be decoded, or is damaged.
+    """
     try:
-        image = _npy_pixels(data) if header.format == "npy" else _pillow_pixels(data, header.format)
+        if header.native:
+            image = jpeg.decode(data, header, reduce, strict=strict)
+        else:
+            image, reduce = _decode_other(data, header.format, strict=strict), 1
     except Reject:
         raise
     except Exception as error:  # as above: zlib, struct, memory and syntax errors, all of them this image's
         raise rejected(error) from error
-    return check_size(orient(image, header.orientation), header)
+    return check_size(orient(image, header.orientation), header, reduce)
 
 
-def decode_jpeg(data: bytes, header: Header, reduce: int = 1) -> np.ndarray:
-    """Decodes a JPEG with Pillow, at 1/`reduce` (1, 2, 4, 8) of its size, rounded up. Returns and raises as decode_shared.
+def _decode_other(data: bytes, format: str, *, strict: bool) -> np.ndarray:
+    """As it is stored; raises anything."""
+    if format == "npy":
+        return _npy_pixels(data)
+    if format == "tiff":
+        return tiff.decode(data, strict=strict)
+    image = _opened(png.pixels(data, strict=strict) if format == "png" else data, format)
+    if strict and format == "jpeg" and (said := jpeg.damage(data, colours="CMYK" if image.mode == "CMYK" else "RGB")):
+        raise Reject("damaged", f"libjpeg: {said}")
+    with c_messages:
+        image.load()
+    if image.mode.startswith("I;16"):
+        high = (np.asarray(image) >> 8).astype(np.uint8)
+        return cv2.cvtColor(high, cv2.COLOR_GRAY2RGB)
+    if image.mode in ("I", "F"):
+        raise Reject("unsupported mode", f"pixels of 32 bits (Pillow's mode {image.mode!r}) have no range to map to 8 bits")
+    image.info.pop("transparency", None)  # dropped in any case; convert would warn about it
+    return np.array(image.convert("RGB"))
 
-    Strict: what libjpeg takes for an error anywhere in the file is one, also behind the last pixel.
-    """
+
+def decode_by_pillow(data: bytes, header: Header, reduce: int = 1) -> np.ndarray:
+    """Decodes a JPEG with Pillow, which says nothing of most damage. Arguments, result and errors are those of `decode`."""
     try:
         image = JpegImagePlugin.JpegImageFile(io.BytesIO(data))
         if reduce > 1:
@@ -186,7 +172,7 @@ def thumbnail(data: bytes, *, side: int = 96) -> bytes | None:
     """A JPEG of at most `side` pixels each way, for a person to recognise an image by; None if it cannot be decoded."""
     try:
         header = read_header(data)
-        image = decode_shared(data, header)
+        image = decode(data, header, strict=False)
     except Reject:
         return None
     scale = side / max(image.shape[:2])
@@ -237,7 +223,7 @@ c_messages = _CMessages()
 def _sniff(data: bytes) -> str | None:
     if data.startswith(b"\xff\xd8\xff"):
         return "jpeg"
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+    if data.startswith(png.SIGNATURE):
         return "png"
     if data.startswith(b"\x93NUMPY"):
         return "npy"
@@ -249,103 +235,35 @@ def _sniff(data: bytes) -> str | None:
         return "gif"
     if data.startswith(b"BM"):
         return "bmp"
+    if data[4:8] == b"ftyp":
+        brands = {data[at : at + 4] for at in (8, *range(16, min(int.from_bytes(data[:4], "big"), 256), 4))}
+        return "avif" if brands & _AVIF else "heif" if brands & _HEIF else None
     return None
 
 
-def rejected(error: Exception) -> Reject:
-    """Sorts what a decoder raised into a reason."""
-    text = f"{type(error).__name__}: {error}"
-    low = text.lower()
-    if isinstance(error, MemoryError):
-        return Reject("too many pixels", f"not enough memory to decode it ({text})")
-    if "truncated" in low or "eof" in low:
-        return Reject("truncated", text)
-    if isinstance(error, NotImplementedError) or "cannot handle" in low or "unsupported" in low or "pixel mode" in low:
-        return Reject("unsupported mode", text)
-    return Reject("corrupt", text)
+_AVIF = {b"avif", b"avis"}
+_HEIF = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 
 
-_SEGMENT = struct.Struct(">BBH")
-_FRAME = struct.Struct(">BHHB")
+def _opened(data: bytes, format: str) -> ImageFile:
+    if format == "heif":
+        from pi_heif import HeifImageFile  # loaded when needed: libheif takes as much memory as all of OpenCV's decoders
 
-
-def _jpeg_header(data: bytes) -> Header | None:
-    """The header of a JPEG as cameras and encoders write them, None for any other: that is Pillow's to judge.
-
-    7 us against Pillow's 30: one percent of an image of 640x480, which is why this is not left to the library.
-    """
-    at, size, orientation = 2, None, 1
-    try:
-        while True:
-            mark, kind, length = _SEGMENT.unpack_from(data, at)
-            if mark != 0xFF or length < 2:
-                return None
-            if kind == 0xDA:  # start of scan: behind it FF only comes stuffed or as a marker, so an EOI found there is a real one
-                break
-            if kind in (0xC0, 0xC1, 0xC2):
-                if size is not None:
-                    return None
-                precision, height, width, components = _FRAME.unpack_from(data, at + 4)
-                if precision != 8 or components not in (1, 3):
-                    return None
-                size = height, width
-            elif kind == 0xE1 and orientation == 1 and data.startswith(b"Exif\0\0", at + 4):
-                orientation = exif_orientation(data[at + 4 : at + 2 + length])
-            elif not (kind in (0xC4, 0xDB, 0xDD, 0xFE) or 0xE0 <= kind <= 0xEF):
-                return None
-            at += 2 + length
-    except struct.error:
-        return None
-    if size is None or data.rfind(_EOI, at) < 0:
-        return None
-    height, width = size if orientation < 5 else size[::-1]
-    return Header(format="jpeg", height=height, width=width, orientation=orientation, native=True)
+        return HeifImageFile(io.BytesIO(data))
+    return _PLUGINS[format](io.BytesIO(data))
 
 
 def _pillow_header(data: bytes, format: str) -> Header:
-    file = io.BytesIO(data)
-    image = _PLUGINS[format](file)
-    # Behind the first scan's header FF only comes stuffed or as a marker: an EOI found there is a real one. From the end: there it is.
-    if format == "jpeg" and data.rfind(_EOI, file.tell()) < 0:
+    image = _opened(data, format)
+    # Behind the first scan's header FF only comes stuffed or as a marker: an EOI found there is a real one.
+    if format == "jpeg" and data.rfind(jpeg.EOI, image.fp.tell() if image.fp else 0) < 0:
         raise Reject("truncated", f"no end-of-image marker in {len(data)} bytes")
     width, height = image.size
-    exif = image.info.get("exif")
-    orientation = exif_orientation(exif) if exif and format != "tiff" else 1
+    orientation = upright(image.info.get("exif") or b"", image.info.get("xmp") or b"")
     if orientation >= 5:
         width, height = height, width
     native = format == "jpeg" and image.mode in ("RGB", "L")
-    return Header(format=format, height=height, width=width, orientation=orientation, native=native)
-
-
-def exif_orientation(exif: bytes) -> int:
-    """The orientation (1..8) of an EXIF block, 1 if it has none or is damaged. 2 us; Pillow's whole parse takes 50."""
-    tiff = exif[6:] if exif.startswith(b"Exif\0\0") else exif
-    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
-    if order is None:
-        return 1
-    try:
-        (start,) = struct.unpack_from(order + "I", tiff, 4)
-        (entries,) = struct.unpack_from(order + "H", tiff, start)
-        for entry in range(start + 2, start + 2 + 12 * entries, 12):
-            tag, kind, _count, value = struct.unpack_from(order + "HHIH", tiff, entry)
-            if tag == _EXIF_ORIENTATION:
-                return value if kind == 3 and 1 <= value <= 8 else 1
-    except struct.error:
-        pass
-    return 1
-
-
-def _pillow_pixels(data: bytes, format: str) -> np.ndarray:
-    image = _PLUGINS[format](io.BytesIO(data))
-    with c_messages:
-        image.load()
-    if image.mode.startswith("I;16"):
-        high = (np.asarray(image) >> 8).astype(np.uint8)
-        return cv2.cvtColor(high, cv2.COLOR_GRAY2RGB)
-    if image.mode in ("I", "F"):
-        raise Reject("unsupported mode", f"pixels of 32 bits (Pillow's mode {image.mode!r}) have no range to map to 8 bits")
-    image.info.pop("transparency", None)  # dropped in any case; convert would warn about it
-    return np.array(image.convert("RGB"))
+    return Header(format=format, height=height, width=width, orientation=orientation, native=native, scans=native)
 
 
 def _npy_array_header(file: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype]:

@@ -9,7 +9,8 @@ import numpy as np
 
 from raypipe import UsageError
 from raypipe.images import recipe as ops
-from raypipe.images.decode import Header, c_messages, check_size, decode_jpeg, decode_shared, orient
+from raypipe.images.decode import Header, c_messages, check_size, decode_by_pillow, orient
+from raypipe.images.decode import decode as decode_any
 from raypipe.images.recipe import Finish, Recipe, check_ops, noise, padded_size
 
 _REDUCED = {1: 0, 2: cv2.IMREAD_REDUCED_GRAYSCALE_2, 4: cv2.IMREAD_REDUCED_GRAYSCALE_4, 8: cv2.IMREAD_REDUCED_GRAYSCALE_8}
@@ -32,17 +33,29 @@ def check(recipe: Recipe) -> None:
     check_ops(recipe, apply, "opencv", {})
 
 
-def decode(data: bytes, header: Header, reduce: int = 1) -> np.ndarray:
-    """Decodes to HWC RGB uint8, upright. A JPEG comes at 1/`reduce` (1, 2, 4, 8) of its size, rounded up. Raises Reject."""
-    if not header.native:
-        return decode_shared(data, header)
+def decode(data: bytes, header: Header, reduce: int = 1, *, decoder: str = "simplejpeg", strict: bool = True) -> np.ndarray:
+    """Decodes to HWC RGB uint8, upright. A JPEG comes at 1/`reduce` (1, 2, 4, 8) of its size, rounded up.
+
+    Args:
+        decoder: of JPEGs, one of DECODERS; "own" is OpenCV's, which says nothing of most damage.
+        strict: refuse what is damaged, as `raypipe.images.decode.decode`.
+
+    Raises:
+        Reject: it cannot be decoded, or is damaged.
+    """
+    if decoder == "own" and header.native:
+        return _by_opencv(data, header, reduce)
+    return decode_any(data, header, reduce, strict=strict)
+
+
+def _by_opencv(data: bytes, header: Header, reduce: int) -> np.ndarray:
     try:
         with c_messages:
             image = cv2.imdecode(np.frombuffer(data, np.uint8), _COLOUR | _REDUCED[reduce])
     except cv2.error:
         image = None
-    if image is None or c_messages.appeared():  # damaged: OpenCV keeps some images that Pillow rejects, so let Pillow decide
-        return decode_jpeg(data, header, reduce)
+    if image is None or c_messages.appeared():  # OpenCV keeps some images that Pillow rejects, so let Pillow decide
+        return decode_by_pillow(data, header, reduce)
     return check_size(orient(image, header.orientation), header, reduce)
 
 

@@ -1,4 +1,4 @@
-"""How torchvision does it: decoding (Pillow), every plain op, the finish, encoding.
+"""How torchvision does it: decoding (simplejpeg, or Pillow as torchvision's own), every plain op, the finish, encoding.
 
 Images are CHW RGB uint8 tensors whose memory is HWC (channels last): torchvision resizes these twice as fast. Every op also does many images of one
 size at once, (n, 3, height, width), and on whatever device they are: so a recipe's ops can be left to the device that trains.
@@ -18,7 +18,8 @@ from torchvision.transforms.v2 import functional
 
 from raypipe import UsageError
 from raypipe.images import recipe as ops
-from raypipe.images.decode import Header, decode_jpeg, decode_shared
+from raypipe.images.decode import Header, decode_by_pillow
+from raypipe.images.decode import decode as decode_any
 from raypipe.images.recipe import Finish, Recipe, check_ops, noise, padded_size
 
 _OPENCV_ONLY = "torchvision has no such filter: use --backend opencv, or another op"
@@ -36,9 +37,20 @@ def check(recipe: Recipe) -> None:
     check_ops(recipe, apply, "torchvision", _REMEDIES)
 
 
-def decode(data: bytes, header: Header, reduce: int = 1) -> torch.Tensor:
-    """Decodes to CHW RGB uint8, upright. A JPEG comes at 1/`reduce` (1, 2, 4, 8) of its size, rounded up. Raises Reject."""
-    pixels = decode_jpeg(data, header, reduce) if header.native else decode_shared(data, header)
+def decode(data: bytes, header: Header, reduce: int = 1, *, decoder: str = "simplejpeg", strict: bool = True) -> torch.Tensor:
+    """Decodes to CHW RGB uint8, upright. A JPEG comes at 1/`reduce` (1, 2, 4, 8) of its size, rounded up.
+
+    Args:
+        decoder: of JPEGs, one of DECODERS; "own" is Pillow's, which says nothing of most damage.
+        strict: refuse what is damaged, as `raypipe.images.decode.decode`.
+
+    Raises:
+        Reject: it cannot be decoded, or is damaged.
+    """
+    if decoder == "own" and header.native:
+        pixels = decode_by_pillow(data, header, reduce)
+    else:
+        pixels = decode_any(data, header, reduce, strict=strict)
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 

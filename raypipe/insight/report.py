@@ -35,13 +35,17 @@ class PoolView:
 @dataclass(frozen=True, kw_only=True)
 class Counts:
     """What became of the rows. `before` were done by an earlier run into the same output; `unread` had
-    a store that did not give their bytes, and are tried again by the next run."""
+    a store that did not give their bytes, and are tried again by the next run.
+
+    `damaged_kept`: of `images_out`, those that are damaged and were delivered all the same; None: not known.
+    """
 
     images_in: int
     images_out: int
     rejects_by_reason: dict[str, int]
     before: int = 0
     unread: int = 0
+    damaged_kept: int | None = 0
 
     @property
     def rejected(self) -> int:
@@ -291,6 +295,7 @@ def _counted(counts: Counts) -> dict[str, Any]:
         "images_rejected": counts.rejected,
         "images_unread": counts.unread,
         "images_done_before": counts.before,
+        "images_damaged_kept": counts.damaged_kept,
         "rejects_by_reason": counts.rejects_by_reason,
     }
 
@@ -433,6 +438,8 @@ def terminal(report: dict) -> Group:
     if report["rejects_by_reason"]:
         reasons = sorted(report["rejects_by_reason"].items(), key=lambda item: -item[1])
         lines.append("rejected: " + ", ".join(f"{count} {reason}" for reason, count in reasons))
+    if report.get("images_damaged_kept"):
+        lines.append(f"{report['images_damaged_kept']} of those out are damaged, and were kept (--damaged keep)")
     verdict_text = Text("verdict: ", style="bold") + Text(report["verdict"]["reason"], style="not bold")
     measured = report["steady_images_per_s"] or report["images_per_s"] or 0.0
     gains = [a for a in report["verdict"]["advice"] if a["predicted_images_per_s"] > 1.02 * measured][:2]

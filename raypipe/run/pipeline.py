@@ -243,7 +243,14 @@ class Job:
     def pixels(self) -> Preprocessing:
         """What preprocess actors do."""
         given = self.settings
-        return Preprocessing(recipe=self.todo.recipe, backend=given.backend, seed=given.seed, max_pixels=given.max_pixels)
+        return Preprocessing(
+            recipe=self.todo.recipe,
+            backend=given.backend,
+            seed=given.seed,
+            max_pixels=given.max_pixels,
+            decoder=given.decoder,
+            damaged=given.damaged,
+        )
 
 
 def preprocessing(settings: Settings) -> Job:
@@ -292,6 +299,7 @@ class _Tally:
     images: int = 0
     rejected: int = 0
     unread: int = 0
+    damaged: int = 0  # delivered all the same
     # Of blocks of pixels; writers put theirs in the journal.
     became: Became = field(default_factory=Became)
     told: float = 0.0
@@ -309,6 +317,7 @@ class _Tally:
             self.became.rejected.extend(rejects)
             self.became.unread.extend(waiting)
             images, rejected, unread = block.num_rows, len(rejects), len(waiting)
+            self.damaged += block.num_rows - block.column("detail").null_count - rejected - unread
         else:
             images, rejected, unread = (pc.sum(block.column(name)).as_py() for name in ("images", "rejected", "unread"))
         self.unread += unread
@@ -634,7 +643,7 @@ def _account(job: Job, run_id: str, executed: _Executed, *, setup_s: float) -> O
         settings=job.given,
         versions=versions(),
         hardware=hardware(executed.session),
-        counts=rows.counts(rows=total, before=total - todo.left.num_rows, out=out),
+        counts=rows.counts(rows=total, before=total - todo.left.num_rows, out=out, damaged=tally.damaged),
         clock=reports.Clock(
             wall_s=executed.wall_s,
             setup_s=setup_s,

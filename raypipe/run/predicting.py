@@ -58,6 +58,10 @@ class Settings:
     """Which demo images."""
     max_pixels: int | None = None
     """Images with more pixels are rejected before they are decoded; by default those that the training rejected."""
+    decoder: Literal["simplejpeg", "own"] | None = None
+    """Who decodes JPEGs: simplejpeg, which notices damage, or the backend's own; by default as in the training."""
+    damaged: Literal["reject", "keep"] | None = None
+    """Images that a decoder or a checksum says are damaged: reject them, or keep what can be decoded of them; by default as in the training."""
     min_score: float = 0.0
     """Boxes with a lower score are left out. Precision is measured on those that stay, and needs the weak ones too."""
     draw: bool = False
@@ -118,6 +122,8 @@ class Settings:
                 "limit",
                 "seed",
                 "max_pixels",
+                "decoder",
+                "damaged",
                 "actors",
                 "threads",
                 "read_ms",
@@ -152,6 +158,8 @@ def predicting(settings: Settings) -> Job:
         settings,
         backend=settings.backend or trained["backend"],
         max_pixels=settings.max_pixels or trained["max_pixels"],
+        decoder=settings.decoder or trained.get("decoder", "simplejpeg"),
+        damaged=settings.damaged or trained.get("damaged", "reject"),
     )
     check_apart(settings.preprocessing)
     recipe = _recipe(trained, folder, settings)
@@ -237,7 +245,7 @@ def deciding(settings: Settings, identity: dict[str, Any]) -> dict[str, Any]:
 
     Also the batch size: models that pad images to the largest of a batch see it.
     """
-    names = ("backend", "max_pixels", "min_score", "batch_size", "seed")
+    names = ("backend", "max_pixels", "decoder", "damaged", "min_score", "batch_size", "seed")
     return {
         "checkpoint": identity,
         "input": settings.input if settings.input.startswith("demo") else location.absolute(settings.input),

@@ -46,8 +46,8 @@ class Became:
     rejected: list[Rejected] = field(default_factory=list)
     unread: list[Unread] = field(default_factory=list)
 
-    def counts(self, *, rows: int, before: int = 0, out: int | None = None) -> reports.Counts:
-        """As the report has them. `rows`: in all. `out`: delivered, where nothing was written."""
+    def counts(self, *, rows: int, before: int = 0, out: int | None = None, damaged: int | None = None) -> reports.Counts:
+        """As the report has them. `rows`: in all. `out` and, of these, `damaged`: delivered, where nothing was written."""
         reasons = Counter(row.reason for row in self.rejected)
         return reports.Counts(
             images_in=rows,
@@ -55,6 +55,7 @@ class Became:
             rejects_by_reason=dict(reasons.most_common()),
             unread=len(self.unread),
             before=before,
+            damaged_kept=sum(row.damaged for row in self.written) if out is None else damaged,
         )
 
 

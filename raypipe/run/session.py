@@ -37,7 +37,18 @@ START_S = {"opencv": 1.0, "torchvision": 3.0}
 
 def versions() -> dict[str, str]:
     """Versions of what a run's results and speed depend on."""
-    names = ("raypipe", "ray", "opencv-python-headless", "torch", "torchvision", "pillow", "numpy", "pyarrow")
+    names = (
+        "raypipe",
+        "ray",
+        "opencv-python-headless",
+        "torch",
+        "torchvision",
+        "simplejpeg",
+        "tifffile",
+        "pillow",
+        "numpy",
+        "pyarrow",
+    )
     found = {"python": platform.python_version()}
     for name in names:
         try:

@@ -39,6 +39,10 @@ class Settings:
     """Of random augmentations, and of the demo images."""
     max_pixels: int = MAX_PIXELS
     """Images with more pixels are rejected before they are decoded."""
+    decoder: Literal["simplejpeg", "own"] = "simplejpeg"
+    """Who decodes JPEGs: simplejpeg, which notices damage; or the backend's own (OpenCV, Pillow), which mostly does not: to compare libraries."""
+    damaged: Literal["reject", "keep"] = "reject"
+    """Images that a decoder or a checksum says are damaged: reject them, or keep what can be decoded of them."""
 
     actors: COUNT = "auto"
     """Preprocess actors; auto: as many as the planner finds best, from a shard timed before the start and corrected while it runs."""
@@ -112,6 +116,8 @@ def deciding(settings: Settings, recipe: Recipe) -> dict[str, Any]:
         "quality": quality,
         "seed": settings.seed,
         "max_pixels": settings.max_pixels,
+        "decoder": settings.decoder,
+        "damaged": settings.damaged,
     }
 
 

@@ -121,7 +121,7 @@ class Settings:
     writers: tuple[Literal["none", "one", "same"], ...] = ("none", "one", "same")
     """Writer actors: none, one, as many as preprocess actors."""
     backends: tuple[Backend, ...] = ("opencv", "torchvision")
-    """Libraries that decode, transform and encode."""
+    """Libraries that decode, transform and encode. Each decodes JPEGs with its own decoder: the libraries are what is compared."""
     threads: tuple[int, ...] = (1,)
     """Threads that OpenCV or torch may use within each actor. More than one number: the others are measured without writers."""
     repeats: int = 3
@@ -187,6 +187,7 @@ class Settings:
             **{name: getattr(self, name) for name in names},
             output=output,
             backend=point.backend,
+            decoder="own",
             actors=point.actors,
             writers=max(point.writers, 1),
             threads=point.threads,
@@ -202,6 +203,7 @@ class Settings:
             storage=storage,
             recipe=self.train_recipe,
             backend=point.backend,
+            decoder="own",
             limit=self.limit,
             seed=self.seed,
             read_ms=self.read_ms,

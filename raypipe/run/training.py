@@ -100,6 +100,10 @@ class Settings:
     """Of the weights, the order, the augmentations, the hold-out, and the demo images."""
     max_pixels: int = MAX_PIXELS
     """Images with more pixels are rejected before they are decoded."""
+    decoder: Literal["simplejpeg", "own"] = "simplejpeg"
+    """Who decodes JPEGs: simplejpeg, which notices damage; or the backend's own (OpenCV, Pillow), which mostly does not: to compare libraries."""
+    damaged: Literal["reject", "keep"] = "reject"
+    """Images that a decoder or a checksum says are damaged: reject them, or keep what can be decoded of them."""
     holdout: float = 0.1
     """Share of the images that is not trained on but judged on after each epoch; 0: none."""
     holdout_input: str | None = None
@@ -212,6 +216,8 @@ class Settings:
             "limit",
             "seed",
             "max_pixels",
+            "decoder",
+            "damaged",
             "actors",
             "threads",
             "read_ms",
@@ -301,7 +307,21 @@ def plan(settings: Settings) -> Todo:
 
 
 _DECIDING = (
-    *("backend", "ops_on", "seed", "max_pixels", "epochs", "batch_size", "optimizer", "lr", "momentum", "weight_decay", "schedule"),
+    *(
+        "backend",
+        "ops_on",
+        "seed",
+        "max_pixels",
+        "decoder",
+        "damaged",
+        "epochs",
+        "batch_size",
+        "optimizer",
+        "lr",
+        "momentum",
+        "weight_decay",
+        "schedule",
+    ),
     *("warmup", "clip", "amp"),
 )
 _PASSED_ON = (
@@ -634,6 +654,8 @@ def _pixels(todo: Todo, settings: Settings) -> Preprocessing:
         backend=settings.backend,
         seed=settings.seed,
         max_pixels=settings.max_pixels,
+        decoder=settings.decoder,
+        damaged=settings.damaged,
         decode_only=settings.ops_on == "device",
     )
 
@@ -786,7 +808,11 @@ def _report(
         versions=versions(),
         hardware={**hardware(session), "gpus": count if on_gpu else 0},
         counts=reports.Counts(
-            images_in=total, images_out=progress.images, rejects_by_reason=_in_all(reasons, progress), before=before
+            images_in=total,
+            images_out=progress.images,
+            rejects_by_reason=_in_all(reasons, progress),
+            before=before,
+            damaged_kept=0 if settings.damaged == "reject" else None,  # workers do not tell them from others
         ),
         clock=clock,
         cpu_percent=cpu_percent,

@@ -13,7 +13,7 @@ from raypipe import UsageError
 from raypipe.data.location import StoreError
 from raypipe.data.work import images_of, unlist
 from raypipe.images import torchvision as on_torch
-from raypipe.images.decode import UNREAD
+from raypipe.images.header import UNREAD
 from raypipe.images.recipe import Finish, Recipe, left_of
 from raypipe.models.detection import Classes
 from raypipe.models.evaluate import Found, Truth

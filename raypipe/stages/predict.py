@@ -171,7 +171,13 @@ def predict_block(block: pa.Table, predictor: Predictor, sink: Sink, *, reader: 
         epoch=told[0]["epoch"],
         shard=shard,
         written=[
-            Written(image_id=row["image_id"], file=part_of(shard), height=row["source_height"], width=row["source_width"])
+            Written(
+                image_id=row["image_id"],
+                file=part_of(shard),
+                height=row["source_height"],
+                width=row["source_width"],
+                damaged=row["detail"] is not None,
+            )
             for row in told
             if row["reason"] is None
         ],
@@ -209,7 +215,7 @@ def _original(row: dict[str, Any], data: bytes | Reject) -> np.ndarray:
     try:
         if isinstance(data, Reject):
             raise data
-        return opencv.decode(data, read_header(data, max_pixels=row["source_height"] * row["source_width"]))
+        return opencv.decode(data, read_header(data, max_pixels=row["source_height"] * row["source_width"]), strict=False)
     except Reject as reject:
         raise OSError(f"{row['uri']} could be read to predict on it, but not again to draw on it: {reject}") from reject
 

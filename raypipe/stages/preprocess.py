@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import psutil
@@ -33,6 +35,8 @@ under way when a node was lost or somebody killed the actor."""
 class Preprocessing:
     """What decides the pixels of a shard: the same settings and the same rows always give the same bytes.
 
+    `decoder`: of JPEGs, one of raypipe.images.DECODERS. `damaged`: "reject" what a decoder or a
+    checksum says is damaged, or "keep" what can be decoded of it.
     `decode_only`: images stay as they are decoded, and boxes as the source has them, for the recipe's ops are done later, on another device. What
     they would reject is rejected here all the same.
     """
@@ -41,6 +45,8 @@ class Preprocessing:
     backend: str
     seed: int = 0
     max_pixels: int = MAX_PIXELS
+    decoder: str = "simplejpeg"
+    damaged: str = "reject"
     decode_only: bool = False
 
     @property
@@ -101,6 +107,7 @@ def preprocess_shard(
     offsets = np.zeros(shard.num_rows + 1, np.int64)
     sizes = np.zeros((shard.num_rows, 4), np.int32)
     rejects: dict[int, Reject] = {}
+    details: dict[int, str] = {}
     plans: list[Plan | None] = []
     for row, item in enumerate(planned):
         plan = None
@@ -113,7 +120,10 @@ def preprocess_shard(
             start, end_if_fine = end, end + height * width * 3
             out = pixels[start:end_if_fine].reshape(height, width, 3)
             try:
-                image = backend.decode(item.data, item.header, recipe.reduce((item.header.height, item.header.width)))
+                reduce = recipe.reduce((item.header.height, item.header.width))
+                image, damage = _decoded(backend, item, reduce, settings)
+                if damage:
+                    details[row] = damage
                 backend.execute(image, item.plan.ops, out)
                 plan, end = item.plan, end_if_fine
                 sizes[row] = item.header.height, item.header.width, height, width
@@ -136,7 +146,7 @@ def preprocess_shard(
         "width": pa.array(sizes[:, 3], mask=null),
         "image": _binary(pixels[:end], offsets, null),
         "reason": pa.array([rejects[row].reason if row in rejects else None for row in range(len(plans))], pa.string()),
-        "detail": pa.array([rejects[row].detail if row in rejects else None for row in range(len(plans))], pa.string()),
+        "detail": pa.array([rejects[row].detail if row in rejects else details.get(row) for row in range(len(plans))], pa.string()),
         "boxes": lists([np.empty((0, 4)) if p is None else p.boxes for p in plans], BLOCK.field("boxes").type),
     }
     for name, values in (("labels", labels), ("crowds", None), ("annotation_ids", None)):
@@ -144,6 +154,16 @@ def preprocess_shard(
         chosen = [left_of(v, k, boxes=len(b)) for v, k, b in zip(values, keep, boxes, strict=True)]
         columns[name] = lists(chosen, BLOCK.field(name).type)
     return pa.table(columns, schema=BLOCK), bytes_in
+
+
+def _decoded(backend: ModuleType, item: _Planned, reduce: int, settings: Preprocessing) -> tuple[Any, str | None]:
+    """The image, as the backend has it; and what is damaged in it, where it is delivered all the same."""
+    try:
+        return backend.decode(item.data, item.header, reduce, decoder=settings.decoder), None
+    except Reject as reject:
+        if reject.reason != "damaged" or settings.damaged != "keep":
+            raise
+        return backend.decode(item.data, item.header, reduce, decoder=settings.decoder, strict=False), reject.detail
 
 
 def _plan(shard, settings, boxes, labels, *, reader, killers, mark) -> Iterator[_Planned | Reject]:

@@ -14,7 +14,7 @@ from raypipe.data.journal import Entry, Rejected, Unread, Written, put_entry
 from raypipe.data.sinks import Sink, write_shard
 from raypipe.images import backend as backend_module
 from raypipe.images import opencv
-from raypipe.images.decode import UNREAD
+from raypipe.images.header import UNREAD
 from raypipe.images.recipe import Finish
 from raypipe.stages import Meter
 from raypipe.stages.preprocess import keep_freed_memory
@@ -46,6 +46,7 @@ def write_block(block: pa.Table, sink: Sink, *, backend: str, finish: Finish | N
                 width=row["width"],
                 boxes=row["boxes"] if row["annotation_ids"] else [],
                 annotation_ids=row["annotation_ids"],
+                damaged=row["detail"] is not None,
             )
             for row, file in zip(good, files, strict=True)
         ],

@@ -10,7 +10,9 @@ import pytest
 from PIL import Image, ImageOps
 
 from raypipe.images import opencv, torchvision
-from raypipe.images.decode import REASONS, Header, Reject, decode_shared, exif_orientation, orient, read_header
+from raypipe.images.decode import REASONS, Header, Reject, orient, read_header
+from raypipe.images.decode import decode as decode_any
+from raypipe.images.orientation import upright
 
 RGB = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 256, (37, 53, 3), dtype=np.uint8), (5, 5), 1)
 PICTURE = Image.fromarray(RGB)
@@ -107,6 +109,9 @@ def test_jpegs_are_decoded_natively_and_equally_at_any_scale(name, reduce, orien
     image = opencv.decode(data, header, reduce)
     assert image.shape == (-(-header.height // reduce), -(-header.width // reduce), 3)
     np.testing.assert_array_equal(torchvision.decode(data, header, reduce).permute(1, 2, 0).numpy(), image)
+    for backend in (opencv, torchvision):  # with their own decoders too
+        own = backend.decode(data, header, reduce, decoder="own")
+        np.testing.assert_array_equal(own if backend is opencv else own.permute(1, 2, 0).numpy(), image)
 
 
 def test_cmyk_jpeg_goes_through_pillow():
@@ -132,9 +137,9 @@ def test_exif_orientation_is_applied(format, orientation):
 def test_exif_parser(orientation, order):
     block = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(order + "IHHHIHH", 8, 1, 0x0112, 3, 1, orientation, 0)
     expected = orientation if 1 <= orientation <= 8 else 1
-    assert exif_orientation(b"Exif\0\0" + block) == expected
+    assert upright(b"Exif\0\0" + block) == expected
     for length in range(len(block)):
-        assert exif_orientation(block[:length]) in (1, expected)
+        assert upright(block[:length]) in (1, expected)
 
 
 def test_orient_undoes_itself():
@@ -145,7 +150,7 @@ def test_orient_undoes_itself():
 # ----------------------------------------------------------------------------------------------------------------- rejects
 
 
-def reason(data: bytes, **options) -> str:
+def reason(data: bytes, decoder: str = "simplejpeg", **options) -> str:
     """Why an image is rejected; both backends must agree on that, and nothing else may be raised."""
     try:
         header = read_header(data, **options)
@@ -154,7 +159,7 @@ def reason(data: bytes, **options) -> str:
     reasons = []
     for backend in (opencv, torchvision):
         try:
-            image = backend.decode(data, header)
+            image = backend.decode(data, header, decoder=decoder)
             reasons.append(("", np.asarray(image).tobytes() if backend is opencv else image.permute(1, 2, 0).numpy().tobytes()))
         except Reject as reject:
             reasons.append((reject.reason, None))
@@ -225,7 +230,7 @@ def test_reject_survives_pickling():
 
 def test_a_decoder_that_disagrees_with_the_header_is_caught():
     with pytest.raises(Reject, match=r"corrupt: decoded to \(37, 53\)"):
-        decode_shared(LOSSLESS["png"][0], Header(format="png", height=40, width=53))
+        decode_any(LOSSLESS["png"][0], Header(format="png", height=40, width=53))
 
 
 FUZZED = {"jpeg": JPEGS["colour"], "progressive": JPEGS["progressive"]} | {
@@ -270,7 +275,7 @@ def test_garbage_after_any_magic_number_is_rejected(name, quiet):
         assert reason(FUZZED[name][:16] + rng.bytes(300), max_pixels=10_000_000)
 
 
-def test_what_libjpeg_complains_about_is_decided_as_pillow_does(quiet):
+def test_with_own_decoders_what_libjpeg_complains_about_is_decided_as_pillow_does(quiet):
     """OpenCV alone returns an image for some files that Pillow rejects."""
     whole = pillow(Image.fromarray(cv2.resize(RGB, (320, 240))), "JPEG", quality=95)
     rng, verdicts = np.random.default_rng(0), []
@@ -278,6 +283,6 @@ def test_what_libjpeg_complains_about_is_decided_as_pillow_does(quiet):
         broken = bytearray(whole)
         for _ in range(3):
             broken[rng.integers(600, len(whole) - 2)] = rng.integers(256)
-        verdicts.append(reason(bytes(broken)))
+        verdicts.append(reason(bytes(broken), decoder="own"))
     assert verdicts.count("corrupt") > 5
     assert verdicts.count("") > 100

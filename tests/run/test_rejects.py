@@ -19,14 +19,14 @@ from tests.run.test_pipeline import quiet, settings
 
 FITTING = {
     "empty": {"empty"},
-    "cut": {"truncated", "corrupt", "not an image"},
+    "cut": {"truncated", "corrupt", "damaged", "not an image"},
     "text": {"not an image"},
     "noise": {"corrupt", "truncated", "not an image"},
-    "header": {"corrupt", "not an image", "truncated", "unsupported mode"},  # one sort claims nine colour channels
+    "header": {"corrupt", "damaged", "not an image", "truncated", "unsupported mode"},  # one sort claims nine colour channels
     "huge": {"too many pixels"},
     "gone": {"unreadable"},
     "float": {"unsupported mode"},
-    "crc": {"corrupt", "truncated", "not an image"},
+    "crc": {"damaged"},
 }
 
 
@@ -144,6 +144,16 @@ def test_200_broken_files_cost_themselves_and_nothing_else(session, tmp_path, ba
     message = verdict_on(outcome, wanted)
     assert message is not None and f"{len(rejected)} of {len(good) + len(rejected)} images were rejected" in message
     assert verdict_on(outcome, settings(input=folder, output=tmp_path / "out", max_reject_fraction=0.99)) is None
+
+
+@pytest.mark.parametrize("output", [True, False])
+def test_kept_damaged_images_are_counted(session, photos, tmp_path, output):
+    for name in ("a/001.jpg", "b/002.jpg"):
+        whole = (photos / name).read_bytes()
+        (photos / name).write_bytes(whole[: len(whole) // 2] + b"\xff\xd9")
+    wanted = settings(input=photos, damaged="keep", **({"output": tmp_path / "out"} if output else {}))
+    report = run(wanted, console=quiet()).report
+    assert (report["images_out"], report["images_rejected"], report["images_damaged_kept"]) == (60, 0, 2)
 
 
 def test_bad_boxes_reject_their_image_alone(session, tmp_path):

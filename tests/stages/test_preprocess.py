@@ -1,7 +1,7 @@
 import multiprocessing
 import os
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,18 @@ def test_rows_stay_in_order_and_a_bad_one_has_a_reason_and_no_pixels(photos):
     assert bad == {"a/001.jpg": "not an image", "a/002.jpg": "empty"}
     assert [p is None for p in block.column("image").to_pylist()] == [r is not None for r in block.column("reason").to_pylist()]
     assert bytes_in == sum(path.stat().st_size for path in photos.rglob("*.jpg")) - len(b"not a photo")
+
+
+def test_damaged_images_are_rejected_or_kept(photos):
+    whole = (photos / "a" / "001.jpg").read_bytes()
+    (photos / "a" / "001.jpg").write_bytes(whole[: len(whole) // 2] + b"\xff\xd9")
+    shard = shard_of(photos)
+    for how, told in (("reject", ["damaged"]), ("keep", [])):
+        block, _ = preprocess_shard(shard, replace(settings(), damaged=how), reader=Reader())
+        assert [reason for reason in block.column("reason").to_pylist() if reason] == told
+        details = [detail for detail in block.column("detail").to_pylist() if detail]
+        assert details == ["libjpeg: Corrupt JPEG data: premature end of data segment"]
+        assert block.column("image").null_count == len(told)
 
 
 def test_labels_of_whole_images_stay_and_those_of_dropped_boxes_go():
