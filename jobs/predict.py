@@ -5,6 +5,7 @@
     python jobs/predict.py --checkpoint s3://bucket/ssd --input coco/val2017 \\
         --annotations coco/annotations/instances_val2017.json --gpu --predictors 4 --actors 24 --output s3://bucket/val2017
     python jobs/predict.py --checkpoint out-train --input 'shards/{000..099}.tar' --min-score 0.3 --output out-shards
+    python jobs/predict.py --checkpoint out-own --trust mymodels:make --input photos/ --output out-own-found   # a model of your own
     ray job submit --working-dir . -- python jobs/predict.py --checkpoint /shared/out-train --input /shared/photos --output /shared/found
 
 The recipe is the one in the checkpoint, without its random ops. Boxes are in pixels of the original images.

@@ -27,12 +27,11 @@ Own ops: write a frozen dataclass with a `purpose`, and register what differs fr
 import dataclasses
 import difflib
 import functools
-import importlib
 import json
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -42,6 +41,7 @@ import numpy as np
 
 from raypipe import UsageError
 from raypipe.images.decode import MAX_PIXELS, Reject
+from raypipe.images.own import imported
 
 Size = tuple[int, int]
 Colour = tuple[int, int, int]
@@ -1247,11 +1247,15 @@ def to_json(recipe: Recipe) -> dict[str, Any]:
     return {**_fields(recipe), "ops": ops, "finish": finish}
 
 
-def from_json(source: Mapping[str, Any] | str | Path) -> Recipe:
+def from_json(source: Mapping[str, Any] | str | Path, *, trusted: Collection[str] | None = None) -> Recipe:
     """Makes a recipe from a JSON object, or from the path of a file with one.
 
     Strict: raises UsageError for unknown ops and fields, missing fields, and values of a wrong type or range, saying where it
     is and what would be right.
+
+    Args:
+        trusted: own ops, "module:Class", that the recipe may name. None: any, for a recipe that the user wrote or named.
+            A recipe out of a checkpoint is somebody else's.
     """
     if isinstance(source, str | Path):
         return _from_file(Path(source))
@@ -1261,7 +1265,7 @@ def from_json(source: Mapping[str, Any] | str | Path) -> Recipe:
     if not isinstance(ops, list | tuple):
         raise UsageError(f'{where}: ops is {ops!r}; it must be a list of objects like {{"op": "Greyscale"}}')
     made: dict[str, Any] = (
-        {"ops": tuple(_op(op, f"{where}, op {index}") for index, op in enumerate(ops))} if "ops" in fields else {}
+        {"ops": tuple(_op(op, f"{where}, op {index}", trusted) for index, op in enumerate(ops))} if "ops" in fields else {}
     )
     if fields.get("finish") is not None:
         made["finish"] = _build(Finish, _object(fields["finish"], f"{where}, finish"), f"{where}, finish")
@@ -1270,9 +1274,11 @@ def from_json(source: Mapping[str, Any] | str | Path) -> Recipe:
 
 def _from_file(path: Path) -> Recipe:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
     except OSError as error:
         raise UsageError(f"recipe file {path} cannot be read: {error.strerror}") from error
+    try:
+        content = json.loads(data)
     except ValueError as error:
         raise UsageError(f"recipe file {path} is not JSON: {error}") from error
     try:
@@ -1281,24 +1287,20 @@ def _from_file(path: Path) -> Recipe:
         raise UsageError(f"{path}: {error}") from None
 
 
-def _op(source: Any, where: str) -> Any:
+def _op(source: Any, where: str, trusted: Collection[str] | None) -> Any:
     fields = dict(_object(source, where))
     name = fields.pop("op", None)
     if not isinstance(name, str):
         raise UsageError(f'{where}: no "op" with the name of an op in {source!r}; known ones are {", ".join(OPS)}')
-    return _build(_op_class(name, where), fields, f"{where} ({name})")
+    return _build(_op_class(name, where, trusted), fields, f"{where} ({name})")
 
 
-def _op_class(name: str, where: str) -> type:
+def _op_class(name: str, where: str, trusted: Collection[str] | None) -> type:
     if name in OPS:
         return OPS[name]
     if ":" not in name:
         raise UsageError(f"{where}: unknown op {name!r}{did_you_mean(name, OPS)}; own ops are written module:Class")
-    module, _, cls = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), cls)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UsageError(f"{where}: own op {name!r} cannot be imported: {error}; module:Class must be importable") from error
+    found = imported(name, what=f"{where}: own op", trusted=trusted)
     if not dataclasses.is_dataclass(found) or not isinstance(found, type) or getattr(found, "purpose", None) not in PURPOSES:
         raise UsageError(
             f"{where}: {name!r} is no op: an op is a dataclass with a line `purpose: ClassVar[str] = ...`, one of {', '.join(PURPOSES)}"

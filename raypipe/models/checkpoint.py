@@ -5,12 +5,13 @@
     consumed.parquet  epoch, image_id of the rows of the unfinished epoch that the weights have seen
 
 about.json is put last, and each file whole: a folder counts as a checkpoint exactly when all of it is there, on a local disk as in an
-object store. Nothing that is read can run code: state.pt goes through torch's weights_only loader, the rest is JSON and Parquet.
+object store. Nothing that is read can run code: state.pt goes through torch's weights_only loader, the rest is JSON and Parquet. Names in
+them of anything outside raypipe (a model, an op, a class in the state) are only imported where the user trusts them, by name.
 """
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from typing import Any
@@ -22,6 +23,10 @@ import torch
 from raypipe import UsageError
 from raypipe.data import location
 from raypipe.data.journal import differences
+from raypipe.errors import foreign, printable, words
+from raypipe.images.own import imported
+from raypipe.images.recipe import OPS
+from raypipe.models.detection import MODELS
 
 VERSION = 1
 """Of the format. Raise it when older code could not read a folder, or would misread it."""
@@ -107,9 +112,12 @@ def about(folder: str) -> dict[str, Any] | None:
     return found
 
 
-def load(folder: str) -> Checkpoint:
+def load(folder: str, *, trusted: Collection[str] = ()) -> Checkpoint:
     """Read a checkpoint back, into the CPU's memory: loading a state into a model copies it to where that is, and an optimizer's counts of steps,
     which it leaves where they are, would on a GPU be waited for at every step.
+
+    Args:
+        trusted: classes, "module:name", that its state may hold beside tensors and plain values.
 
     Raises:
         UsageError: there is none, it is of another version, or its files are not those that were written.
@@ -129,15 +137,48 @@ def load(folder: str) -> Checkpoint:
                 f"{location.join(folder, name)} has {len(data[name])} bytes, {size} were written: it is damaged. Delete {folder} to go on from "
                 f"the checkpoint before it."
             )
-    try:
-        state = torch.load(io.BytesIO(data["state.pt"]), map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle's and zip's many; also what weights_only refuses
-        raise UsageError(f"{location.join(folder, 'state.pt')} cannot be loaded safely: {location.one_line(error)}") from error
     return Checkpoint(
         settings=found["settings"],
         progress=Progress(**found["progress"]),
         consumed=pq.read_table(pa.BufferReader(data["consumed.parquet"])).column("image_id").to_pylist(),
-        state=state,
+        state=_state(data["state.pt"], location.join(folder, "state.pt"), trusted),
+    )
+
+
+def _state(data: bytes, where: str, trusted: Collection[str]) -> dict[str, Any]:
+    try:
+        named = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data))
+        outside = [":".join(name.rpartition(".")[::2]) for name in named]
+        if unknown := [name for name in outside if name not in trusted]:
+            raise UsageError(f"{where} cannot be loaded safely: it holds {_refused(unknown)}")
+        classes = [imported(name, what=f"{where}: the class", trusted=trusted) for name in outside]
+        with torch.serialization.safe_globals(classes):
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except UsageError:
+        raise
+    except Exception as error:  # pickle's and zip's many
+        raise UsageError(f"{where} cannot be loaded safely: {words(error)}. Use another checkpoint.") from error
+
+
+def check_trusted(settings: Mapping[str, Any], folder: str, trusted: Collection[str]) -> None:
+    """Whether a checkpoint's `settings` name nothing outside raypipe that would have to be imported, but what is `trusted`.
+
+    Raises:
+        UsageError: they do; the remedy names all of it. Nothing was imported.
+    """
+    with foreign(f"{folder}/about.json", remedy="Use another checkpoint."):
+        named = [op["op"] for op in settings["recipe"]["ops"] if op["op"] not in OPS]
+        if settings["model"]["name"] not in MODELS:
+            named.insert(0, settings["model"]["name"])
+    if unknown := [name for name in dict.fromkeys(named) if name not in trusted]:
+        raise UsageError(f"The checkpoint {folder} names {_refused(unknown)}")
+
+
+def _refused(names: Sequence[str]) -> str:
+    shown = [printable(str(name)) for name in names]
+    return (
+        f"what is no part of raypipe: {', '.join(shown)}. Loading that would run code which whoever made the checkpoint chose, so nothing was "
+        f"loaded. If you know that code, add {' '.join(f'--trust {name}' for name in shown)}"
     )
 
 

@@ -7,10 +7,9 @@ Boxes are x1 y1 x2 y2 in pixels of the image as the recipe left it; labels are c
 No model has pretrained weights: nothing is downloaded, and the recipe's finish is free to be anything.
 """
 
-import importlib
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +26,7 @@ from torchvision.models.detection.ssd import SSD
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from raypipe import UsageError
+from raypipe.images.own import imported
 from raypipe.images.recipe import Finish, Recipe, Size, did_you_mean
 
 
@@ -181,23 +181,21 @@ def check(name: str, size: Size | None) -> None:
         )
 
 
-def maker(name: str) -> Callable[..., nn.Module]:
+def maker(name: str, *, trusted: Collection[str] | None = None) -> Callable[..., nn.Module]:
     """What makes the model: one of MODELS, or the user's own function, as `module:function`.
 
+    Args:
+        trusted: own functions that may be imported. None: any, for a name that the user wrote. One out of a checkpoint is
+            somebody else's.
+
     Raises:
-        UsageError: there is no such model or function.
+        UsageError: there is no such model or function, or it is not trusted.
     """
     if name in MODELS:
         return MODELS[name]
-    module, colon, function = name.partition(":")
-    if not colon:
+    if ":" not in name:
         raise UsageError(f"unknown model {name!r}{did_you_mean(name, MODELS)}; own ones are written module:function")
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UsageError(
-            f"own model {name!r} cannot be imported: {error}; module:function must be importable on every node"
-        ) from error
+    found = imported(name, what="own model" if trusted is None else "the model", trusted=trusted)
     if not callable(found):
         raise UsageError(
             f"own model {name!r} is a {type(found).__name__}; give a function that takes num_classes and returns a module"
@@ -205,17 +203,24 @@ def maker(name: str) -> Callable[..., nn.Module]:
     return found
 
 
-def build(name: str, *, num_classes: int, arguments: Mapping[str, Any] | None = None) -> nn.Module:
+def build(
+    name: str,
+    *,
+    num_classes: int,
+    arguments: Mapping[str, Any] | None = None,
+    trusted: Collection[str] | None = None,
+) -> nn.Module:
     """The model, with random weights drawn from torch's generator, taking images as the recipe left them.
 
     Args:
         num_classes: background included.
         arguments: of the model's own, such as trainable_backbone_layers or detections_per_img.
+        trusted: as in `maker`.
 
     Raises:
-        UsageError: no such model, or it does not take these arguments.
+        UsageError: no such model, it is not trusted, or it does not take these arguments.
     """
-    make = maker(name)
+    make = maker(name, trusted=trusted)
     try:
         model = make(num_classes=num_classes, **(arguments or {}))
     except TypeError as error:

@@ -30,7 +30,7 @@ from raypipe.models.evaluate import Found, Precision, Truth, mean_average_precis
 from raypipe.run import pipeline, result
 from raypipe.run.pipeline import Job, Run, left_to_do
 from raypipe.run.result import Outcome
-from raypipe.run.settings import COUNT, check_apart, gpu_or_cpu
+from raypipe.run.settings import COUNT, TRUST, check_apart, check_trust, gpu_or_cpu
 from raypipe.run.settings import Settings as Preprocess
 from raypipe.stages import After
 from raypipe.stages.predict import DRAWN, PART, Predict, Predicting, load
@@ -48,6 +48,8 @@ class Settings:
     """Folder, glob, file, tar or Parquet files, local or s3:// gs://; or demo, demo:COUNT."""
     output: str
     """Where results go: predictions.json, predictions/, and with --draw drawn/; with several nodes a place that all of them see."""
+    trust: TRUST = ()
+    """Code outside raypipe that the checkpoint may name and that is then run, as module:name; may be given several times."""
     annotations: str | None = None
     """COCO JSON: its images, ids and category names; --input is then the folder its file names are relative to."""
     backend: Literal["opencv", "torchvision"] | None = None
@@ -108,6 +110,7 @@ class Settings:
             if not 0 <= share <= 1:
                 raise UsageError(f"--{name} is {share}; scores go from 0 to 1.")
         gpu_or_cpu(gpu=self.gpu, cpu=self.cpu)
+        check_trust(self.trust)
         self.preprocessing.check()
 
     @property
@@ -153,7 +156,8 @@ def predicting(settings: Settings) -> Job:
     """
     settings.check()
     folder = checkpoints.find(location.absolute(settings.checkpoint))
-    trained = checkpoints.load(folder).settings
+    trained = checkpoints.load(folder, trusted=settings.trust).settings
+    checkpoints.check_trusted(trained, folder, settings.trust)
     settings = replace(
         settings,
         backend=settings.backend or trained["backend"],
@@ -163,7 +167,7 @@ def predicting(settings: Settings) -> Job:
     )
     check_apart(settings.preprocessing)
     recipe = _recipe(trained, folder, settings)
-    load(folder, torch.device("cpu"))  # what is wrong with it is said before anything starts
+    load(folder, torch.device("cpu"), trusted=settings.trust)  # what is wrong with it is said before anything starts
     source = list_images(settings.input, annotations=settings.annotations, limit=settings.limit, seed=settings.seed)
     coco = read_coco(settings.annotations) if settings.annotations is not None else {}
     names = _names(coco) if coco else dict(enumerate(demo.CLASSES, 1)) if settings.input.startswith("demo") else {}
@@ -174,6 +178,7 @@ def predicting(settings: Settings) -> Job:
         min_score=settings.min_score,
         draw_score=settings.draw_score if settings.draw else None,
         names=names,
+        trusted=settings.trust,
     )
     identity = checkpoints.identity(folder)
     todo = left_to_do(
@@ -231,7 +236,7 @@ def _recipe(trained: dict[str, Any], folder: str, settings: Settings) -> Recipe:
         UsageError: this raypipe, or this backend, has not all of its ops; or one cannot be undone for boxes.
     """
     try:
-        recipe = for_evaluation(from_json(trained["recipe"]))
+        recipe = for_evaluation(from_json(dict(trained["recipe"]), trusted=settings.trust))
         backend_module(settings.preprocessing.backend).check(recipe)
         for op in recipe.ops:
             back(op, (1, 1))

@@ -3,7 +3,9 @@
 import os
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from raypipe import UsageError
 from raypipe.data import location
@@ -13,6 +15,9 @@ from raypipe.images.decode import MAX_PIXELS
 from raypipe.images.recipe import Recipe, to_json
 
 COUNT = int | Literal["auto"]
+
+TRUST = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="MODULE:NAME")]
+"""A flag that may be given several times: the user's own code that a file from elsewhere may name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +107,13 @@ def gpu_or_cpu(*, gpu: bool, cpu: bool) -> bool | None:
     if gpu and cpu:
         raise UsageError("--gpu and --cpu were both given, but a model is on one of them. Leave one out.")
     return True if gpu else False if cpu else None
+
+
+def check_trust(trust: tuple[str, ...]) -> None:
+    """Raises UsageError for a --trust that names no attribute of a module."""
+    for name in trust:
+        if not all(name.partition(":")):
+            raise UsageError(f"--trust is {name!r}; it is module:name, as the checkpoint writes it, such as mymodels:make.")
 
 
 def deciding(settings: Settings, recipe: Recipe) -> dict[str, Any]:

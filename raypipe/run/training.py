@@ -70,7 +70,7 @@ from raypipe.run.session import (
     size_pools,
     versions,
 )
-from raypipe.run.settings import COUNT, gpu_or_cpu, reading
+from raypipe.run.settings import COUNT, TRUST, check_trust, gpu_or_cpu, reading
 from raypipe.run.settings import Settings as Preprocess
 from raypipe.run.trainer import Board, ToBoard, Uneven, train
 from raypipe.stages.batches import check_read
@@ -115,6 +115,9 @@ class Settings:
     """ssd_tiny (CPU), ssd300_vgg16, ssdlite320_mobilenet_v3_large, retinanet_resnet50_fpn_v2, fasterrcnn_resnet50_fpn_v2, or module:function."""
     model_arguments: str = "{}"
     """JSON object of the model's own arguments."""
+    trust: TRUST = ()
+    """Classes outside raypipe that the checkpoints in --storage may hold, as module:name; may be given several times. What --model and the recipe
+    file name needs none."""
     epochs: int = 10
     """How often each image is seen; decides the schedule of the learning rate too."""
     batch_size: int = 16
@@ -195,6 +198,7 @@ class Settings:
             if not 0 <= share < 1:
                 raise UsageError(f"--{name} is {share}; it is a share, from 0 to less than 1.")
         gpu_or_cpu(gpu=self.gpu, cpu=self.cpu)
+        check_trust(self.trust)
         if self.batch_size < self.workers:
             raise UsageError(
                 f"--batch-size is {self.batch_size} for {self.workers} workers, so some would have no image in any step. It counts the images of "
@@ -326,7 +330,7 @@ _DECIDING = (
 )
 _PASSED_ON = (
     *("epochs", "batch_size", "optimizer", "lr", "momentum", "weight_decay", "schedule", "warmup", "amp", "compile"),
-    *("seed", "checkpoint_every"),
+    *("seed", "checkpoint_every", "trust"),
 )
 
 
@@ -683,7 +687,7 @@ def _attempt(
     storage = location.absolute(settings.storage)
     left = todo.work
     if resume is not None:
-        at = checkpoints.load(resume)
+        at = checkpoints.load(resume, trusted=settings.trust)
         left = untouched(left, epoch=at.progress.epoch, image_ids=pa.array(at.consumed, pa.string()))
     datasets = {}
     if left.num_rows:

@@ -1,7 +1,7 @@
 """The predict stage: one block of pixels in; what a trained model finds there, in pixels of the original images, and its journal entry out."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -53,7 +53,7 @@ class Predicting:
     """What decides the predictions, beside the pixels.
 
     checkpoint: its folder. recipe: the one that made the pixels, without chance. min_score: boxes below are left out. draw_score: boxes from it on
-    are drawn; None: nothing is. names: of category ids, for drawing.
+    are drawn; None: nothing is. names: of category ids, for drawing. trusted: what of the user's own code the checkpoint may name.
     """
 
     checkpoint: str
@@ -62,18 +62,22 @@ class Predicting:
     min_score: float = 0.0
     draw_score: float | None = None
     names: Mapping[int, str] = field(default_factory=dict)
+    trusted: tuple[str, ...] = ()
 
 
-def load(folder: str, device: torch.device) -> tuple[nn.Module, Classes, str]:
+def load(folder: str, device: torch.device, *, trusted: Collection[str] = ()) -> tuple[nn.Module, Classes, str]:
     """The model of a checkpoint on `device`, its classes, and whether it was trained with bfloat16 (on, off or auto).
 
+    Args:
+        trusted: functions and classes of the user's own, "module:name", that the checkpoint may name.
+
     Raises:
-        UsageError: it is no checkpoint, or its weights are not of the model that it names.
+        UsageError: it is no checkpoint, names what is not trusted, or its weights are not of the model that it names.
     """
-    kept = checkpoints.load(folder)
+    kept = checkpoints.load(folder, trusted=trusted)
     classes = Classes(tuple(kept.settings["classes"]))
     named = kept.settings["model"]
-    model = detection.build(named["name"], num_classes=len(classes) + 1, arguments=named["arguments"]).to(device)
+    model = detection.build(named["name"], num_classes=len(classes) + 1, arguments=named["arguments"], trusted=trusted).to(device)
     try:
         model.load_state_dict(kept.state["model"])
     except RuntimeError as error:
@@ -91,7 +95,7 @@ class Predictor:
 
     def __init__(self, predicting: Predicting, device: torch.device):
         self.predicting = predicting
-        model, classes, amp = load(predicting.checkpoint, device)
+        model, classes, amp = load(predicting.checkpoint, device, trusted=predicting.trusted)
         self._found_in = partial(
             found_in,
             model,

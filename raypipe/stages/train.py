@@ -72,6 +72,7 @@ class Training:
     seed: int = 0
     threads: int = 1
     checkpoint_every: int | None = None
+    trust: tuple[str, ...] = ()  # classes of the user's own that a checkpoint may hold
 
 
 class Tell(Protocol):
@@ -297,7 +298,7 @@ class Worker:
         if assignment.resume is None:
             self._seed_rank()
         else:
-            self._restore(checkpoints.load(assignment.resume))
+            self._restore(checkpoints.load(assignment.resume, trusted=training.trust))
         if training.compile:
             # The backbone is nearly all of the arithmetic; the rest of a detection model has shapes that differ from image to image.
             getattr(self._model, "backbone", self._model).compile()

@@ -48,7 +48,7 @@ def folder(tmp_path) -> Path:
 def predicted(root: Path, recipe: Recipe, **given):
     shard = make_work(list_images(str(root / "photos")), rows_per_shard=10)
     block, _ = preprocess_shard(shard, Preprocessing(recipe=recipe, backend="opencv"), reader=Reader())
-    what = Predicting(checkpoint=toy(root), recipe=recipe, batch_size=4, **given)
+    what = Predicting(checkpoint=toy(root), recipe=recipe, batch_size=4, trusted=("tests.models.toy:Toy",), **given)
     sink = Sink(format="parquet", root=str(root / "out"))
     return predict_block(block, Predictor(what, torch.device("cpu")), sink, reader=Reader())
 
@@ -102,7 +102,7 @@ def test_an_image_that_is_gone_when_it_is_drawn_on_stops_the_run_and_is_named(fo
     shard = make_work(list_images(str(folder / "photos")), rows_per_shard=10)
     block, _ = preprocess_shard(shard, Preprocessing(recipe=recipe, backend="opencv"), reader=Reader())
     (folder / "photos/b.jpg").unlink()
-    what = Predicting(checkpoint=toy(folder), recipe=recipe, batch_size=4, draw_score=0.5)
+    what = Predicting(checkpoint=toy(folder), recipe=recipe, batch_size=4, draw_score=0.5, trusted=("tests.models.toy:Toy",))
     predictor = Predictor(what, torch.device("cpu"))
     with pytest.raises(OSError, match=r"b\.jpg could be read to predict on it, but not again to draw on it"):
         predict_block(block, predictor, Sink(format="parquet", root=str(folder / "out")), reader=Reader())
