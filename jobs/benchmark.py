@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 from raypipe.data import demo
-from raypipe.data.sources import list_images
+from raypipe.data.listing import list_images
 from raypipe.run.pipeline import run
 from raypipe.run.session import cores_here, ray_here
 from raypipe.run.settings import Settings

@@ -1,6 +1,7 @@
 """Errors that are told to the user, and the one boundary at which foreign structure is read. Imports nothing of raypipe."""
 
 import contextlib
+import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ class Place:
 
     def __str__(self) -> str:
         parts = self.at if isinstance(self.at, tuple) else (self.at,)
-        return printable(" ".join(str(part) for part in parts if part != ""))
+        return printable(" ".join(part if isinstance(part, str) else shown(part) for part in parts if part != ""))
 
 
 @contextlib.contextmanager
@@ -42,7 +43,7 @@ def foreign(what: str, *, remedy: str, passes: tuple[type[Exception], ...] = ())
     Where one row pays and not the run, catch Exception there and give `words` of it as the reject's detail.
 
     Args:
-        what: the file, as the beginning of a sentence.
+        what: the file, as it stands after "cannot read": "the journal entry 'x.json'".
         remedy: what to do about it, a sentence.
         passes: exceptions with another meaning, which are raised as they are. So is UsageError.
 
@@ -59,7 +60,7 @@ def foreign(what: str, *, remedy: str, passes: tuple[type[Exception], ...] = ())
         if isinstance(error, (UsageError, *passes)):
             raise
         where = f", {place}" if str(place) else ""
-        raise UsageError(f"{printable(what)}{where}: cannot be read ({words(error)}). {remedy}") from error
+        raise UsageError(f"cannot read {printable(what)}{where}: {words(error)}. {remedy}") from error
 
 
 def words(error: BaseException) -> str:
@@ -72,6 +73,15 @@ def words(error: BaseException) -> str:
     if not isinstance(error, UsageError | OSError) or not text:
         text = f"{type(error).__name__}: {text}".removesuffix(": ")
     return printable(text)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxdict, _SHORT.maxlist, _SHORT.maxstring, _SHORT.maxother = 4, 8, 6, 80, 80
+
+
+def shown(value: Any) -> str:
+    """A foreign value as Python writes it, shortened: nesting that is too deep, or a million entries, are shown as dots."""
+    return printable(_SHORT.repr(value))
 
 
 def printable(text: str, most: int = _MOST) -> str:

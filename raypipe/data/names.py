@@ -8,7 +8,27 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".npy")
+from raypipe.errors import printable
+
+SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jif",
+    ".jfif",
+    ".jfi",
+    ".pjpeg",
+    ".pjp",
+    ".png",
+    ".apng",
+    ".webp",
+    ".bmp",
+    ".dib",
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".npy",
+)
 """What a file must end with, in upper or lower case, to be listed as an image."""
 
 STATE = "_raypipe"
@@ -16,6 +36,18 @@ STATE = "_raypipe"
 
 TAR = (".tar",)
 PARQUET = (".parquet", ".pq")
+PACKED = {
+    ".tar.gz": "gunzip -k",
+    ".tgz": "gunzip -k",
+    ".tar.bz2": "bunzip2 -k",
+    ".tbz2": "bunzip2 -k",
+    ".tar.xz": "unxz -k",
+    ".txz": "unxz -k",
+    ".tar.zst": "unzstd",
+    ".tzst": "unzstd",
+    ".tar.lz4": "unlz4 -k",
+}
+"""Compressed tars, and the command that unpacks one: rows are offsets in a file, so such a file cannot be read in place."""
 
 OUTSIDE = re.compile(r"(^|/)\.{0,2}(/|$)|[\x00\\]")
 """What a name that may lead out of its folder has: an empty part, `.` or `..`, a backslash or NUL."""
@@ -27,6 +59,14 @@ _UNSAFE = re.compile(r'[\x00-\x1f\x7f-\x9f<>:"|?*\\\u2028\u2029\ud800-\udfff]')
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE | re.DOTALL)  # as file names on Windows
 _OURS = re.compile(r"_raypipe|epoch-\d+", re.IGNORECASE)  # as the first component: the sinks' own folders
 _LIKE_A_FILE = (*SUFFIXES, *TAR, *PARQUET, ".json", ".cls")
+
+
+def suffix_of(path: str) -> str:
+    """What to count a file by that is no image: its suffix in lower case, `.tar.gz` and its like whole."""
+    base = path.rpartition("/")[2].lower()
+    packed = next((suffix for suffix in PACKED if base.endswith(suffix)), None)
+    suffix = packed or posixpath.splitext(base)[1]
+    return printable(suffix, 20) if suffix else "(no suffix)"
 
 
 def unique_names(names: Sequence[str], taken: Iterable[str] = ()) -> list[str]:

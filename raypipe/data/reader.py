@@ -1,30 +1,26 @@
 """From rows of a source to the images' bytes: read where they are needed, ahead of who needs them."""
 
-import bisect
 import functools
-import io
 import itertools
 import os
 import stat
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from raypipe import UsageError
 from raypipe.data import demo
+from raypipe.data.formats.parquet import ParquetReader
 from raypipe.data.location import (
     ERRORS,
     BeyondEnd,
     StoreError,
-    filesystem,
     is_remote,
     local_path,
     one_line,
@@ -89,7 +85,7 @@ class Reader:
             raise UsageError(f"{threads} reader threads are not possible; give 0 or more")
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads, "raypipe-read") if threads else None
-        self._parquet = _ParquetReader()
+        self._parquet = ParquetReader()
         self._far = False  # the last that was read in the caller's thread had to be waited for
         self._patience_s = patience_s
         self._root = root
@@ -253,7 +249,7 @@ class Reader:
     def _fetch_once(self, uri: str, group: list[_Range]) -> list[bytes | Reject]:
         match _kind(uri):
             case "parquet":
-                return self._parquet.read(uri, [one.offset for one in group])
+                return self._parquet.read(uri, [one.offset for one in group], most=CHUNK_BYTES)
             case "demo":
                 seed, _, index = uri.removeprefix("demo://").partition("/")
                 return [demo.read(int(seed), int(index))]
@@ -395,137 +391,3 @@ class _Missing(Reject):
     def __init__(self, detail: str, short: str) -> None:
         super().__init__("unreadable", detail)
         self.short = short
-
-
-class _ParquetReader:
-    """Rows of Parquet files by number. Keeps the last row group: rows in order decode a group once, shuffled ones once a row."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()  # threads that want the same row group wait for the one that reads it
-        self._files: OrderedDict[str, tuple[pq.ParquetFile, str, list[int]]] = OrderedDict()
-        self._group: tuple[str, int, pa.Table] | None = None
-
-    def close(self) -> None:
-        with self._lock:
-            for file, _, _ in self._files.values():
-                file.close()
-            self._files.clear()
-            self._group = None
-
-    def read(self, uri: str, rows: list[int]) -> list[bytes | Reject]:
-        """The first of the rows, at least one: it stops when it has read more than a chunk's bytes."""
-        out: list[bytes | Reject] = []
-        size = 0
-        with self._lock:
-            _, column, ends = self._open(uri)
-            for row in rows:
-                try:
-                    found = self._row(uri, column, ends, row)
-                except ERRORS:
-                    if not out:
-                        raise
-                    break  # the next call begins with it
-                out.append(found)
-                size += len(found) if isinstance(found, bytes) else 0
-                if size > CHUNK_BYTES:
-                    break
-        return out
-
-    def _row(self, uri: str, column: str, ends: list[int], row: int) -> bytes | Reject:
-        if not 0 <= row < ends[-1]:
-            return _unreadable(f"{uri}: row {row}, but the file has {ends[-1]}")
-        group = bisect.bisect_right(ends, row)
-        try:
-            table = self._read_group(uri, group)
-        except ERRORS as error:
-            if is_remote(uri) and not isinstance(error, ValueError):
-                raise  # it may be the store, which will be asked again
-            return _unreadable(f"{uri}: row group {group}: {one_line(error)}")
-        return _parquet_row(f"{uri} row {row}", table, column, row - (ends[group] - table.num_rows))
-
-    def _open(self, uri: str) -> tuple[pq.ParquetFile, str, list[int]]:
-        if uri not in self._files:
-            file = open_parquet(uri)
-            sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
-            entry = (file, image_column(file.schema_arrow, uri), list(itertools.accumulate(sizes)) or [0])
-            self._files[uri] = entry
-            if len(self._files) > 16:
-                self._files.popitem(last=False)[1][0].close()
-        self._files.move_to_end(uri)
-        return self._files[uri]
-
-    def _read_group(self, uri: str, group: int) -> pa.Table:
-        if self._group is None or self._group[:2] != (uri, group):
-            self._group = None  # not two in memory
-            file, column, _ = self._files[uri]
-            columns = [column, *(name for name in ("height", "width") if name in file.schema_arrow.names)]
-            self._group = (uri, group, file.read_row_group(group, columns=columns, use_threads=False))
-        return self._group[2]
-
-
-def _parquet_row(where: str, table: pa.Table, column: str, row: int) -> bytes | Reject:
-    value = table[column][row].as_py()
-    if isinstance(value, dict):
-        if value["bytes"] is None and value.get("path"):
-            return _unreadable(f"{where}: holds no bytes, only the path {value['path']!r}")
-        value = value["bytes"]
-    if value is None:
-        return Reject("empty", f"{where}: no bytes")
-    if not value:
-        return _empty(where)
-    if "height" in table.column_names and "width" in table.column_names:
-        height, width = table["height"][row].as_py(), table["width"][row].as_py()
-        # A thumbnail's PNG may have just this length by chance, and raw pixels the first bytes of a JPEG: our own files are marked.
-        fits = isinstance(height, int) and isinstance(width, int) and len(value) == height * width * 3
-        if fits and (RAW.items() <= (table.schema.metadata or {}).items() or not value.startswith(_MAGIC)):
-            return npy(np.frombuffer(value, np.uint8).reshape(height, width, 3))
-    return value
-
-
-# --- Parquet -----------------------------------------------------------------------------------------------------------------
-
-RAW = {b"raypipe.image": b"HWC RGB uint8"}
-"""Schema metadata of a Parquet file whose images are raw pixels; others are looked at row by row."""
-
-_MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"\x93NUMPY")
-_IMAGE_COLUMNS = ("image", "bytes", "jpg", "jpeg", "png", "webp", "content", "image_bytes", "img", "data")
-
-
-def open_parquet(uri: str) -> pq.ParquetFile:
-    if not is_remote(uri):
-        return pq.ParquetFile(local_path(uri))
-    system, path = filesystem(uri)
-    return pq.ParquetFile(system.open_input_file(path), pre_buffer=True)
-
-
-def image_column(schema: pa.Schema, uri: str) -> str:
-    """The column that holds the images' bytes. Raises UsageError if there is none, or no telling which."""
-    holding = [column.name for column in schema if _holds_bytes(column.type)]
-    for name in (*_IMAGE_COLUMNS, *holding[:1] * (len(holding) == 1)):
-        if name in holding:
-            return name
-    raise UsageError(
-        f"{uri!r} has no column with images that can be told by its name or as the only binary one: its columns are "
-        f"{', '.join(f'{column.name} ({column.type})' for column in schema)}. Name it 'image'"
-    )
-
-
-def _holds_bytes(type: pa.DataType) -> bool:
-    if pa.types.is_struct(type):
-        return any(type.field(i).name == "bytes" and _holds_bytes(type.field(i).type) for i in range(type.num_fields))
-    return pa.types.is_binary(type) or pa.types.is_large_binary(type) or pa.types.is_binary_view(type)
-
-
-def npy(array: np.ndarray) -> bytes:
-    """The bytes of a .npy file with the array."""
-    array = np.ascontiguousarray(array)
-    # One copy of the pixels; np.save into memory makes three (270 kB: 13 against 40 us).
-    return b"".join((_npy_header(array.shape, array.dtype), array.reshape(-1).view(np.uint8).data))
-
-
-@functools.lru_cache(maxsize=1024)
-def _npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
-    buffer = io.BytesIO()
-    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(buffer, header)
-    return buffer.getvalue()

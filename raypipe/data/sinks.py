@@ -8,7 +8,7 @@
 | parquet | `[epoch-NNN/]part-NNNNNN.parquet` | a row an image: raw HWC uint8 pixels with height, width, id, name, boxes, ... |
 
 A file's name and bytes depend only on its rows, so a shard that is written twice is the same as one written once. Rejected
-rows write nothing, and a shard of only rejected rows no file. What was written is an input again (`raypipe.data.sources`).
+rows write nothing, and a shard of only rejected rows no file. What was written is an input again (`raypipe.data.listing`).
 """
 
 import io
@@ -25,9 +25,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raypipe import UsageError
+from raypipe.data.formats.coco import annotation_id, image_key, read_coco
+from raypipe.data.formats.files import npy
+from raypipe.data.formats.parquet import RAW
 from raypipe.data.location import path_of, write
-from raypipe.data.reader import RAW, npy
-from raypipe.data.sources import annotation_id, read_coco
 from raypipe.data.work import images_of
 
 FORMATS = ("jpeg", "png", "npy", "webdataset", "parquet")
@@ -182,7 +183,7 @@ def write_annotations(
     images = []
     boxes: dict[tuple[str, int], list[float]] = {}  # ids need only be unique within an image
     for image in coco["images"]:
-        image_id = str(image["id"])
+        image_id = image_key(image["id"])
         if (row := written.get(image_id)) is None:
             continue
         file, height, width, moved, ids = row
@@ -192,7 +193,7 @@ def write_annotations(
         boxes.update(zip(keys, np.asarray(moved, np.float64).reshape(-1, 4).tolist(), strict=True))
     annotations = []
     for position, annotation in enumerate(coco.get("annotations") or []):
-        image_id = str(annotation["image_id"])
+        image_id = image_key(annotation["image_id"])
         if image_id in written and annotation.get("bbox"):  # others were not looked at when the JSON was listed
             box = boxes.get((image_id, annotation_id(annotation, position)))
             if box is not None:

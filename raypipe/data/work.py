@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raypipe.data.names import unique_names
-from raypipe.data.sources import SOURCE
+from raypipe.data.tables import SOURCE
 
 WORK = pa.schema([pa.field("epoch", pa.int32()), pa.field("shard", pa.int64()), *SOURCE])
 

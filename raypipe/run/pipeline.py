@@ -28,9 +28,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from raypipe import UsageError
 from raypipe.data import journal, location
+from raypipe.data.formats.coco import check_annotation_ids
+from raypipe.data.listing import list_images
 from raypipe.data.reader import Reading
 from raypipe.data.sinks import Sink, annotations_of, write_annotations
-from raypipe.data.sources import check_annotation_ids, list_images
 from raypipe.data.work import extend, make_work, named_as_before, remaining, renewed, requeued, shard_rows, shards, wanted_by
 from raypipe.images import backend as backend_module
 from raypipe.images import catalog

@@ -19,9 +19,11 @@ from rich.console import Console
 
 from raypipe import UsageError
 from raypipe.data import demo, journal, location
+from raypipe.data.formats.coco import image_key, read_coco
+from raypipe.data.listing import list_images
 from raypipe.data.patience import READ_PATIENCE_S
 from raypipe.data.sinks import Sink
-from raypipe.data.sources import ANNOTATION_FIELDS, SOURCE, list_images, read_coco
+from raypipe.data.tables import ANNOTATION_FIELDS, SOURCE
 from raypipe.data.work import unlist
 from raypipe.images import backend as backend_module
 from raypipe.images.recipe import Recipe, back, for_evaluation, from_json
@@ -203,7 +205,7 @@ def predicting(settings: Settings) -> Job:
         gpu=gpu_or_cpu(gpu=settings.gpu, cpu=settings.cpu),
     )
     source = source.set_column(0, SOURCE.field("image_id"), todo.image_ids)
-    ids = {str(image["id"]): image["id"] for image in coco.get("images") or ()}
+    ids = {image_key(image["id"]): image["id"] for image in coco.get("images") or ()}
 
     def conclude(written: list[journal.Written]) -> dict[str, Any]:
         tables = list(_stored(settings.output, written))

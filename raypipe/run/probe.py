@@ -21,8 +21,8 @@ from typing import BinaryIO
 import pyarrow as pa
 
 from raypipe.data import location
+from raypipe.data.listing import list_images
 from raypipe.data.reader import Reader, Reading
-from raypipe.data.sources import list_images
 from raypipe.data.work import make_work
 from raypipe.images import backend as backend_module
 from raypipe.insight.planner import StageCost

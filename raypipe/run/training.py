@@ -35,9 +35,9 @@ from rich.console import Console
 from raypipe import UsageError
 from raypipe.data import journal, lease, location
 from raypipe.data.journal import Rejected
+from raypipe.data.listing import list_images
 from raypipe.data.location import StoreError
 from raypipe.data.patience import READ_PATIENCE_S
-from raypipe.data.sources import list_images
 from raypipe.data.work import make_work, shard_rows, unlist, untouched, wanted_by
 from raypipe.images import backend as backend_module
 from raypipe.images import catalog

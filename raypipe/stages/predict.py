@@ -18,7 +18,7 @@ from raypipe.data import location
 from raypipe.data.journal import Entry, Written
 from raypipe.data.reader import Reader
 from raypipe.data.sinks import Sink
-from raypipe.data.sources import BOXES
+from raypipe.data.tables import BOXES
 from raypipe.data.work import lists, unlist
 from raypipe.images import opencv
 from raypipe.images.decode import Reject, read_header

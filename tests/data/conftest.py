@@ -1,6 +1,8 @@
 """What the tests of listing and of reading share."""
 
 import contextlib
+import io
+import tarfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -31,3 +33,15 @@ def reasons(results: list[bytes | Reject]) -> list[str | None]:
 
 def ids(table: pa.Table) -> list[str]:
     return table["image_id"].to_pylist()
+
+
+def names(table: pa.Table) -> list[str]:
+    return table["name"].to_pylist()
+
+
+def tar(path: Path, *members: tuple[str, bytes], format: int = tarfile.PAX_FORMAT) -> None:
+    with tarfile.open(path, "w", format=format) as archive:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))

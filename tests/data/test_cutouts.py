@@ -10,7 +10,7 @@ import pytest
 from raypipe import UsageError
 from raypipe.cli import main
 from raypipe.data.cutouts import SIZE, load, paste, render
-from raypipe.data.sources import list_images
+from raypipe.data.listing import list_images
 from tests.conftest import files, photo
 
 

@@ -7,7 +7,9 @@ import pytest
 
 from raypipe import UsageError
 from raypipe.data import demo
-from raypipe.data.sources import SOURCE, Reader, list_images
+from raypipe.data.listing import list_images
+from raypipe.data.reader import Reader
+from raypipe.data.tables import SOURCE
 from raypipe.images import opencv
 from raypipe.images.decode import read_header
 

@@ -2,8 +2,8 @@ import unicodedata
 
 import numpy as np
 
+from raypipe.data.listing import list_images
 from raypipe.data.names import unique_names
-from raypipe.data.sources import list_images
 
 
 def folded(name: str) -> str:

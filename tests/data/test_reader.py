@@ -16,8 +16,9 @@ import pytest
 
 from raypipe import UsageError
 from raypipe.data import reader
+from raypipe.data.formats.parquet import ParquetReader
+from raypipe.data.listing import list_images
 from raypipe.data.reader import Reader
-from raypipe.data.sources import list_images
 from raypipe.images.decode import Reject
 from tests.data.conftest import ids, put, read, reasons
 from tests.objects import Objects, objects
@@ -187,8 +188,8 @@ def test_few_rows_are_shared_by_all_threads(tmp_path, monkeypatch):
 def test_read_ahead_is_bounded_in_bytes_for_parquet_too(tmp_path):
     pictures = [bytes([i]) * (3 << 20) for i in range(20)]
     pq.write_table(pa.table({"image": pictures}), tmp_path / "a.parquet", row_group_size=5)
-    with contextlib.closing(reader._ParquetReader()) as files:
-        assert files.read(str(tmp_path / "a.parquet"), list(range(20))) == pictures[:2]
+    with contextlib.closing(ParquetReader()) as files:
+        assert files.read(str(tmp_path / "a.parquet"), list(range(20)), most=reader.CHUNK_BYTES) == pictures[:2]
     assert read(list_images(str(tmp_path)), threads=2) == pictures
 
 

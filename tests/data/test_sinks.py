@@ -16,8 +16,9 @@ import pytest
 
 from raypipe import UsageError
 from raypipe.data import location
+from raypipe.data.listing import list_images
+from raypipe.data.reader import Reader
 from raypipe.data.sinks import FORMATS, Sink, Written, write_annotations, write_shard
-from raypipe.data.sources import Reader, list_images
 from raypipe.data.work import BLOCK
 from raypipe.images import opencv
 from raypipe.images.decode import Reject, read_header

@@ -2,7 +2,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from raypipe.data.sources import SOURCE
+from raypipe.data.tables import SOURCE
 from raypipe.data.work import (
     WORK,
     extend,
@@ -31,6 +31,7 @@ def source(*names: str) -> pa.Table:
         "labels": [[1]] * n,
         "crowds": [[False]] * n,
         "annotation_ids": [[7]] * n,
+        "frame": [[0, 0]] * n,
     }
     return pa.table(columns, schema=SOURCE)
 

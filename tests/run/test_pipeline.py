@@ -12,8 +12,8 @@ from rich.console import Console
 
 from raypipe import UsageError
 from raypipe.data import journal, location
+from raypipe.data.reader import Reader
 from raypipe.data.sinks import FORMATS, Sink
-from raypipe.data.sources import Reader
 from raypipe.data.work import shards
 from raypipe.images import catalog
 from raypipe.images.recipe import Recipe, Resize

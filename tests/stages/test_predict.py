@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from raypipe import UsageError
+from raypipe.data.listing import list_images
 from raypipe.data.reader import Reader
 from raypipe.data.sinks import Sink
-from raypipe.data.sources import list_images
 from raypipe.data.work import make_work
 from raypipe.images.recipe import CenterCrop, Finish, Flip, PadTo, Recipe, Resize, ShortSide
 from raypipe.models import checkpoint as checkpoints

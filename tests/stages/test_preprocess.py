@@ -8,8 +8,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from raypipe.data.listing import list_images
 from raypipe.data.reader import Reader
-from raypipe.data.sources import SOURCE, list_images
+from raypipe.data.tables import SOURCE
 from raypipe.data.work import BLOCK, images_of, make_work
 from raypipe.images import catalog, opencv
 from raypipe.images.decode import Reject

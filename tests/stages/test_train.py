@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 
 from raypipe import UsageError
+from raypipe.data.listing import list_images
 from raypipe.data.reader import Reader
-from raypipe.data.sources import SOURCE, list_images
+from raypipe.data.tables import SOURCE
 from raypipe.data.work import BLOCK, lists, make_work
 from raypipe.images.recipe import CenterCrop, Finish, HorizontalFlip, IoUCrop, PhotometricDistort, Recipe, Resize, ZoomOut
 from raypipe.models import checkpoint as checkpoints

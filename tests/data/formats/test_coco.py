@@ -1,0 +1,101 @@
+import json
+import logging
+
+import numpy as np
+import pytest
+
+from raypipe import UsageError
+from raypipe.data.listing import list_images
+from raypipe.data.tables import SOURCE
+from raypipe.images.decode import Reject
+from tests.data.conftest import ids, names, put, read
+
+
+def coco(tmp_path, **changes) -> str:
+    content = {
+        "images": [
+            {"id": 7, "file_name": "two.jpg", "height": 10, "width": 20},
+            {"id": 3, "file_name": "sub/one.jpg", "height": 10, "width": 20},
+            {"id": 9, "file_name": "missing.jpg", "height": 10, "width": 20},
+        ],
+        "annotations": [
+            {"id": 100, "image_id": 3, "category_id": 18, "bbox": [1, 2, 3.5, 4], "iscrowd": 0, "area": 14},
+            {"id": 101, "image_id": 7, "category_id": 1, "bbox": [0, 0, 5, 5], "iscrowd": 1, "area": 25},
+            {"id": 102, "image_id": 3, "category_id": 90, "bbox": [5, 5, 1, 1], "area": 1},
+            {"id": 90, "image_id": 3, "category_id": 2, "bbox": [0, 1, 2, 3], "area": 6},
+        ],
+        "categories": [{"id": 1, "name": "person"}],
+    } | changes
+    path = tmp_path / "annotations.json"
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+def test_coco_lists_the_json_in_its_order(tmp_path):
+    contents = put(tmp_path / "images", "two.jpg", "sub/one.jpg", "unlisted.jpg")
+    table = list_images(str(tmp_path / "images"), annotations=coco(tmp_path))
+    assert table.schema == SOURCE
+    assert ids(table) == ["7", "3", "9"]
+    assert names(table) == ["two", "sub/one", "missing"]
+    assert table["boxes"].to_pylist() == [[[0, 0, 5, 5]], [[1, 2, 4.5, 6], [5, 5, 6, 6], [0, 1, 2, 4]], []]
+    assert table["labels"].to_pylist() == [[1], [18, 90, 2], []]
+    assert table["crowds"].to_pylist() == [[True], [False] * 3, []]
+    assert table["annotation_ids"].to_pylist() == [[101], [100, 102, 90], []]
+    results = read(table)
+    assert results[:2] == [contents["two.jpg"], contents["sub/one.jpg"]]
+    assert isinstance(results[2], Reject) and results[2].reason == "unreadable" and "missing.jpg" in results[2].detail
+    assert list_images(str(tmp_path / "images"), annotations=coco(tmp_path), limit=2).equals(table.slice(0, 2))
+
+
+def test_coco_annotations_of_unknown_images_are_counted_and_ignored(tmp_path, caplog):
+    put(tmp_path, "two.jpg")
+    strangers = [{"id": i, "image_id": 555, "category_id": 1, "bbox": [0, 0, 1, 1]} for i in range(4)]
+    with caplog.at_level(logging.WARNING):
+        table = list_images(str(tmp_path), annotations=coco(tmp_path, annotations=strangers))
+    assert table["labels"].to_pylist() == [[], [], []]
+    assert "4 annotations" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"images": None}, 'no list "images"'),
+        ({"images": []}, "list no image"),
+        ({"images": [{"id": 1}]}, "number 0 has no id or no file_name"),
+        ({"images": [{"file_name": "a.jpg"}]}, "number 0"),
+        ({"images": [{"id": 1, "file_name": "a.jpg"}] * 2}, "1 occurs twice"),
+        ({"images": [{"id": [], "file_name": "a.jpg"}]}, "id"),
+        ({"images": [{"id": 1, "file_name": "\ud800.jpg"}]}, "number 0"),
+        ({"annotations": {}}, '"annotations" is no list'),
+        ({"annotations": [{"id": 1, "image_id": 7, "category_id": 1, "bbox": [1, 2, 3]}]}, "annotation number 0"),
+        ({"annotations": [{"id": 1, "image_id": 7, "category_id": 1, "bbox": "1234x"}]}, "annotation number 0"),
+        ({"annotations": [{"id": 1, "image_id": 7, "bbox": [1, 2, 3, 4]}]}, "category_id"),
+        ({"annotations": [{"id": 1, "category_id": 7, "bbox": [1, 2, 3, 4]}]}, "image_id"),
+        ({"annotations": ["x"]}, "annotation number 0"),
+    ],
+)
+def test_coco_that_makes_no_sense(tmp_path, changes, message):
+    with pytest.raises(UsageError, match=message):
+        list_images(str(tmp_path), annotations=coco(tmp_path, **changes))
+
+
+def test_annotations_that_are_no_coco_at_all(tmp_path):
+    put(tmp_path, "a.jpg")
+    (tmp_path / "x.json").write_text('{"images": [')
+    (tmp_path / "y.json").write_text("[1, 2]")
+    (tmp_path / "z.json").write_bytes(b"\xff\xfe\x00")
+    for file, message in (("x.json", "not JSON"), ("y.json", "not COCO"), ("z.json", "not JSON"), ("nowhere.json", "cannot read")):
+        with pytest.raises(UsageError, match=message):
+            list_images(str(tmp_path), annotations=str(tmp_path / file))
+    with pytest.raises(UsageError, match="is no directory"):
+        list_images(str(tmp_path / "a.jpg"), annotations=coco(tmp_path))
+    with pytest.raises(UsageError, match="its own boxes"):
+        list_images("demo", annotations=coco(tmp_path))
+
+
+def test_coco_boxes_may_be_nonsense_here(tmp_path):
+    """They are the recipe's to judge: the image becomes a reject with a reason, not the run an error."""
+    boxes = [{"id": 1, "image_id": 7, "category_id": 1, "bbox": [float("nan"), 2, -3, 4]}]
+    table = list_images(str(tmp_path), annotations=coco(tmp_path, annotations=boxes))
+    left, top, right, bottom = table["boxes"][0].as_py()[0]
+    assert np.isnan([left, right]).all() and (top, bottom) == (2, 6)
