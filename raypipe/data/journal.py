@@ -168,7 +168,7 @@ def read_entries(root: str, shards: Iterable[int]) -> Iterator[Entry]:
         place = location.join(root, _path(shard))
         data = location.read(place)
         remedy = "It is unknown whether its shard is done. Delete that file to have the shard done again."
-        with foreign(f"The journal entry {place}", remedy=remedy):
+        with foreign(f"the journal entry {place}", remedy=remedy):
             return _entry(data)
 
     yield from _together(root, read, shards)

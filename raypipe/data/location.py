@@ -18,12 +18,13 @@ import configparser
 import contextlib
 import errno
 import functools
+import io
 import os
 import re
 import shutil
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, quote, unquote, unquote_to_bytes
@@ -71,7 +72,9 @@ def may_pass(error: BaseException, location: str) -> bool:
         return False
     if not isinstance(error, ERRORS):
         return False
-    # Of a remote store all that is left is the network's and the server's.
+    if object_store(location) is not None:
+        return False  # all that its client says is one of those above
+    # Of another remote store all that is left is the network's and the server's.
     return is_remote(location) or getattr(error, "errno", None) in _PASSING
 
 
@@ -271,6 +274,55 @@ def read_range(uri: str, start: int, stop: int | None) -> tuple[bytes, int]:
     if system.get_file_info(path).size != size:
         raise StoreError("the file has changed while it was read")
     return data, size
+
+
+class Ranges(io.RawIOBase):
+    """A remote file of an object store, to be read at any place: a request a read.
+
+    Reads raise StoreError where the store does not answer, and what `wait` makes of it: called with a
+    read, it may call that again.
+    """
+
+    def __init__(self, uri: str, wait: Callable[[Callable[[], bytes]], bytes] = lambda read: read()):
+        found = object_store(uri)
+        if found is None:
+            raise UsageError(f"{uri!r} is not a URI of s3:// or gs://")
+        self._uri, self._at, self._wait = uri, 0, wait
+        client, key = found
+
+        def head() -> bytes:
+            with _as_os_errors():
+                return str(obstore.head(client, key)["size"]).encode()
+
+        self._size = int(wait(head))
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        stop = self._size if size < 0 else min(self._at + size, self._size)
+        if self._at >= stop:
+            return b""
+        start = self._at
+        data = self._wait(lambda: self._whole(start, stop))
+        self._at += len(data)
+        return data
+
+    def _whole(self, start: int, stop: int) -> bytes:
+        data, _ = read_range(self._uri, start, stop)
+        if len(data) < stop - start:
+            raise StoreError("the object has become shorter while it was read")
+        return data
 
 
 def names(folder: str) -> list[str]:

@@ -71,7 +71,7 @@ class Patience:
             if left <= 0:
                 self._ask_again_at = now + LONGEST_PAUSE_S
                 return None
-            return min(FIRST_PAUSE_S * 2**pauses, LONGEST_PAUSE_S, left)
+            return min(FIRST_PAUSE_S * 2 ** min(pauses, 10), LONGEST_PAUSE_S, left)
 
     def _check(self) -> None:
         """Raise StoreError where the store is not to be asked now."""
@@ -82,3 +82,21 @@ class Patience:
             if now < self._ask_again_at:
                 raise StoreError(self._said)
             self._ask_again_at = now + LONGEST_PAUSE_S  # one asks, the others do not
+
+
+def listed(do: Callable[[], T], uri: str) -> T:
+    """What `do` returns, which asks a remote store by pyarrow; a store that does not answer is asked again.
+
+    Raises:
+        OSError: it did not, or there is no such thing.
+    """
+
+    def ask() -> T:
+        try:
+            return do()
+        except (FileNotFoundError, PermissionError):
+            raise
+        except OSError as error:  # Arrow has no class for what may pass
+            raise StoreError(short(error)) from error
+
+    return Patience().call(ask, uri)

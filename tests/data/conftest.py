@@ -22,8 +22,8 @@ def put(root: Path, *files: str) -> dict[str, bytes]:
     return contents
 
 
-def read(table: pa.Table, threads: int = 4) -> list[bytes | Reject]:
-    with contextlib.closing(Reader(threads)) as reader:
+def read(table: pa.Table, threads: int = 4, patience_s: float = 8.0) -> list[bytes | Reject]:
+    with contextlib.closing(Reader(threads, patience_s=patience_s)) as reader:
         return list(reader.read(table))
 
 

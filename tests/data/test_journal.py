@@ -35,7 +35,7 @@ def test_a_damaged_entry_is_named_with_the_remedy(tmp_path):
     journal.put_entry(str(tmp_path), entry(3))
     path = tmp_path / "_raypipe/journal/000000003.json"
     path.write_text(path.read_text()[:-5])
-    with pytest.raises(UsageError, match=r"000000003\.json: cannot be read .* Delete that file"):
+    with pytest.raises(UsageError, match=r"cannot read the journal entry .*000000003\.json: .* Delete that file"):
         list(journal.read_entries(str(tmp_path), [3]))
 
 

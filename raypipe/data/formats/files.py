@@ -14,6 +14,7 @@ from pyarrow import fs
 
 from raypipe.data.journal import STATE
 from raypipe.data.location import ERRORS, filesystem, is_remote, join, local_path, one_line
+from raypipe.data.patience import listed
 from raypipe.errors import UsageError
 
 
@@ -87,7 +88,7 @@ def _find_remote(uri: str) -> tuple[str, Iterable[str]]:
                 return _reroot(uri, path, base), [path[len(base) + 1 :]]
             if info.type == fs.FileType.NotFound:
                 raise UsageError(f"{uri!r} does not exist; nothing can be read from it")
-        infos = system.get_file_info(fs.FileSelector(base, recursive=True))
+        infos = listed(lambda: system.get_file_info(fs.FileSelector(base, recursive=True)), uri)
     except ERRORS as error:
         raise UsageError(f"cannot list {uri!r}: {one_line(error)}") from error
     relative = (info.path[len(base) + 1 :] for info in infos if info.type == fs.FileType.File)

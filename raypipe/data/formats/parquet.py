@@ -27,7 +27,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raypipe.data.formats.files import npy
-from raypipe.data.location import ERRORS, filesystem, is_remote, local_path, local_uri
+from raypipe.data.location import ERRORS, Ranges, filesystem, is_remote, local_path, local_uri, may_pass, object_store
 from raypipe.data.tables import ANNOTATION_FIELDS, Listed, lists_of, rows
 from raypipe.errors import UsageError, foreign, words
 from raypipe.images.decode import Reject
@@ -136,6 +136,8 @@ def _images_in(uri: str) -> _Images:
 def _source(uri: str) -> pa.NativeFile:
     if not is_remote(uri):
         return pa.OSFile(local_path(uri))
+    if object_store(uri) is not None:  # whose client says how many bytes came
+        return pa.PythonFile(Ranges(uri), mode="r")
     system, path = filesystem(uri)
     return system.open_input_file(path)
 
@@ -481,9 +483,7 @@ class ParquetReader:
 
 def _is_stores(error: BaseException, uri: str) -> bool:
     """Whether an error is one of a store, or that there is no file, and says nothing of the file's content."""
-    if isinstance(error, FileNotFoundError | PermissionError):
-        return True
-    return is_remote(uri) and isinstance(error, ERRORS) and not isinstance(error, ValueError)
+    return isinstance(error, FileNotFoundError | PermissionError) or may_pass(error, uri)
 
 
 def _bytes_in(where: str, table: pa.Table, images: _Images, row: int) -> bytes | Reject:

@@ -17,8 +17,9 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from raypipe.data.location import ERRORS, filesystem, is_remote, local_path, local_uri, one_line
+from raypipe.data.location import ERRORS, Ranges, filesystem, is_remote, local_path, local_uri, object_store, one_line
 from raypipe.data.names import SUFFIXES, suffix_of
+from raypipe.data.patience import Patience
 from raypipe.data.tables import Listed, flag, frame, real, rows, text, whole
 from raypipe.errors import UsageError, printable, words
 
@@ -321,7 +322,7 @@ class _Forward:
     Seeks forward by reading, and backward within the last chunk.
     """
 
-    _CHUNK = 1 << 20
+    _CHUNK = 8 << 20  # a request each, of an object store
 
     def __init__(self, uri: str, stream: Any):
         self._uri, self._stream = uri, stream
@@ -375,12 +376,20 @@ class _Forward:
         return bool(chunk)
 
 
+def _stream(uri: str) -> Any:
+    """A remote file to read from its beginning on. A store that fails meanwhile is asked again."""
+    if object_store(uri) is not None:
+        patience = Patience()
+        return Ranges(uri, lambda read: patience.call(read, uri))
+    system, path = filesystem(uri)
+    return system.open_input_stream(path, buffer_size=8 << 20)
+
+
 @contextmanager
 def _opened(uri: str) -> Iterator[Any]:
     if is_remote(uri):
-        system, path = filesystem(uri)
         try:
-            stream = system.open_input_stream(path, buffer_size=8 << 20)
+            stream = _stream(uri)
         except ERRORS as error:
             raise UsageError(f"cannot read the tar {uri!r}: {one_line(error)}. It must exist, and its store must answer") from error
         with closing(_Forward(uri, stream)) as source:

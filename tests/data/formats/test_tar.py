@@ -11,6 +11,7 @@ import pytest
 from raypipe import UsageError
 from raypipe.data.listing import list_images
 from tests.data.conftest import ids, names, read, reasons, tar
+from tests.objects import objects
 
 
 @pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
@@ -136,3 +137,14 @@ def test_tar_sidecars_that_make_no_sense(tmp_path, caplog, content):
         table = list_images(str(tmp_path / "a.tar"))
     assert table["labels"].to_pylist() == [[], [5]]
     assert "1 .json or .cls files make no sense" in caplog.text
+
+
+@pytest.mark.parametrize("failure", [503, "reset", "short"])
+def test_a_store_that_fails_while_a_tar_is_listed_is_asked_again(tmp_path, failure):
+    tar(tmp_path / "a.tar", *((f"{i:03d}.jpg", os.urandom(200_000)) for i in range(100)))
+    with objects(**{"a.tar": (tmp_path / "a.tar").read_bytes()}) as store:
+        gets = itertools.count()
+        store.fails = lambda key, n: failure if n > 1 and next(gets) in (1, 3) else None
+        table = list_images(store.uri("a.tar"))
+    assert table.num_rows == 100
+    assert next(gets) > 4
