@@ -24,7 +24,7 @@ import warnings
 
 import cv2
 import numpy as np
-from PIL import AvifImagePlugin, BmpImagePlugin, GifImagePlugin, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+from PIL import AvifImagePlugin, BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 from PIL.ImageFile import ImageFile
 
 from raypipe.images import jpeg, png, tiff
@@ -118,13 +118,28 @@ def _decode_other(data: bytes, format: str, *, strict: bool) -> np.ndarray:
         raise Reject("damaged", f"libjpeg: {said}")
     with c_messages:
         image.load()
-    if image.mode.startswith("I;16"):
-        high = (np.asarray(image) >> 8).astype(np.uint8)
-        return cv2.cvtColor(high, cv2.COLOR_GRAY2RGB)
     if image.mode in ("I", "F"):
         raise Reject("unsupported mode", f"pixels of 32 bits (Pillow's mode {image.mode!r}) have no range to map to 8 bits")
     image.info.pop("transparency", None)  # dropped in any case; convert would warn about it
-    return np.array(image.convert("RGB"))
+    return _pixels(image)
+
+
+_BAND = 1 << 20
+"""Pixels that are taken out of Pillow's memory at once: a copy of a whole large image takes 3 to 10 bytes a pixel."""
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    """A loaded image as HWC RGB uint8."""
+    width, height = image.size
+    out = np.empty((height, width, 3), np.uint8)
+    rows = max(1, _BAND // width)
+    for top in range(0, height, rows):
+        band = image if rows >= height else image.crop((0, top, width, min(top + rows, height)))
+        if image.mode.startswith("I;16"):
+            out[top : top + rows] = (np.asarray(band) >> 8).astype(np.uint8)[..., None]
+        else:
+            out[top : top + rows] = np.asarray(band if band.mode == "RGB" else band.convert("RGB"))
+    return out
 
 
 def decode_by_pillow(data: bytes, header: Header, reduce: int = 1) -> np.ndarray:
@@ -134,7 +149,7 @@ def decode_by_pillow(data: bytes, header: Header, reduce: int = 1) -> np.ndarray
         if reduce > 1:
             image.draft(image.mode, (max(1, image.width // reduce), max(1, image.height // reduce)))
         image.load()
-        pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
+        pixels = _pixels(image)
     except Exception as error:  # as above
         raise rejected(error) from error
     return check_size(orient(pixels, header.orientation), header, reduce)
