@@ -14,6 +14,7 @@ from rich.table import Table
 
 from raypipe import UsageError
 from raypipe.data import journal, location
+from raypipe.errors import foreign
 from raypipe.images import catalog
 from raypipe.images.recipe import to_json
 from raypipe.insight.live import listing
@@ -124,12 +125,15 @@ def _of(run: str) -> tuple[dict, str]:
     places = [location.join(run, f"{journal.STATE}/report.json"), location.join(run, "report.json")]
     for place in places:
         try:
-            return json.loads(location.read(place)), place
+            data = location.read(place)
         except (FileNotFoundError, NotADirectoryError):  # the latter: of the report's own path, say
             continue
-        except ValueError as error:
-            raise UsageError(f"{place} is no report of raypipe ({error}).") from error
+        with foreign(f"the report {place}", remedy=_NO_REPORT):
+            return json.loads(data), place
     raise UsageError(f"There is no report in {run!r}: neither {' nor '.join(places)} exists. A run writes it when it ends.")
+
+
+_NO_REPORT = "It is no report of raypipe; give the output directory of a run that ended."
 
 
 def report(command: Report, console: Console) -> None:
@@ -139,10 +143,9 @@ def report(command: Report, console: Console) -> None:
         UsageError: there is none.
     """
     found, place = _of(command.run)
-    try:
-        console.print(terminal(found))
-    except (KeyError, TypeError) as error:
-        raise UsageError(f"{place} is no report of raypipe ({type(error).__name__}: {error}).") from error
+    with foreign(f"the report {place}", remedy=_NO_REPORT):
+        shown = terminal(found)
+    console.print(shown)
 
 
 def plan(command: Plan, console: Console) -> None:
@@ -155,12 +158,10 @@ def plan(command: Plan, console: Console) -> None:
         if count is not None and count < 1:
             raise UsageError(f"--{name} is {count}; it must be at least 1.")
     found, place = _of(command.run)
-    try:
-        console.print(outlook(found, cpus=command.cpus, gpus=command.gpus))
-    except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(
-            f"{place} says nothing of what stages cost: {error}. A run that finished at least a shard does."
-        ) from error
+    remedy = "It says nothing of what stages cost; that of a run that finished at least a shard does."
+    with foreign(f"the report {place}", remedy=remedy):
+        shown = outlook(found, cpus=command.cpus, gpus=command.gpus)
+    console.print(shown)
 
 
 def runs(command: Runs, console: Console) -> None:

@@ -35,6 +35,7 @@ import pyarrow.parquet as pq
 
 from raypipe import UsageError
 from raypipe.data import lease, location
+from raypipe.data.formats.parquet import read_table
 from raypipe.data.names import OUTSIDE, STATE
 from raypipe.data.work import WORK
 from raypipe.errors import foreign, printable
@@ -207,10 +208,9 @@ def read_work(root: str) -> pa.Table | None:
     if data is None:
         return None
     remedy = "It is unknown which image is in which shard. Use another --output, or --no-resume to start again."
-    with foreign(f"{location.join(root, STATE)}/work.parquet", remedy=remedy) as place:
-        table = pq.read_table(pa.BufferReader(data))
-        table.validate(full=True)
-        table = table.cast(WORK)
+    what = f"{location.join(root, STATE)}/work.parquet"
+    table = read_table(data, WORK, what, remedy=remedy)
+    with foreign(what, remedy=remedy) as place:
         for name in ("epoch", "shard", "image_id", "name", "uri", "offset", "length"):
             place.at = ("column", name)
             if table.column(name).null_count:

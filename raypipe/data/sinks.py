@@ -29,6 +29,7 @@ from raypipe.data.formats.coco import annotation_id, image_key, read_coco
 from raypipe.data.formats.files import npy
 from raypipe.data.formats.parquet import RAW
 from raypipe.data.location import path_of, write
+from raypipe.data.tables import real
 from raypipe.data.work import images_of
 
 FORMATS = ("jpeg", "png", "npy", "webdataset", "parquet")
@@ -212,7 +213,7 @@ def _moved(annotation: dict[str, Any], box: list[float]) -> dict[str, Any]:
     # Four decimals: what float32 boxes hold of a pixel, and half the file's size.
     kept["bbox"] = [round(value, 4) for value in (left, top, right - left, bottom - top)]
     if isinstance(area := annotation.get("area"), int | float):
-        before = float(annotation["bbox"][2]) * float(annotation["bbox"][3])
+        before = real(annotation["bbox"][2]) * real(annotation["bbox"][3])
         after = (right - left) * (bottom - top)
         kept["area"] = round(area * after / before if before > 0 else after, 4)
     return kept

@@ -39,7 +39,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from raypipe import UsageError
+from raypipe.errors import UsageError, foreign, shown
 from raypipe.images.decode import MAX_PIXELS, Reject
 from raypipe.images.own import imported
 
@@ -1259,11 +1259,21 @@ def from_json(source: Mapping[str, Any] | str | Path, *, trusted: Collection[str
     """
     if isinstance(source, str | Path):
         return _from_file(Path(source))
-    where = f"recipe {source.get('name', '')!r}" if isinstance(source, Mapping) else "recipe"
+    return _from_content(source, trusted)
+
+
+def _from_content(source: Any, trusted: Collection[str] | None) -> Recipe:
+    """A recipe from what a JSON holds: a text in there is no name of a file."""
+    where = f"recipe {shown(source.get('name', ''))}" if isinstance(source, Mapping) else "recipe"
+    with foreign(where, remedy="`raypipe recipes NAME` prints one that is right."):
+        return _from_mapping(source, where, trusted)
+
+
+def _from_mapping(source: Any, where: str, trusted: Collection[str] | None) -> Recipe:
     fields = dict(_object(source, where))
     ops = fields.get("ops", [])
     if not isinstance(ops, list | tuple):
-        raise UsageError(f'{where}: ops is {ops!r}; it must be a list of objects like {{"op": "Greyscale"}}')
+        raise UsageError(f'{where}: ops is {shown(ops)}; it must be a list of objects like {{"op": "Greyscale"}}')
     made: dict[str, Any] = (
         {"ops": tuple(_op(op, f"{where}, op {index}", trusted) for index, op in enumerate(ops))} if "ops" in fields else {}
     )
@@ -1275,14 +1285,15 @@ def from_json(source: Mapping[str, Any] | str | Path, *, trusted: Collection[str
 def _from_file(path: Path) -> Recipe:
     try:
         data = path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"recipe file {path} cannot be read: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # ValueError: no name of a file
+        raise UsageError(f"recipe file {path} cannot be read: {getattr(error, 'strerror', error)}") from error
+    with foreign(f"the recipe file {path}", remedy="`raypipe recipes NAME` prints one that is right."):
+        try:
+            content = json.loads(data)
+        except ValueError as error:
+            raise UsageError(f"recipe file {path} is not JSON: {error}") from error
     try:
-        content = json.loads(data)
-    except ValueError as error:
-        raise UsageError(f"recipe file {path} is not JSON: {error}") from error
-    try:
-        return from_json(content)
+        return _from_content(content, None)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
 
@@ -1291,7 +1302,7 @@ def _op(source: Any, where: str, trusted: Collection[str] | None) -> Any:
     fields = dict(_object(source, where))
     name = fields.pop("op", None)
     if not isinstance(name, str):
-        raise UsageError(f'{where}: no "op" with the name of an op in {source!r}; known ones are {", ".join(OPS)}')
+        raise UsageError(f'{where}: no "op" with the name of an op in {shown(source)}; known ones are {", ".join(OPS)}')
     return _build(_op_class(name, where, trusted), fields, f"{where} ({name})")
 
 
@@ -1322,7 +1333,7 @@ def _plain(value: Any) -> Any:
 
 def _object(source: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(source, Mapping):
-        raise UsageError(f"{where}: {source!r} must be an object with named fields")
+        raise UsageError(f"{where}: {shown(source)} must be an object with named fields")
     return source
 
 
@@ -1350,7 +1361,7 @@ def _converted(value: Any, kind: Any, where: str) -> Any:
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
         if value not in parts:
-            raise UsageError(f"{where} is {value!r}{did_you_mean(value, parts)}")
+            raise UsageError(f"{where} is {shown(value)}{did_you_mean(value, parts)}")
         return value
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in parts:
@@ -1360,20 +1371,21 @@ def _converted(value: Any, kind: Any, where: str) -> Any:
     if origin is tuple:
         if not isinstance(value, list | tuple) or (parts[-1] is not ... and len(value) != len(parts)):
             length = "" if parts[-1] is ... else f"{len(parts)} "
-            raise UsageError(f"{where} is {value!r}; it must be a list of {length}{parts[0].__name__}")
+            raise UsageError(f"{where} is {shown(value)}; it must be a list of {length}{parts[0].__name__}")
         return tuple(_converted(item, parts[0], f"{where}[{index}]") for index, item in enumerate(value))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(kind, type) and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
-        raise UsageError(f"{where} is {value!r}; it must be of type {kind.__name__}")
+        raise UsageError(f"{where} is {shown(value)}; it must be of type {kind.__name__}")
     return value
 
 
 def did_you_mean(given: Any, known: Iterable[Any]) -> str:
     """The end of an error message: what was probably meant, and what there is."""
     names = [str(name) for name in known]
-    close = difflib.get_close_matches(str(given), names, n=1, cutoff=0.5)
-    lowered = [name for name in names if name.lower() == str(given).lower()]
+    given = str(given)[:100]  # comparing takes the product of both lengths
+    close = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
+    lowered = [name for name in names if name.lower() == given.lower()]
     meant = f"; did you mean {(lowered or close)[0]!r}?" if lowered or close else ";"
     return f"{meant} Known: {', '.join(names) or 'none'}" if close or lowered else f"{meant} known: {', '.join(names) or 'none'}"
 

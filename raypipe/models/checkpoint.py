@@ -12,7 +12,7 @@ them of anything outside raypipe (a model, an op, a class in the state) are only
 import io
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
 from typing import Any
 
@@ -22,8 +22,10 @@ import torch
 
 from raypipe import UsageError
 from raypipe.data import location
+from raypipe.data.formats.parquet import read_table
 from raypipe.data.journal import differences
-from raypipe.errors import foreign, printable, words
+from raypipe.data.tables import whole
+from raypipe.errors import foreign, printable, shown, words
 from raypipe.images.own import imported
 from raypipe.images.recipe import OPS
 from raypipe.models.detection import MODELS
@@ -92,24 +94,39 @@ def about(folder: str) -> dict[str, Any] | None:
     """The content of about.json; None if the folder is no checkpoint, or one that was not finished.
 
     Raises:
-        UsageError: it was made by another version of the format.
+        UsageError: it was made by another version of the format, or cannot be read.
     """
     try:
-        found = json.loads(location.read(location.join(folder, "about.json")))
-        version = found["version"]
+        data = location.read(location.join(folder, "about.json"))
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"{folder}/about.json cannot be read ({error}), so it is unknown what this checkpoint is. Delete the folder to go on from the "
-            f"one before it."
-        ) from error
+    with foreign(f"{folder}/about.json", remedy=_OTHER) as place:
+        found = json.loads(data)
+        version = found["version"]
     if version != VERSION:
         raise UsageError(
-            f"{folder} is a checkpoint of format version {version}; this raypipe reads version {VERSION}. Use the raypipe that made it, or "
+            f"{folder} is a checkpoint of format version {shown(version)}; this raypipe reads version {VERSION}. Use the raypipe that made it, or "
             f"start anew in another --storage."
         )
+    with foreign(f"{folder}/about.json", remedy=_OTHER) as place:
+        place.at = "settings"
+        found["settings"].keys()
+        place.at = "bytes"
+        found["bytes"] = {name: whole(found["bytes"][name]) for name in ("state.pt", "consumed.parquet")}
+        place.at = "progress"
+        _progress(found)
     return found
+
+
+_OTHER = "It is unknown what this checkpoint is. Delete the folder to go on from the one before it."
+
+
+def _progress(about: Mapping[str, Any]) -> Progress:
+    progress = Progress(**about["progress"])
+    if not all(isinstance(row, dict) for row in (*progress.rejects, *progress.epochs)):
+        raise TypeError("its rejects and epochs are lists of objects")
+    epoch, step, rows, images = (whole(getattr(progress, name)) for name in ("epoch", "step", "rows", "images"))
+    return replace(progress, epoch=epoch, step=step, rows=rows, images=images)
 
 
 def load(folder: str, *, trusted: Collection[str] = ()) -> Checkpoint:
@@ -137,10 +154,11 @@ def load(folder: str, *, trusted: Collection[str] = ()) -> Checkpoint:
                 f"{location.join(folder, name)} has {len(data[name])} bytes, {size} were written: it is damaged. Delete {folder} to go on from "
                 f"the checkpoint before it."
             )
+    consumed = read_table(data["consumed.parquet"], CONSUMED, location.join(folder, "consumed.parquet"), remedy=_OTHER)
     return Checkpoint(
         settings=found["settings"],
-        progress=Progress(**found["progress"]),
-        consumed=pq.read_table(pa.BufferReader(data["consumed.parquet"])).column("image_id").to_pylist(),
+        progress=_progress(found),
+        consumed=consumed.column("image_id").to_pylist(),
         state=_state(data["state.pt"], location.join(folder, "state.pt"), trusted),
     )
 
@@ -186,7 +204,7 @@ def progress_of(folder: str) -> Progress:
     """How far the training of a finished checkpoint is, without reading its weights."""
     found = about(folder)
     assert found is not None
-    return Progress(**found["progress"])
+    return _progress(found)
 
 
 def find(where: str) -> str:

@@ -13,18 +13,19 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from rich.console import Console
 
 from raypipe import UsageError
 from raypipe.data import demo, journal, location
 from raypipe.data.formats.coco import image_key, read_coco
+from raypipe.data.formats.parquet import read_table
 from raypipe.data.listing import list_images
 from raypipe.data.patience import READ_PATIENCE_S
 from raypipe.data.sinks import Sink
-from raypipe.data.tables import ANNOTATION_FIELDS, SOURCE
+from raypipe.data.tables import ANNOTATION_FIELDS, SOURCE, whole
 from raypipe.data.work import unlist
+from raypipe.errors import foreign
 from raypipe.images import backend as backend_module
 from raypipe.images.recipe import Recipe, back, for_evaluation, from_json
 from raypipe.models import checkpoint as checkpoints
@@ -35,7 +36,7 @@ from raypipe.run.result import Outcome
 from raypipe.run.settings import COUNT, TRUST, check_apart, check_trust, gpu_or_cpu
 from raypipe.run.settings import Settings as Preprocess
 from raypipe.stages import After
-from raypipe.stages.predict import DRAWN, PART, Predict, Predicting, load
+from raypipe.stages.predict import DRAWN, PART, PREDICTIONS, Predict, Predicting, load
 
 RESULTS = "predictions.json"
 
@@ -160,13 +161,15 @@ def predicting(settings: Settings) -> Job:
     folder = checkpoints.find(location.absolute(settings.checkpoint))
     trained = checkpoints.load(folder, trusted=settings.trust).settings
     checkpoints.check_trusted(trained, folder, settings.trust)
-    settings = replace(
-        settings,
-        backend=settings.backend or trained["backend"],
-        max_pixels=settings.max_pixels or trained["max_pixels"],
-        decoder=settings.decoder or trained.get("decoder", "simplejpeg"),
-        damaged=settings.damaged or trained.get("damaged", "reject"),
-    )
+    with foreign(f"{folder}/about.json, settings", remedy="Use another checkpoint."):
+        settings = replace(
+            settings,
+            backend=settings.backend or trained["backend"],
+            max_pixels=settings.max_pixels or whole(trained["max_pixels"]),
+            decoder=settings.decoder or trained.get("decoder", "simplejpeg"),
+            damaged=settings.damaged or trained.get("damaged", "reject"),
+        )
+    settings.preprocessing.check()
     check_apart(settings.preprocessing)
     recipe = _recipe(trained, folder, settings)
     load(folder, torch.device("cpu"), trusted=settings.trust)  # what is wrong with it is said before anything starts
@@ -238,10 +241,11 @@ def _recipe(trained: dict[str, Any], folder: str, settings: Settings) -> Recipe:
         UsageError: this raypipe, or this backend, has not all of its ops; or one cannot be undone for boxes.
     """
     try:
-        recipe = for_evaluation(from_json(dict(trained["recipe"]), trusted=settings.trust))
-        backend_module(settings.preprocessing.backend).check(recipe)
-        for op in recipe.ops:
-            back(op, (1, 1))
+        with foreign("it", remedy="Use another checkpoint."):
+            recipe = for_evaluation(from_json(dict(trained["recipe"]), trusted=settings.trust))
+            backend_module(settings.preprocessing.backend).check(recipe)
+            for op in recipe.ops:
+                back(op, (1, 1))
     except UsageError as error:
         raise UsageError(f"The recipe in the checkpoint {folder} cannot be followed: {error}") from error
     return recipe
@@ -274,7 +278,9 @@ def _stored(output: str, written: Sequence[journal.Written]) -> Iterator[pa.Tabl
     """The predictions for the images in `written`, a table (schema PREDICTIONS) a shard."""
     wanted = pa.array([row.image_id for row in written], pa.string())
     for part in dict.fromkeys(row.file for row in written):
-        table = pq.read_table(pa.BufferReader(location.read(location.join(output, part))))
+        place = location.join(output, part)
+        remedy = "--no-resume predicts again."
+        table = read_table(location.read(place), PREDICTIONS, f"the predictions {place}", remedy=remedy)
         yield table.filter(pc.is_in(table.column("image_id"), wanted))
 
 

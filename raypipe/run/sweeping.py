@@ -30,6 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from raypipe import UsageError
 from raypipe.data import journal, lease, location
+from raypipe.data.formats.parquet import read_table
 from raypipe.data.reader import Reader
 from raypipe.images import backend as backend_module
 from raypipe.insight import planner, talk
@@ -382,14 +383,11 @@ def read_results(output: str) -> list[dict[str, Any]]:
     """
     place = location.join(output, "results.parquet")
     try:
-        return pq.read_table(pa.BufferReader(location.read(place))).cast(RESULTS).to_pylist()
+        data = location.read(place)
     except FileNotFoundError:
         return []
-    except (pa.ArrowException, ValueError) as error:
-        raise UsageError(
-            f"{place} is no table of a sweep's results ({location.one_line(error)}), so it is unknown what was measured. Remove it to measure "
-            f"again, or give another --output."
-        ) from error
+    remedy = "It is unknown what was measured. Remove it to measure again, or give another --output."
+    return read_table(data, RESULTS, f"the table of a sweep's results {place}", remedy=remedy).to_pylist()
 
 
 def put_results(output: str, rows: Sequence[Mapping[str, Any]]) -> None:

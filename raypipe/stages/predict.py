@@ -13,13 +13,13 @@ import pyarrow.parquet as pq
 import torch
 from torch import nn
 
-from raypipe import UsageError
 from raypipe.data import location
 from raypipe.data.journal import Entry, Written
 from raypipe.data.reader import Reader
 from raypipe.data.sinks import Sink
-from raypipe.data.tables import BOXES
+from raypipe.data.tables import BOXES, whole
 from raypipe.data.work import lists, unlist
+from raypipe.errors import foreign
 from raypipe.images import opencv
 from raypipe.images.decode import Reject, read_header
 from raypipe.images.drawing import draw_boxes
@@ -75,19 +75,20 @@ def load(folder: str, device: torch.device, *, trusted: Collection[str] = ()) ->
         UsageError: it is no checkpoint, names what is not trusted, or its weights are not of the model that it names.
     """
     kept = checkpoints.load(folder, trusted=trusted)
-    classes = Classes(tuple(kept.settings["classes"]))
-    named = kept.settings["model"]
-    model = detection.build(named["name"], num_classes=len(classes) + 1, arguments=named["arguments"], trusted=trusted).to(device)
-    try:
+    with foreign(
+        f"the checkpoint {folder}", remedy="Use the code it was trained with, another checkpoint, or train again."
+    ) as place:
+        place.at = "settings"
+        classes = Classes(tuple(map(whole, kept.settings["classes"])))
+        named, amp = kept.settings["model"], kept.settings["amp"]
+        place.at = ("the model", named["name"])
+        model = detection.build(named["name"], num_classes=len(classes) + 1, arguments=named["arguments"], trusted=trusted)
+        place.at = ("the weights, which are to be those of", named["name"])
         model.load_state_dict(kept.state["model"])
-    except RuntimeError as error:
-        raise UsageError(
-            f"The weights in {folder} do not fit the model {named['name']!r} ({location.one_line(error)[:300]}). Use the code it was trained "
-            f"with, or train again."
-        ) from error
+    model = model.to(device)
     if device.type == "cuda":
         model = model.to(memory_format=torch.channels_last)
-    return model, classes, kept.settings["amp"]
+    return model, classes, amp
 
 
 class Predictor:

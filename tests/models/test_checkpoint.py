@@ -96,7 +96,7 @@ def test_damage_other_versions_and_no_checkpoint_are_told_apart(tmp_path):
     with pytest.raises(UsageError, match="format version 2; this raypipe reads version 1"):
         load(str(folder))
     (folder / "about.json").write_text(about[:50])
-    with pytest.raises(UsageError, match="cannot be read"):
+    with pytest.raises(UsageError, match="cannot read"):
         load(str(folder))
     with pytest.raises(UsageError, match="is no checkpoint"):
         load(str(tmp_path))

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from pyarrow import fs
 
-from raypipe.data.journal import STATE
 from raypipe.data.location import ERRORS, filesystem, is_remote, join, local_path, one_line
+from raypipe.data.names import STATE
 from raypipe.data.patience import listed
 from raypipe.errors import UsageError
 

@@ -9,15 +9,12 @@ those that Ray registers unpickle their values. So that schema is hidden from Ar
 
 import base64
 import bisect
-import io
 import itertools
-import json
 import logging
-import pickle
 import posixpath
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from raypipe.data.formats.columns import depth, image_column, is_list, is_shaped, pixels, shape_of
 from raypipe.data.formats.files import npy
 from raypipe.data.location import ERRORS, Ranges, filesystem, is_remote, local_path, local_uri, may_pass, object_store
 from raypipe.data.tables import ANNOTATION_FIELDS, Listed, lists_of, rows
@@ -40,10 +38,10 @@ RAW = {b"raypipe.image": b"HWC RGB uint8"}
 LARGE_GROUP = 128 << 20
 """Bytes of a row group above which it is read in pieces of `_PIECE` bytes instead of whole."""
 
-_PIECE = 32 << 20
+_PIECE = 8 << 20
 _MOST_ROWS = 1 << 16  # of a piece
+_ANNOTATED_ROWS = 1 << 13  # whose annotations are read together
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"\x93NUMPY")
-_IMAGE_COLUMNS = ("image", "bytes", "jpg", "jpeg", "png", "webp", "content", "image_bytes", "img", "data", "pixels", "tensor")
 _WITH_IMAGE = ("image_id", "name", "boxes", "labels", "crowds", "annotation_ids", "label", "height", "width")
 
 
@@ -57,6 +55,7 @@ def read_table(data: bytes, schema: pa.Schema, what: str, *, remedy: str) -> pa.
     """
     with foreign(what, remedy=remedy):
         table = _open(pa.BufferReader(data), streamed=False).read(use_threads=False)
+        table.validate(full=True)
         columns = []
         for column in schema:
             if column.name in table.column_names:
@@ -111,7 +110,8 @@ class _Images:
     column: str
     shape: tuple[int, ...] | None
     ends: list[int]
-    bytes: list[int]  # of the column, by group, uncompressed
+    bytes: list[int]  # of each group
+    promised: int  # rows, by the footer
 
 
 def _images_in(uri: str) -> _Images:
@@ -122,15 +122,18 @@ def _images_in(uri: str) -> _Images:
     extensions = _extensions(metadata)
     column = image_column(schema, uri, extensions)
     counts, sizes = [], []
+    # Not row_group().column(): where the footer has no metadata of a column, that ends the process (pyarrow 26).
     for group in range(metadata.num_row_groups):
         of = metadata.row_group(group)
         counts.append(of.num_rows)
-        sizes.append(_bytes_of(metadata, group, (column,)))
+        sizes.append(max(of.total_byte_size, source.size() // metadata.num_row_groups))
         if not 0 <= of.num_rows < 2**31:
             raise ValueError(f"row group {group} says that it has {of.num_rows} rows")
     if max(sizes, default=0) > LARGE_GROUP:
         file = _open(source, streamed=True)
-    return _Images(file, column, _shape(*extensions.get(column, ("", b""))), list(itertools.accumulate(counts)) or [0], sizes)
+    ends = list(itertools.accumulate(counts)) or [0]
+    shape = shape_of(*extensions.get(column, ("", b"")))
+    return _Images(file, column, shape, ends, sizes, max(metadata.num_rows, ends[-1]))
 
 
 def _source(uri: str) -> pa.NativeFile:
@@ -142,18 +145,8 @@ def _source(uri: str) -> pa.NativeFile:
     return system.open_input_file(path)
 
 
-def _bytes_of(metadata: pq.FileMetaData, group: int, columns: Sequence[str]) -> int:
-    of = metadata.row_group(group)
-    chunks = (of.column(index) for index in range(of.num_columns))
-    return sum(
-        max(chunk.total_uncompressed_size, chunk.total_compressed_size)
-        for chunk in chunks
-        if chunk.path_in_schema.partition(".")[0] in columns
-    )
-
-
 def _pieces(file: pq.ParquetFile, group: int, columns: list[str], size: int) -> Iterator[pa.Table]:
-    """The rows of a group, of which `columns` are `size` bytes: in one piece if it is small."""
+    """The rows of a group of `size` bytes: in one piece if it is small."""
     if size <= LARGE_GROUP:
         yield file.read_row_group(group, columns=columns, use_threads=False)
         return
@@ -161,91 +154,6 @@ def _pieces(file: pq.ParquetFile, group: int, columns: list[str], size: int) -> 
     batch = min(max(1, _PIECE // each), _MOST_ROWS)
     for rows_ in file.iter_batches(batch_size=batch, row_groups=[group], columns=columns, use_threads=False):
         yield pa.table(rows_)
-
-
-# --- which column ----------------------------------------------------------------------------------------------------------
-
-_TENSORS = (
-    "ray.data.arrow_tensor",
-    "ray.data.arrow_tensor_v2",
-    "ray.data.arrow_variable_shaped_tensor",
-    "arrow.fixed_shape_tensor",
-)
-
-
-def image_column(schema: pa.Schema, uri: str, extensions: dict[str, tuple[str, bytes]]) -> str:
-    """The column that holds the images. Raises UsageError if there is none, or no telling which."""
-    named, encoded, tensors = set(), [], []
-    for column in schema:
-        extension = extensions.get(column.name, ("",))[0]
-        depth = _depth(column.type)
-        if extension == "ray.data.arrow_pickled_object":
-            continue
-        if _holds_bytes(column.type):
-            encoded.append(column.name)
-        elif extension in _TENSORS or depth == 3 or _is_shaped(column.type):
-            tensors.append(column.name)
-        elif depth == 2 or (depth == 1 and {"height", "width"} <= {*schema.names}):
-            named.add(column.name)  # grey pixels, or flat ones: only where the name says so
-    alone = [of[0] for of in (encoded, tensors) if len(of) == 1]
-    for name in (*_IMAGE_COLUMNS, *alone):
-        if name in named or name in encoded or name in tensors:
-            return name
-    raise UsageError(
-        f"{uri!r} has no column with images that can be told by its name or as the only one of bytes or tensors: its columns "
-        f"are {', '.join(f'{column.name} ({column.type})' for column in schema)}. Name it 'image', and write encoded bytes or "
-        "whole numbers"
-    )
-
-
-def _holds_bytes(type: pa.DataType) -> bool:
-    if pa.types.is_struct(type):
-        return any(type.field(i).name == "bytes" and _holds_bytes(type.field(i).type) for i in range(type.num_fields))
-    return any(
-        is_(type) for is_ in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
-    )
-
-
-def _is_shaped(type: pa.DataType) -> bool:
-    """Whether values are tensors of different shapes, as Ray stores them: a flat list `data` and its `shape`."""
-    fields = {type.field(i).name: type.field(i).type for i in range(type.num_fields)} if pa.types.is_struct(type) else {}
-    return {*fields} == {"data", "shape"} and all(_is_list(of) for of in fields.values())
-
-
-def _is_list(type: pa.DataType) -> bool:
-    return pa.types.is_list(type) or pa.types.is_large_list(type) or pa.types.is_fixed_size_list(type)
-
-
-def _depth(type: pa.DataType) -> int:
-    """How deep lists of whole numbers are nested; 0 for anything else."""
-    depth = 0
-    while _is_list(type):
-        type, depth = type.value_type, depth + 1
-    return depth if pa.types.is_integer(type) else 0
-
-
-class _Nothing(pickle.Unpickler):
-    """Reads tuples and numbers, and nothing that has a name."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"{module}.{name}")
-
-
-def _shape(extension: str, parameters: bytes) -> tuple[int, ...] | None:
-    """The shape of all tensors of a column, by its extension type; None if they differ, or it is not known."""
-    if extension not in _TENSORS:
-        return None
-    try:
-        found = json.loads(parameters)
-    except ValueError:
-        try:  # Ray 2.49 to 2.54
-            found = _Nothing(io.BytesIO(parameters)).load()
-        except Exception:  # foreign bytes
-            return None
-    if isinstance(found, dict):
-        found = found.get("shape") if not found.get("permutation") else None
-    is_shape = isinstance(found, list | tuple) and all(type(side) is int and side >= 0 for side in found)
-    return tuple(found) if is_shape else None
 
 
 # --- listing -----------------------------------------------------------------------------------------------------------------
@@ -300,32 +208,39 @@ _TYPES = {
 
 def _counted(images: _Images, uri: str) -> int:
     """How many rows there are. A footer that says more than there can be is not believed: then they are counted."""
-    promised = images.ends[-1]
-    if promised <= 1024 or promised <= sum(images.bytes):
-        return promised
+    if images.promised <= max(1024, sum(images.bytes)):
+        return images.promised
     groups = range(len(images.bytes))
-    return sum(piece.num_rows for g in groups for piece in _pieces(images.file, g, [images.column], LARGE_GROUP + 1))
+    there = sum(piece.num_rows for g in groups for piece in _pieces(images.file, g, [images.column], LARGE_GROUP + 1))
+    log.warning("%s promises %d rows in %d bytes; it has %d", uri, images.promised, sum(images.bytes), there)
+    return there
 
 
 def _annotated(images: _Images, count: int, place: Any) -> pa.Table:
     """The columns of the first `count` rows that annotate images. Rows that the footer promises and the file has not are null."""
-    metadata = images.file.metadata
     wanted = [name for name in _WITH_IMAGE if name in images.file.schema_arrow.names and name != images.column]
-    parts = []
+    parts: list[pa.Table] = []
     done = 0
     for group, end in enumerate(images.ends[: len(images.bytes)]):
         if done >= count or not wanted:
             break
         place.at = ("row group", group)
-        size = _bytes_of(metadata, group, wanted)
-        found = pa.concat_tables(_pieces(images.file, group, wanted, size)).slice(0, min(end, count) - done)
-        parts += [found, _nulls(found.schema, min(end, count) - done - found.num_rows)]
-        done = min(end, count)
+        batches = images.file.iter_batches(batch_size=_ANNOTATED_ROWS, row_groups=[group], columns=wanted, use_threads=False)
+        stop = min(end, count)
+        for batch in batches:
+            parts.append(pa.table(batch).slice(0, stop - done))
+            done += parts[-1].num_rows
+        if done < stop:
+            parts.append(_nulls(images.file, wanted, stop - done))
+            done = stop
+    if wanted and done < count:
+        parts.append(_nulls(images.file, wanted, count - done))
     return pa.concat_tables(parts) if parts else pa.table({})
 
 
-def _nulls(schema: pa.Schema, count: int) -> pa.Table:
-    return pa.table([pa.nulls(count, column.type) for column in schema], schema=pa.schema([c.with_nullable(True) for c in schema]))
+def _nulls(file: pq.ParquetFile, columns: list[str], count: int) -> pa.Table:
+    of = [file.schema_arrow.field(name).type for name in columns]
+    return pa.table([pa.nulls(count, type) for type in of], names=columns)
 
 
 def _column(table: pa.Table, name: str, type: pa.DataType) -> pa.Array | None:
@@ -444,7 +359,7 @@ class ParquetReader:
 
     def _row(self, uri: str, images: _Images, row: int) -> bytes | Reject:
         if not 0 <= row < images.ends[-1]:
-            return Reject("unreadable", f"{uri}: row {row}, but the file has {images.ends[-1]}")
+            return Reject("unreadable", f"{uri}: row {row}, but its row groups have {images.ends[-1]}")
         group = bisect.bisect_right(images.ends, row)
         at = row - (images.ends[group - 1] if group else 0)
         try:
@@ -489,13 +404,13 @@ def _is_stores(error: BaseException, uri: str) -> bool:
 def _bytes_in(where: str, table: pa.Table, images: _Images, row: int) -> bytes | Reject:
     column = table[images.column].slice(row, 1)
     type = column.type
-    if _is_list(type) or _is_shaped(type):
+    if is_list(type) or is_shaped(type):
         if not column[0].is_valid:
             return _nothing(where)
         values = column.combine_chunks()
-        if _is_list(type):
-            return _pixels(where, values, images.shape or _said(table, row, _depth(type)))
-        return _pixels(where, values.field("data"), tuple(values.field("shape")[0].as_py() or ()))
+        if is_list(type):
+            return pixels(where, values, images.shape or _said(table, row, depth(type)))
+        return pixels(where, values.field("data"), tuple(values.field("shape")[0].as_py() or ()))
     value = column[0].as_py()
     if isinstance(value, dict):
         if value["bytes"] is None and value.get("path"):
@@ -527,29 +442,3 @@ def _said(table: pa.Table, row: int, depth: int) -> tuple[int, ...] | None:
     """The shape by the columns `height` and `width`, for flat lists of pixels."""
     height, width = _sides(table, row)
     return (height, width, -1) if depth == 1 and isinstance(height, int) and isinstance(width, int) else None
-
-
-def _pixels(where: str, values: pa.Array, shape: tuple[int, ...] | None) -> bytes | Reject:
-    """A tensor of whole numbers from 0 to 255 as an RGB image: (height, width) or with 1, 3 or 4 channels, last or first."""
-    nested: list[int] = []
-    while _is_list(values.type):
-        lengths = pc.unique(pc.list_value_length(values)).to_pylist()
-        if len(lengths) != 1 or lengths[0] is None:
-            return Reject("corrupt", f"{where}: its rows are not of one length")
-        nested.append(lengths[0])
-        values = values.flatten()
-    if not pa.types.is_integer(values.type):
-        return Reject("unsupported mode", f"{where}: numbers of type {values.type} have no range to map to 8 bits")
-    if not len(values):
-        return Reject("empty", f"{where}: no pixels")
-    numbers = values.to_numpy(zero_copy_only=False)
-    if values.null_count or numbers.min() < 0 or numbers.max() > 255:
-        return Reject("unsupported mode", f"{where}: its numbers are not all from 0 to 255")
-    array = numbers.astype(np.uint8).reshape(shape or nested)
-    if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[2] not in (1, 3, 4):
-        array = np.moveaxis(array, 0, 2)
-    if array.ndim == 2:
-        array = array[:, :, None]
-    if array.ndim != 3 or array.shape[2] not in (1, 3, 4):
-        return Reject("unsupported mode", f"{where}: a tensor of shape {array.shape} is no image: give (height, width, 3)")
-    return npy(np.repeat(array, 3, axis=2) if array.shape[2] == 1 else array[:, :, :3])

@@ -29,6 +29,7 @@ MAX_SIDECAR_BYTES = 64 << 20
 """Sidecars above this make no sense: a million boxes take 60 MB as text."""
 
 _MAX_READ = MAX_SIDECAR_BYTES + 512
+_MOST = 1 << 62  # bytes of a member: a header may claim more than a table holds
 _SIDECARS = (".json", ".cls")
 
 
@@ -224,7 +225,7 @@ def _members(uri: str, skipped: Counter[str]) -> Iterator[_Member]:
 def _place(info: tarfile.TarInfo, places: dict[str, tuple[int, int]]) -> tuple[int, int] | None:
     """Where the bytes of a member are, offset and length; of a link, those of the image among `places` that it leads to. None: nowhere in the tar."""
     if info.isreg():
-        return None if info.issparse() else (info.offset_data, info.size)
+        return None if info.issparse() else (info.offset_data, min(info.size, _MOST))
     if info.islnk():
         return places.get(posixpath.normpath(info.linkname))
     if info.issym():

@@ -1,6 +1,8 @@
 import io
 import itertools
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -8,7 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from raypipe import UsageError
+from raypipe.data.formats import parquet
 from raypipe.data.listing import list_images
+from raypipe.images.decode import Reject
 from tests.data.conftest import ids, names, read, reasons, tar
 
 PICTURES = [bytes([i]) * (50 + i) for i in range(20)]
@@ -150,3 +154,192 @@ def test_parquet_damaged_after_listing(tmp_path):
     assert reasons(read(table)) == [None] + ["unreadable"] * 7
     path.unlink()
     assert reasons(read(table, patience_s=1.0)) == ["unread"] * 8
+
+
+def test_a_large_row_group_is_read_in_pieces_and_in_any_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet, "LARGE_GROUP", 10_000)
+    monkeypatch.setattr(parquet, "_PIECE", 2000)
+    pictures = [os.urandom(500 + i) for i in range(60)]
+    pq.write_table(pa.table({"image": pictures, "label": list(range(60))}), tmp_path / "a.parquet", row_group_size=40)
+    table = list_images(str(tmp_path))
+    assert read(table) == pictures
+    assert table["labels"].to_pylist() == [[i] for i in range(60)]
+    order = np.random.default_rng(0).permutation(60)
+    assert read(table.take(order)) == [pictures[i] for i in order]
+    pieces = list(parquet._pieces(parquet._images_in(str(tmp_path / "a.parquet")).file, 0, ["image"], 20_000))
+    assert len(pieces) > 8 and sum(piece.num_rows for piece in pieces) == 40
+
+
+PEAK = """
+import contextlib, resource, sys
+from raypipe.data.listing import list_images
+from raypipe.data.reader import Reader
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+before = peak()
+table = list_images(sys.argv[1])
+with contextlib.closing(Reader(1)) as reader:
+    assert sum(len(data) for data in reader.read(table)) == table.num_rows * 100_000
+print(peak() - before)
+"""
+
+
+@pytest.mark.soak
+def test_memory_does_not_grow_with_the_row_group(tmp_path):
+    rng = np.random.default_rng(0)
+    pq.write_table(pa.table({"image": [rng.bytes(100_000) for _ in range(12_000)]}), tmp_path / "a.parquet", row_group_size=12_000)
+    out = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert float(out.stdout) < 600  # of 1,200 MB in one row group; 2,000 and more before
+
+
+def promising(data: bytes, rows: int, more: int) -> bytes:
+    """A Parquet file of one row group of `rows` whose footer says that file and group have `more`, and its column `rows`."""
+    start = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    places = [at for at in range(start, len(data) - 8) if data[at] == 2 * rows]  # thrift's zigzag numbers
+    for pair in itertools.combinations(places, 2):
+        out = bytearray(data)
+        for at in pair:
+            out[at] = 2 * more
+        try:
+            found = pq.read_metadata(io.BytesIO(bytes(out)))
+            if (found.num_rows, found.row_group(0).num_rows, found.row_group(0).column(0).num_values) == (more, more, rows):
+                return bytes(out)
+        except (OSError, UnicodeDecodeError):
+            continue
+    raise AssertionError("no such footer")
+
+
+def test_rows_that_only_the_footer_has_are_rejects(tmp_path):
+    out = io.BytesIO()
+    pq.write_table(pa.table({"image": [b"%d" % i * 9 for i in range(21)]}), out)
+    (tmp_path / "a.parquet").write_bytes(promising(out.getvalue(), 21, 29))
+    table = list_images(str(tmp_path))
+    results = read(table)
+    assert results[:21] == [b"%d" % i * 9 for i in range(21)]
+    assert reasons(results)[21:] == ["unreadable"] * 8
+    assert "fewer rows than the footer says" in results[28].detail
+
+
+class Evil:
+    def __init__(self, path: str):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_nothing_in_a_parquet_file_is_unpickled(tmp_path):
+    pytest.importorskip("ray.data")  # which registers a type whose values are unpickled when they are looked at
+    from ray.data._internal.object_extensions.arrow import ArrowPythonObjectArray
+
+    mark = tmp_path / "ran"
+    evil = ArrowPythonObjectArray.from_objects([Evil(str(mark))] * 2)
+    paths = pa.StructArray.from_arrays([pa.array([b"a", b"b"]), evil], names=["bytes", "path"])
+    for name, columns in {
+        "a": {"image": [b"a", b"b"], "height": evil, "width": evil, "name": evil, "boxes": evil, "label": evil},
+        "b": {"image": paths},
+    }.items():
+        pq.write_table(pa.table(columns), tmp_path / f"{name}.parquet")
+        assert read(list_images(str(tmp_path / f"{name}.parquet"))) == [b"a", b"b"]
+    pq.write_table(pa.table({"image": evil}), tmp_path / "c.parquet")
+    with pytest.raises(UsageError, match="no column with images"):
+        list_images(str(tmp_path / "c.parquet"))
+    data = io.BytesIO()
+    pq.write_table(pa.table({"epoch": pa.array([1, 2], pa.int32()), "image_id": evil}), data)
+    with pytest.raises(UsageError, match="cannot read it"):
+        parquet.read_table(data.getvalue(), pa.schema([("image_id", pa.string()), ("no", pa.int64())]), "it", remedy="")
+    assert not mark.exists()
+
+
+# --- tensors -----------------------------------------------------------------------------------------------------------------
+
+
+def picture(value: int = 0) -> np.ndarray:
+    return np.random.default_rng(value).integers(0, 256, (5, 7, 3), np.uint8)
+
+
+def nested(*arrays: np.ndarray, of: pa.DataType | None = None) -> pa.Array:
+    return pa.array([array.tolist() for array in arrays], pa.list_(pa.list_(pa.list_(of or pa.uint8()))))
+
+
+def shown(data: bytes | Reject) -> np.ndarray:
+    assert isinstance(data, bytes), data
+    return np.load(io.BytesIO(data))
+
+
+@pytest.mark.parametrize("kind", ["ray", "ray v1", "arrow", "nested", "int64", "channels first", "flat", "fixed"])
+def test_a_column_image_of_tensors(tmp_path, kind):
+    images = [picture(i) for i in range(4)]
+    columns: dict[str, object] = {"boxes_of": [[1, 2]] * 4}
+    match kind:
+        case "ray" | "ray v1":
+            from ray.data._internal.tensor_extensions.arrow import ArrowTensorArray, ArrowTensorType
+
+            columns["image"] = ArrowTensorArray.from_numpy(np.stack(images))
+            if kind == "ray v1":
+                flat = pa.array([i.reshape(-1) for i in images], pa.list_(pa.uint8()))
+                columns["image"] = pa.ExtensionArray.from_storage(ArrowTensorType((5, 7, 3), pa.uint8()), flat)
+        case "arrow":
+            columns["image"] = pa.FixedShapeTensorArray.from_numpy_ndarray(np.stack(images))
+        case "nested":
+            columns["image"] = nested(*images)
+        case "int64":
+            columns["image"] = nested(*images, of=pa.int64())
+        case "channels first":
+            columns["image"] = nested(*(np.moveaxis(i, 2, 0) for i in images))
+        case "flat":
+            columns |= {
+                "image": pa.array([i.reshape(-1) for i in images], pa.list_(pa.uint8())),
+                "height": [5] * 4,
+                "width": [7] * 4,
+            }
+        case "fixed":
+            columns["image"] = nested(*images).cast(pa.list_(pa.list_(pa.list_(pa.uint8(), 3), 7), 5))
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet", row_group_size=3)
+    results = read(list_images(str(tmp_path)))
+    for result, image in zip(results, images, strict=True):
+        np.testing.assert_array_equal(shown(result), image)
+
+
+def test_tensors_of_different_shapes_as_ray_stores_them(tmp_path):
+    from ray.data._internal.tensor_extensions.arrow import ArrowVariableShapedTensorArray
+
+    images = [picture(0), picture(1)[:3], picture(2)[:, :4]]
+    column = ArrowVariableShapedTensorArray.from_numpy(np.array([*images, None], object)[:3])
+    pq.write_table(pa.table({"image": column, "id": [1, 2, 3]}), tmp_path / "a.parquet")
+    for result, image in zip(read(list_images(str(tmp_path))), images, strict=True):
+        np.testing.assert_array_equal(shown(result), image)
+
+
+def test_tensors_that_are_grey_have_alpha_or_are_no_images(tmp_path):
+    grey, alpha = picture()[:, :, :1], np.concatenate([picture(), picture(1)[:, :, :1]], axis=2)
+    ragged = [[[1, 2, 3]], [[1, 2, 3], [4, 5, 6]]]
+    rows = [
+        grey.tolist(),
+        alpha.tolist(),
+        picture()[:, :, :2].tolist(),
+        ragged,
+        None,
+        [],
+        [[[300, 0, 0]]],
+        [[[-1, 0, 0]]],
+        [[[None, 0, 0]]],
+    ]
+    pq.write_table(pa.table({"image": pa.array(rows, pa.list_(pa.list_(pa.list_(pa.int32()))))}), tmp_path / "a.parquet")
+    results = read(list_images(str(tmp_path)))
+    np.testing.assert_array_equal(shown(results[0]), np.repeat(grey, 3, axis=2))
+    np.testing.assert_array_equal(shown(results[1]), alpha[:, :, :3])
+    assert reasons(results)[2:] == ["unsupported mode", "corrupt", "empty", "empty"] + ["unsupported mode"] * 3
+    pq.write_table(
+        pa.table({"image": pa.array([picture()[:, :, 0].tolist()], pa.list_(pa.list_(pa.uint8())))}), tmp_path / "a.parquet"
+    )
+    np.testing.assert_array_equal(shown(read(list_images(str(tmp_path)))[0])[:, :, 1], picture()[:, :, 0])
+    pq.write_table(pa.table({"image": nested(picture()).cast(pa.list_(pa.list_(pa.list_(pa.float32()))))}), tmp_path / "a.parquet")
+    with pytest.raises(UsageError, match=r"no column with images.*float.*whole numbers"):
+        list_images(str(tmp_path))
+
+
+def test_bytes_that_are_stored_as_a_dictionary(tmp_path):
+    column = pa.array([b"one", b"two", b"one", None], pa.binary()).dictionary_encode()
+    pq.write_table(pa.table({"image": column, "other": pa.array([b"x"] * 4)}), tmp_path / "a.parquet")
+    results = read(list_images(str(tmp_path)))
+    assert results[:3] == [b"one", b"two", b"one"] and reasons(results)[3] == "empty"
