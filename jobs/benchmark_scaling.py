@@ -262,7 +262,7 @@ def predict(wanted: Benchmark, console: Console) -> None:
 def overhead(wanted: Benchmark, console: Console) -> None:
     """Images/s from the first block to the last, with a collector and without."""
     todo = plan(Settings(input=f"demo:{wanted.tasks}"))
-    from raypipe.run.collector import Facts, start_collector
+    from raypipe.run.collector import Facts, collecting
 
     def rate(collector: Any) -> float:
         pools = Pools(actors=2)
@@ -275,9 +275,9 @@ def overhead(wanted: Benchmark, console: Console) -> None:
 
     ratios = []
     for round_ in range(wanted.rounds):
-        collector = start_collector(f"overhead-{round_}", Facts(images=wanted.tasks, auto=("preprocess",), at_most=2))
-        rates = [rate(None), rate(collector)] if round_ % 2 else [rate(collector), rate(None)][::-1]
-        ray.kill(collector)
+        facts = Facts(images=wanted.tasks, auto=("preprocess",), at_most=2)
+        with collecting(f"overhead-{round_}", facts) as collector:
+            rates = [rate(None), rate(collector)] if round_ % 2 else [rate(collector), rate(None)][::-1]
         ratios.append(rates[1] / rates[0])
         console.print(
             f"round {round_ + 1}: {rates[0]:.0f} images/s without, {rates[1]:.0f} with: {ratios[-1]:.3f}", highlight=False

@@ -25,9 +25,7 @@ from raypipe.insight.report import outlook, terminal
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 Address = Annotated[
     str | None,
-    tyro.conf.arg(
-        metavar="HOST:PORT", help="Ray cluster, by its head; by default RAY_ADDRESS, or the Ray that runs on this machine."
-    ),
+    tyro.conf.arg(metavar="HOST:PORT", help="Ray cluster, by its head; by default the runs of this machine and of RAY_ADDRESS."),
 ]
 
 
@@ -76,7 +74,7 @@ class Watch:
     """
 
     run: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[RUN]")] = None
-    """Run to watch (`raypipe runs` lists them); by default the newest."""
+    """Run to watch (`raypipe runs` lists them); by default the only one, or the next that starts."""
     address: Address = None
     json: Flag = False
     """A line of JSON an update."""
@@ -91,7 +89,7 @@ class Scale:
     """Change how many actors a stage of a running run has: `raypipe scale preprocess=8 write=4`."""
 
     what: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[RUN] STAGE=N ...")]
-    """Run (by default the newest), then the stages with the actors they are to have."""
+    """Run (by default the only one), then the stages with the actors they are to have."""
     address: Address = None
 
 
@@ -172,13 +170,12 @@ def runs(command: Runs, console: Console) -> None:
     """
     from raypipe.run import control
 
-    control.connect(command.address)
-    found = control.runs()
+    found = control.runs(command.address)
     if command.json:
         for record in found:
             print(json.dumps(record))
     else:
-        console.print(listing(found) if found else "No run is going on in this cluster.")
+        console.print(listing(found) if found else "No run is going on here.")
 
 
 def watch(command: Watch, console: Console) -> None:
@@ -192,8 +189,11 @@ def watch(command: Watch, console: Console) -> None:
     from raypipe.run import control
     from raypipe.watch import watch
 
-    control.connect(command.address)
-    watch(control.attach(command.run), console, interval=command.interval, as_json=command.json, once=command.once)
+    def waiting() -> None:
+        console.print("No run is under way. Waiting for one ... (Ctrl-C ends this)", highlight=False)
+
+    run = control.attach(command.run, address=command.address, waiting=None if command.once or command.run else waiting)
+    watch(run, console, interval=command.interval, as_json=command.json, once=command.once)
 
 
 def scalings(words: tuple[str, ...]) -> tuple[str | None, dict[str, int]]:
@@ -226,8 +226,7 @@ def scale(command: Scale, console: Console) -> None:
     name, counts = scalings(command.what)
     from raypipe.run import control
 
-    control.connect(command.address)
-    run = control.attach(name)
+    run = control.attach(name, address=command.address)
     accepted = run.scale(counts)
     wanted = ", ".join(f"{stage}={accepted[stage]}" for stage in counts)
     console.print(

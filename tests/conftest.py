@@ -1,7 +1,9 @@
 import io
+import os
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -14,6 +16,10 @@ from raypipe.data import location
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
+
+# Runs of tests beside these are none of ours. Set before test modules copy the environment.
+CACHE = tempfile.TemporaryDirectory(prefix="raypipe-tests-")
+os.environ["XDG_CACHE_HOME"] = CACHE.name
 
 
 @pytest.fixture(scope="session")

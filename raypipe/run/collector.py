@@ -5,13 +5,15 @@ for those who watch. It is the only meeting point of a run: actors send samples,
 back the wanted counts, `raypipe watch | scale` and `Control` ask it.
 """
 
+import contextlib
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from raypipe.insight import planner
 from raypipe.insight.report import LAST, PoolView, verdict
@@ -474,21 +476,18 @@ def _parts(counts: dict[str, int]) -> str:
     return " + ".join(f"{count} {stage}" for stage, count in counts.items())
 
 
-def start_collector(run_id: str, facts: Facts) -> ray.actor.ActorHandle:
-    """Start the run's collector on this node; it ends with the driver.
+@contextlib.contextmanager
+def collecting(run_id: str, facts: Facts) -> Iterator[ray.actor.ActorHandle]:
+    """The run's collector, on this node, until the end of the block.
 
     Raises:
         ValueError: the cluster has a run of this name already.
     """
-    return (
-        ray.remote(Collector)
-        .options(
-            name=f"raypipe-{run_id}",
-            namespace=NAMESPACE,
-            **beside_driver(),
-            # A lost message is made good by the next: totals are sent, not differences.
-            max_restarts=0,
-            max_task_retries=0,
-        )
-        .remote(run_id, facts)
-    )
+    options = beside_driver() | {"name": f"raypipe-{run_id}", "namespace": NAMESPACE}
+    # A lost message is made good by the next: totals are sent, not differences.
+    collector = ray.remote(Collector).options(**options, max_restarts=0, max_task_retries=0).remote(run_id, facts)
+    try:
+        yield collector
+    finally:
+        with contextlib.suppress(RayError):
+            ray.kill(collector)

@@ -1,90 +1,149 @@
 """A run from outside: which there are, how they go, and how many actors they shall have. For other processes, nodes and notebooks."""
 
 import os
-import socket
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
 
 from raypipe import UsageError
+from raypipe.run import registry
 from raypipe.run.collector import NAMESPACE
-from raypipe.run.session import ENDING, token_missing, without_rays_lines
+from raypipe.run.session import ENDING, check_answers, token_missing, without_rays_lines
 
 _NAME = "raypipe-"
 _ANSWER_S = 10.0
 
+_joined: list[str] = []  # the address of the Ray that this module has joined, if it has
 
-def connect(address: str | None = None) -> None:
-    """Join the cluster at `address`, else the one that RAY_ADDRESS names, else the Ray that runs on this machine.
+
+@dataclass(frozen=True)
+class Place:
+    """A run that goes on, and the address of the Ray that it is on; None: the Ray of this process."""
+
+    run_id: str
+    address: str | None
+    output: str | None = None
+
+
+def connect(address: str) -> None:
+    """Join the cluster at `address`, and leave the one that was joined before.
 
     Raises:
-        UsageError: there is none.
+        UsageError: none answers there.
     """
-    if ray.is_initialized():
+    if address in _joined and ray.is_initialized():
         return
+    leave()
     # Ray would ask 20 times, 40 s each where nobody listens; who types a command wants to know sooner.
     os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "2")
-    wanted = address or os.environ.get("RAY_ADDRESS") or "auto"
     try:
-        _check_listens(wanted)
+        check_answers(address)
         with without_rays_lines():
-            ray.init(address=wanted, namespace=NAMESPACE, logging_level="ERROR", log_to_driver=False)
+            ray.init(address=address, namespace=NAMESPACE, logging_level="ERROR", log_to_driver=False)
     except (OSError, ValueError, RuntimeError) as error:
-        if wanted == "auto":
+        if address == "auto":
             raise UsageError(
                 "No Ray runs on this machine, so there is no run to look at. Start one (python jobs/preprocess.py ...), or name its cluster "
                 "with --address or RAY_ADDRESS."
             ) from error
-        raise token_missing(wanted, error) or UsageError(
-            f"No Ray cluster answers at {wanted!r} ({str(error).splitlines()[0]}). Correct --address or RAY_ADDRESS."
+        raise token_missing(address, error) or UsageError(
+            f"No Ray cluster answers at {address!r} ({str(error).splitlines()[0]}). Correct --address or RAY_ADDRESS."
         ) from error
+    _joined.append(address)
 
 
-def _check_listens(address: str) -> None:
-    """Raises OSError where nobody does, if `address` is HOST:PORT."""
-    host, _, port = address.rpartition(":")
-    if host and "/" not in host and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=5).close()
+def leave() -> None:
+    """Leave the cluster that was joined here; one that the process has for other reasons stays."""
+    if _joined and ray.is_initialized():
+        ray.shutdown()
+    _joined.clear()
 
 
 def names() -> list[str]:
-    """The ids of the runs of the cluster."""
+    """The ids of the runs of the cluster that this process is in."""
     found = ray.util.list_named_actors(all_namespaces=True)
     return sorted(
         actor["name"].removeprefix(_NAME) for actor in found if actor["namespace"] == NAMESPACE and actor["name"].startswith(_NAME)
     )
 
 
-def runs() -> list[dict[str, Any]]:
-    """The live records (`Control.live`) of all runs of the cluster, the newest first."""
+def places(address: str | None = None) -> list[Place]:
+    """The runs that go on: of the cluster at `address`; without one those of this machine, of the cluster
+    that RAY_ADDRESS names, and of the Ray that this process has. Nothing else is joined.
+
+    Raises:
+        UsageError: there is no cluster at that address.
+    """
+    found: dict[str, Place] = {}
+    if address is None and not _joined and ray.is_initialized():
+        found = {run_id: Place(run_id, None) for run_id in names()}
+    if address is None:
+        for entry in registry.entries():
+            found.setdefault(entry.run_id, Place(entry.run_id, entry.address, entry.output))
+    cluster = address or os.environ.get("RAY_ADDRESS")
+    if cluster and (_joined or not ray.is_initialized()):
+        connect(cluster)
+        for run_id in names():
+            found.setdefault(run_id, Place(run_id, cluster))
+    return list(found.values())
+
+
+def runs(address: str | None = None) -> list[dict[str, Any]]:
+    """The live records (`Control.live`) of `places`, the newest first.
+
+    Raises:
+        UsageError: there is no cluster at that address.
+    """
     records = []
-    for run_id in names():
+    for place in places(address):
         try:
-            records.append(attach(run_id).live())
+            records.append(_at(place).live())
         except UsageError:  # it ended between the two questions
             continue
     return sorted(records, key=lambda record: record["at_s"])
 
 
-def attach(run_id: str | None = None) -> "Control":
-    """The run of that id; without one the only run of the cluster, or the newest.
+def attach(run_id: str | None = None, *, address: str | None = None, waiting: Callable[[], None] | None = None) -> "Control":
+    """The run of that id; without one the only run that goes on.
+
+    Args:
+        address: of its cluster, if it is known (`places`).
+        waiting: where there is none, one is waited for: this is called once before.
 
     Raises:
-        UsageError: there is none, or none of that name.
+        UsageError: there is none, several, or none of that name.
     """
-    if run_id is None:
-        found = runs()
-        if not found:
-            raise UsageError("No run is under way on this cluster. Start one (python jobs/preprocess.py ...), then try again.")
-        run_id = found[0]["run_id"]
+    while True:
+        found = places(address)
+        wanted = [place for place in found if run_id in (None, place.run_id)]
+        if len(wanted) == 1:
+            return _at(wanted[0])
+        if found or waiting is None:
+            break
+        waiting()
+        while not places(address):
+            time.sleep(1)
+        time.sleep(1)  # its collector may still start
+    there = "".join(f"\n  {place.run_id}{f', into {place.output}' if place.output else ''}" for place in found)
+    if not found:
+        raise UsageError("No run is under way here. Start one (python jobs/preprocess.py ...), then try again.")
+    if run_id is not None:
+        raise UsageError(f"No run {run_id!r} is under way; there are:{there}\nGive one of these.")
+    raise UsageError(f"{len(found)} runs are under way:{there}\nNothing was changed. Say which, by its id.")
+
+
+def _at(place: Place) -> "Control":
+    if place.address is not None:
+        connect(place.address)
     try:
-        return Control(run_id, ray.get_actor(f"{_NAME}{run_id}", namespace=NAMESPACE))
+        return Control(place.run_id, ray.get_actor(f"{_NAME}{place.run_id}", namespace=NAMESPACE))
     except ValueError as error:
-        there = ", ".join(names()) or "none"
         raise UsageError(
-            f"No run {run_id!r} is under way on this cluster; there are: {there}. `raypipe runs` lists them."
+            f"The run {place.run_id} has not begun yet, or has ended. `raypipe runs` lists those that go on."
         ) from error
 
 

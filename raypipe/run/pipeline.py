@@ -1,6 +1,5 @@
 """A run: stages put on Ray Data and watched to their end. The only place that builds datasets."""
 
-import contextlib
 import os
 import shutil
 import tempfile
@@ -39,9 +38,10 @@ from raypipe.images.recipe import Recipe
 from raypipe.insight import planner
 from raypipe.insight import report as reports
 from raypipe.run import probe as probes
-from raypipe.run.collector import Facts, start_collector
+from raypipe.run.collector import Facts, collecting
 from raypipe.run.control import Control
 from raypipe.run.meter import Meter, busy_cpu_s
+from raypipe.run.registry import registered
 from raypipe.run.result import Became, Outcome, became, check_report, covers, leave_report, ranges, shown
 from raypipe.run.scaling import steer
 from raypipe.run.session import Pools, Session, check_shared, hardware, ray_session, seated, size_pools, versions
@@ -563,10 +563,14 @@ def _execute(
                 gpus=session.gpus,
             )
             how |= {"cpus_each": session.cpus_each, "after": after, "run_id": run_id}
-            with _claimed(job, run_id, session, console=console, touch=touch) as held:
-                collector = start_collector(run_id, facts)
+            with (
+                _claimed(job, run_id, session, console=console, touch=touch) as held,
+                registered(run_id, address=session.address, output=settings.output),
+                collecting(run_id, facts) as collector,
+            ):
                 dataset = preprocessed(todo.left, job.pixels, pools=pools, collector=collector, **how)
-                console.print(_opening(run_id, job, after, session, pools), markup=False, highlight=False)
+                _say(console, _opening(run_id, job, after, session, pools))
+                _say(console, watching(run_id, session))
                 machine = psutil.cpu_times()
                 begun, begun_at, driver_cpu_s = time.perf_counter(), time.time(), time.process_time()
                 collector.begin.remote(begun_at)
@@ -684,6 +688,12 @@ def _opening(run_id: str, job: Job, after: After | None, session: Session, pools
     )
 
 
+def watching(run_id: str, session: Session) -> str:
+    """How the run is watched from elsewhere, in a line."""
+    there = f" --address {session.address}" if session.joined else ""
+    return f"Watch it: raypipe watch {run_id}{there}"
+
+
 def _ready_at(snapshot: dict[str, Any], actors: int, *, default: float) -> float:
     """The mean moment at which the preprocess actors that the run began with could begin: they start one after the other."""
     ready = sorted(sample["at"] for sample in snapshot["first"] if sample["stage"] == "preprocess")[:actors]
@@ -691,7 +701,7 @@ def _ready_at(snapshot: dict[str, Any], actors: int, *, default: float) -> float
 
 
 def collected(collector: ray.actor.ActorHandle, *, since: Any) -> tuple[dict[str, Any], float | None]:
-    """Ends the collector: its snapshot, and the mean use of all cores, 0 to 100, since `since` (psutil.cpu_times() of this node)."""
+    """What the collector knows: its snapshot, and the mean use of all cores, 0 to 100, since `since` (psutil.cpu_times() of this node)."""
     try:
         snapshot = ray.get(collector.snapshot.remote(), timeout=SNAPSHOT_AT_MOST_S)
         here = ray.get_runtime_context().get_node_id()
@@ -699,8 +709,6 @@ def collected(collector: ray.actor.ActorHandle, *, since: Any) -> tuple[dict[str
     except RayError:  # it was killed, or its node: what the stages cost died with it, and nothing else
         snapshot, others = dict(reports.NOTHING_SEEN), []
     cpu_percent = _cpu_percent(since, psutil.cpu_times(), others)
-    with contextlib.suppress(RayError):
-        ray.kill(collector)
     return snapshot, cpu_percent
 
 

@@ -4,6 +4,7 @@ import logging
 import os
 import platform
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import grpc
 import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -81,6 +83,7 @@ class Session:
     nodes: int
     joined: bool
     dashboard: str | None
+    address: str  # HOST:PORT, for who joins it
     gpus: int = 0
 
 
@@ -259,6 +262,26 @@ def ray_session(settings: Settings, *, after: After | None = None, beside: int =
                 _end(ours=opened.ours, ending=opened.ending)
 
 
+ANSWERS_WITHIN_S = 10.0
+
+
+def check_answers(address: str) -> None:
+    """Raise ConnectionError where nobody who speaks Ray's protocol answers at `address`, HOST:PORT or ray://HOST:PORT.
+
+    Ray itself would ask for minutes where nobody listens, and for 75 s where somebody else does (measured).
+    """
+    where = address.removeprefix("ray://")
+    host, _, port = where.rpartition(":")
+    if not host or "/" in host or not port.isdigit() or os.environ.get("RAY_USE_TLS", "0") == "1":
+        return
+    socket.create_connection((host, int(port)), timeout=ANSWERS_WITHIN_S).close()
+    with grpc.insecure_channel(where) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=ANSWERS_WITHIN_S)
+        except grpc.FutureTimeoutError as error:
+            raise ConnectionError(f"no answer in {ANSWERS_WITHIN_S:.0f} s") from error
+
+
 FREE_EVERY_MS = 100
 """How often a Ray of our own frees blocks that nobody needs any more; Ray's default is 1000. In a second some 5 blocks come out of two cores, and
 each takes memory that is new to the actor that stores it: 25 to 60 ms a block, where it else takes 13 (19 such blocks in two runs, then 10)."""
@@ -280,6 +303,7 @@ def _opened(settings: Settings, after: After | None, beside: int) -> _Open:
         try:
             with without_rays_lines():
                 if joined:
+                    check_answers(os.environ.get("RAY_ADDRESS", ""))
                     context = ray.init(**quiet)
                 else:
                     room = room_here(settings, after)
@@ -304,7 +328,17 @@ def _opened(settings: Settings, after: After | None, beside: int) -> _Open:
         # instead would have Ray start an idle process for each of them.
         at_most, each = (cpus, 1.0) if joined else (room, int(10_000 * cores / room) / 10_000)
         gpus = int(ray.cluster_resources().get("GPU", 0))
-        session = Session(at_most=at_most, cpus_each=each, cores=cores, nodes=nodes, joined=joined, dashboard=dashboard, gpus=gpus)
+        address = ray.get_runtime_context().gcs_address
+        session = Session(
+            at_most=at_most,
+            cpus_each=each,
+            cores=cores,
+            nodes=nodes,
+            joined=joined,
+            dashboard=dashboard,
+            address=address,
+            gpus=gpus,
+        )
     except BaseException:
         _end(ours=ours, ending=ending)
         raise

@@ -53,10 +53,11 @@ from raypipe.models.detection import Classes
 from raypipe.run import pipeline, result
 from raypipe.run import probe as probes
 from raypipe.run.causes import cause_of, causes
-from raypipe.run.collector import Facts, start_collector
+from raypipe.run.collector import Facts, collecting
 from raypipe.run.following import Watch, say
 from raypipe.run.meter import Meter
 from raypipe.run.pipeline import Untouched, preprocessed
+from raypipe.run.registry import registered
 from raypipe.run.session import (
     Pools,
     Session,
@@ -398,10 +399,14 @@ def _run(settings: Settings, console: Console, *, started: float, touch: Callabl
         on_gpu = on_gpus(settings.workers, "workers", must=gpu_or_cpu(gpu=settings.gpu, cpu=settings.cpu), session=session)
         timed = probes.finish(timing)
         pools = size_pools(_sized(settings), None, session, images=total)
-        with _claimed(settings, storage, run_id, session, clears=clears, seen=folder, console=console, touch=touch) as check:
-            collector = start_collector(run_id, _facts(settings, todo, session, rows=total - before, on_gpu=on_gpu))
+        with (
+            _claimed(settings, storage, run_id, session, clears=clears, seen=folder, console=console, touch=touch) as check,
+            registered(run_id, address=session.address, output=settings.storage),
+            collecting(run_id, _facts(settings, todo, session, rows=total - before, on_gpu=on_gpu)) as collector,
+        ):
             board = ray.remote(Board).options(**beside_driver()).remote()
             say(console, _opening(run_id, settings, todo, session, pools, on_gpu))
+            say(console, pipeline.watching(run_id, session))
             machine = psutil.cpu_times()
             begun, begun_at = time.perf_counter(), time.time()
             collector.begin.remote(begun_at)

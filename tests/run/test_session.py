@@ -9,8 +9,8 @@ from raypipe.run.pipeline import writing
 from raypipe.run.session import Pools, Session, check_shared, ray_session, room_here, seated, size_pools
 from raypipe.run.settings import Settings
 
-CLUSTER = Session(at_most=16, cpus_each=1.0, cores=16, nodes=4, joined=True, dashboard=None)
-LAPTOP = Session(at_most=50, cpus_each=0.04, cores=2, nodes=1, joined=False, dashboard=None)
+CLUSTER = Session(at_most=16, cpus_each=1.0, cores=16, nodes=4, joined=True, dashboard=None, address="")
+LAPTOP = Session(at_most=50, cpus_each=0.04, cores=2, nodes=1, joined=False, dashboard=None, address="")
 
 
 def costs(preprocess_ms: float, write_ms: float, *, waits: bool = False) -> list[StageCost]:

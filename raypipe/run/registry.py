@@ -1,0 +1,82 @@
+"""Which runs go on on this machine: a small file each in the user's cache folder, there as long as the run.
+
+Each run that starts a Ray of its own is alone on it, so no Ray knows them all. The registry does, and
+whoever watches or scales joins the Ray of the run that is meant and no other.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from raypipe.data import lease
+from raypipe.errors import UsageError, foreign
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A run that goes on. `address`: HOST:PORT of its Ray. `output`: where its results go, if anywhere."""
+
+    run_id: str
+    address: str
+    output: str | None
+    host: str
+    boot: str
+    pid: int
+    process_started: float
+    started: str
+
+
+def folder() -> Path:
+    """Where the files are: in XDG_CACHE_HOME, or ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raypipe" / "runs"
+
+
+@contextlib.contextmanager
+def registered(run_id: str, *, address: str, output: str | None) -> Iterator[None]:
+    """Have the run in the registry until the end of the block. A cache folder that cannot be written to
+    costs only that: runs are then found by their address."""
+    me = lease.myself(run_id)
+    entry = Entry(
+        run_id=run_id,
+        address=address,
+        output=output,
+        host=me.host,
+        boot=me.boot,
+        pid=me.pid,
+        process_started=me.process_started,
+        started=me.started,
+    )
+    path = folder() / f"{run_id}-{me.token[:8]}.json"
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(asdict(entry), indent=1))
+        temporary.rename(path)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def entries() -> list[Entry]:
+    """The runs that go on, the newest first. Those of processes of this host that are gone are removed."""
+    found = []
+    here = lease.boot()
+    for path in folder().glob("*.json"):
+        try:
+            data = path.read_bytes()
+            with foreign(str(path), remedy=""):
+                entry = Entry(**json.loads(data))
+                alive = entry.boot != here or lease.is_alive(int(entry.pid), float(entry.process_started))
+        except (OSError, UsageError):  # it ended between the two looks, or is no entry
+            continue
+        if alive:
+            found.append(entry)
+        else:
+            with contextlib.suppress(OSError):
+                path.unlink()
+    return sorted(found, key=lambda entry: str(entry.started), reverse=True)

@@ -1,0 +1,66 @@
+"""Which runs go on: real processes, real files, and the Ray of this process."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from raypipe import UsageError
+from raypipe.run import control, registry
+from raypipe.run.pipeline import start
+from raypipe.run.registry import entries, registered
+from tests.conftest import ROOT
+from tests.run.test_pipeline import quiet, settings
+
+RUN = (
+    "import sys, time\nfrom raypipe.run.registry import registered\n"
+    "with registered(sys.argv[1], address='127.0.0.1:1', output='/there'):\n    print('on', flush=True)\n    time.sleep(600)"
+)
+
+
+@pytest.fixture
+def other():
+    """The process of another run, whose Ray does not answer."""
+    process = subprocess.Popen([sys.executable, "-c", RUN, "other"], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.stdout is not None and process.stdout.readline() == "on\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_run_is_there_as_long_as_its_process(other):
+    with registered("mine", address="127.0.0.1:2", output=None):
+        found = {entry.run_id: entry for entry in entries()}
+        assert found.keys() == {"mine", "other"} and found["other"].pid == other.pid
+    assert [entry.run_id for entry in entries()] == ["other"]
+    other.kill()
+    other.wait()
+    assert entries() == [] and not list(registry.folder().glob("*.json"))
+
+
+def test_files_that_are_no_entries_are_passed_over(other):
+    for number, content in enumerate((b"", b"[]", b'{"pid": "x"}', b"\xff", b'{"run_id": "a"}')):
+        (registry.folder() / f"{number}.json").write_bytes(content)
+    try:
+        assert [entry.run_id for entry in entries()] == ["other"]
+    finally:
+        for number in range(5):
+            (registry.folder() / f"{number}.json").unlink()
+
+
+def test_a_run_of_somebody_else_is_never_watched_or_scaled_by_mistake(session, other, tmp_path):
+    run = start(settings(input="demo:400", output=tmp_path / "out", shard_rows=4, read_ms=20.0, run_id="mine"), console=quiet())
+    try:
+        run.live()
+        with pytest.raises(UsageError, match=r"2 runs are under way:\n  \w+.*\n  \w+.*\nNothing was changed. Say which"):
+            control.attach()
+        assert control.attach("mine").live()["run_id"] == "mine"
+        with pytest.raises(UsageError, match="No run 'none' is under way"):
+            control.attach("none")
+        assert json.loads(next(registry.folder().glob("mine-*.json")).read_text())["output"] == str(tmp_path / "out")
+    finally:
+        run.stop()
+        with pytest.raises(KeyboardInterrupt):
+            run.wait()
+    assert [place.run_id for place in control.places()] == ["other"]
