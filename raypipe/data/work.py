@@ -6,7 +6,8 @@ of its shard, never changes; rows found later get new shards. What is still to d
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -84,39 +85,83 @@ def _with(table: pa.Table, name: str, column: pa.Array) -> pa.Table:
     return table.set_column(table.column_names.index(name), SOURCE.field(name), column)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """What rows take in an actor, bytes, int64 (n,) each; and what a shard may.
+
+    `out`: of the result as it usually is; a shard is large enough when it has `target` of these.
+    `held`: of each until its shard is done, at most. `peak`: while one is worked on. A shard takes
+    the sum of what it holds and the largest peak, and that is at most `memory`.
+    """
+
+    out: np.ndarray
+    held: np.ndarray
+    peak: np.ndarray
+    memory: int
+    target: int | None
+
+    def taken(self, order: np.ndarray) -> "Weights":
+        """The same of rows in another order."""
+        return replace(self, out=self.out[order], held=self.held[order], peak=self.peak[order])
+
+
+Weigh = Callable[[pa.Table], Weights]
+
+
 def make_work(
     source: pa.Table,
     *,
     rows_per_shard: int,
     taper: bool = False,
+    weigh: Weigh | None = None,
     epochs: int = 1,
     shuffle_seed: int | None = None,
     first_shard: int = 0,
 ) -> pa.Table:
-    """The table of work for `source` (schema SOURCE), `epochs` times, in shards of at most `rows_per_shard` rows.
+    """The table of work for `source` (schema SOURCE), `epochs` times, in shards of at most `rows_per_shard` rows, and of what fits
+    into memory where `weigh` says what rows take.
 
     A shard never spans two epochs. With `taper` the last ones are smaller, so that actors finish together. With `shuffle_seed`, each epoch has a permutation of its own, a function of the seed and
     the epoch. Shard numbers go on from `first_shard`.
     """
     parts = []
+    all_weights = weights = None if weigh is None else weigh(source)
     for epoch in range(epochs):
         rows = source
         if shuffle_seed is not None:
             order = np.random.default_rng([shuffle_seed, epoch]).permutation(source.num_rows)
             rows = source.take(pa.array(order))
-        shard = first_shard + _cut(rows.num_rows, rows_per_shard, taper=taper)
+            weights = None if all_weights is None else all_weights.taken(order)
+        shard = first_shard + _cut(rows.num_rows, rows_per_shard, taper=taper, weights=weights)
         first_shard = int(shard.max(initial=first_shard - 1)) + 1
         columns = {"epoch": pa.array(np.full(rows.num_rows, epoch, np.int32)), "shard": pa.array(shard)}
         parts.append(pa.table({**columns, **{name: rows.column(name) for name in SOURCE.names}}, schema=WORK))
     return pa.concat_tables(parts) if parts else WORK.empty_table()
 
 
-def _cut(rows: int, rows_per_shard: int, *, taper: bool) -> np.ndarray:
+def _cut(rows: int, rows_per_shard: int, *, taper: bool, weights: Weights | None = None) -> np.ndarray:
     """The shard, from 0 on, of each of `rows` rows, int64."""
     small = max(rows_per_shard // TAPER, min(MIN_SMALL_ROWS, rows_per_shard))
+    if weights is not None:
+        tail = rows - rows // TAPERED if taper else rows
+        return _cut_by_weight(weights, [rows_per_shard] * tail + [small] * (rows - tail))
     large = -(-(rows - rows // TAPERED) // rows_per_shard) if taper else rows
     at = np.arange(rows, dtype=np.int64)
     return np.where(at < large * rows_per_shard, at // rows_per_shard, large + (at - large * rows_per_shard) // small)
+
+
+def _cut_by_weight(weights: Weights, most_rows: list[int]) -> np.ndarray:
+    """The shard of each row; `most_rows`: how many a shard with that row may have."""
+    shards_: list[int] = []
+    shard = count = out = held = peak = 0
+    rows = zip(weights.out.tolist(), weights.held.tolist(), weights.peak.tolist(), most_rows, strict=True)
+    for its_out, its_held, its_peak, most in rows:
+        full = count >= most or (weights.target is not None and out + its_out > weights.target)
+        if count and (full or held + its_held + max(peak, its_peak) > weights.memory):
+            shard, count, out, held, peak = shard + 1, 0, 0, 0, 0
+        count, out, held, peak = count + 1, out + its_out, held + its_held, max(peak, its_peak)
+        shards_.append(shard)
+    return np.array(shards_, np.int64)
 
 
 _NUMBERED = re.compile(r"(.*)#\d+", re.DOTALL)
@@ -175,7 +220,9 @@ def renewed(work: pa.Table, source: pa.Table, done: Set[int]) -> pa.Table:
     return kept
 
 
-def requeued(work: pa.Table, waiting: Mapping[int, Set[str]], *, rows_per_shard: int, taper: bool = False) -> pa.Table:
+def requeued(
+    work: pa.Table, waiting: Mapping[int, Set[str]], *, rows_per_shard: int, taper: bool = False, weigh: Weigh | None = None
+) -> pa.Table:
     """`work` with the rows in `waiting` (image ids, by shard) in new shards at its end; they keep their names."""
     if not waiting:
         return work
@@ -183,12 +230,13 @@ def requeued(work: pa.Table, waiting: Mapping[int, Set[str]], *, rows_per_shard:
     again = np.array([image_id in waiting.get(shard, ()) for shard, image_id in keys], bool)
     rows = work.filter(pa.array(again))
     first = int(work.column("shard").to_numpy().max()) + 1
-    numbers = pa.array(first + _cut(rows.num_rows, rows_per_shard, taper=taper))
+    weights = None if weigh is None else weigh(rows)
+    numbers = pa.array(first + _cut(rows.num_rows, rows_per_shard, taper=taper, weights=weights))
     rows = rows.set_column(rows.column_names.index("shard"), WORK.field("shard"), numbers)
     return pa.concat_tables([work.filter(pa.array(~again)), rows])
 
 
-def extend(work: pa.Table, source: pa.Table, *, rows_per_shard: int, taper: bool = False) -> pa.Table:
+def extend(work: pa.Table, source: pa.Table, *, rows_per_shard: int, taper: bool = False, weigh: Weigh | None = None) -> pa.Table:
     """`work` with those rows of `source` added, in new shards, whose image id it does not have yet."""
     known = set(work.column("image_id").to_pylist())
     new = np.array([image_id not in known for image_id in source.column("image_id").to_pylist()], dtype=bool)
@@ -197,7 +245,7 @@ def extend(work: pa.Table, source: pa.Table, *, rows_per_shard: int, taper: bool
     names = unique_names(fresh.column("name").to_pylist(), taken=work.column("name").to_pylist())
     fresh = _with(fresh, "name", pa.array(names, pa.string()))
     first = (work.column("shard").to_numpy().max() + 1) if work.num_rows else 0
-    added = make_work(fresh, rows_per_shard=rows_per_shard, taper=taper, first_shard=int(first))
+    added = make_work(fresh, rows_per_shard=rows_per_shard, taper=taper, weigh=weigh, first_shard=int(first))
     return pa.concat_tables([work, added])
 
 

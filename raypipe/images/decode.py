@@ -74,6 +74,17 @@ def read_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Header:
     return header
 
 
+def peek(head: bytes) -> Header | None:
+    """The header of a JPEG or PNG by its first bytes; None: these do not tell, and `read_header` needs all of them."""
+    format = _sniff(head)
+    try:
+        if format == "jpeg":
+            return jpeg.read(head + jpeg.EOI)
+        return png.read(head) if format == "png" else None
+    except Exception:  # as above
+        return None
+
+
 def _header(data: bytes, format: str) -> Header:
     if format == "jpeg" and (header := jpeg.read(data)) is not None:
         return header
@@ -183,11 +194,18 @@ def orient(image: np.ndarray, orientation: int) -> np.ndarray:
     return image
 
 
+_THUMBNAIL_PIXELS, _THUMBNAIL_SCANS = 40_000_000, 64
+"""Images above these are not shown: they would take the driver more than 0.7 GB, or seconds."""
+
+
 def thumbnail(data: bytes, *, side: int = 96) -> bytes | None:
-    """A JPEG of at most `side` pixels each way, for a person to recognise an image by; None if it cannot be decoded."""
+    """A JPEG of at most `side` pixels each way, for a person to recognise an image by; None for one that cannot be
+    decoded, is large, or takes long."""
     try:
-        header = read_header(data)
-        image = decode(data, header, strict=False)
+        header = read_header(data, max_pixels=_THUMBNAIL_PIXELS)
+        if header.scans and data.count(b"\xff\xda") > _THUMBNAIL_SCANS:
+            return None
+        image = decode(data, header, 8 if header.native and min(header.height, header.width) >= 8 * side else 1, strict=False)
     except Reject:
         return None
     scale = side / max(image.shape[:2])

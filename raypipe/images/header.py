@@ -16,6 +16,8 @@ REASONS = (
     "damaged",  # what can still be decoded is not what was encoded: --damaged keep delivers it
     "corrupt",
     "too many pixels",
+    "too large for --actor-memory",
+    "takes too long",
     "too small",
     "unsupported mode",
     "unreadable",

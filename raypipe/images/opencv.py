@@ -23,6 +23,23 @@ _BORDERS = {
 }
 
 
+SCRATCH: dict[type, float] = {
+    **dict.fromkeys((ops.Crop, ops.Flip, ops.Pad, ops.Affine, ops.Brightness, ops.Permute), 0),
+    **dict.fromkeys((ops.Greyscale, ops.Gamma, ops.AutoContrast, ops.GaussianBlur, ops.Median, ops.Erase), 1),
+    ops.Contrast: 1,
+    ops.Saturation: 3,
+    ops.Sharpness: 3,
+    ops.CLAHE: 5,
+    ops.Equalize: 8,
+    ops.Bilateral: 3,
+    ops.Resize: 15,
+    ops.NonLocalMeans: 20,
+    ops.AddNoise: 15,
+    ops.Hue: 27,
+}
+"""Bytes a pixel that an op takes beside the image before and after it (measured; `raypipe.images.memory`)."""
+
+
 def setup(threads: int) -> None:
     """How many threads OpenCV may use in this process. Its default is every core, which is too many with several actors."""
     cv2.setNumThreads(threads)

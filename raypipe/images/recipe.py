@@ -1071,12 +1071,13 @@ class Finish:
 class Plan:
     """What will be done to one image, with all numbers drawn.
 
-    `size` is that of the result; `boxes` are those left, float32 (m, 4), in its pixels; `keep` says which of the given boxes
-    they are, int64 (m,).
+    `size` is that of the result, `largest` the pixels of the largest image on the way; `boxes` are those left, float32 (m, 4),
+    in its pixels; `keep` says which of the given boxes they are, int64 (m,).
     """
 
     ops: tuple[Any, ...]
     size: Size
+    largest: int
     boxes: np.ndarray
     keep: np.ndarray
 
@@ -1097,6 +1098,14 @@ class Recipe:
     reduced_decode: bool = False
     needs_boxes: bool = False
     drops_crowds: bool = False
+
+    def __post_init__(self) -> None:
+        for op in self.ops:
+            height, width = _least(op)
+            if height * width > MAX_PIXELS:
+                raise UsageError(
+                    f"{type(op).__name__} makes images of at least {height}x{width}; a result may have {MAX_PIXELS} pixels at most"
+                )
 
     @property
     def random(self) -> bool:
@@ -1127,6 +1136,15 @@ class Recipe:
                 return by
         return 1
 
+    def largest(self, size: Size) -> Size:
+        """At least the size of what becomes of an image of `size`, whatever is drawn; (0, 0) for one that is rejected."""
+        try:
+            for op in self.ops:
+                size = _largest(op, size)
+        except Reject:
+            return 0, 0
+        return size
+
     def plan(self, *, seed: int, epoch: int, image_id: str, size: Size, boxes: np.ndarray | None = None) -> Plan:
         """The plan for one image; the same for the same arguments, wherever and whenever.
 
@@ -1137,17 +1155,51 @@ class Recipe:
         keep = np.arange(len(boxes))
         rng = generator(seed, epoch, image_id) if self.random else None
         done = []
+        largest = size[0] * size[1]
         for op in self.ops:
             for plain in sample(op, rng, size, boxes):
                 if len(boxes):
                     boxes, kept = move_boxes(plain, boxes, size)
                     keep = keep[kept]
                 size = output_size(plain, size)
+                largest = max(largest, size[0] * size[1])
                 if size[0] * size[1] > MAX_PIXELS:
                     raise Reject("too many pixels", f"{plain} makes {size[0]}x{size[1]}, more than {MAX_PIXELS} pixels")
                 if getattr(plain, "pixels", True):
                     done.append(plain)
-        return Plan(tuple(done), size, boxes, keep)
+        return Plan(tuple(done), size, largest, boxes, keep)
+
+
+def _least(op: Any) -> Size:
+    """The size that every result of an op has at least, whatever it is made of."""
+    match op:
+        case Resize() | Crop() | CenterCrop() | PadTo() | RandomCrop() | LargeScaleJitter():
+            return op.height, op.width
+        case ShortSide():
+            return min(op.short, op.long), min(op.short, op.long)
+        case MultiScale():
+            return min(*op.sizes, op.long), min(*op.sizes, op.long)
+        case Pad():
+            return op.top + 1 + op.bottom, op.left + 1 + op.right
+        case ZoomOut():
+            return (int(op.scale[0]), int(op.scale[0])) if op.p == 1 else (1, 1)
+    return 1, 1
+
+
+def _largest(op: Any, size: Size) -> Size:
+    fixed = fixed_size(op, None)
+    if fixed is not None:
+        return fixed
+    if isinstance(op, ZoomOut):
+        return int(size[0] * op.scale[1]), int(size[1] * op.scale[1])
+    if isinstance(op, MultiScale):
+        scale = min(max(op.sizes) / min(size), op.long / max(size))
+        return max(1, int(size[0] * scale)), max(1, int(size[1] * scale))
+    if getattr(op, "random", False):
+        return size
+    for plain in sample(op, None, size, NO_BOXES):
+        size = output_size(plain, size)
+    return size
 
 
 def left_of(values: np.ndarray, keep: np.ndarray, *, boxes: int) -> np.ndarray:

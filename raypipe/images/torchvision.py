@@ -26,6 +26,24 @@ _OPENCV_ONLY = "torchvision has no such filter: use --backend opencv, or another
 _REMEDIES = dict.fromkeys((ops.CLAHE, ops.Median, ops.Bilateral, ops.NonLocalMeans), _OPENCV_ONLY)
 
 
+SCRATCH: dict[type, float] = {
+    **dict.fromkeys((ops.Resize, ops.Crop, ops.Flip, ops.Pad, ops.Permute, ops.Erase), 2),
+    ops.Greyscale: 8,
+    ops.AutoContrast: 15,
+    ops.Brightness: 24,
+    ops.Gamma: 27,
+    ops.Contrast: 28,
+    ops.Saturation: 28,
+    ops.Equalize: 30,
+    ops.AddNoise: 36,
+    ops.Affine: 36,
+    ops.Hue: 98,
+    ops.GaussianBlur: 140,
+    ops.Sharpness: 153,
+}
+"""Bytes a pixel that an op takes beside the image before and after it (measured; `raypipe.images.memory`)."""
+
+
 def setup(threads: int) -> None:
     """How many threads torch may use in this process, and OpenCV, which turns images upright."""
     torch.set_num_threads(threads)

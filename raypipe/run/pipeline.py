@@ -26,12 +26,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from raypipe import UsageError
-from raypipe.data import journal, location
+from raypipe.data import journal, location, sizes
 from raypipe.data.formats.coco import check_annotation_ids
 from raypipe.data.listing import list_images
 from raypipe.data.reader import Reading
 from raypipe.data.sinks import Sink, annotations_of, write_annotations
-from raypipe.data.work import extend, make_work, named_as_before, remaining, renewed, requeued, shard_rows, shards, wanted_by
+from raypipe.data.work import extend, make_work, named_as_before, remaining, renewed, requeued, shards, wanted_by
 from raypipe.images import backend as backend_module
 from raypipe.images import catalog
 from raypipe.images.recipe import Recipe
@@ -47,7 +47,8 @@ from raypipe.run.scaling import steer
 from raypipe.run.session import Pools, Session, check_shared, hardware, ray_session, seated, size_pools, versions
 from raypipe.run.settings import Settings, check_apart, check_free, deciding, image_folder, reading, result_names
 from raypipe.stages import After
-from raypipe.stages.preprocess import TRIES, Preprocess, Preprocessing
+from raypipe.stages.actor import TRIES
+from raypipe.stages.preprocess import Preprocess, Preprocessing
 from raypipe.stages.write import Write, rejected_of, unread_of
 
 T = TypeVar("T")
@@ -147,6 +148,7 @@ class Todo:
     image_ids: pa.ChunkedArray
     endings: tuple[str, ...] = ()
     claim: journal.Claim | None = None
+    shard_bytes: int = 0  # that an actor takes for the largest shard, as far as known
 
 
 def plan(settings: Settings) -> Todo:
@@ -189,13 +191,20 @@ def left_to_do(
         UsageError: the output is of another run, or cannot be used. Nothing was changed.
     """
     check_report(settings.report)
-    height, width = recipe.fixed_size or (480, 640)
-    rows = settings.shard_rows or shard_rows(rows=source.num_rows, row_bytes=height * width * 3)
-    cut: dict[str, Any] = {"rows_per_shard": rows, "taper": settings.shard_rows is None}
+    shape = sizes.cut(
+        recipe,
+        images=source.num_rows,
+        rows=settings.shard_rows,
+        scratch=backend_module(settings.backend).SCRATCH,
+        memory=settings.memory,
+        max_pixels=settings.max_pixels,
+    )
+    cut: dict[str, Any] = {**shape.arguments, "taper": settings.shard_rows is None}
     root = settings.output
     if root is None:
         work = make_work(source, **cut)
-        return Todo(recipe=recipe, work=work, left=work, image_ids=source.column("image_id"), endings=endings)
+        ids = source.column("image_id")
+        return Todo(recipe=recipe, work=work, left=work, image_ids=ids, endings=endings, shard_bytes=shape.need)
     found = journal.look(root, decides, resume=settings.resume)
     stored, done = found.work, found.done
     if stored is None:
@@ -217,7 +226,15 @@ def left_to_do(
         seen=journal.state_of(root),
     )
     left = remaining(here, done)
-    return Todo(recipe=recipe, work=here, left=left, image_ids=source.column("image_id"), endings=endings, claim=claim)
+    return Todo(
+        recipe=recipe,
+        work=here,
+        left=left,
+        image_ids=source.column("image_id"),
+        endings=endings,
+        claim=claim,
+        shard_bytes=shape.need,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,6 +266,8 @@ class Job:
             backend=given.backend,
             seed=given.seed,
             max_pixels=given.max_pixels,
+            memory=given.memory,
+            image_seconds=given.image_seconds,
             decoder=given.decoder,
             damaged=given.damaged,
         )
@@ -546,7 +565,7 @@ def _execute(
     timing = probes.start(probe) if probe else None
     console.print("Starting Ray ..." if not os.environ.get("RAY_ADDRESS") else "Joining Ray ...")
     try:
-        with ray_session(settings, after=after) as session:
+        with ray_session(settings, after=after, shard_bytes=todo.shard_bytes) as session:
             costs = probes.finish(timing) if timing else None
             after = after and seated(after, session)
             pools = size_pools(settings, costs, session, images=left, after=after)

@@ -63,6 +63,10 @@ class Settings:
     """Which demo images."""
     max_pixels: int | None = None
     """Images with more pixels are rejected before they are decoded; by default those that the training rejected."""
+    actor_memory: float = 2.0
+    """GB that a preprocess actor may hold. Shards are cut for it, and an image that alone takes more is rejected."""
+    image_seconds: float = 30.0
+    """Seconds of CPU that one image may take; more ends its actor, and the image is rejected."""
     decoder: Literal["simplejpeg", "own"] | None = None
     """Who decodes JPEGs: simplejpeg, which notices damage, or the backend's own; by default as in the training."""
     damaged: Literal["reject", "keep"] | None = None
@@ -128,6 +132,8 @@ class Settings:
                 "limit",
                 "seed",
                 "max_pixels",
+                "actor_memory",
+                "image_seconds",
                 "decoder",
                 "damaged",
                 "actors",
@@ -256,7 +262,7 @@ def deciding(settings: Settings, identity: dict[str, Any]) -> dict[str, Any]:
 
     Also the batch size: models that pad images to the largest of a batch see it.
     """
-    names = ("backend", "max_pixels", "decoder", "damaged", "min_score", "batch_size", "seed")
+    names = ("backend", "max_pixels", "actor_memory", "image_seconds", "decoder", "damaged", "min_score", "batch_size", "seed")
     return {
         "checkpoint": identity,
         "input": settings.input if settings.input.startswith("demo") else location.absolute(settings.input),

@@ -138,6 +138,8 @@ def leave_report(
 
 
 SHOWN_PER_REASON, SHOWN = 3, 12
+_HARMFUL = ("kills its process", "takes too long", "too many pixels", "too large for --actor-memory")
+"""Reasons of images that would do to the driver what they did to an actor, or were kept from doing."""
 
 
 def shown(work: pa.Table, rejected: list[Rejected]) -> list[dict[str, Any]]:
@@ -148,8 +150,7 @@ def shown(work: pa.Table, rejected: list[Rejected]) -> list[dict[str, Any]]:
         count[row.reason] += 1
         if count[row.reason] <= SHOWN_PER_REASON and len(rows) < SHOWN:
             rows.append(row)
-    # What kills an actor would kill the driver too.
-    harmless = pa.array([row.image_id for row in rows if row.reason != "kills its process"], pa.string())
+    harmless = pa.array([row.image_id for row in rows if row.reason not in _HARMFUL], pa.string())
     work = work.filter(pc.is_in(work.column("image_id"), harmless))
     data = Reader(threads=0, patience_s=0).read(work)
     seen = {i: thumbnail(d) for i, d in zip(work.column("image_id").to_pylist(), data, strict=True) if isinstance(d, bytes)}

@@ -23,9 +23,7 @@ from raypipe import UsageError
 from raypipe.insight import planner
 from raypipe.run.settings import Settings
 from raypipe.stages import After
-
-ACTOR_BYTES = {"opencv": 250 * 10**6, "torchvision": 600 * 10**6}
-"""Memory that an actor has before it has an image (measured: resident, libraries included)."""
+from raypipe.stages.actor import ACTOR_BYTES
 
 REST_BYTES = 1500 * 10**6
 """Memory for the driver, Ray's own processes and the system, beside the actors."""
@@ -103,24 +101,28 @@ def memory_for(actors: Iterable[tuple[int, str]]) -> int:
     return sum(count * ACTOR_BYTES[libraries] for count, libraries in actors) + REST_BYTES
 
 
-def room_here(settings: Settings, after: After | None = None) -> int:
+def room_here(settings: Settings, after: After | None = None, *, shard_bytes: int = 0) -> int:
     """How many actors this machine has memory for; more than cores, as those that wait need none.
+
+    Args:
+        shard_bytes: what a preprocess actor takes for its largest shard.
 
     Raises:
         UsageError: it has not for as many as asked for.
     """
     memory = psutil.virtual_memory().total
     stages = [(settings.actors, settings.backend)] + ([(after.actors, after.libraries)] if after else [])
-    room = max(int(ROOM * memory / max(ACTOR_BYTES[libraries] for _, libraries in stages)), 2)
+    each = max(ACTOR_BYTES[settings.backend] + shard_bytes, *(ACTOR_BYTES[libraries] for _, libraries in stages))
+    room = max(int(ROOM * memory / each), 2)
     asked = [(count, libraries) for count, libraries in stages if count != "auto"]
-    needed = memory_for(asked)
+    needed = memory_for(asked) + (shard_bytes * settings.actors if settings.actors != "auto" else 0)
     if needed > memory and asked:
         actors, options = _named(settings.actors, after.actors if after else None, after)
         raise UsageError(
             f"{actors} need about {needed / 1e9:.0f} GB of memory; this machine has {memory / 1e9:.0f} GB and {cores_here()} cores. Ask for "
             f"fewer with {options}."
         )
-    return max(room, sum(count for count, _ in asked) + 1, cores_here())
+    return max(room, sum(count for count, _ in asked) + 1)
 
 
 def _named(actors: int | str, others: int | str | None, after: After | None) -> tuple[str, str]:
@@ -230,7 +232,7 @@ _OPENING = threading.Lock()
 
 
 @contextmanager
-def ray_session(settings: Settings, *, after: After | None = None, beside: int = 0) -> Iterator[Session]:
+def ray_session(settings: Settings, *, after: After | None = None, beside: int = 0, shard_bytes: int = 0) -> Iterator[Session]:
     """Join the cluster that RAY_ADDRESS names, use the Ray that this process has already, or start one for this run alone.
 
     Within another ray_session it is that one, with its room: several runs then share what was opened once, for the largest of them.
@@ -238,6 +240,7 @@ def ray_session(settings: Settings, *, after: After | None = None, beside: int =
     Args:
         after: the stage after preprocess.
         beside: CPUs that others than these actors take: the workers of a training.
+        shard_bytes: what a preprocess actor takes for its largest shard.
 
     Raises:
         UsageError: there is no cluster at RAY_ADDRESS, no memory here for the actors asked for, or another run of this process has a Ray of
@@ -246,7 +249,7 @@ def ray_session(settings: Settings, *, after: After | None = None, beside: int =
     with _OPENING:
         inner = bool(_open)
         if not inner:
-            _open.append(_opened(settings, after, beside))
+            _open.append(_opened(settings, after, beside, shard_bytes))
         elif _open[0].ours and _open[0].thread != threading.get_ident():
             raise UsageError(
                 "Another run of this process is going on, with a Ray that ends with it. Wait for it (`run.wait()`), start this one in a process "
@@ -294,7 +297,7 @@ def ray_here(*, num_cpus: int, **options: Any) -> Any:
     return ray.init(address="local", num_cpus=num_cpus, _system_config=own, **options)
 
 
-def _opened(settings: Settings, after: After | None, beside: int) -> _Open:
+def _opened(settings: Settings, after: After | None, beside: int, shard_bytes: int) -> _Open:
     joined = joins()
     ours = not ray.is_initialized()
     dashboard = None
@@ -306,7 +309,7 @@ def _opened(settings: Settings, after: After | None, beside: int) -> _Open:
                     check_answers(os.environ.get("RAY_ADDRESS", ""))
                     context = ray.init(**quiet)
                 else:
-                    room = room_here(settings, after)
+                    room = room_here(settings, after, shard_bytes=shard_bytes)
                     context = ray_here(num_cpus=cores_here() + beside, **quiet)
         except ConnectionError as error:
             address = os.environ.get("RAY_ADDRESS", "")

@@ -1,5 +1,6 @@
 """What a user asks of a run, and what of it cannot be done."""
 
+import math
 import os
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from raypipe.data.patience import READ_PATIENCE_S
 from raypipe.data.reader import Reading
 from raypipe.images.decode import MAX_PIXELS
 from raypipe.images.recipe import Recipe, to_json
+from raypipe.stages.actor import ACTOR_BYTES
 
 COUNT = int | Literal["auto"]
 
@@ -44,6 +46,10 @@ class Settings:
     """Of random augmentations, and of the demo images."""
     max_pixels: int = MAX_PIXELS
     """Images with more pixels are rejected before they are decoded."""
+    actor_memory: float = 2.0
+    """GB that a preprocess actor may hold. Shards are cut for it, and an image that alone takes more is rejected."""
+    image_seconds: float = 30.0
+    """Seconds of CPU that one image may take; more ends its actor, and the image is rejected."""
     decoder: Literal["simplejpeg", "own"] = "simplejpeg"
     """Who decodes JPEGs: simplejpeg, which notices damage; or the backend's own (OpenCV, Pillow), which mostly does not: to compare libraries."""
     damaged: Literal["reject", "keep"] = "reject"
@@ -62,7 +68,7 @@ class Settings:
     read_patience: float = READ_PATIENCE_S
     """Seconds for which a store that does not answer is asked again; what it has not given by then is left for the next run."""
     shard_rows: int | None = None
-    """Images a shard; by default as many as make 64 MiB of output."""
+    """Images a shard at most, as far as --actor-memory allows; by default as many as make 64 MiB of output."""
     max_reject_fraction: float = 0.01
     """The run fails when more than this share of the images was rejected; results are kept."""
     run_id: str | None = None
@@ -71,6 +77,11 @@ class Settings:
     """--no-resume deletes the results of earlier runs into --output and starts again."""
     report: str | None = None
     """Folder for report.json and rejects.parquet too; by default only OUTPUT/_raypipe."""
+
+    @property
+    def memory(self) -> int:
+        """Bytes that a preprocess actor may hold beside its libraries."""
+        return int(min(self.actor_memory, 1e9) * 1e9) - ACTOR_BYTES[self.backend]
 
     def check(self) -> None:
         """Raises UsageError for a value that no run can use."""
@@ -84,6 +95,13 @@ class Settings:
                 raise UsageError(f"--{name} is {delay}; it is milliseconds an image, from 0 to an hour's.")
         if not 0 <= self.read_patience < 86_400:
             raise UsageError(f"--read-patience is {self.read_patience}; it is seconds, from 0 to a day's.")
+        if not 0 < self.image_seconds < math.inf:
+            raise UsageError(f"--image-seconds is {self.image_seconds}; it is seconds of CPU, more than 0.")
+        if not LEAST_MEMORY <= self.memory < 2**50:
+            least = (ACTOR_BYTES[self.backend] + LEAST_MEMORY) / 1e9
+            raise UsageError(
+                f"--actor-memory is {self.actor_memory}; it is GB, and an actor with {self.backend} needs {least:g} at least."
+            )
         if not 1 <= self.quality <= 100:
             raise UsageError(f"--quality is {self.quality}; JPEG quality goes from 1 to 100.")
         if not 0 <= self.max_reject_fraction <= 1:
@@ -100,6 +118,10 @@ def reading(settings: Settings) -> Reading:
     local = not location.is_remote(settings.input) and os.path.isdir(root := location.local_path(settings.input))
     threads = 8 if location.is_remote(settings.input) else 1
     return Reading(threads=threads, patience_s=settings.read_patience, root=root if local else None)
+
+
+LEAST_MEMORY = 100_000_000
+"""Bytes for images without which an actor is of no use: a few photos and their shard's results."""
 
 
 def gpu_or_cpu(*, gpu: bool, cpu: bool) -> bool | None:
@@ -128,6 +150,8 @@ def deciding(settings: Settings, recipe: Recipe) -> dict[str, Any]:
         "quality": quality,
         "seed": settings.seed,
         "max_pixels": settings.max_pixels,
+        "actor_memory": settings.actor_memory,
+        "image_seconds": settings.image_seconds,
         "decoder": settings.decoder,
         "damaged": settings.damaged,
     }

@@ -33,12 +33,12 @@ from ray.train.torch import TorchTrainer
 from rich.console import Console
 
 from raypipe import UsageError
-from raypipe.data import journal, lease, location
+from raypipe.data import journal, lease, location, sizes
 from raypipe.data.journal import Rejected
 from raypipe.data.listing import list_images
 from raypipe.data.location import StoreError
 from raypipe.data.patience import READ_PATIENCE_S
-from raypipe.data.work import make_work, shard_rows, unlist, untouched, wanted_by
+from raypipe.data.work import make_work, unlist, untouched, wanted_by
 from raypipe.images import backend as backend_module
 from raypipe.images import catalog
 from raypipe.images.decode import MAX_PIXELS
@@ -101,6 +101,10 @@ class Settings:
     """Of the weights, the order, the augmentations, the hold-out, and the demo images."""
     max_pixels: int = MAX_PIXELS
     """Images with more pixels are rejected before they are decoded."""
+    actor_memory: float = 2.0
+    """GB that a preprocess actor may hold. Shards are cut for it, and an image that alone takes more is rejected."""
+    image_seconds: float = 30.0
+    """Seconds of CPU that one image may take; more ends its actor, and the image is rejected."""
     decoder: Literal["simplejpeg", "own"] = "simplejpeg"
     """Who decodes JPEGs: simplejpeg, which notices damage; or the backend's own (OpenCV, Pillow), which mostly does not: to compare libraries."""
     damaged: Literal["reject", "keep"] = "reject"
@@ -221,6 +225,8 @@ class Settings:
             "limit",
             "seed",
             "max_pixels",
+            "actor_memory",
+            "image_seconds",
             "decoder",
             "damaged",
             "actors",
@@ -254,6 +260,7 @@ class Todo:
     holdout: pa.Table
     training: Training
     deciding: dict[str, Any]
+    shard_bytes: int = 0  # that an actor takes for the largest shard, as far as known
 
 
 def split(source: pa.Table, *, share: float, seed: int) -> tuple[pa.Table, pa.Table]:
@@ -285,9 +292,16 @@ def plan(settings: Settings) -> Todo:
     classes = Classes.among(unlist(source.column("labels")))
     if not len(classes) or not pc.sum(pc.list_value_length(source.column("boxes"))).as_py():
         raise UsageError(f"No image of {settings.input!r} has labelled boxes, so there is nothing to learn. Give --annotations.")
-    height, width = (None if on_device else recipe.fixed_size) or (480, 640)
-    rows = settings.shard_rows or shard_rows(rows=source.num_rows, row_bytes=height * width * 3)
-    work = make_work(source, rows_per_shard=rows, epochs=settings.epochs, shuffle_seed=settings.seed)
+    shape = partial(
+        sizes.cut,
+        images=source.num_rows,
+        rows=settings.shard_rows,
+        scratch=backend_module(settings.backend).SCRATCH,
+        memory=settings.preprocessing.memory,
+        max_pixels=settings.max_pixels,
+    )
+    cut = shape(replace(recipe, ops=()) if on_device else recipe)
+    work = make_work(source, **cut.arguments, epochs=settings.epochs, shuffle_seed=settings.seed)
     training = Training(
         model=settings.model,
         arguments=settings.arguments,
@@ -308,7 +322,14 @@ def plan(settings: Settings) -> Todo:
         "classes": list(classes.ids),
         **{name: getattr(settings, name) for name in _DECIDING},
     }
-    return Todo(recipe=recipe, work=work, holdout=make_work(held, rows_per_shard=rows), training=training, deciding=deciding)
+    return Todo(
+        recipe=recipe,
+        work=work,
+        holdout=make_work(held, **shape(for_evaluation(recipe)).arguments),
+        training=training,
+        deciding=deciding,
+        shard_bytes=cut.need,
+    )
 
 
 _DECIDING = (
@@ -317,6 +338,8 @@ _DECIDING = (
         "ops_on",
         "seed",
         "max_pixels",
+        "actor_memory",
+        "image_seconds",
         "decoder",
         "damaged",
         "epochs",
@@ -394,7 +417,7 @@ def _run(settings: Settings, console: Console, *, started: float, touch: Callabl
         say(console, f"Going on from {folder}: {progress.rows} of {total} rows are done, in {progress.step} steps.")
     before = progress.rows
     say(console, "Starting Ray ..." if not os.environ.get("RAY_ADDRESS") else "Joining Ray ...")
-    alone = ray_session(_sized(settings), beside=_cpus_for_workers(settings))
+    alone = ray_session(_sized(settings), beside=_cpus_for_workers(settings), shard_bytes=todo.shard_bytes)
     with probes.started(_probe(settings, todo)) as timing, alone as session:
         on_gpu = on_gpus(settings.workers, "workers", must=gpu_or_cpu(gpu=settings.gpu, cpu=settings.cpu), session=session)
         timed = probes.finish(timing)
@@ -663,6 +686,8 @@ def _pixels(todo: Todo, settings: Settings) -> Preprocessing:
         backend=settings.backend,
         seed=settings.seed,
         max_pixels=settings.max_pixels,
+        memory=settings.preprocessing.memory,
+        image_seconds=settings.image_seconds,
         decoder=settings.decoder,
         damaged=settings.damaged,
         decode_only=settings.ops_on == "device",

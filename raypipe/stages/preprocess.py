@@ -3,38 +3,34 @@
 import contextlib
 import ctypes
 import mmap
-import os
-import struct
 import sys
 import time
 import weakref
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import numpy as np
-import psutil
 import pyarrow as pa
 
 from raypipe.data.reader import CHUNK_BYTES, CHUNK_ROWS, Reader, Reading
 from raypipe.data.work import BLOCK, image_column, lists, unlist
 from raypipe.images import backend as backend_module
 from raypipe.images.decode import MAX_PIXELS, Header, Reject, read_header
+from raypipe.images.memory import MOST, needed
 from raypipe.images.recipe import Plan, Recipe, left_of
 from raypipe.stages import Meter
-
-TRIES = 3
-"""An image during which the process died this often is taken to be the cause. A lower number would blame images that were only
-under way when a node was lost or somebody killed the actor."""
+from raypipe.stages.actor import Tracks
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
     """What decides the pixels of a shard: the same settings and the same rows always give the same bytes.
 
+    `memory`: bytes that a shard's images may take in an actor: the results of all of them, and what
+    one takes while it is decoded and transformed. An image that does not fit is rejected.
+    `image_seconds`: of CPU; an image that takes more ends the process, and is rejected by the next.
     `decoder`: of JPEGs, one of raypipe.images.DECODERS. `damaged`: "reject" what a decoder or a
     checksum says is damaged, or "keep" what can be decoded of it.
     `decode_only`: images stay as they are decoded, and boxes as the source has them, for the recipe's ops are done later, on another device. What
@@ -45,6 +41,8 @@ class Preprocessing:
     backend: str
     seed: int = 0
     max_pixels: int = MAX_PIXELS
+    memory: int = 1_750_000_000
+    image_seconds: float = 30.0
     decoder: str = "simplejpeg"
     damaged: str = "reject"
     decode_only: bool = False
@@ -71,7 +69,7 @@ def preprocess_shard(
     settings: Preprocessing,
     *,
     reader: Reader,
-    killers: Collection[int] = (),
+    killers: Mapping[int, Reject] = MappingProxyType({}),
     mark: Callable[[int], None] = lambda row: None,
     memory: Callable[[int], np.ndarray] = _new,
 ) -> tuple[pa.Table, int]:
@@ -79,7 +77,7 @@ def preprocess_shard(
 
     Args:
         reader: gives each row's encoded bytes, in order.
-        killers: rows not to touch, because they have killed the process before.
+        killers: rows not to touch, because they have ended the process before, and why they are rejected.
         mark: called with a row's number before it is touched.
         memory: gives an array of so many bytes (uint8, one dimension) for the pixels of all rows.
 
@@ -125,6 +123,7 @@ def preprocess_shard(
                 if damage:
                     details[row] = damage
                 backend.execute(image, item.plan.ops, out)
+                image = None  # not beside the next one
                 plan, end = item.plan, end_if_fine
                 sizes[row] = item.header.height, item.header.width, height, width
             except Reject as reject:
@@ -166,16 +165,47 @@ def _decoded(backend: ModuleType, item: _Planned, reduce: int, settings: Preproc
         return backend.decode(item.data, item.header, reduce, decoder=settings.decoder, strict=False), reject.detail
 
 
+class _Room:
+    """The memory of a shard: `held` are bytes that its results take from the start."""
+
+    def __init__(self, settings: Preprocessing, held: int) -> None:
+        self._settings = settings
+        self._scratch = backend_module(settings.backend).SCRATCH
+        self._held = held
+
+    def take(self, data: bytes, header: Header, plan: Plan, *, keep: bool) -> None:
+        """Room for an image, while it is worked on; with `keep` also for its bytes and its result until the shard is done.
+
+        Raises:
+            Reject: there is not enough.
+        """
+        kept = len(data) + plan.size[0] * plan.size[1] * 3 if keep else 0
+        if self._held + kept + len(data) + MOST * plan.largest > self._settings.memory:
+            decoded = header if self._settings.decoder == "simplejpeg" else replace(header, native=False)
+            reduce = self._settings.done_here.reduce((header.height, header.width))
+            most = needed(decoded, plan.ops, self._scratch, reduce=reduce) + len(data) * (not keep)
+            if self._held + kept + most > self._settings.memory:
+                others = f", and others of its shard {self._held / 1e9:.2f} GB" if self._held > 5_000_000 else ""
+                raise Reject(
+                    "too large for --actor-memory",
+                    f"{header.width}x{header.height} pixels ({header.format}) take {(kept + most) / 1e9:.2f} GB to decode and "
+                    f"transform{others}; there are {self._settings.memory / 1e9:.2f} GB",
+                )
+        self._held += kept
+
+
 def _plan(shard, settings, boxes, labels, *, reader, killers, mark) -> Iterator[_Planned | Reject]:
     """Each row's bytes, header and sampled ops; or why there are none."""
     epochs = shard.column("epoch").to_pylist()
     image_ids = shard.column("image_id").to_pylist()
     recipe, here = settings.recipe, settings.done_here
+    fixed = here.fixed_size
+    room = _Room(settings, 0 if fixed is None else shard.num_rows * fixed[0] * fixed[1] * 3)
     random, boxed = recipe.random, any(len(of) for of in boxes)
     plans: dict[tuple[int, int], Plan] = {}  # of sizes seen, where nothing else decides: a plan takes 20 us, 1% of a small image
     for row, data in enumerate(reader.read(shard)):
         if row in killers:
-            yield Reject("kills its process", f"the preprocess actor died {TRIES} times while at this image")
+            yield killers[row]
             continue
         if isinstance(data, Reject):
             yield data
@@ -200,6 +230,7 @@ def _plan(shard, settings, boxes, labels, *, reader, killers, mark) -> Iterator[
                     plan = here.plan(**of_image)
                 if not random and not boxed:
                     plans[size] = plan
+            room.take(data, header, plan, keep=fixed is None)
         except Reject as reject:
             yield reject
         except Exception as error:
@@ -293,60 +324,6 @@ class Memory:
         return array
 
 
-def _is_alive(pid: int, created: int) -> bool:
-    try:
-        process = psutil.Process(pid)
-        # A worker that died is a zombie until its raylet looks.
-        return int(process.create_time()) == created and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-class Tracks:
-    """Which row this process is at, in a file that outlives it; and which rows processes were at when they died.
-
-    Nothing can be caught when a decoder kills its process. Ray starts the actor again and repeats the task, for ever; so each
-    process leaves its position in a memory-mapped file (1 us an image), and the next one on this node counts the dead.
-    """
-
-    _POSITION = struct.Struct("<qq")
-
-    def __init__(self, folder: str):
-        self._folder = Path(folder)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._bury()
-        path = self._folder / f"{os.getpid()}-{int(psutil.Process().create_time())}.at"
-        path.write_bytes(self._POSITION.pack(-1, -1))
-        with path.open("r+b") as file:
-            self._at = mmap.mmap(file.fileno(), self._POSITION.size)
-
-    def _bury(self) -> None:
-        for path in self._folder.glob("*.at"):
-            pid, created = map(int, path.stem.split("-"))
-            if _is_alive(pid, created):
-                continue
-            # FileNotFoundError: another actor was faster.
-            with contextlib.suppress(FileNotFoundError):
-                path.rename(path.with_suffix(".dead"))
-
-    def killers(self, shard: int) -> set[int]:
-        """The rows of `shard` at which processes died TRIES times, as far as actors that started since have found.
-
-        Looking for the dead again at each shard would cost 0.1 ms for each actor of the node; the task of one that died is repeated by the
-        one that takes its place.
-        """
-        deaths: Counter[int] = Counter()
-        for grave in self._folder.glob("*.dead"):
-            at, row = self._POSITION.unpack(grave.read_bytes())
-            if at == shard:
-                deaths[row] += 1
-        return {row for row, count in deaths.items() if count >= TRIES}
-
-    def mark(self, shard: int, row: int) -> None:
-        """This process is now at `row` of `shard`; -1, -1: at none."""
-        self._POSITION.pack_into(self._at, 0, shard, row)
-
-
 class Preprocess:
     """The actor. Ray Data calls it with one shard at a time."""
 
@@ -367,7 +344,7 @@ class Preprocess:
         self._meter = meter
         self._wait_s = wait_ms / 1000
         self._reader = (reading or Reading()).reader()
-        self._tracks = Tracks(tracks)
+        self._tracks = Tracks(tracks, image_seconds=settings.image_seconds)
         self._memory = Memory(bytes_out)
         meter.start()
 

@@ -447,7 +447,40 @@ def test_an_image_too_small_for_an_op_is_rejected():
 
 def test_a_result_of_too_many_pixels_is_rejected_before_it_is_made():
     with pytest.raises(Reject, match="too many pixels"):
-        plan(Resize(height=20_000, width=20_000))
+        plan(Pad(bottom=10_000, right=10_000), ZoomOut(scale=(4, 4), p=1))
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        {"op": "Resize", "height": 30_000, "width": 30_000},
+        {"op": "Crop", "top": 0, "left": 0, "height": 30_000, "width": 30_000},
+        {"op": "CenterCrop", "height": 30_000, "width": 30_000},
+        {"op": "RandomCrop", "height": 30_000, "width": 30_000},
+        {"op": "LargeScaleJitter", "height": 30_000, "width": 30_000},
+        {"op": "Pad", "bottom": 30_000, "right": 30_000},
+        {"op": "PadTo", "height": 30_000, "width": 30_000},
+        {"op": "ShortSide", "short": 30_000, "long": 40_000},
+        {"op": "MultiScale", "sizes": [30_000, 40_000], "long": 50_000},
+        {"op": "ZoomOut", "scale": [30_000, 40_000], "p": 1},
+    ],
+    ids=lambda op: op["op"],
+)
+def test_ops_whose_every_result_would_be_too_large_are_refused(op):
+    with pytest.raises(UsageError, match=r"makes images of at least \d+x\d+; a result may have 178956970 pixels at most"):
+        from_json({"name": "large", "ops": [op]})
+
+
+@pytest.mark.parametrize("size", [(480, 640), (37, 500), (3000, 200)])
+@pytest.mark.parametrize("name", RECIPES)
+def test_no_result_is_larger_than_the_recipe_says_beforehand(name, size):
+    most = RECIPES[name].largest(size)
+    for image in range(40):
+        try:
+            found = RECIPES[name].plan(seed=0, epoch=0, image_id=str(image), size=size, boxes=np.array([[1, 2, 30, 30]]))
+        except Reject:
+            continue
+        assert found.size[0] * found.size[1] <= most[0] * most[1]
 
 
 # ---------------------------------------------------------------------------------------------------------- reduced decoding

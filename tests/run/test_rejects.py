@@ -156,6 +156,31 @@ def test_kept_damaged_images_are_counted(session, photos, tmp_path, output):
     assert (report["images_out"], report["images_rejected"], report["images_damaged_kept"]) == (60, 0, 2)
 
 
+def jpeg_of_many_scans(count: int) -> bytes:
+    """A grey JPEG of 4000x4000 whose second scan comes `count` times more: 1.3 ms of CPU each."""
+    data = encoded(Image.fromarray(np.full((4000, 4000), 90, np.uint8)), "JPEG", progressive=True, quality=50)
+    second = data.find(b"\xff\xda", data.find(b"\xff\xda") + 2)
+    start, end = data.rfind(b"\xff\xc4", 0, second), data.rfind(b"\xff\xc4", second, data.find(b"\xff\xda", second + 2))
+    return data[:start] + data[start:end] * count + data[start:]
+
+
+def test_an_image_that_takes_too_long_is_rejected_and_no_other(session, photos, tmp_path):
+    (photos / "a" / "long.jpg").write_bytes(jpeg_of_many_scans(20_000))  # half a minute
+    wanted = settings(input=photos, output=tmp_path / "out", image_seconds=1.0, max_reject_fraction=0.5)
+    outcome = run(wanted, console=quiet())
+    assert [(row.image_id, row.reason) for row in outcome.rejected] == [("a/long.jpg", "takes too long")]
+    assert outcome.rejected[0].detail == "more than --image-seconds 1 of CPU"
+    assert len(files(tmp_path / "out")) == 60
+
+
+def test_an_image_too_large_for_the_actors_memory_is_rejected_and_not_shown(session, photos, tmp_path):
+    (photos / "a" / "large.png").write_bytes(encoded(Image.new("RGB", (9000, 9000)), "PNG"))
+    wanted = settings(input=photos, output=tmp_path / "out", actor_memory=0.6, max_reject_fraction=0.5)
+    outcome = run(wanted, console=quiet())
+    assert [(row.image_id, row.reason) for row in outcome.rejected] == [("a/large.png", "too large for --actor-memory")]
+    assert "9000x9000 pixels (png) take 0.7" in outcome.rejected[0].detail
+
+
 def test_bad_boxes_reject_their_image_alone(session, tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()

@@ -1,9 +1,12 @@
 import multiprocessing
 import os
 import signal
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import cv2
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -14,8 +17,9 @@ from raypipe.data.tables import SOURCE
 from raypipe.data.work import BLOCK, images_of, make_work
 from raypipe.images import catalog, opencv
 from raypipe.images.decode import Reject
-from raypipe.images.recipe import CenterCrop, Recipe, Resize
-from raypipe.stages.preprocess import TRIES, Memory, Preprocessing, Tracks, pixels, preprocess_shard
+from raypipe.images.recipe import CenterCrop, HorizontalFlip, Recipe, Resize
+from raypipe.stages.actor import TRIES, Tracks
+from raypipe.stages.preprocess import Memory, Preprocessing, pixels, preprocess_shard
 from tests.conftest import jpeg
 
 
@@ -180,7 +184,9 @@ def test_an_image_that_is_rejected_late_does_not_keep_the_memory(photos):
 
 def test_a_killer_is_not_touched_and_marks_say_where_a_process_is(photos):
     marks: list[int] = []
-    block, _ = preprocess_shard(shard_of(photos), settings(), reader=Reader(), killers={3}, mark=marks.append)
+    block, _ = preprocess_shard(
+        shard_of(photos), settings(), reader=Reader(), killers={3: Reject("kills its process")}, mark=marks.append
+    )
     assert 3 not in marks and set(marks) == set(range(60)) - {3}
     assert block.column("reason").to_pylist()[3] == "kills its process"
 
@@ -204,8 +210,68 @@ def test_tracks_outlive_their_process_and_blame_a_row_only_after_several_deaths(
         die(7, 5)
     die(7, 6)
     die(8, 5)
-    assert Tracks(str(tmp_path)).killers(7) == set()
+    assert Tracks(str(tmp_path)).killers(7) == {}
     die(7, 5)
     after = Tracks(str(tmp_path))  # as the actor that takes the place of the dead one has it
-    assert after.killers(7) == {5}
-    assert after.killers(8) == set()
+    assert {row: reject.reason for row, reject in after.killers(7).items()} == {5: "kills its process"}
+    assert after.killers(8) == {}
+
+
+def _compute_for_ever(folder: str) -> None:
+    tracks = Tracks(folder, image_seconds=0.5)
+    tracks.mark(7, 4)
+    tracks.mark(7, 5)
+    while True:
+        cv2.GaussianBlur(np.zeros((500, 500), np.uint8), (31, 31), 5)
+
+
+def _wait(folder: str) -> None:
+    tracks = Tracks(folder, image_seconds=0.5)
+    tracks.mark(7, 6)
+    time.sleep(2)  # takes no CPU
+    tracks.mark(-1, -1)
+    for _ in range(300):
+        cv2.GaussianBlur(np.zeros((500, 500), np.uint8), (31, 31), 5)
+
+
+def test_an_image_that_takes_too_much_cpu_ends_its_process_and_is_blamed_at_once(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    codes = []
+    for target in (_compute_for_ever, _wait):
+        process = context.Process(target=target, args=(str(tmp_path),))
+        process.start()
+        process.join(60)
+        codes.append(process.exitcode)
+    assert codes == [-signal.SIGKILL, 0]
+    killers = Tracks(str(tmp_path), image_seconds=0.5).killers(7)
+    assert {row: str(reject) for row, reject in killers.items()} == {5: "takes too long: more than --image-seconds 0.5 of CPU"}
+
+
+AS_IT_IS = Recipe(name="as-it-is", ops=(HorizontalFlip(),))
+
+
+def flat_png(side: int) -> bytes:
+    return cv2.imencode(".png", np.full((side, side, 3), 7, np.uint8))[1].tobytes()
+
+
+def shard_with(*images: bytes) -> tuple[pa.Table, Any]:
+    rows = [{"image_id": str(n), "name": str(n), "uri": str(n), "offset": 0, "length": -1} for n in range(len(images))]
+    empty = {field.name: [0, 0] if field.name == "frame" else [] for field in SOURCE if field.name not in rows[0]}
+    shard = make_work(pa.Table.from_pylist([row | empty for row in rows], schema=SOURCE), rows_per_shard=len(rows))
+
+    class Given:
+        def read(self, shard):
+            return list(images)
+
+    return shard, Given()
+
+
+@pytest.mark.parametrize(("recipe", "good"), [("coco-300", [True, False, True, True]), (AS_IT_IS, [True, False, True, False])])
+def test_what_does_not_fit_into_the_actors_memory_is_rejected_alone(recipe, good):
+    """A PNG of 2000x2000 takes 36 MB to decode; flipped as it is, 12 MB until its shard is done."""
+    shard, reader = shard_with(flat_png(2000), flat_png(3000), flat_png(100), flat_png(2000))
+    block, _ = preprocess_shard(shard, replace(settings(recipe), memory=50_000_000), reader=reader)
+    assert [reason is None for reason in block.column("reason").to_pylist()] == good
+    assert set(block.column("reason").to_pylist()) == {None, "too large for --actor-memory"}
+    detail = block.column("detail")[1].as_py()
+    assert detail.startswith("3000x3000 pixels (png) take 0.") and "there are 0.05 GB" in detail

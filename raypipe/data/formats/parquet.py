@@ -442,3 +442,25 @@ def _said(table: pa.Table, row: int, depth: int) -> tuple[int, ...] | None:
     """The shape by the columns `height` and `width`, for flat lists of pixels."""
     height, width = _sides(table, row)
     return (height, width, -1) if depth == 1 and isinstance(height, int) and isinstance(width, int) else None
+
+
+# --- how large images are, without reading them ---------------------------------------------------------------------------
+
+
+def sizes(uri: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """What a file tells of its images' sizes without reading them.
+
+    Returns:
+        Bytes of each row's image, the mean of its row group: float64 (n,). And where columns say so,
+        each image's height and width in pixels: int64 (n, 2), 0 where there is none.
+
+    Raises what reading a damaged file raises.
+    """
+    images = _images_in(uri)
+    counts = np.diff([0, *images.ends])[: len(images.bytes)]
+    each = np.repeat(np.array(images.bytes, np.float64) / np.maximum(counts, 1), counts)
+    if not {"height", "width"} <= set(images.file.schema_arrow.names):
+        return each, None
+    table = images.file.read(columns=["height", "width"], use_threads=False)
+    sides = [pc.fill_null(pc.cast(table.column(name), pa.int64()), 0).to_numpy() for name in ("height", "width")]
+    return each, np.stack(sides, axis=1)

@@ -1,0 +1,69 @@
+"""What an image takes is known beforehand: measured in a process of its own, as the peak of its memory."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+MEASURE = """
+import io, json, sys
+import cv2, numpy as np
+from PIL import Image
+from raypipe.images import backend, recipe as ops
+from raypipe.images.decode import read_header
+from raypipe.images.memory import needed
+
+def peak():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
+
+def reset():
+    open("/proc/self/clear_refs", "w").write("5")
+    return peak()
+
+def encoded(image, format, **options):
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, format, **options)
+    return file.getvalue()
+
+module = backend(sys.argv[1])
+module.setup(1)
+small = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+large = cv2.resize(small, (4000, 3000), interpolation=cv2.INTER_CUBIC)
+exif = Image.Exif()
+exif[0x0112] = 6
+files = {
+    "jpeg": encoded(large, "JPEG"), "progressive": encoded(large, "JPEG", progressive=True, subsampling=0),
+    "turned": encoded(large, "JPEG", exif=exif), "png": encoded(large, "PNG", compress_level=1),
+    "palette": encoded(large[..., 0], "GIF"), "webp": encoded(large, "WEBP", method=0), "bmp": encoded(large, "BMP"),
+    "tiff": encoded(large, "TIFF", compression="tiff_lzw"), "avif": encoded(large, "AVIF", speed=10),
+}
+some = [
+    ops.Resize(height=300, width=300, antialias=True), ops.Flip(), ops.Hue(shift=0.1), ops.Saturation(factor=2.0),
+    ops.AddNoise(sigma=3.0, seed=1), ops.Sharpness(factor=2.0), ops.GaussianBlur(kernel=5, sigma=1.0), ops.Equalize(),
+    ops.Affine(matrix=(1, 0.1, 0, 0, 1, 0)), ops.Resize(height=4000, width=2000, antialias=True),
+]
+found = {}
+for name, data in files.items():
+    header = read_header(data)
+    before = reset()
+    image = module.decode(data, header)
+    found[name] = [peak() - before, needed(header, (), module.SCRATCH)]
+    del image
+header = read_header(files["jpeg"])
+image = module.decode(files["jpeg"], header)
+for op in some:
+    before = reset()
+    result = module.apply(op, image)
+    found[repr(op)] = [peak() - before + 3 * header.height * header.width, needed(header, (op,), module.SCRATCH)]
+    del result
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+@pytest.mark.parametrize("backend", ["opencv", "torchvision"])
+def test_an_image_takes_no_more_than_is_said_beforehand(backend):
+    done = subprocess.run([sys.executable, "-c", MEASURE, backend], capture_output=True, text=True, check=True)
+    for name, (measured, said) in json.loads(done.stdout).items():
+        assert measured <= 1.1 * said + 2_000_000, (name, measured / 12e6, said / 12e6)
