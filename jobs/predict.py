@@ -19,7 +19,7 @@ import tyro
 from rich.console import Console
 
 from raypipe.insight.report import terminal
-from raypipe.run.command import attempt, ended, goes_on
+from raypipe.run.command import attempt, ended, goes_on, say
 from raypipe.run.predicting import RESULTS, Settings, run, verdict_on
 
 
@@ -38,11 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
             "" if found["map"] is None else f"; mAP {found['map']:.3f} (at .50 {found['map50']:.3f}) by the boxes that are known"
         )
         Console().print(f"{found['boxes']} boxes{judged}", highlight=False)
-        console.print(
-            f"predictions: {settings.output}/{RESULTS}\nreport: {settings.output}/_raypipe/report.html",
-            markup=False,
-            highlight=False,
-        )
+        say(console, f"predictions: {settings.output}/{RESULTS}\nreport: {settings.output}/_raypipe/report.html")
     return ended(verdict_on(outcome, settings), console=console)
 
 

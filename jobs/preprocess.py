@@ -18,7 +18,7 @@ import tyro
 from rich.console import Console
 
 from raypipe.insight.report import terminal
-from raypipe.run.command import attempt, ended, goes_on
+from raypipe.run.command import attempt, ended, goes_on, say
 from raypipe.run.pipeline import run
 from raypipe.run.result import verdict_on
 from raypipe.run.settings import Settings
@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
         Console().print(terminal(outcome.report))
         places = [f"{settings.output}/_raypipe" if settings.output else None, settings.report]
         for place in filter(None, places):
-            console.print(f"report: {place}/report.html", markup=False, highlight=False)
+            say(console, f"report: {place}/report.html")
     return ended(verdict_on(outcome, settings), console=console)
 
 

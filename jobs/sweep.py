@@ -16,7 +16,7 @@ import tyro
 from rich.console import Console
 
 from raypipe.insight.talk import terminal
-from raypipe.run.command import attempt, ended, goes_on
+from raypipe.run.command import attempt, ended, goes_on, say
 from raypipe.run.sweeping import Settings, run
 
 
@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
         Console().print(terminal(swept.findings))
         if swept.warning:
             console.print(swept.warning, style="yellow", markup=False, highlight=False)
-        console.print(f"page: {settings.output}/sweep.html", markup=False, highlight=False)
+        say(console, f"page: {settings.output}/sweep.html")
     return ended(swept.failure and f"{swept.failure}\n{kept} {goes_on(resume=settings.resume)}", console=console)
 
 

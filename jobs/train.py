@@ -19,7 +19,7 @@ import tyro
 from rich.console import Console
 
 from raypipe.insight.report import terminal
-from raypipe.run.command import attempt, ended, goes_on
+from raypipe.run.command import attempt, ended, goes_on, say
 from raypipe.run.training import Settings, run, verdict_on
 
 
@@ -41,9 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
             highlight=False,
         )
         Console().print(f"Preprocess once, or while training? {trained['break_even']['reason']}", highlight=False)
-        console.print(
-            f"model: {outcome.checkpoint}\nreport: {settings.storage}/_raypipe/report.html", markup=False, highlight=False
-        )
+        say(console, f"model: {outcome.checkpoint}\nreport: {settings.storage}/_raypipe/report.html")
     return ended(verdict_on(outcome, settings), console=console)
 
 

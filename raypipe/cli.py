@@ -311,7 +311,7 @@ def main(arguments: list[str] | None = None) -> int:
         next(do for kind, do in COMMANDS.values() if isinstance(command, kind))(command, Console())
         sys.stdout.flush()
     except UsageError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+        Console(stderr=True).print(f"error: {printable(str(error), 4000)}", style="red", markup=False, highlight=False)
         return 2
     except KeyboardInterrupt:
         return 130

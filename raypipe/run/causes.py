@@ -1,11 +1,32 @@
 """Why an execution ended: the innermost cause of an error of Ray's, in words."""
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import ray.train
-from ray.exceptions import ActorDiedError, NodeDiedError, OutOfMemoryError, RayError, RayTaskError, WorkerCrashedError
+from ray.data.exceptions import ExecutionTimeoutError, SystemException
+from ray.exceptions import (
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    UserCodeException,
+    WorkerCrashedError,
+)
 
-from raypipe.errors import printable
+from raypipe.errors import UsageError, printable
+
+BREAKS: tuple[type[Exception], ...] = (
+    *(RayError, ray.train.TrainingFailedError, SystemException, ExecutionTimeoutError),
+    *(OSError, TimeoutError),
+)
+"""Errors by which an execution breaks off. Others are defects."""
+
+
+class Untouched(KeyboardInterrupt):
+    """An interruption before anything was changed."""
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
@@ -24,30 +45,82 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 def cause_of(error: BaseException) -> str:
     """Why an execution ended, in one line of words: the innermost cause, with the file or host that it names."""
-    *_, inner = causes(error)
-    text = _first_line(inner)
-    match inner:
-        case OutOfMemoryError():
-            return (
-                f"the machine ran out of memory, and Ray killed an actor. Ask for fewer actors, or a smaller --actor-memory. {text}"
-            )
-        case ActorDiedError() | WorkerCrashedError():
-            return f"an actor was killed, from outside or for want of memory, more often than it is started again: {text}"
-        case NodeDiedError():
-            return f"a node of the cluster was lost: {text}"
-        case RayTaskError():
-            return text
-        case OSError() if inner.filename is not None:
-            return f"{inner.strerror or type(inner).__name__}: {inner.filename}"
-        case _:
-            known = isinstance(inner, OSError | RayError | ray.train.TrainingFailedError)
-            return text if known and text else f"{type(inner).__name__}: {text}".removesuffix(": ")
+    chain = list(causes(error))
+    for one in reversed(chain):
+        if not isinstance(one, RayError | SystemException | ExecutionTimeoutError | ray.train.TrainingFailedError):
+            return _words(one)
+    # What an actor raised comes as the text of its traceback: its own causes are lost on the way.
+    for one in reversed(chain):
+        if (told := raised_in(str(one))) is not None:
+            return told
+    kinds: tuple[tuple[type | tuple[type, ...], str], ...] = (
+        (
+            OutOfMemoryError,
+            "the machine ran out of memory, and Ray killed an actor. Ask for fewer actors, or a smaller --actor-memory",
+        ),
+        (NodeDiedError, "a node of the cluster was lost"),
+        (ObjectLostError, "a block was lost with the node or the process that had it"),
+        (WorkerCrashedError, "a worker process was killed, from outside or for want of memory"),
+        (RayActorError, "an actor was killed, from outside or for want of memory, more often than it is started again"),
+    )
+    for of, words in kinds:
+        for one in reversed(chain):
+            if isinstance(one, of):
+                return f"{words}: {_first_line(one)}"
+    return _first_line(next((one for one in reversed(chain) if str(one).strip()), error))
+
+
+def _words(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return printable(f"{error.strerror or type(error).__name__}: {error.filename}", 600)
+    text = _first_line(error)
+    return text if isinstance(error, OSError | UsageError) else f"{type(error).__name__}: {text}"
+
+
+_RAISED = re.compile(r"^(?:[a-zA-Z_]\w*\.)*([A-Z]\w*(?:Error|Exception|Lost|Exit|Interrupt|Reject)): (.+)$", re.MULTILINE)
+_PLAIN = (
+    "OSError",
+    "IOError",
+    "UsageError",
+    "StoreError",
+    "PermissionError",
+    "FileNotFoundError",
+    "TimeoutError",
+    "ConnectionError",
+)
+
+
+def raised_in(text: str) -> str | None:
+    """The first error of the tracebacks in `text`, which is the innermost: what Python prints first was
+    raised first. None: there is none."""
+    for name, said in _RAISED.findall(text):
+        if name not in (UserCodeException.__name__, SystemException.__name__):
+            said = re.sub(r"^\[Errno \d+\] ", "", said)
+            return printable(said if name in _PLAIN else f"{name}: {said}", 600)
+    return None
 
 
 def _first_line(error: BaseException) -> str:
-    """The first line of what an error says that is no header, hint or trace of Ray's."""
+    """The first line of what an error says that is no header or trace of Ray's."""
     for line in str(error).splitlines():
         line = line.strip()
-        if line and not line.startswith(("ray::", "File ", "Traceback", "\x1b", "At least one of the input")):
+        if line and not line.startswith(("ray::", "File ", "Traceback", "\x1b", "^", "UDF failed")):
             return printable(line, 600)
     return type(error).__name__
+
+
+def raised_in_logs(since: float) -> str | None:
+    """The cause that Ray's own processes of this machine left in their logs since then (seconds since
+    1970), with the file; None: they left none."""
+    folder = Path("/tmp/ray/session_latest/logs")
+    for name in ("dashboard_agent.log", "runtime_env_agent.log", "dashboard.log", "monitor.err", "raylet.err", "gcs_server.err"):
+        path = folder / name
+        try:
+            if path.stat().st_mtime < since:
+                continue
+            told = _RAISED.findall(path.read_text(errors="replace"))
+        except OSError:
+            continue
+        if told:
+            return printable(f"{told[-1][0]}: {told[-1][1]} (in {path})", 600)
+    return None

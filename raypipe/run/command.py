@@ -5,18 +5,12 @@ import traceback
 from collections.abc import Callable
 from typing import TypeVar
 
-import ray.train
-from ray.exceptions import RayError
 from rich.console import Console
 
 from raypipe.errors import UsageError, printable
-from raypipe.run.causes import cause_of
-from raypipe.run.pipeline import Untouched
+from raypipe.run.causes import BREAKS, Untouched, cause_of
 
 T = TypeVar("T")
-
-BREAKS: tuple[type[Exception], ...] = (RayError, ray.train.TrainingFailedError, OSError, TimeoutError)
-"""Errors by which an execution breaks off. Others are defects."""
 
 
 def attempt(do: Callable[[], T], *, kept: str, again: str, console: Console) -> T | int:
@@ -55,7 +49,9 @@ def ended(failure: str | None, *, console: Console) -> int:
 def say(console: Console, text: str, *, bad: bool = False) -> None:
     """Print `text` as it is, control characters of names aside; red where it is `bad`."""
     lines = [printable(line, 4000) for line in text.split("\n")]
-    console.print("\n".join(lines), style="red" if bad else None, markup=False, highlight=False)
+    style = "red" if bad else None
+    # Unwrapped: what is to be copied stays in one line.
+    console.print("\n".join(lines), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def goes_on(*, resume: bool) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import ray
 from rich.console import Console
 
+from raypipe.run.command import say
 from raypipe.run.pipeline import LINE_EVERY_S
 
 
@@ -78,8 +79,3 @@ def _step_line(record: dict[str, Any], total: int) -> str:
         f"{record['rows']}/{total} rows, epoch {record['epoch']}, step {record['step']}, loss {loss}, lr {record['lr']:.2g}, "
         f"{record['images_per_s']:.1f} images/s, {100 * record['wait_share']:.0f}% waiting for data, {record['rejected']} rejected"
     )
-
-
-def say(console: Console, text: str) -> None:
-    """Print `text` as it is."""
-    console.print(text, markup=False, highlight=False)

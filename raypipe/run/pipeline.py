@@ -38,7 +38,9 @@ from raypipe.images.recipe import Recipe
 from raypipe.insight import planner
 from raypipe.insight import report as reports
 from raypipe.run import probe as probes
+from raypipe.run.causes import Untouched
 from raypipe.run.collector import Facts, collecting
+from raypipe.run.command import say
 from raypipe.run.control import Control
 from raypipe.run.meter import Meter, busy_cpu_s
 from raypipe.run.registry import registered
@@ -396,7 +398,7 @@ def carry_out(
         touched = True
 
     try:
-        console.print(f"Listing {source} ...", markup=False, highlight=False)
+        say(console, f"Listing {source} ...")
         job = make()
         run_id = job.settings.run_id or f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
         if not job.todo.left.num_rows:
@@ -429,34 +431,26 @@ def _nothing_left(job: Job, run_id: str, *, console: Console, touch: Callable[[]
         )
     covered = covers(root, todo.work)
     if covered:
-        console.print(
+        say(
+            console,
             f"Nothing to do: all {total} images of {settings.input} are done, in {root}. --no-resume does them again.",
-            markup=False,
         )
     else:
-        console.print(
+        say(
+            console,
             f"All {total} images of {settings.input} are done, in {root}; the run that did the last of them did not come to its end. "
             f"Writing its report from the journal ...",
-            markup=False,
         )
     if covered and all(location.exists(location.join(root, file)) for file in todo.endings):
         return Outcome(report=None, rejected=of_journal.rejected, unread=of_journal.unread, rows=total)
     assert todo.claim is not None
-    with journal.claimed(todo.claim, run_id=run_id, tell=partial(_say, console), check=lambda file: touch()):
+    with journal.claimed(todo.claim, run_id=run_id, tell=partial(say, console), check=lambda file: touch()):
         if covered:
             job.conclude(of_journal.written)
             return Outcome(report=None, rejected=of_journal.rejected, unread=of_journal.unread, rows=total)
         counts = of_journal.counts(rows=total, before=total)
         report = reports.unmeasured(run_id=run_id, settings=job.given, versions=versions(), counts=counts)
         return _conclude(job, report, of_journal)
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, markup=False, highlight=False)
-
-
-class Untouched(KeyboardInterrupt):
-    """An interruption before anything was changed."""
 
 
 class Run:
@@ -553,7 +547,7 @@ def _execute(
     settings, todo, after = job.settings, job.todo, job.after
     if job.todo.left.num_rows < todo.work.num_rows:
         total = todo.work.num_rows
-        console.print(f"Going on: {total - todo.left.num_rows} of {total} images are done already.")
+        say(console, f"Going on: {total - todo.left.num_rows} of {total} images are done already.")
     left = todo.left.num_rows
     how: dict[str, Any] = {
         "threads": settings.threads,
@@ -563,7 +557,7 @@ def _execute(
     }
     probe = probes.Probe(rows=todo.left, settings=job.pixels, after=after, **how) if job.auto else None
     timing = probes.start(probe) if probe else None
-    console.print("Starting Ray ..." if not os.environ.get("RAY_ADDRESS") else "Joining Ray ...")
+    say(console, "Starting Ray ..." if not os.environ.get("RAY_ADDRESS") else "Joining Ray ...")
     try:
         with ray_session(settings, after=after, shard_bytes=todo.shard_bytes) as session:
             costs = probes.finish(timing) if timing else None
@@ -588,8 +582,8 @@ def _execute(
                 collecting(run_id, facts) as collector,
             ):
                 dataset = preprocessed(todo.left, job.pixels, pools=pools, collector=collector, **how)
-                _say(console, _opening(run_id, job, after, session, pools))
-                _say(console, watching(run_id, session))
+                say(console, _opening(run_id, job, after, session, pools))
+                say(console, watching(run_id, session))
                 machine = psutil.cpu_times()
                 begun, begun_at, driver_cpu_s = time.perf_counter(), time.time(), time.process_time()
                 collector.begin.remote(begun_at)
@@ -644,7 +638,7 @@ def _claimed(
             check_shared(file, option=f"{claim.option} {claim.root!r}")
         touch()
 
-    with journal.claimed(claim, run_id=run_id, tell=partial(_say, console), check=check) as lease:
+    with journal.claimed(claim, run_id=run_id, tell=partial(say, console), check=check) as lease:
         yield lease.check
 
 

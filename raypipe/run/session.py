@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raypipe import UsageError
 from raypipe.insight import planner
+from raypipe.run.causes import raised_in_logs
 from raypipe.run.settings import Settings
 from raypipe.stages import After
 from raypipe.stages.actor import ACTOR_BYTES
@@ -303,6 +305,7 @@ def _opened(settings: Settings, after: After | None, beside: int, shard_bytes: i
     dashboard = None
     if ours:
         quiet = {"logging_level": "ERROR", "log_to_driver": False}
+        since = time.time()
         try:
             with without_rays_lines():
                 if joined:
@@ -320,7 +323,12 @@ def _opened(settings: Settings, after: After | None, beside: int, shard_bytes: i
         except Exception as error:
             if type(error) is not Exception:  # Ray has no class of its own for a node that does not come up
                 raise
-            raise TimeoutError(f"Ray did not start: {error} Try again when other programs leave it more of the machine") from None
+            cause = raised_in_logs(since)
+            raise TimeoutError(
+                f"Ray did not start: {cause}. Install or mend what it names, then start again."
+                if cause
+                else f"Ray did not start: {error} Try again when other programs leave it more of the machine."
+            ) from None
         dashboard = context.dashboard_url or None
     ending = _end_by_sigterm() if ours else None
     try:

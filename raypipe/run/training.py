@@ -52,11 +52,12 @@ from raypipe.models.checkpoint import Progress
 from raypipe.models.detection import Classes
 from raypipe.run import pipeline, result
 from raypipe.run import probe as probes
-from raypipe.run.causes import cause_of, causes
+from raypipe.run.causes import Untouched, cause_of, causes
 from raypipe.run.collector import Facts, collecting
-from raypipe.run.following import Watch, say
+from raypipe.run.command import say
+from raypipe.run.following import Watch
 from raypipe.run.meter import Meter
-from raypipe.run.pipeline import Untouched, preprocessed
+from raypipe.run.pipeline import preprocessed
 from raypipe.run.registry import registered
 from raypipe.run.session import (
     Pools,

@@ -3,7 +3,10 @@
 import io
 import json
 import struct
+import threading
+import time
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,7 @@ from raypipe.run.pipeline import run
 from raypipe.run.result import verdict_on
 from raypipe.run.settings import Settings
 from tests.conftest import files, jpeg, photo
-from tests.run.test_pipeline import quiet, settings
+from tests.run.test_pipeline import plain_loop, quiet, settings
 
 FITTING = {
     "empty": {"empty"},
@@ -218,3 +221,53 @@ def test_bad_boxes_reject_their_image_alone(session, tmp_path):
     annotations.unlink()  # as if the run had been killed when its last shard was done
     assert run(wanted, console=quiet()).report is None
     assert annotations.read_bytes() == content
+
+
+@pytest.fixture
+def mount(tmp_path):
+    """40 photos on what is taken away, and put back."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for index in range(40):
+        (folder / f"{index:02d}.jpg").write_bytes(jpeg(index))
+    return folder
+
+
+def test_what_a_mount_did_not_give_is_done_by_the_next_run_as_if_nothing_had_been(session, mount, tmp_path):
+    wanted = settings(input=mount, output=tmp_path / "out", shard_rows=4, read_ms=40.0, read_patience=1.0, actors=1, writers=1)
+
+    def away(control) -> None:
+        while len(list(tmp_path.glob("out/_raypipe/journal/*.json"))) < 2:
+            time.sleep(0.01)
+        mount.rename(tmp_path / "away")
+
+    taken = threading.Thread(target=away, args=(None,))
+    taken.start()
+    outcome = run(wanted, console=quiet())
+    taken.join()
+    report = outcome.report
+    unread = report["images_unread"]
+    assert 0 < unread < 40 and report["images_out"] == 40 - unread == len(files(tmp_path / "out"))
+    assert report["images_rejected"] == 0 and len(outcome.unread) == unread
+    failure = verdict_on(outcome, wanted)
+    assert failure.startswith(f"{unread} of 40 images could not be read (") and "the same command tries them again" in failure
+    (tmp_path / "away").rename(mount)
+    again = run(wanted, console=quiet())
+    assert (again.report["images_out"], again.report["images_unread"], again.report["images_done_before"]) == (40, 0, 40 - unread)
+    plain_loop(wanted, tmp_path / "plain")
+    assert files(tmp_path / "out") == files(tmp_path / "plain")
+    assert verdict_on(again, wanted) is None and run(wanted, console=quiet()).report is None
+
+
+def test_without_an_output_what_was_not_read_is_counted_too(session, mount):
+    wanted = settings(input=mount, output=None, shard_rows=4, read_patience=0.5, actors=1)
+    seen = []
+
+    def consume(block) -> None:
+        seen.append(block.num_rows)
+        for path in mount.glob("*.jpg"):
+            path.unlink()
+
+    report = run(replace(wanted, read_ms=40.0), console=quiet(), consume=consume).report
+    assert sum(seen) == 40 == report["images_out"] + report["images_unread"] + report["images_rejected"]
+    assert report["images_unread"] >= 20
