@@ -14,7 +14,7 @@ from rich.table import Table
 
 from raypipe import UsageError
 from raypipe.data import journal, location
-from raypipe.errors import foreign
+from raypipe.errors import foreign, printable
 from raypipe.images import catalog
 from raypipe.images.recipe import to_json
 from raypipe.insight.live import listing

@@ -27,6 +27,9 @@ SUFFIXES = (
     ".gif",
     ".tif",
     ".tiff",
+    ".avif",
+    ".heic",
+    ".heif",
     ".npy",
 )
 """What a file must end with, in upper or lower case, to be listed as an image."""

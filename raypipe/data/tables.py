@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from raypipe.errors import shown
+
 BOXES = pa.list_(pa.list_(pa.float32(), 4))
 """Boxes of one image: float32, xyxy, absolute pixels."""
 
@@ -133,13 +135,13 @@ def whole(value: Any, *, below: int = INT64) -> int:
     """
     if type(value) is not int:
         if isinstance(value, bool) or not isinstance(value, int | float | str | bytes):
-            raise TypeError(f"{value!r} is no number")
+            raise TypeError(f"{shown(value)} is no number")
         try:
             number: int | float = int(value) if isinstance(value, int | str | bytes) else value
         except ValueError:
             number = float(value)
         if isinstance(number, float) and not number.is_integer():
-            raise ValueError(f"{value!r} is no whole number")
+            raise ValueError(f"{shown(value)} is no whole number")
         value = int(number)
     if not -below <= value < below:
         raise ValueError(f"{value} does not fit into 64 bits" if below == INT64 else f"{value} is too large")
@@ -156,7 +158,7 @@ def real(value: Any) -> float:
     if value is None:
         return math.nan
     if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise TypeError(f"{value!r} is no number")
+        raise TypeError(f"{shown(value)} is no number")
     try:
         return float(value)
     except OverflowError:

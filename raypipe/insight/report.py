@@ -1,7 +1,7 @@
 """A run's record -> report.json and the table in the terminal. Stands alone: reads plain records, knows nothing of Ray."""
 
 from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from rich import box
@@ -46,6 +46,7 @@ class Counts:
     before: int = 0
     unread: int = 0
     damaged_kept: int | None = 0
+    skipped: dict[str, int] = field(default_factory=dict)  # files that the listing left out, by suffix
 
     @property
     def rejected(self) -> int:
@@ -297,6 +298,7 @@ def _counted(counts: Counts) -> dict[str, Any]:
         "images_done_before": counts.before,
         "images_damaged_kept": counts.damaged_kept,
         "rejects_by_reason": counts.rejects_by_reason,
+        "skipped": counts.skipped,
     }
 
 
@@ -440,6 +442,9 @@ def terminal(report: dict) -> Group:
         lines.append("rejected: " + ", ".join(f"{count} {reason}" for reason, count in reasons))
     if report.get("images_damaged_kept"):
         lines.append(f"{report['images_damaged_kept']} of those out are damaged, and were kept (--damaged keep)")
+    if report.get("skipped"):
+        left_out = sorted(report["skipped"].items(), key=lambda item: -item[1])
+        lines.append("left out of the listing: " + ", ".join(f"{count} {suffix}" for suffix, count in left_out))
     verdict_text = Text("verdict: ", style="bold") + Text(report["verdict"]["reason"], style="not bold")
     measured = report["steady_images_per_s"] or report["images_per_s"] or 0.0
     gains = [a for a in report["verdict"]["advice"] if a["predicted_images_per_s"] > 1.02 * measured][:2]

@@ -7,7 +7,7 @@ import threading
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -28,7 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from raypipe import UsageError
 from raypipe.data import journal, location, sizes
 from raypipe.data.formats.coco import check_annotation_ids
-from raypipe.data.listing import list_images
+from raypipe.data.listing import look
 from raypipe.data.reader import Reading
 from raypipe.data.sinks import Sink, annotations_of, write_annotations
 from raypipe.data.work import extend, make_work, named_as_before, remaining, renewed, requeued, shards, wanted_by
@@ -142,7 +142,8 @@ def preprocessed(
 class Todo:
     """What a run has to do: `work` in all, of which `left` is not in the journal; and then `endings`, files
     of the output itself. `image_ids`: what `work` calls the images of the source, in its order. `claim`:
-    what it changes in the output before it begins; None: nothing is written."""
+    what it changes in the output before it begins; None: nothing is written. `skipped`: what the listing left
+    out, by suffix."""
 
     recipe: Recipe
     work: pa.Table
@@ -151,6 +152,7 @@ class Todo:
     endings: tuple[str, ...] = ()
     claim: journal.Claim | None = None
     shard_bytes: int = 0  # that an actor takes for the largest shard, as far as known
+    skipped: Mapping[str, int] = field(default_factory=dict)
 
 
 def plan(settings: Settings) -> Todo:
@@ -163,14 +165,22 @@ def plan(settings: Settings) -> Todo:
     check_apart(settings)
     recipe = catalog.get(settings.recipe)
     backend_module(settings.backend).check(recipe)
-    listed = list_images(settings.input, annotations=settings.annotations, limit=settings.limit, seed=settings.seed)
-    source = wanted_by(listed, needs_boxes=recipe.needs_boxes, drops_crowds=recipe.drops_crowds)
+    listed = look(settings.input, annotations=settings.annotations, limit=settings.limit, seed=settings.seed)
+    source = wanted_by(listed.rows, needs_boxes=recipe.needs_boxes, drops_crowds=recipe.drops_crowds)
     if not source.num_rows:
         raise UsageError(f"No image of {settings.input!r} has boxes, which recipe {recipe.name} needs. Give --annotations.")
     annotations = (annotations_of(settings.annotations),) if settings.annotations is not None else ()
     if annotations and settings.output is not None:
         check_annotation_ids(source, str(settings.annotations))
-    return left_to_do(settings, recipe, source, deciding(settings, recipe), results=result_names(settings), endings=annotations)
+    return left_to_do(
+        settings,
+        recipe,
+        source,
+        deciding(settings, recipe),
+        results=result_names(settings),
+        endings=annotations,
+        skipped=listed.skipped,
+    )
 
 
 def left_to_do(
@@ -181,6 +191,7 @@ def left_to_do(
     *,
     results: tuple[str, ...],
     endings: tuple[str, ...] = (),
+    skipped: Mapping[str, int] | None = None,
 ) -> Todo:
     """The images of `source` (schema SOURCE) in shards, less what an earlier run into the same output has done.
 
@@ -188,6 +199,7 @@ def left_to_do(
         decides: what decides the results, JSON types: an output made with other is refused.
         results: what the results are called (`journal.Made`).
         endings: files of the output that are written when all shards are done.
+        skipped: what the listing left out, by suffix.
 
     Raises:
         UsageError: the output is of another run, or cannot be used. Nothing was changed.
@@ -206,7 +218,9 @@ def left_to_do(
     if root is None:
         work = make_work(source, **cut)
         ids = source.column("image_id")
-        return Todo(recipe=recipe, work=work, left=work, image_ids=ids, endings=endings, shard_bytes=shape.need)
+        return Todo(
+            recipe=recipe, work=work, left=work, image_ids=ids, endings=endings, shard_bytes=shape.need, skipped=skipped or {}
+        )
     found = journal.look(root, decides, resume=settings.resume)
     stored, done = found.work, found.done
     if stored is None:
@@ -236,6 +250,7 @@ def left_to_do(
         endings=endings,
         claim=claim,
         shard_bytes=shape.need,
+        skipped=skipped or {},
     )
 
 
@@ -448,7 +463,7 @@ def _nothing_left(job: Job, run_id: str, *, console: Console, touch: Callable[[]
         if covered:
             job.conclude(of_journal.written)
             return Outcome(report=None, rejected=of_journal.rejected, unread=of_journal.unread, rows=total)
-        counts = of_journal.counts(rows=total, before=total)
+        counts = of_journal.counts(rows=total, before=total, skipped=todo.skipped)
         report = reports.unmeasured(run_id=run_id, settings=job.given, versions=versions(), counts=counts)
         return _conclude(job, report, of_journal)
 
@@ -661,7 +676,7 @@ def _account(job: Job, run_id: str, executed: _Executed, *, setup_s: float) -> O
         settings=job.given,
         versions=versions(),
         hardware=hardware(executed.session),
-        counts=rows.counts(rows=total, before=total - todo.left.num_rows, out=out, damaged=tally.damaged),
+        counts=rows.counts(rows=total, before=total - todo.left.num_rows, out=out, damaged=tally.damaged, skipped=todo.skipped),
         clock=reports.Clock(
             wall_s=executed.wall_s,
             setup_s=setup_s,

@@ -20,7 +20,7 @@ from raypipe import UsageError
 from raypipe.data import demo, journal, location
 from raypipe.data.formats.coco import image_key, read_coco
 from raypipe.data.formats.parquet import read_table
-from raypipe.data.listing import list_images
+from raypipe.data.listing import look
 from raypipe.data.patience import READ_PATIENCE_S
 from raypipe.data.sinks import Sink
 from raypipe.data.tables import ANNOTATION_FIELDS, SOURCE, whole
@@ -179,7 +179,8 @@ def predicting(settings: Settings) -> Job:
     check_apart(settings.preprocessing)
     recipe = _recipe(trained, folder, settings)
     load(folder, torch.device("cpu"), trusted=settings.trust)  # what is wrong with it is said before anything starts
-    source = list_images(settings.input, annotations=settings.annotations, limit=settings.limit, seed=settings.seed)
+    listed = look(settings.input, annotations=settings.annotations, limit=settings.limit, seed=settings.seed)
+    source = listed.rows
     coco = read_coco(settings.annotations) if settings.annotations is not None else {}
     names = _names(coco) if coco else dict(enumerate(demo.CLASSES, 1)) if settings.input.startswith("demo") else {}
     what = Predicting(
@@ -199,6 +200,7 @@ def predicting(settings: Settings) -> Job:
         deciding(settings, identity),
         results=(PART, DRAWN) if settings.draw else (PART,),
         endings=(RESULTS,),
+        skipped=listed.skipped,
     )
     after = After(
         name="predict",

@@ -8,7 +8,7 @@ between its last shard and its end. Figures that died with that driver are null.
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -46,8 +46,17 @@ class Became:
     rejected: list[Rejected] = field(default_factory=list)
     unread: list[Unread] = field(default_factory=list)
 
-    def counts(self, *, rows: int, before: int = 0, out: int | None = None, damaged: int | None = None) -> reports.Counts:
-        """As the report has them. `rows`: in all. `out` and, of these, `damaged`: delivered, where nothing was written."""
+    def counts(
+        self,
+        *,
+        rows: int,
+        before: int = 0,
+        out: int | None = None,
+        damaged: int | None = None,
+        skipped: Mapping[str, int] | None = None,
+    ) -> reports.Counts:
+        """As the report has them. `rows`: in all. `out` and, of these, `damaged`: delivered, where nothing was written.
+        `skipped`: files that the listing left out, by suffix."""
         reasons = Counter(row.reason for row in self.rejected)
         return reports.Counts(
             images_in=rows,
@@ -56,6 +65,7 @@ class Became:
             unread=len(self.unread),
             before=before,
             damaged_kept=sum(row.damaged for row in self.written) if out is None else damaged,
+            skipped=dict(skipped or {}),
         )
 
 

@@ -35,7 +35,7 @@ from rich.console import Console
 from raypipe import UsageError
 from raypipe.data import journal, lease, location, sizes
 from raypipe.data.journal import Rejected
-from raypipe.data.listing import list_images
+from raypipe.data.listing import list_images, look
 from raypipe.data.location import StoreError
 from raypipe.data.patience import READ_PATIENCE_S
 from raypipe.data.work import make_work, unlist, untouched, wanted_by
@@ -261,6 +261,7 @@ class Todo:
     holdout: pa.Table
     training: Training
     deciding: dict[str, Any]
+    skipped: dict[str, int]
     shard_bytes: int = 0  # that an actor takes for the largest shard, as far as known
 
 
@@ -284,7 +285,8 @@ def plan(settings: Settings) -> Todo:
     backend_module("torchvision" if on_device else settings.backend).check(recipe)
     backend_module(settings.backend).check(for_evaluation(recipe))  # which actors make what is judged on with
     detection.check(settings.model, recipe.fixed_size)
-    listed = list_images(settings.input, annotations=settings.annotations, limit=settings.limit, seed=settings.seed)
+    found = look(settings.input, annotations=settings.annotations, limit=settings.limit, seed=settings.seed)
+    listed = found.rows
     if settings.holdout_input is not None:
         held = list_images(settings.holdout_input, annotations=settings.holdout_annotations, seed=settings.seed)
     else:
@@ -330,6 +332,7 @@ def plan(settings: Settings) -> Todo:
         training=training,
         deciding=deciding,
         shard_bytes=cut.need,
+        skipped=dict(found.skipped),
     )
 
 
@@ -413,7 +416,8 @@ def _run(settings: Settings, console: Console, *, started: float, touch: Callabl
     total = todo.work.num_rows
     run_id = settings.run_id or f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
     if folder is not None and progress.epoch == settings.epochs:
-        return _nothing_left(settings, storage, progress, folder, console=console, run_id=run_id, total=total)
+        skipped = todo.skipped
+        return _nothing_left(settings, storage, progress, folder, console=console, run_id=run_id, total=total, skipped=skipped)
     if folder is not None:
         say(console, f"Going on from {folder}: {progress.rows} of {total} rows are done, in {progress.step} steps.")
     before = progress.rows
@@ -490,7 +494,15 @@ def _leave(settings: Settings, storage: str, report: dict[str, Any], progress: P
 
 
 def _nothing_left(
-    settings: Settings, storage: str, progress: Progress, folder: str, *, console: Console, run_id: str, total: int
+    settings: Settings,
+    storage: str,
+    progress: Progress,
+    folder: str,
+    *,
+    console: Console,
+    run_id: str,
+    total: int,
+    skipped: dict[str, int],
 ) -> Outcome:
     """The outcome of a training that is complete. It makes the report again where the driver was killed before it could."""
     if result.is_report(location.join(storage, journal.STATE)):
@@ -507,7 +519,11 @@ def _nothing_left(
         checkpoints.prune(storage, keep=checkpoints.all_in(storage)[-settings.keep :])
         reasons = Counter(row["reason"] for row in progress.rejects)
         counts = reports.Counts(
-            images_in=total, images_out=progress.images, rejects_by_reason=_in_all(reasons, progress), before=total
+            images_in=total,
+            images_out=progress.images,
+            rejects_by_reason=_in_all(reasons, progress),
+            before=total,
+            skipped=skipped,
         )
         report = reports.unmeasured(run_id=run_id, settings=asdict(settings), versions=versions(), counts=counts)
         unknown = ("attempts", "workers", "accelerator_utilisation", "wait_share", "break_even", "holdout_rejected")
@@ -848,6 +864,7 @@ def _report(
             rejects_by_reason=_in_all(reasons, progress),
             before=before,
             damaged_kept=0 if settings.damaged == "reject" else None,  # workers do not tell them from others
+            skipped=todo.skipped,
         ),
         clock=clock,
         cpu_percent=cpu_percent,

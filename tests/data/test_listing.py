@@ -1,4 +1,5 @@
 import glob
+import gzip
 import os
 
 import pytest
@@ -6,9 +7,9 @@ import pytest
 from raypipe import UsageError
 from raypipe.data import listing
 from raypipe.data.formats import files
-from raypipe.data.listing import list_images
+from raypipe.data.listing import list_images, look
 from raypipe.data.tables import SOURCE
-from tests.data.conftest import ids, names, put, read, reasons
+from tests.data.conftest import ids, names, put, read, reasons, tar
 
 
 def test_directory_lists_images_by_path_components(tmp_path):
@@ -162,3 +163,42 @@ def test_unlistable_directory_is_an_error_and_not_a_hole(tmp_path, monkeypatch):
 
 def test_ids_that_occur_again_are_numbered():
     assert listing._number_repeats(["a", "b", "a", "a", "a#2", "b"]) == ["a", "b", "a#2", "a#3", "a#2#2", "b#2"]
+
+
+# --- what is left out --------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_left_out_is_counted_by_suffix_and_said_in_one_line(tmp_path, caplog):
+    put(tmp_path, "a.jpg", "b.JFIF", "c.jpe", "d.gif", "e.avif", "f.HEIC", "g.heif", "h.pjpeg", "i.dib", "j.apng")
+    put(tmp_path, "x.cr2", "x/y.CR2", "notes.txt", "x/README", "z.tar.gz", "s/z.tgz", "t.tar", "p.parquet", ".hidden", "_raypipe/x")
+    found = look(str(tmp_path))
+    assert [i[0] for i in ids(found.rows)] == list("abcdefghij")
+    assert found.skipped == {".cr2": 2, ".txt": 1, "(no suffix)": 1, ".tar.gz": 1, ".tgz": 1, ".tar": 1, ".parquet": 1}
+    assert len(caplog.records) == 1
+    for part in ("8 files are left out", "2 .cr2", "1 .tar.gz", "unpack compressed tars first, with gunzip -k FILE"):
+        assert part in caplog.text
+
+
+def test_what_is_left_out_of_tars_is_counted_too(tmp_path, caplog):
+    tar(tmp_path / "0.tar", ("0.jpg", b"0"), ("0.txt", b"caption"), ("1.gif", b"1"), ("2.jfif", b"2"), ("3.nef", b"3"), (".x", b""))
+    (tmp_path / "1.tar.gz").write_bytes(gzip.compress((tmp_path / "0.tar").read_bytes()))
+    found = look(str(tmp_path))
+    assert ids(found.rows) == ["0", "1", "2"]
+    assert found.skipped == {".tar.gz": 1, ".txt": 1, ".nef": 1}
+    assert "gunzip -k" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "command"), [("a.tar.gz", "gunzip -k"), ("a.TGZ", "gunzip -k"), ("a.tar.zst", "unzstd"), ("a.tar.xz", "unxz -k")]
+)
+def test_only_compressed_tars_are_refused_with_the_command_that_unpacks_them(tmp_path, name, command):
+    put(tmp_path, name)
+    for input, file in ((tmp_path, "FILE"), (tmp_path / name, name)):
+        with pytest.raises(UsageError, match=f"{command} {file}"):
+            look(str(input))
+
+
+def test_many_suffixes_are_told_together(tmp_path):
+    put(tmp_path, "a.jpg", *(f"x.s{i:02d}" for i in range(30)), *(f"{i}.txt" for i in range(3)))
+    found = look(str(tmp_path))
+    assert found.skipped[".txt"] == 3 and found.skipped["(others)"] == 11 and found.skipped.total() == 33

@@ -16,7 +16,7 @@ import pytest
 
 from raypipe import UsageError
 from raypipe.data import location
-from raypipe.data.listing import list_images
+from raypipe.data.listing import list_images, look
 from raypipe.data.reader import Reader
 from raypipe.data.sinks import FORMATS, Sink, Written, write_annotations, write_shard
 from raypipe.data.work import BLOCK
@@ -483,6 +483,15 @@ def test_s3_coco(bucket, tmp_path):
     assert first == b"one" and isinstance(second, Reject) and second.reason == "unreadable" and "gone.jpg" in second.detail
     file = write_annotations(bucket("set/annotations.json"), bucket("out"), [("1", "one.jpg", 4, 4, [[0, 0, 1, 1]], [1])])
     assert json.loads(location.read(location.join(bucket("out"), file)))["annotations"][0]["bbox"] == [0, 0, 1, 1]
+
+
+def test_an_empty_s3_object_beside_keys_below_its_name_stands_for_a_folder(bucket):
+    for key, data in (("photos", b""), ("photos/a.jpg", b"a"), ("photos/sub", b""), ("photos/sub/b.jpg", b"b"), ("alone.jpg", b"")):
+        location.write(bucket(""), key, data)
+    found = look(bucket("photos"))
+    assert found.rows["image_id"].to_pylist() == ["a.jpg", "sub/b.jpg"] and not found.skipped
+    assert look(bucket("alone.jpg")).rows.num_rows == 1
+    assert look(bucket("photos/a.jpg")).rows.num_rows == 1
 
 
 def test_s3_failures_while_reading_are_rejects(bucket):

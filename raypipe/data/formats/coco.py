@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from raypipe.data.location import ERRORS, absolute, is_remote, join, local_uri, one_line, read
 from raypipe.data.tables import Listed, box_lists, flag, frame, lists_of, real, rows, whole
-from raypipe.errors import UsageError, foreign, printable, shown
+from raypipe.errors import UsageError, foreign, printable, shown, words
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def _index(location: str, images: list[Any]) -> dict[str, int]:
             except (KeyError, TypeError, AttributeError, ValueError) as error:
                 raise UsageError(
                     f"{location!r}: image number {position} has no id or no file_name that can be used "
-                    f"({one_line(error)!a}): {shown(image)}"
+                    f"({words(error)}): {shown(image)}"
                 ) from error
             if key in index_of:
                 raise UsageError(

@@ -83,7 +83,7 @@ def _find_remote(uri: str) -> tuple[str, Iterable[str]]:
             magic, base = None, path
         if magic is None and "/" in path:
             info = system.get_file_info(path)
-            if info.type == fs.FileType.File:
+            if info.type == fs.FileType.File and not (info.size == 0 and _has_keys_below(system, path)):
                 base = path.rpartition("/")[0]
                 return _reroot(uri, path, base), [path[len(base) + 1 :]]
             if info.type == fs.FileType.NotFound:
@@ -91,12 +91,26 @@ def _find_remote(uri: str) -> tuple[str, Iterable[str]]:
         infos = listed(lambda: system.get_file_info(fs.FileSelector(base, recursive=True)), uri)
     except ERRORS as error:
         raise UsageError(f"cannot list {uri!r}: {one_line(error)}") from error
-    relative = (info.path[len(base) + 1 :] for info in infos if info.type == fs.FileType.File)
+    markers = {info.path for info in infos if info.type == fs.FileType.File and info.size == 0}
+    if markers:  # an empty object beside keys below its name stands for a folder
+        markers &= {parent for info in infos for parent in _parents(info.path)}
+    relative = (info.path[len(base) + 1 :] for info in infos if info.type == fs.FileType.File and info.path not in markers)
     if magic is not None:
         matches = _glob_regex(path[len(base) :].lstrip("/"))
         relative = (name for name in relative if matches.fullmatch(name))
     visible = (name for name in relative if not any(map(_is_hidden, name.split("/"))))
     return _reroot(uri, path, base), sorted(visible, key=components)
+
+
+def _has_keys_below(system: fs.FileSystem, path: str) -> bool:
+    """Whether a store has keys below `path`, as well as an object of that name: some tools put an empty one for a folder."""
+    return bool(system.get_file_info(fs.FileSelector(path, allow_not_found=True)))
+
+
+def _parents(path: str) -> Iterator[str]:
+    while "/" in path:
+        path = path.rpartition("/")[0]
+        yield path
 
 
 def _reroot(uri: str, path: str, base: str) -> str:

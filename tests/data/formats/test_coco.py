@@ -2,6 +2,7 @@ import json
 import logging
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from raypipe import UsageError
@@ -99,3 +100,94 @@ def test_coco_boxes_may_be_nonsense_here(tmp_path):
     table = list_images(str(tmp_path), annotations=coco(tmp_path, annotations=boxes))
     left, top, right, bottom = table["boxes"][0].as_py()[0]
     assert np.isnan([left, right]).all() and (top, bottom) == (2, 6)
+
+
+# --- numbers -----------------------------------------------------------------------------------------------------------------
+
+
+def one(tmp_path, image: dict | None = None, **annotation: object) -> pa.Table:
+    images = [{"id": 1, "file_name": "a.jpg", "height": 100, "width": 200, **(image or {})}]
+    annotations = [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 2, 30, 40], **annotation}]
+    return list_images(str(tmp_path), annotations=coco(tmp_path, images=images, annotations=annotations))
+
+
+@pytest.mark.parametrize(
+    ("image", "annotation", "expected"),
+    [
+        ({}, {"image_id": 1.0}, {}),
+        ({"id": 1.0}, {"image_id": "1"}, {}),
+        ({"id": "1"}, {"image_id": 1}, {}),
+        ({"id": 2**64 - 1}, {"image_id": 2.0**64 - 1}, None),
+        ({"id": 2**64 - 1}, {"image_id": 2**64 - 1}, {"image_id": str(2**64 - 1)}),
+        ({"id": 10**30}, {"image_id": 10**30}, {"image_id": str(10**30)}),
+        ({}, {"category_id": 3.0}, {"labels": [3]}),
+        ({}, {"category_id": "3"}, {"labels": [3]}),
+        ({}, {"iscrowd": "0"}, {}),
+        ({}, {"iscrowd": 0.0}, {}),
+        ({}, {"iscrowd": None}, {}),
+        ({}, {"iscrowd": False}, {}),
+        ({}, {"iscrowd": "1"}, {"crowds": [True]}),
+        ({}, {"iscrowd": True}, {"crowds": [True]}),
+        ({}, {"id": 2**64 - 1}, {"annotation_ids": [-1]}),
+        ({}, {"id": "8c5d-uuid"}, {"annotation_ids": [-1]}),
+        ({}, {"id": 5.0}, {"annotation_ids": [5]}),
+        ({}, {"bbox": ["1", "2.0", 30.0, 40]}, {}),
+        ({"height": "100", "width": 200.0}, {}, {}),
+        ({"height": 10**30, "width": None}, {}, {"frame": [0, 0]}),
+    ],
+)
+def test_numbers_mean_the_same_however_they_are_written(tmp_path, image, annotation, expected):
+    row = one(tmp_path, image, **annotation).to_pylist()[0]
+    if expected is None:
+        assert row["boxes"] == []
+        return
+    wanted = {
+        "image_id": "1",
+        "boxes": [[1, 2, 31, 42]],
+        "labels": [1],
+        "crowds": [False],
+        "annotation_ids": [1],
+        "frame": [100, 200],
+    }
+    wanted |= expected
+    assert {name: row[name] for name in wanted} == wanted
+
+
+@pytest.mark.parametrize(
+    "annotation",
+    [
+        {"image_id": 1.5},
+        {"image_id": None},
+        {"image_id": float("inf")},
+        {"category_id": 1.5},
+        {"category_id": 2**63},
+        {"category_id": 10**30},
+        {"category_id": "cat"},
+        {"category_id": True},
+        {"iscrowd": "no"},
+        {"iscrowd": 10**30},
+        {"bbox": [1, 2, 3, {}]},
+        {"bbox": {"x": 1}},
+    ],
+)
+def test_numbers_that_are_none_are_refused_in_a_line_with_the_annotation(tmp_path, annotation):
+    with pytest.raises(UsageError, match=r"annotation number 0 .*It needs image_id, category_id and a bbox of four numbers\.$"):
+        one(tmp_path, **annotation)
+
+
+@pytest.mark.parametrize("bbox", [[1, 2, 1e999, 4], [1e300, 2, 3, 4], [10**400, 2, 3, 4], [None, 2, 3, 4], [float("nan"), 2, 3, 4]])
+def test_a_coordinate_that_is_no_finite_number_spoils_its_box_only(tmp_path, bbox):
+    (box,) = one(tmp_path, bbox=bbox)["boxes"].to_pylist()[0]
+    assert not np.isfinite(box).all()
+
+
+def test_nesting_too_deep_is_an_error_in_a_line(tmp_path):
+    for text in (
+        "[" * 100_000,
+        '{"images": ' + "[" * 50_000 + "]" * 50_000 + "}",
+        '{"images": [{"id": ' + "[" * 800 + "]" * 800 + "}]}",
+    ):
+        (tmp_path / "deep.json").write_text(text)
+        with pytest.raises(UsageError) as caught:
+            list_images(str(tmp_path), annotations=str(tmp_path / "deep.json"))
+        assert str(caught.value).isprintable() and len(str(caught.value)) < 800

@@ -6,10 +6,11 @@ import logging
 import os
 import tarfile
 
+import pyarrow as pa
 import pytest
 
 from raypipe import UsageError
-from raypipe.data.listing import list_images
+from raypipe.data.listing import list_images, look
 from tests.data.conftest import ids, names, read, reasons, tar
 from tests.objects import objects
 
@@ -148,3 +149,157 @@ def test_a_store_that_fails_while_a_tar_is_listed_is_asked_again(tmp_path, failu
         table = list_images(store.uri("a.tar"))
     assert table.num_rows == 100
     assert next(gets) > 4
+
+
+# --- which sidecar belongs to which image ------------------------------------------------------------------------------------
+
+
+def boxed(k: int, **more: object) -> bytes:
+    return json.dumps({"boxes": [[10 * k, 5, 10 * k + 20, 50]], "labels": [k + 1], **more}).encode()
+
+
+def known(table: pa.Table) -> dict[str, list[int]]:
+    """The labels of each image; where there are boxes, these fit them."""
+    for boxes, labels in zip(table["boxes"].to_pylist(), table["labels"].to_pylist(), strict=True):
+        assert not boxes or [box[0] for box in boxes] == [10 * (label - 1) for label in labels]
+    return dict(zip(ids(table), table["labels"].to_pylist(), strict=True))
+
+
+def test_a_sidecar_belongs_to_the_image_with_its_full_stem(tmp_path, caplog):
+    names = ("cam1_12.0", "cam1_12.1", "2024-05-01T10.30.15.123", "2024-05-01T10.30.15.124", "v1.2/model_v1.0.3")
+    for order in ("beside", "before", "after", "images first", "sidecars first"):
+        images = [(f"{name}.jpg", name.encode()) for name in names]
+        sidecars = [(f"{name}.json", boxed(k)) for k, name in enumerate(names)]
+        members = {
+            "beside": [m for pair in zip(images, sidecars, strict=True) for m in pair],
+            "before": [m for pair in zip(sidecars, images, strict=True) for m in pair],
+            "after": [images[0], *(m for pair in zip(sidecars, images[1:], strict=False) for m in pair), sidecars[-1]],
+            "images first": images + sidecars[::-1],
+            "sidecars first": sidecars[::-1] + images,
+        }[order]
+        tar(tmp_path / "a.tar", *members)
+        caplog.clear()
+        table = list_images(str(tmp_path))
+        assert known(table) == {name: [k + 1] for k, name in enumerate(names)}, order
+        assert not caplog.records, order
+        assert list_images(str(tmp_path), limit=2).equals(table.slice(0, 2)), order
+
+
+def test_webdatasets_key_and_the_whole_name_count_where_no_stem_fits(tmp_path, caplog):
+    tar(
+        tmp_path / "a.tar",
+        ("000.left.jpg", b"l"),
+        ("000.right.png", b"r"),
+        ("000.json", boxed(1)),
+        ("1.jpg", b"1"),
+        ("1.jpg.json", boxed(2)),
+        ("1.json", boxed(3)),  # 1.jpg has one that is closer
+        ("2.jpg", b"2"),
+        ("2.png", b"2"),
+        ("2.json", boxed(4)),
+        ("2.cls", b"9"),
+    )
+    assert known(list_images(str(tmp_path))) == {"000.left": [2], "000.right": [2], "1": [3], "2": [5], "2#2": [5]}
+    assert "1 .json or .cls files belong to no image in it, or to one that has another" in caplog.text
+
+
+def test_a_sidecar_whose_image_never_comes_is_given_to_no_other_and_named(tmp_path, caplog):
+    tar(
+        tmp_path / "a.tar",
+        ("cam.0.jpg", b"0"),
+        ("cam.1.json", boxed(1)),
+        ("cam.2.cls", b"7"),
+        ("cam.3.jpg", b"3"),
+        ("cam.3.json", boxed(3)),
+    )
+    found = look(str(tmp_path))
+    assert known(found.rows) == {"cam.0": [], "cam.3": [4]}
+    assert "2 .json or .cls files belong to no image in it" in caplog.text and "cam.1.json" in caplog.text
+    assert found.skipped == {".json": 1, ".cls": 1}
+
+
+def test_samples_of_one_name_each_have_their_own_sidecar(tmp_path):
+    one = [("0.jpg", b"a"), ("0.json", boxed(1)), ("1.jpg", b"b"), ("1.json", boxed(2))]
+    two = [("0.json", boxed(3)), ("0.jpg", b"c"), ("1.json", boxed(4)), ("1.jpg", b"d")]
+    tar(tmp_path / "a.tar", *one, *two)
+    table = list_images(str(tmp_path))
+    assert known(table) == {"0": [2], "1": [3], "0#2": [4], "1#2": [5]}
+    tar(tmp_path / "a.tar", *one[::2], *one[::2], *one[1::2], *two[::2])
+    assert known(list_images(str(tmp_path))) == {"0": [2], "1": [3], "0#2": [4], "1#2": [5]}
+
+
+def test_an_id_that_a_sidecar_gives_to_several_images_is_none_of_theirs(tmp_path):
+    tar(tmp_path / "a.tar", ("0.a.jpg", b"0"), ("0.b.jpg", b"1"), ("0.json", boxed(1, image_id="mine")))
+    assert known(list_images(str(tmp_path))) == {"0.a": [2], "0.b": [2]}
+
+
+@pytest.mark.parametrize("padding", [0, 1024, 10240, 3 << 20])
+def test_what_is_behind_an_end_mark_is_read(tmp_path, caplog, padding):
+    for name in "ab":
+        tar(tmp_path / f"{name}.part", *((f"{name}{k}.jpg", b"%d" % k) for k in range(3)))
+    one, two = ((tmp_path / f"{name}.part").read_bytes() for name in "ab")
+    (tmp_path / "c.tar").write_bytes(one + bytes(padding) + two + bytes(padding))
+    table = list_images(str(tmp_path / "c.tar"))
+    assert ids(table) == ["a0", "a1", "a2", "b0", "b1", "b2"] and not caplog.records
+    assert read(table) == [b"0", b"1", b"2"] * 2
+    (tmp_path / "c.tar").write_bytes(one + b"appended " * 100)
+    found = look(str(tmp_path / "c.tar"))
+    assert ids(found.rows) == ["a0", "a1", "a2"]
+    assert "c.tar breaks off after 3 members" in caplog.text and found.skipped["(tar that breaks off)"] == 1
+
+
+def header(name: str, size: bytes) -> bytes:
+    info = tarfile.TarInfo(name)
+    data = bytearray(info.tobuf())
+    data[124:136] = size
+    data[148:156] = b"        "
+    data[148:156] = b"%06o\0 " % sum(data[:512])
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    "size", [b"\xff" * 12, b"\xff" * 10 + b"\xfe\x00", b"\x80" + b"\xff" * 11, b"\x80\x00\x00\x00\x7f" + b"\xff" * 7]
+)
+def test_a_member_of_absurd_size_ends_nothing_and_hangs_nothing(tmp_path, caplog, size):
+    tar(tmp_path / "good.part", ("0.jpg", b"0"), ("1.jpg", b"1"))
+    good = (tmp_path / "good.part").read_bytes()[: 4 * 512]
+    (tmp_path / "a.tar").write_bytes(good + header("2.jpg", size) + good)
+    table = list_images(str(tmp_path))
+    assert ids(table)[:2] == ["0", "1"] and "breaks off after" in caplog.text
+    assert read(table)[:2] == [b"0", b"1"] and set(reasons(read(table))[2:]) <= {"unreadable"}
+
+
+def test_a_long_name_of_absurd_length_is_not_read(tmp_path):
+    tar(tmp_path / "good.part", ("0.jpg", b"0"))
+    long = bytearray(header("././@LongLink", b"%011o\0" % (2**33 - 1)))
+    long[156:157] = b"L"
+    long[148:156] = b"        "
+    long[148:156] = b"%06o\0 " % sum(long[:512])
+    (tmp_path / "a.tar").write_bytes((tmp_path / "good.part").read_bytes()[:1024] + bytes(long) + bytes(512))
+    assert ids(list_images(str(tmp_path))) == ["0"]
+
+
+def test_sidecars_have_the_numbers_of_coco_jsons(tmp_path, caplog):
+    whole = {
+        "boxes": [["1", 2.0, "3.5", 4]],
+        "labels": ["5.0"],
+        "crowds": ["0"],
+        "annotation_ids": [7.0],
+        "height": 10.0,
+        "width": "20",
+    }
+    huge, half = {"boxes": [[1, 2, 3, 4]], "labels": [2**70]}, {"boxes": [[1, 2, 3, 4]], "labels": [1.5]}
+    members = [("0", whole), ("1", huge), ("2", half)]
+    tar(
+        tmp_path / "a.tar",
+        *(m for name, of in members for m in ((f"{name}.jpg", b"x"), (f"{name}.json", json.dumps(of).encode()))),
+        ("3.jpg", b"3"),
+        ("3.cls", b"%d" % 2**70),
+        ("4.jpg", b"4"),
+        ("4.cls", b"6.0\n"),
+    )
+    table = list_images(str(tmp_path))
+    assert table["labels"].to_pylist() == [[5], [], [], [], [6]]
+    assert (table["crowds"][0].as_py(), table["annotation_ids"][0].as_py(), table["frame"][0].as_py()) == ([False], [7], [10, 20])
+    assert table["boxes"][0].as_py() == [[1, 2, 3.5, 4]]
+    assert "3 .json or .cls files make no sense" in caplog.text
