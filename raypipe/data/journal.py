@@ -54,6 +54,7 @@ class Written:
     boxes: list[list[float]] = field(default_factory=list)  # xyxy, pixels of the written image
     annotation_ids: list[int] = field(default_factory=list)
     damaged: bool = False  # delivered all the same (--damaged keep)
+    boxes_from: str | None = None  # the frame that its boxes were drawn in (raypipe.images.frames)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,9 +77,20 @@ class Unread:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Dropped:
+    """One box of a delivered image that could not be used, and why. `box`: xyxy, as the source has it."""
+
+    image_id: str
+    uri: str
+    box: list[float]
+    annotation_id: int | None
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
     """One shard, done. `written` holds a row an image; `files` each file once; `unread` rows that the
-    next run does again, in a shard of their own."""
+    next run does again, in a shard of their own; `dropped` boxes of images that are written."""
 
     epoch: int
     shard: int
@@ -87,6 +99,7 @@ class Entry:
     files: list[str]
     bytes: int
     unread: list[Unread] = field(default_factory=list)
+    dropped: list[Dropped] = field(default_factory=list)
 
     @property
     def images(self) -> int:
@@ -107,14 +120,14 @@ def put_entry(root: str, entry: Entry) -> None:
     location.write(root, _path(entry.shard), _json(_fields(entry) | rows))
 
 
-_ROWS: dict[str, type] = {"written": Written, "rejected": Rejected, "unread": Unread}
+_ROWS: dict[str, type] = {"written": Written, "rejected": Rejected, "unread": Unread, "dropped": Dropped}
 
 
 def _json(record: dict[str, Any]) -> bytes:
     return json.dumps(record, separators=(",", ":")).encode()
 
 
-def _fields(of: Entry | Written | Rejected | Unread) -> dict[str, Any]:
+def _fields(of: Entry | Written | Rejected | Unread | Dropped) -> dict[str, Any]:
     return {name: getattr(of, name) for name in of.__slots__}
 
 
@@ -144,9 +157,13 @@ def _entry(data: bytes) -> Entry:
     numbers = [entry.epoch, entry.shard, entry.bytes]
     told: list[Rejected | Unread] = [*entry.rejected, *entry.unread]
     texts = [value for row in told for value in _fields(row).values()]
+    for drop in entry.dropped:
+        texts += [drop.image_id, drop.uri, drop.reason]
+        if not _all_of(drop.box, int, float) or len(drop.box) != 4 or not isinstance(drop.annotation_id, int | None):
+            raise TypeError(f"a dropped box of {drop.image_id!r} is none")
     for row in entry.written:
         numbers += [row.height, row.width]
-        texts += [row.image_id, row.file]
+        texts += [row.image_id, row.file, row.boxes_from or ""]
         boxes = isinstance(row.boxes, list) and all(_all_of(b, int, float) and len(b) == 4 for b in row.boxes)
         if not boxes or not _all_of(row.annotation_ids, int):
             raise TypeError(f"boxes or annotation_ids of {row.image_id!r} are not lists of numbers")
@@ -226,6 +243,24 @@ def put_work(root: str, work: pa.Table) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(work, sink, compression="zstd")
     location.write(root, f"{STATE}/work.parquet", sink.getvalue())
+
+
+DROPPED = pa.schema(
+    [
+        pa.field("image_id", pa.string()),
+        pa.field("uri", pa.string()),
+        pa.field("box", pa.list_(pa.float32(), 4)),
+        pa.field("annotation_id", pa.int64()),
+        pa.field("reason", pa.string()),
+    ]
+)
+
+
+def dropped_parquet(dropped: Iterable[Dropped]) -> pa.Buffer:
+    """`dropped` as the bytes of a Parquet file (schema DROPPED), an empty one when there are none."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist([asdict(row) for row in dropped], schema=DROPPED), sink)
+    return sink.getvalue()
 
 
 def rejects_parquet(rejected: Iterable[Rejected]) -> pa.Buffer:

@@ -18,6 +18,17 @@ from raypipe.data.tables import SOURCE
 
 WORK = pa.schema([pa.field("epoch", pa.int32()), pa.field("shard", pa.int64()), *SOURCE])
 
+DROPPED = pa.list_(
+    pa.struct(
+        [
+            pa.field("box", pa.list_(pa.float32(), 4)),
+            pa.field("annotation_id", pa.int64()),  # null: it has none
+            pa.field("reason", pa.string()),
+        ]
+    )
+)
+"""Boxes of an image that cannot be used, as the source has them, and why."""
+
 BLOCK = pa.schema(
     [
         pa.field("epoch", pa.int32()),
@@ -35,6 +46,9 @@ BLOCK = pa.schema(
         pa.field("reason", pa.string()),  # null: fine
         pa.field("detail", pa.string()),  # of the reason; without one, what is damaged in an image that was kept
         *(SOURCE.field(name) for name in ("boxes", "labels", "crowds", "annotation_ids")),
+        pa.field("orientation", pa.int8()),  # the EXIF number that made the picture upright; null: rejected
+        pa.field("boxes_from", pa.string()),  # the frame that boxes were in (raypipe.images.frames); null: not known
+        pa.field("boxes_dropped", DROPPED),
     ]
 )
 """What a preprocess actor makes of a shard: the same rows in the same order, with pixels or with a reason. Where the bytes are (uri, offset,
@@ -215,7 +229,7 @@ def renewed(work: pa.Table, source: pa.Table, done: Set[int]) -> pa.Table:
     rows = np.where(finished, np.arange(work.num_rows), work.num_rows + at)[finished | ~np.isnan(at)].astype(np.int64)
     both = pa.concat_tables([work.select(SOURCE.names), source.select(SOURCE.names)]).take(pa.array(rows))
     kept = work.filter(pa.array(finished | ~np.isnan(at)))
-    for name in ("uri", "offset", "length", "boxes", "labels", "crowds", "annotation_ids"):
+    for name in ("uri", "offset", "length", "boxes", "labels", "crowds", "annotation_ids", "frame"):
         kept = kept.set_column(kept.column_names.index(name), WORK.field(name), both.column(name))
     return kept
 

@@ -41,6 +41,7 @@ import numpy as np
 
 from raypipe.errors import UsageError, foreign, shown
 from raypipe.images.decode import MAX_PIXELS, Reject
+from raypipe.images.frames import sound
 from raypipe.images.own import imported
 
 Size = tuple[int, int]
@@ -1002,26 +1003,6 @@ def _overlapping(boxes: np.ndarray, size: Size) -> tuple[np.ndarray, np.ndarray]
     return inside[keep], keep
 
 
-def _checked_boxes(boxes: np.ndarray, size: Size) -> np.ndarray:
-    """The boxes clipped to the image; raises Reject if one is not finite, inverted, or not in the image at all."""
-    boxes = np.asarray(boxes, np.float32).reshape(-1, 4)
-    inside = clip(boxes, size)
-    if np.array_equal(inside, boxes) and (boxes[:, 2:] >= boxes[:, :2]).all():
-        return boxes
-    had_area, has_area = ((some[:, 2:] > some[:, :2]).all(axis=1) for some in (boxes, inside))
-    beyond = (boxes[:, 2:] < 0).any(axis=1) | (boxes[:, :2] > np.array([size[1], size[0]])).any(axis=1)
-    problems = {
-        "is not finite": ~np.isfinite(boxes).all(axis=1),
-        "has its corners swapped": (boxes[:, 2:] < boxes[:, :2]).any(axis=1),
-        "lies outside the image": beyond | (had_area & ~has_area),
-    }
-    for problem, bad in problems.items():
-        if bad.any():
-            first = int(np.argmax(bad))
-            raise Reject("bad boxes", f"box {first}, {boxes[first].tolist()}, {problem}, {size[0]}x{size[1]} (height x width)")
-    return inside
-
-
 def _spare(op: Any, size: Size) -> Size:
     if op.height > size[0] or op.width > size[1]:
         raise Reject("too small", f"{size[0]}x{size[1]} (height x width) does not contain {op}")
@@ -1072,7 +1053,8 @@ class Plan:
     """What will be done to one image, with all numbers drawn.
 
     `size` is that of the result, `largest` the pixels of the largest image on the way; `boxes` are those left, float32 (m, 4),
-    in its pixels; `keep` says which of the given boxes they are, int64 (m,).
+    in its pixels; `keep` says which of the given boxes they are, int64 (m,). `dropped`: those that could not be used to begin
+    with, and why.
     """
 
     ops: tuple[Any, ...]
@@ -1080,6 +1062,7 @@ class Plan:
     largest: int
     boxes: np.ndarray
     keep: np.ndarray
+    dropped: tuple[tuple[int, str], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1148,11 +1131,15 @@ class Recipe:
     def plan(self, *, seed: int, epoch: int, image_id: str, size: Size, boxes: np.ndarray | None = None) -> Plan:
         """The plan for one image; the same for the same arguments, wherever and whenever.
 
-        Raises Reject: "bad boxes" (not finite, swapped corners, or wholly outside; those that stick out are clipped), "too
+        Boxes that stick out are clipped; those that are not finite, have no area or lie outside are dropped.
+
+        Raises Reject: "bad boxes" where the recipe needs boxes and all given ones are dropped, "too
         small" for an op, or "too many pixels" in a result.
         """
-        boxes = NO_BOXES if boxes is None or not len(boxes) else _checked_boxes(boxes, size)
-        keep = np.arange(len(boxes))
+        given = NO_BOXES if boxes is None else boxes
+        boxes, keep, dropped = sound(given, size) if len(given) else (NO_BOXES, np.arange(0), ())
+        if self.needs_boxes and len(given) and not len(boxes):
+            raise Reject("bad boxes", f"none of its {len(given)} boxes can be used; the first: {dropped[0][1]}")
         rng = generator(seed, epoch, image_id) if self.random else None
         done = []
         largest = size[0] * size[1]
@@ -1167,7 +1154,7 @@ class Recipe:
                     raise Reject("too many pixels", f"{plain} makes {size[0]}x{size[1]}, more than {MAX_PIXELS} pixels")
                 if getattr(plain, "pixels", True):
                     done.append(plain)
-        return Plan(tuple(done), size, largest, boxes, keep)
+        return Plan(tuple(done), size, largest, boxes, keep, dropped)
 
 
 def _least(op: Any) -> Size:

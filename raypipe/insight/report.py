@@ -47,6 +47,8 @@ class Counts:
     unread: int = 0
     damaged_kept: int | None = 0
     skipped: dict[str, int] = field(default_factory=dict)  # files that the listing left out, by suffix
+    boxes_dropped: int | None = 0  # boxes of delivered images that could not be used
+    boxes_from: dict[str, int] = field(default_factory=dict)  # images whose boxes were drawn in another frame, by which
 
     @property
     def rejected(self) -> int:
@@ -299,6 +301,8 @@ def _counted(counts: Counts) -> dict[str, Any]:
         "images_damaged_kept": counts.damaged_kept,
         "rejects_by_reason": counts.rejects_by_reason,
         "skipped": counts.skipped,
+        "boxes_dropped": counts.boxes_dropped,
+        "boxes_from": counts.boxes_from,
     }
 
 
@@ -445,6 +449,13 @@ def terminal(report: dict) -> Group:
     if report.get("skipped"):
         left_out = sorted(report["skipped"].items(), key=lambda item: -item[1])
         lines.append("left out of the listing: " + ", ".join(f"{count} {suffix}" for suffix, count in left_out))
+    if report.get("boxes_dropped"):
+        lines.append(f"{report['boxes_dropped']} boxes could not be used and were dropped (boxes_dropped.parquet)")
+    if frames := report.get("boxes_from"):
+        moved = sum(count for kind, count in frames.items() if kind != "unclear")
+        lines += [f"the boxes of {moved} images were drawn in another frame than the picture's, and moved"] * bool(moved)
+        unclear = f"the boxes of {frames.get('unclear')} images may be in the stored frame: sizes cannot tell"
+        lines += [f"{unclear}, so they are taken as upright"] * ("unclear" in frames)
     verdict_text = Text("verdict: ", style="bold") + Text(report["verdict"]["reason"], style="not bold")
     measured = report["steady_images_per_s"] or report["images_per_s"] or 0.0
     gains = [a for a in report["verdict"]["advice"] if a["predicted_images_per_s"] > 1.02 * measured][:2]

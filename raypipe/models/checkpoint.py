@@ -46,6 +46,8 @@ class Progress:
     images: int = 0  # trained on
     rejects: list[dict[str, str]] = field(default_factory=list)  # a row an image: image_id, uri, reason, detail
     epochs: list[dict[str, Any]] = field(default_factory=list)  # what was reported of each complete epoch
+    dropped: list[dict[str, Any]] = field(default_factory=list)  # boxes that could not be used, each once: journal.Dropped
+    boxes_from: dict[str, int] = field(default_factory=dict)  # of how many images the boxes were drawn in which frame
 
     @property
     def rejected(self) -> int:
@@ -123,8 +125,10 @@ _OTHER = "It is unknown what this checkpoint is. Delete the folder to go on from
 
 def _progress(about: Mapping[str, Any]) -> Progress:
     progress = Progress(**about["progress"])
-    if not all(isinstance(row, dict) for row in (*progress.rejects, *progress.epochs)):
-        raise TypeError("its rejects and epochs are lists of objects")
+    if not all(isinstance(row, dict) for row in (*progress.rejects, *progress.epochs, *progress.dropped)):
+        raise TypeError("its rejects, epochs and dropped are lists of objects")
+    if not all(isinstance(count, int) for count in progress.boxes_from.values()):
+        raise TypeError("its boxes_from are numbers by name")
     epoch, step, rows, images = (whole(getattr(progress, name)) for name in ("epoch", "step", "rows", "images"))
     return replace(progress, epoch=epoch, step=step, rows=rows, images=images)
 

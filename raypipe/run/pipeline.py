@@ -51,7 +51,7 @@ from raypipe.run.settings import Settings, check_apart, check_free, deciding, im
 from raypipe.stages import After
 from raypipe.stages.actor import TRIES
 from raypipe.stages.preprocess import Preprocess, Preprocessing
-from raypipe.stages.write import Write, rejected_of, unread_of
+from raypipe.stages.write import Write, dropped_of, rejected_of, unread_of
 
 T = TypeVar("T")
 
@@ -259,7 +259,8 @@ class Job:
     """What a run does: images are preprocessed as `settings` and `todo` say, and taken by the stage `after`, where there is one.
 
     given: what the user asked for, for the report.
-    conclude: called with all images that were delivered when their shards are done; what it returns is added to the report.
+    conclude: called with all images that were delivered when their shards are done; what it returns is added to the report,
+        but for "dropped": boxes (journal.Dropped) that it found to be none.
     """
 
     settings: Settings
@@ -350,6 +351,8 @@ class _Tally:
     def count(self, block: pa.Table, at_s: float) -> None:
         if "image" in block.column_names:
             bad = block.filter(pc.is_valid(block.column("reason"))).select(journal.REJECTS.names).to_pylist()
+            self.became.dropped.extend(dropped_of(block.select(("image_id", "uri", "boxes_dropped")).to_pylist()))
+            self.became.boxes_from.update(block.column("boxes_from").drop_null().to_pylist())
             rejects, waiting = rejected_of(bad), unread_of(bad)
             self.became.rejected.extend(rejects)
             self.became.unread.extend(waiting)
@@ -696,14 +699,17 @@ def _account(job: Job, run_id: str, executed: _Executed, *, setup_s: float) -> O
 def _conclude(job: Job, report: dict[str, Any], rows: Became) -> Outcome:
     """Write what a run leaves at its end, the report last: it says which shards all of it covers."""
     settings, todo, after = job.settings, job.todo, job.after
+    dropped = rows.dropped
     pictures = shown(todo.work, rows.rejected) if after is not None or settings.report is not None else []
     if after is not None:
-        report |= job.conclude(rows.written)
+        extra = job.conclude(rows.written)
+        dropped = extra.pop("dropped", dropped)
+        report |= {**extra, "boxes_dropped": len(dropped)}
         report["shards"] = ranges(todo.work.column("shard").to_pylist())
         journal.clear_temporary(after.sink.root)  # what killed actors had under way
-        leave_report(after.sink.root, f"{journal.STATE}/", report, rows.rejected, pictures)
+        leave_report(after.sink.root, f"{journal.STATE}/", report, rows.rejected, pictures, dropped)
     if settings.report is not None:
-        leave_report(settings.report, "", report, rows.rejected, pictures)
+        leave_report(settings.report, "", report, rows.rejected, pictures, dropped)
     return Outcome(report=report, rejected=rows.rejected, unread=rows.unread, rows=todo.work.num_rows)
 
 

@@ -5,6 +5,7 @@ checkpoint's, without chance, so what the model sees is what it was judged on in
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -20,13 +21,16 @@ from raypipe import UsageError
 from raypipe.data import demo, journal, location
 from raypipe.data.formats.coco import image_key, read_coco
 from raypipe.data.formats.parquet import read_table
+from raypipe.data.journal import Dropped
 from raypipe.data.listing import look
 from raypipe.data.patience import READ_PATIENCE_S
 from raypipe.data.sinks import Sink
-from raypipe.data.tables import ANNOTATION_FIELDS, SOURCE, whole
+from raypipe.data.tables import ANNOTATION_FIELDS, SOURCE, frames_of, whole
 from raypipe.data.work import unlist
 from raypipe.errors import foreign
 from raypipe.images import backend as backend_module
+from raypipe.images.frames import into_picture, sound
+from raypipe.images.header import Reject
 from raypipe.images.recipe import Recipe, back, for_evaluation, from_json
 from raypipe.models import checkpoint as checkpoints
 from raypipe.models.evaluate import Found, Precision, Truth, mean_average_precision
@@ -221,16 +225,20 @@ def predicting(settings: Settings) -> Job:
     def conclude(written: list[journal.Written]) -> dict[str, Any]:
         tables = list(_stored(settings.output, written))
         location.write(settings.output, RESULTS, coco_results(tables, ids))
-        precision = precision_of(source, tables)
+        truths = truths_of(source, tables)
+        precision = precision_of(truths, tables)
         return {
+            "dropped": truths.dropped,
+            "boxes_from": result.frames_told(truths.boxes_from),
             "predict": {
                 "checkpoint": {"folder": folder, "model": trained["model"]["name"], **identity},
                 "boxes": sum(pc.sum(pc.list_value_length(table.column("boxes"))).as_py() or 0 for table in tables),
+                "images_of_another_size": truths.strangers,
                 "map": precision and precision.map,
                 "map50": precision and precision.map50,
                 "map75": precision and precision.map75,
                 "map_by_label": precision and {names.get(label, str(label)): value for label, value in precision.by_label.items()},
-            }
+            },
         }
 
     return Job(settings=settings.preprocessing, given=asdict(settings), todo=todo, after=after, conclude=conclude)
@@ -238,8 +246,9 @@ def predicting(settings: Settings) -> Job:
 
 def _names(coco: dict[str, Any]) -> dict[int, str]:
     """What the categories of a COCO JSON are called, by their ids."""
-    categories = (category for category in coco.get("categories") or () if isinstance(category, dict))
-    return {category["id"]: str(category["name"]) for category in categories if {"id", "name"} <= category.keys()}
+    with foreign("the categories of the annotations", remedy="Each needs an id, a whole number, and a name."):
+        categories = (category for category in coco.get("categories") or () if isinstance(category, dict))
+        return {whole(category["id"]): str(category["name"]) for category in categories if {"id", "name"} <= category.keys()}
 
 
 def _recipe(trained: dict[str, Any], folder: str, settings: Settings) -> Recipe:
@@ -309,22 +318,58 @@ def coco_results(tables: Sequence[pa.Table], ids: dict[str, Any]) -> bytes:
     return ("[" + ",\n".join(lines) + "]\n").encode()
 
 
-def precision_of(source: pa.Table, tables: Sequence[pa.Table]) -> Precision | None:
-    """How good predictions (schema PREDICTIONS) are by the boxes of `source` (schema SOURCE), in pixels of the original images. Rejected images do
-    not count. None: the source has no labelled boxes."""
-    known = [unlist(source.column(name)) for name in ("boxes", "labels", "crowds")]
+@dataclass(frozen=True, kw_only=True)
+class Truths:
+    """What is known of the images that were predicted on, in pixels of the pictures as they are shown.
+
+    `by_image`: None where boxes and labels do not fit each other. `dropped`: boxes that cannot be used. `boxes_from`: of how
+    many images boxes were drawn in which frame. `strangers`: images whose frame is not recognised; they do not count.
+    """
+
+    by_image: dict[str, Truth] | None
+    dropped: list[Dropped]
+    boxes_from: Counter[str]
+    strangers: int
+
+
+def truths_of(source: pa.Table, tables: Sequence[pa.Table]) -> Truths:
+    """What `source` (schema SOURCE) says of the images of `tables` (schema PREDICTIONS)."""
+    known = [unlist(source.column(name)) for name in ("boxes", "labels", "crowds", "annotation_ids")]
+    found = Truths(by_image={}, dropped=[], boxes_from=Counter(), strangers=0)
     if any(len(boxes) != len(labels) for boxes, labels in zip(*known[:2], strict=True)):
+        return replace(found, by_image=None)
+    rows = dict(zip(source.column("image_id").to_pylist(), zip(frames_of(source).tolist(), *known, strict=True), strict=True))
+    names = ("image_id", "uri", "height", "width", "orientation")
+    for row in (row for table in tables for row in table.select(names).to_pylist()):
+        frame, boxes, labels, crowds, ids = rows[row["image_id"]]
+        size = row["height"], row["width"]
+        try:
+            placed, boxes_from = into_picture(boxes, tuple(frame), size, row["orientation"] or 1)
+        except Reject:
+            found = replace(found, strangers=found.strangers + 1)
+            continue
+        found.boxes_from.update([boxes_from] if boxes_from else [])
+        good, keep, bad = sound(placed, size)
+        for at, why in bad:
+            identity = int(ids[at]) if len(ids) == len(boxes) else None
+            box = boxes[at].tolist()
+            found.dropped.append(Dropped(image_id=row["image_id"], uri=row["uri"], box=box, annotation_id=identity, reason=why))
+        assert found.by_image is not None
+        found.by_image[row["image_id"]] = Truth(boxes=good, labels=labels[keep], crowds=crowds[keep] if len(crowds) else crowds)
+    return found
+
+
+def precision_of(truths: Truths, tables: Sequence[pa.Table]) -> Precision | None:
+    """How good predictions (schema PREDICTIONS) are by what is known. Rejected images do not count. None: no image has a labelled box."""
+    if truths.by_image is None:
         return None
-    truths = {
-        image_id: Truth(boxes=boxes, labels=labels, crowds=crowds)
-        for image_id, boxes, labels, crowds in zip(source.column("image_id").to_pylist(), *known, strict=True)
-    }
     of, found = [], []
     for table in tables:
         columns = (unlist(table.column(name)) for name in ("boxes", "labels", "scores"))
         for image_id, boxes, labels, scores in zip(table.column("image_id").to_pylist(), *columns, strict=True):
-            of.append(truths[image_id])
-            found.append(Found(boxes=np.asarray(boxes), labels=labels, scores=scores))
+            if image_id in truths.by_image:
+                of.append(truths.by_image[image_id])
+                found.append(Found(boxes=np.asarray(boxes), labels=labels, scores=scores))
     return mean_average_precision(of, found)
 
 

@@ -18,14 +18,15 @@ import pyarrow.compute as pc
 
 from raypipe import UsageError
 from raypipe.data import journal, location
-from raypipe.data.journal import Rejected, Unread, Written
+from raypipe.data.journal import Dropped, Rejected, Unread, Written
 from raypipe.data.reader import Reader
 from raypipe.images.decode import thumbnail
+from raypipe.images.frames import UPRIGHT
 from raypipe.insight import html
 from raypipe.insight import report as reports
 from raypipe.run.settings import Settings
 
-FILES = ("rejects.parquet", "report.html", "report.json")
+FILES = ("rejects.parquet", "boxes_dropped.parquet", "report.html", "report.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +41,14 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Became:
-    """What became of the rows of a run: delivered, rejected, or not read."""
+    """What became of the rows of a run: delivered, rejected, or not read. `dropped`: boxes of those that were delivered;
+    `boxes_from`: how many images had theirs from which frame, where nothing was written."""
 
     written: list[Written] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
     unread: list[Unread] = field(default_factory=list)
+    dropped: list[Dropped] = field(default_factory=list)
+    boxes_from: Counter[str] = field(default_factory=Counter)
 
     def counts(
         self,
@@ -66,6 +70,10 @@ class Became:
             before=before,
             damaged_kept=sum(row.damaged for row in self.written) if out is None else damaged,
             skipped=dict(skipped or {}),
+            boxes_dropped=len(self.dropped),
+            boxes_from=frames_told(
+                self.boxes_from if out is not None else Counter(row.boxes_from for row in self.written if row.boxes_from)
+            ),
         )
 
 
@@ -78,11 +86,16 @@ def became(root: str, work: pa.Table) -> Became:
     ids, shards = (work.column(name).to_pylist() for name in ("image_id", "shard"))
     wanted = set(zip(shards, ids, strict=True))
     entries = list(journal.read_entries(root, sorted(set(shards) & journal.done_shards(root))))
-    written, rejected, unread = (
+    written, rejected, unread, dropped = (
         [row for entry in entries for row in getattr(entry, name) if (entry.shard, row.image_id) in wanted]
-        for name in ("written", "rejected", "unread")
+        for name in ("written", "rejected", "unread", "dropped")
     )
-    return Became(written=written, rejected=rejected, unread=unread)
+    return Became(written=written, rejected=rejected, unread=unread, dropped=dropped)
+
+
+def frames_told(boxes_from: Mapping[str, int]) -> dict[str, int]:
+    """As the report has it: of how many images boxes were moved from which frame, or were left because sizes cannot tell."""
+    return {kind: count for kind, count in sorted(boxes_from.items()) if kind != UPRIGHT}
 
 
 def ranges(shards: Iterable[int]) -> list[list[int]]:
@@ -130,9 +143,14 @@ def check_report(folder: str | None) -> None:
 
 
 def leave_report(
-    folder: str, prefix: str, report: dict[str, Any], rejected: list[Rejected], shown: Sequence[dict[str, Any]] = ()
+    folder: str,
+    prefix: str,
+    report: dict[str, Any],
+    rejected: list[Rejected],
+    shown: Sequence[dict[str, Any]] = (),
+    dropped: Sequence[Dropped] = (),
 ) -> None:
-    """Put rejects.parquet, report.html and, last, report.json into `folder`, their names after `prefix`.
+    """Put rejects.parquet, boxes_dropped.parquet, report.html and, last, report.json into `folder`, their names after `prefix`.
 
     Args:
         shown: rejects that the page shows.
@@ -140,6 +158,7 @@ def leave_report(
     page = html.page(report, rejects=shown, more_rejects=len(rejected) - len(shown))
     files = {
         "rejects.parquet": journal.rejects_parquet(rejected),
+        "boxes_dropped.parquet": journal.dropped_parquet(dropped),
         "report.html": page.encode(),
         "report.json": json.dumps(report, indent=1).encode(),
     }

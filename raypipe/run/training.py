@@ -34,7 +34,7 @@ from rich.console import Console
 
 from raypipe import UsageError
 from raypipe.data import journal, lease, location, sizes
-from raypipe.data.journal import Rejected
+from raypipe.data.journal import Dropped, Rejected
 from raypipe.data.listing import list_images, look
 from raypipe.data.location import StoreError
 from raypipe.data.patience import READ_PATIENCE_S
@@ -293,8 +293,7 @@ def plan(settings: Settings) -> Todo:
         listed, held = split(listed, share=settings.holdout, seed=settings.seed)
     source = wanted_by(listed, needs_boxes=recipe.needs_boxes, drops_crowds=recipe.drops_crowds)
     classes = Classes.among(unlist(source.column("labels")))
-    if not len(classes) or not pc.sum(pc.list_value_length(source.column("boxes"))).as_py():
-        raise UsageError(f"No image of {settings.input!r} has labelled boxes, so there is nothing to learn. Give --annotations.")
+    check_learnable(source, listed, settings.input)
     shape = partial(
         sizes.cut,
         images=source.num_rows,
@@ -366,6 +365,36 @@ def _told_apart(source: pa.Table) -> dict[str, Any]:
     """What tells one list of images from another: their number, and a digest of their ids in order."""
     ids = "\n".join(source.column("image_id").to_pylist())
     return {"count": source.num_rows, "digest": blake2b(ids.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()}
+
+
+def check_learnable(source: pa.Table, listed: pa.Table, input: str) -> None:
+    """Raises UsageError where a detector would see no box of `source`: labelled, no crowd, and with an area.
+
+    `source` is what the recipe wants of the images that were `listed` (both of schema SOURCE).
+    """
+    if _boxes_of(source)["learnable"]:
+        return
+    counts = _boxes_of(listed)
+    if not counts["boxes"]:
+        raise UsageError(f"No image of {input!r} has labelled boxes, so there is nothing to learn. Give --annotations.")
+    raise UsageError(
+        f"The {counts['boxes']} boxes of {input!r} leave nothing to learn: {counts['crowds']} are crowds (iscrowd), and "
+        f"{counts['without an area']} have no area or are no numbers. Nothing was started. Annotate single objects, or mend the boxes."
+    )
+
+
+def _boxes_of(source: pa.Table) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    columns = (unlist(source.column(name)) for name in ("boxes", "labels", "crowds"))
+    for boxes, labels, crowds in zip(*columns, strict=True):
+        crowd = crowds if len(crowds) == len(boxes) else np.zeros(len(boxes), bool)
+        with np.errstate(invalid="ignore"):
+            good = np.isfinite(boxes).all(axis=1) & (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
+        counts["boxes"] += len(boxes)
+        counts["crowds"] += int(crowd.sum())
+        counts["without an area"] += int((~good & ~crowd).sum())
+        counts["learnable"] += int((good & ~crowd).sum()) if len(labels) == len(boxes) else len(boxes)
+    return counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -488,9 +517,10 @@ def _run(settings: Settings, console: Console, *, started: float, touch: Callabl
 
 def _leave(settings: Settings, storage: str, report: dict[str, Any], progress: Progress) -> None:
     rejected = [Rejected(**row) for row in progress.rejects]
-    result.leave_report(storage, f"{journal.STATE}/", report, rejected)
+    dropped = [Dropped(**row) for row in progress.dropped]
+    result.leave_report(storage, f"{journal.STATE}/", report, rejected, dropped=dropped)
     if settings.report is not None:
-        result.leave_report(settings.report, "", report, rejected)
+        result.leave_report(settings.report, "", report, rejected, dropped=dropped)
 
 
 def _nothing_left(
@@ -524,6 +554,8 @@ def _nothing_left(
             rejects_by_reason=_in_all(reasons, progress),
             before=total,
             skipped=skipped,
+            boxes_dropped=len(progress.dropped),
+            boxes_from=result.frames_told(progress.boxes_from),
         )
         report = reports.unmeasured(run_id=run_id, settings=asdict(settings), versions=versions(), counts=counts)
         unknown = ("attempts", "workers", "accelerator_utilisation", "wait_share", "break_even", "holdout_rejected")
@@ -865,6 +897,8 @@ def _report(
             before=before,
             damaged_kept=0 if settings.damaged == "reject" else None,  # workers do not tell them from others
             skipped=todo.skipped,
+            boxes_dropped=len(progress.dropped),
+            boxes_from=result.frames_told(progress.boxes_from),
         ),
         clock=clock,
         cpu_percent=cpu_percent,

@@ -1,7 +1,7 @@
 """From blocks of pixels to batches on a device, and to what a model finds in them: what training, judging and predicting share."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,10 @@ from raypipe.models.evaluate import Found, Truth
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One image of a block: pixels (height, width, 3) uint8, a view; None with a reason if it was rejected."""
+    """One image of a block: pixels (height, width, 3) uint8, a view; None with a reason if it was rejected.
+
+    `dropped`: its boxes that could not be used (journal.Dropped, as a dict); `boxes_from`: the frame they were drawn in.
+    """
 
     epoch: int
     image_id: str
@@ -30,6 +33,8 @@ class Row:
     labels: np.ndarray
     crowds: np.ndarray
     reject: dict[str, str] | None
+    dropped: list[dict[str, Any]] = field(default_factory=list)
+    boxes_from: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +52,7 @@ class Batch:
 def rows_of(block: pa.Table) -> Iterator[Row]:
     """The rows of a block (schema BLOCK), their pixels as views of it."""
     boxes, labels, crowds = (unlist(block.column(name)) for name in ("boxes", "labels", "crowds"))
-    names = ("epoch", "image_id", "uri", "reason", "detail")
+    names = ("epoch", "image_id", "uri", "reason", "detail", "boxes_dropped", "boxes_from")
     for at, (row, image) in enumerate(zip(block.select(names).to_pylist(), images_of(block), strict=True)):
         yield Row(
             epoch=row["epoch"],
@@ -57,6 +62,8 @@ def rows_of(block: pa.Table) -> Iterator[Row]:
             labels=labels[at] if len(boxes[at]) else labels[at][:0],  # of the whole image: nothing that a detector learns
             crowds=crowds[at],
             reject=None if image is not None else {name: row[name] or "" for name in ("image_id", "uri", "reason", "detail")},
+            dropped=[{"image_id": row["image_id"], "uri": row["uri"], **box} for box in row["boxes_dropped"] or ()],
+            boxes_from=row["boxes_from"],
         )
 
 

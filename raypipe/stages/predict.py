@@ -19,7 +19,7 @@ from raypipe.data.reader import Reader
 from raypipe.data.sinks import Sink
 from raypipe.data.tables import BOXES, whole
 from raypipe.data.work import lists, unlist
-from raypipe.errors import foreign
+from raypipe.errors import UsageError, foreign, shown, words
 from raypipe.images import opencv
 from raypipe.images.decode import Reject, read_header
 from raypipe.images.drawing import draw_boxes
@@ -43,9 +43,11 @@ PREDICTIONS = pa.schema(
         pa.field("boxes", BOXES),
         pa.field("labels", pa.list_(pa.int64())),
         pa.field("scores", pa.list_(pa.float32())),
+        pa.field("orientation", pa.int8()),
     ]
 )
-"""A row an image that could be preprocessed. Size and boxes are of the original image, as it is shown; labels are the data set's category ids."""
+"""A row an image that could be preprocessed. Size and boxes are of the original image, as it is shown; labels are the data set's category ids;
+orientation: the EXIF number that turned the stored image."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +85,13 @@ def load(folder: str, device: torch.device, *, trusted: Collection[str] = ()) ->
         named, amp = kept.settings["model"], kept.settings["amp"]
         place.at = ("the model", named["name"])
         model = detection.build(named["name"], num_classes=len(classes) + 1, arguments=named["arguments"], trusted=trusted)
-        place.at = ("the weights, which are to be those of", named["name"])
-        model.load_state_dict(kept.state["model"])
+        try:
+            model.load_state_dict(kept.state["model"])
+        except RuntimeError as error:
+            raise UsageError(
+                f"The weights in {folder} do not fit the model {shown(named['name'])} ({words(error)}). Use the code it was trained "
+                f"with, or train again."
+            ) from error
     model = model.to(device)
     if device.type == "cuda":
         model = model.to(memory_format=torch.channels_last)
@@ -114,6 +121,7 @@ class Predictor:
             **{name: [row[name] for row in rows] for name in ("image_id", "uri")},
             "height": [row["source_height"] for row in rows],
             "width": [row["source_width"] for row in rows],
+            "orientation": [row["orientation"] for row in rows],
         }
         for name in ("boxes", "labels", "scores"):
             columns[name] = lists([getattr(one, name) for one in found], PREDICTIONS.field(name).type)
@@ -136,6 +144,7 @@ _OF_THE_SOURCE = [
     "length",
     "source_height",
     "source_width",
+    "orientation",
     "reason",
     "detail",
 ]

@@ -6,7 +6,7 @@ import mmap
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType, ModuleType
 from typing import Any
@@ -15,9 +15,11 @@ import numpy as np
 import pyarrow as pa
 
 from raypipe.data.reader import CHUNK_BYTES, CHUNK_ROWS, Reader, Reading
+from raypipe.data.tables import frames_of
 from raypipe.data.work import BLOCK, image_column, lists, unlist
 from raypipe.images import backend as backend_module
 from raypipe.images.decode import MAX_PIXELS, Header, Reject, read_header
+from raypipe.images.frames import into_picture
 from raypipe.images.memory import MOST, needed
 from raypipe.images.recipe import Plan, Recipe, left_of
 from raypipe.stages import Meter
@@ -62,6 +64,7 @@ class _Planned:
     data: bytes
     header: Header
     plan: Plan
+    boxes_from: str | None = None
 
 
 def preprocess_shard(
@@ -107,8 +110,10 @@ def preprocess_shard(
     rejects: dict[int, Reject] = {}
     details: dict[int, str] = {}
     plans: list[Plan | None] = []
+    origins: list[tuple[int | None, str | None]] = []  # orientation, boxes_from
     for row, item in enumerate(planned):
         plan = None
+        origin: tuple[int | None, str | None] = (None, None)
         if isinstance(item, Reject):
             rejects[row] = item
         else:
@@ -125,6 +130,7 @@ def preprocess_shard(
                 backend.execute(image, item.plan.ops, out)
                 image = None  # not beside the next one
                 plan, end = item.plan, end_if_fine
+                origin = item.header.orientation, item.boxes_from
                 sizes[row] = item.header.height, item.header.width, height, width
             except Reject as reject:
                 # Not itself: its traceback has this frame, and with it all pixels until Python looks for cycles.
@@ -134,6 +140,7 @@ def preprocess_shard(
                 rejects[row] = Reject("failed", f"{type(error).__name__}: {error}")
         offsets[row + 1] = end
         plans.append(plan)
+        origins.append(origin)
 
     null = np.array([plan is None for plan in plans], dtype=bool)
     keep = [np.empty(0, np.int64) if plan is None else plan.keep for plan in plans]
@@ -147,12 +154,29 @@ def preprocess_shard(
         "reason": pa.array([rejects[row].reason if row in rejects else None for row in range(len(plans))], pa.string()),
         "detail": pa.array([rejects[row].detail if row in rejects else details.get(row) for row in range(len(plans))], pa.string()),
         "boxes": lists([np.empty((0, 4)) if p is None else p.boxes for p in plans], BLOCK.field("boxes").type),
+        "orientation": pa.array([orientation for orientation, _ in origins], pa.int8()),
+        "boxes_from": pa.array([boxes_from for _, boxes_from in origins], pa.string()),
+        "boxes_dropped": _dropped(shard, plans, boxes),
     }
     for name, values in (("labels", labels), ("crowds", None), ("annotation_ids", None)):
         values = unlist(shard.column(name)) if values is None else values
         chosen = [left_of(v, k, boxes=len(b)) for v, k, b in zip(values, keep, boxes, strict=True)]
         columns[name] = lists(chosen, BLOCK.field(name).type)
     return pa.table(columns, schema=BLOCK), bytes_in
+
+
+def _dropped(shard: pa.Table, plans: Sequence[Plan | None], boxes: Sequence[np.ndarray]) -> pa.Array:
+    """The column boxes_dropped (schema BLOCK)."""
+    if not any(plan is not None and plan.dropped for plan in plans):
+        return pa.array([[]] * len(plans), BLOCK.field("boxes_dropped").type)
+    column = []
+    for plan, of, ids in zip(plans, boxes, unlist(shard.column("annotation_ids")), strict=True):
+        bad = () if plan is None else plan.dropped
+        known = len(ids) == len(of)
+        column.append(
+            [{"box": of[at].tolist(), "annotation_id": int(ids[at]) if known else None, "reason": why} for at, why in bad]
+        )
+    return pa.array(column, BLOCK.field("boxes_dropped").type)
 
 
 def _decoded(backend: ModuleType, item: _Planned, reduce: int, settings: Preprocessing) -> tuple[Any, str | None]:
@@ -202,6 +226,7 @@ def _plan(shard, settings, boxes, labels, *, reader, killers, mark) -> Iterator[
     fixed = here.fixed_size
     room = _Room(settings, 0 if fixed is None else shard.num_rows * fixed[0] * fixed[1] * 3)
     random, boxed = recipe.random, any(len(of) for of in boxes)
+    frames = frames_of(shard).tolist() if boxed else []
     plans: dict[tuple[int, int], Plan] = {}  # of sizes seen, where nothing else decides: a plan takes 20 us, 1% of a small image
     for row, data in enumerate(reader.read(shard)):
         if row in killers:
@@ -216,6 +241,9 @@ def _plan(shard, settings, boxes, labels, *, reader, killers, mark) -> Iterator[
             if len(labels[row]) and len(labels[row]) != len(boxes[row]) and len(boxes[row]):
                 raise Reject("bad boxes", f"{len(boxes[row])} boxes, but {len(labels[row])} labels")
             size = header.height, header.width
+            of_row, boxes_from = boxes[row], None
+            if len(of_row):
+                of_row, boxes_from = into_picture(of_row, tuple(frames[row]), size, header.orientation)
             plan = plans.get(size)
             if plan is None:
                 of_image = {
@@ -223,7 +251,7 @@ def _plan(shard, settings, boxes, labels, *, reader, killers, mark) -> Iterator[
                     "epoch": epochs[row],
                     "image_id": image_ids[row],
                     "size": size,
-                    "boxes": boxes[row],
+                    "boxes": of_row,
                 }
                 plan = recipe.plan(**of_image)
                 if here is not recipe:
@@ -236,7 +264,7 @@ def _plan(shard, settings, boxes, labels, *, reader, killers, mark) -> Iterator[
         except Exception as error:
             yield Reject("failed", f"{type(error).__name__}: {error}")
         else:
-            yield _Planned(data, header, plan)
+            yield _Planned(data, header, plan, boxes_from)
 
 
 def _together(items: Iterator[_Planned | Reject]) -> Iterator[_Planned | Reject]:

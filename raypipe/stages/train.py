@@ -15,6 +15,7 @@ import math
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -295,6 +296,10 @@ class Worker:
         self._consumed: list[str] = []  # of all ranks, on rank 0 alone; of this rank since the last checkpoint elsewhere
         self._new: list[str] = []
         self._rejects: list[dict[str, str]] = []
+        self._dropped: list[dict[str, Any]] = []
+        self._boxes_from: Counter[str] = Counter()
+        # Whether all of this epoch is seen by this attempt; and how many boxes of it this rank has learned from.
+        self._whole, self._learned = True, 0
         if assignment.resume is None:
             self._seed_rank()
         else:
@@ -331,6 +336,7 @@ class Worker:
         self._model.load_state_dict(before.state["model"])
         self._optimizer.load_state_dict(before.state["optimizer"])
         self._progress = before.progress
+        self._whole = not before.consumed
         self._consumed = list(before.consumed) if self._peers.rank == 0 else []
         random = before.state["random"]
         self._seed_rank()
@@ -394,6 +400,9 @@ class Worker:
         self._assignment.meter.count(images=len(taken), bytes_in=pixels, bytes_out=0)
         self._new += [row.image_id for row in taken]
         self._rejects += [row.reject for row in taken if row.reject is not None]
+        if placed.batch.epoch == 0:  # in later ones they are the same
+            self._dropped += [box for row in taken for box in row.dropped]
+            self._boxes_from.update(row.boxes_from for row in taken if row.boxes_from is not None)
         self._log.write(step, placed.batch)
 
     def _optimize(self, placed: Placed | None, images: int) -> None:
@@ -406,6 +415,7 @@ class Worker:
         if placed is not None:
             self._train_placer.take(placed)
             mine, targets = placed.images, placed.targets
+            self._learned += sum(len(target["boxes"]) for target in targets)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._amp):
             loss = self._loss(mine, targets)
         # DDP averages over ranks; this makes it the mean over images.
@@ -433,6 +443,14 @@ class Worker:
             if self._assignment.holdout:
                 precision = self._evaluate()
         lost = self._peers.collect(self._mean_loss())
+        learned = int(self._peers.gather(self._learned).sum())
+        if self._whole and not learned:
+            raise UsageError(
+                f"Epoch {self._progress.epoch} had no box to learn from: its images were rejected, or have no box left that is no crowd and "
+                f"lies in the image after the recipe. Nothing was learned; rejects.parquet and boxes_dropped.parquet of "
+                f"`jobs/preprocess.py --report` with the same input say why."
+            )
+        self._whole, self._learned = True, 0
         use = self._gpu.use()
         gpu = {"gpu_percent": use.percent, "gpu_memory_peak_bytes": use.memory_peak_bytes}
         clocks = self._peers.collect({**self._clock.read(), **gpu})
@@ -496,13 +514,19 @@ class Worker:
             if self._device.type == "cuda":
                 random["cuda"] = torch.cuda.get_rng_state(self._device)
             everybody = self._peers.collect((self._new, self._rejects, random))
-            self._new, self._rejects = [], []
+            told = self._peers.collect((self._dropped, self._boxes_from))
+            self._new, self._rejects, self._dropped, self._boxes_from = [], [], [], Counter()
             name = checkpoints.name_of(self._progress)
             if self._peers.rank == 0:
                 self._consumed = [] if ended is not None else self._consumed + [i for ids, _, _ in everybody for i in ids]
                 known = {row["image_id"] for row in self._progress.rejects}
                 fresh = [row for _, rejects, _ in everybody for row in rejects if row["image_id"] not in known]
-                self._progress = replace(self._progress, rejects=[*self._progress.rejects, *fresh])
+                self._progress = replace(
+                    self._progress,
+                    rejects=[*self._progress.rejects, *fresh],
+                    dropped=[*self._progress.dropped, *(box for boxes, _ in told for box in boxes)],
+                    boxes_from=dict(sum((kinds for _, kinds in told), Counter(self._progress.boxes_from))),
+                )
                 checkpoints.save(
                     location.join(self._assignment.attempt, name),
                     Checkpoint(

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raypipe.data.journal import Entry, Rejected, Unread, Written, put_entry
+from raypipe.data.journal import Dropped, Entry, Rejected, Unread, Written, put_entry
 from raypipe.data.sinks import Sink, write_shard
 from raypipe.images import backend as backend_module
 from raypipe.images import opencv
@@ -47,11 +47,13 @@ def write_block(block: pa.Table, sink: Sink, *, backend: str, finish: Finish | N
                 boxes=row["boxes"] if row["annotation_ids"] else [],
                 annotation_ids=row["annotation_ids"],
                 damaged=row["detail"] is not None,
+                boxes_from=row["boxes_from"],
             )
             for row, file in zip(good, files, strict=True)
         ],
         rejected=rejected_of(rows),
         unread=unread_of(rows),
+        dropped=dropped_of(rows),
         files=written.files,
         bytes=written.bytes,
     )
@@ -74,7 +76,20 @@ def _within(block: pa.Table, side: int) -> pa.Table:
     return block
 
 
-_TOLD = ["epoch", "shard", "image_id", "uri", "height", "width", "reason", "detail", "boxes", "annotation_ids"]
+_TOLD = [
+    "epoch",
+    "shard",
+    "image_id",
+    "uri",
+    "height",
+    "width",
+    "reason",
+    "detail",
+    "boxes",
+    "annotation_ids",
+    "boxes_from",
+    "boxes_dropped",
+]
 
 
 def rejected_of(rows: Iterable[dict[str, Any]]) -> list[Rejected]:
@@ -89,6 +104,11 @@ def rejected_of(rows: Iterable[dict[str, Any]]) -> list[Rejected]:
 def unread_of(rows: Iterable[dict[str, Any]]) -> list[Unread]:
     """Those of a block's rows that no store gave."""
     return [Unread(image_id=row["image_id"], uri=row["uri"], detail=row["detail"] or "") for row in rows if row["reason"] == UNREAD]
+
+
+def dropped_of(rows: Iterable[dict[str, Any]]) -> list[Dropped]:
+    """The boxes of a block's good rows that could not be used."""
+    return [Dropped(image_id=row["image_id"], uri=row["uri"], **box) for row in rows for box in row["boxes_dropped"] or ()]
 
 
 def put_done(root: str, entry: Entry) -> pa.Table:

@@ -418,24 +418,33 @@ def test_fixed_size(ops, expected):
 @pytest.mark.parametrize(
     ("box", "problem"),
     [
-        ([1, 2, math.nan, 4], "is not finite"),
-        ([1, 2, math.inf, 4], "is not finite"),
-        ([10, 2, 5, 4], "has its corners swapped"),
-        ([640, 2, 700, 4], "lies outside the image"),
-        ([-9, 2, 0, 4], "lies outside the image"),
-        ([1, 481, 5, 481], "lies outside the image"),
+        ([1, 2, math.nan, 4], "not finite"),
+        ([1, 2, math.inf, 4], "not finite"),
+        ([10, 2, 5, 4], "corners swapped"),
+        ([640, 2, 700, 4], "outside the image"),
+        ([-9, 2, 0, 4], "outside the image"),
+        ([1, 481, 5, 481], "no area"),
+        ([5, 5, 5, 9], "no area"),
     ],
 )
-def test_bad_boxes_are_rejected(box, problem):
-    with pytest.raises(Reject, match=f"bad boxes: box 1, .*{problem}"):
-        plan(Flip(), boxes=np.array([[1, 1, 2, 2], box], np.float32))
+def test_a_bad_box_is_dropped_with_the_reason_and_its_image_stays(box, problem):
+    got = plan(boxes=np.array([[1, 1, 2, 2], box, [3, 3, 4, 4]], np.float32))
+    np.testing.assert_array_equal(got.boxes, [[1, 1, 2, 2], [3, 3, 4, 4]])
+    assert got.keep.tolist() == [0, 2] and got.dropped == ((1, problem),)
 
 
-def test_boxes_that_stick_out_are_clipped_and_empty_ones_stay():
-    given = np.array([[-1, -2, 641, 100], [640, 480, 640, 480], [5, 5, 5, 9]], np.float32)
+def test_an_image_of_bad_boxes_only_is_rejected_where_the_recipe_needs_boxes():
+    bad = np.array([[10, 2, 5, 4], [1, 2, math.nan, 4]], np.float32)
+    assert len(plan(boxes=bad).boxes) == 0
+    with pytest.raises(Reject, match="bad boxes: none of its 2 boxes can be used; the first: corners swapped"):
+        recipe(needs_boxes=True).plan(seed=0, epoch=0, image_id="a", size=(480, 640), boxes=bad)
+
+
+def test_boxes_that_stick_out_are_clipped():
+    given = np.array([[-1, -2, 641, 100]], np.float32)
     got = plan(boxes=given)
-    np.testing.assert_array_equal(got.boxes, [[0, 0, 640, 100], [640, 480, 640, 480], [5, 5, 5, 9]])
-    assert given[0, 0] == -1
+    np.testing.assert_array_equal(got.boxes, [[0, 0, 640, 100]])
+    assert given[0, 0] == -1 and not got.dropped
 
 
 def test_an_image_too_small_for_an_op_is_rejected():

@@ -184,7 +184,7 @@ def test_an_image_too_large_for_the_actors_memory_is_rejected_and_not_shown(sess
     assert "9000x9000 pixels (png) take 0.7" in outcome.rejected[0].detail
 
 
-def test_bad_boxes_reject_their_image_alone(session, tmp_path):
+def test_bad_boxes_are_dropped_and_counted_and_their_images_stay(session, tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
     boxes = {
@@ -204,13 +204,18 @@ def test_bad_boxes_reject_their_image_alone(session, tmp_path):
         input=str(folder), annotations=str(tmp_path / "instances.json"), output=str(tmp_path / "out"), actors=1, writers=1
     )
     outcome = run(wanted, console=quiet())
-    assert {row.image_id: row.reason for row in outcome.rejected} == {"2": "bad boxes", "3": "bad boxes", "4": "bad boxes"}
-    assert sorted(files(tmp_path / "out")) == ["annotations/instances.json", "in/good.jpg", "in/sticks-out.jpg"]
+    assert not outcome.rejected and outcome.report["images_out"] == 5 and outcome.report["boxes_dropped"] == 3
+    dropped = pq.read_table(tmp_path / "out/_raypipe/boxes_dropped.parquet").to_pylist()
+    assert sorted((row["image_id"], row["annotation_id"], row["reason"]) for row in dropped) == [
+        ("2", 102, "corners swapped"),
+        ("3", 103, "not finite"),
+        ("4", 104, "outside the image"),
+    ]
+    assert sorted(files(tmp_path / "out")) == ["annotations/instances.json", *sorted(f"in/{name}.jpg" for name in boxes)]
     annotations = tmp_path / "out/annotations/instances.json"
     written = json.loads(annotations.read_text())
     assert [(image["id"], image["file_name"], image["height"], image["width"]) for image in written["images"]] == [
-        (0, "good.jpg", 300, 300),
-        (1, "sticks-out.jpg", 300, 300),
+        (i, f"{name}.jpg", 300, 300) for i, name in enumerate(boxes)
     ]
     # 160x120 to 300x300: x by 1.875, y by 2.5; what sticks out is clipped to the picture first.
     assert {a["id"]: a["bbox"] for a in written["annotations"]} == {

@@ -1,3 +1,4 @@
+import json
 import multiprocessing
 import os
 import signal
@@ -10,6 +11,7 @@ import cv2
 import numpy as np
 import pyarrow as pa
 import pytest
+from PIL import Image
 
 from raypipe.data.listing import list_images
 from raypipe.data.reader import Reader
@@ -64,7 +66,7 @@ def test_labels_of_whole_images_stay_and_those_of_dropped_boxes_go():
         "crowds": [[], [], [False] * 2],
         "annotation_ids": [[], [], [5, 6]],
     }
-    rows = [{"image_id": str(n), "name": str(n), "uri": str(n), "offset": 0, "length": -1} for n in range(3)]
+    rows = [{"image_id": str(n), "name": str(n), "uri": str(n), "offset": 0, "length": -1, "frame": [0, 0]} for n in range(3)]
     rows = [row | {name: source[name][n] for name in source} for n, row in enumerate(rows)]
     shard = make_work(pa.Table.from_pylist(rows, schema=SOURCE), rows_per_shard=3)
 
@@ -77,6 +79,60 @@ def test_labels_of_whole_images_stay_and_those_of_dropped_boxes_go():
     assert block.column("reason").to_pylist() == [None] * 3
     assert block.column("labels").to_pylist() == [[7], [], [2]]
     assert block.column("annotation_ids").to_pylist() == [[], [], [6]]
+
+
+def annotated(folder: Path, *images: tuple[str, tuple[int, int], list[list[float]]]) -> pa.Table:
+    """The work of a COCO JSON: of each image its file, height and width as the JSON says, and its boxes (x y width height)."""
+    listed = [{"id": n, "file_name": file, "height": h, "width": w} for n, (file, (h, w), _) in enumerate(images)]
+    boxes = [(n, box) for n, (_, _, of) in enumerate(images) for box in of]
+    found = [{"id": 10 + k, "image_id": n, "category_id": k, "bbox": box} for k, (n, box) in enumerate(boxes)]
+    (folder / "a.json").write_text(json.dumps({"images": listed, "annotations": found}))
+    return make_work(list_images(str(folder), annotations=str(folder / "a.json")), rows_per_shard=100)
+
+
+@pytest.mark.parametrize("decode_only", [False, True])
+def test_boxes_drawn_in_another_frame_are_moved_into_the_picture(tmp_path, decode_only):
+    picture = np.full((100, 200, 3), 70, np.uint8)
+    picture[20:60, 30:110] = (220, 20, 20)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.ascontiguousarray(np.rot90(picture))).save(tmp_path / "rotated.jpg", exif=exif)  # stored 200x100
+    Image.fromarray(picture).resize((400, 200)).save(tmp_path / "doubled.jpg")
+    Image.fromarray(picture).save(tmp_path / "as is.jpg")
+    exif[0x0112] = 3
+    Image.fromarray(picture).save(tmp_path / "unclear.jpg", exif=exif)
+    work = annotated(
+        tmp_path,
+        ("rotated.jpg", (200, 100), [[20, 90, 40, 80]]),
+        ("doubled.jpg", (100, 200), [[30, 20, 80, 40]]),
+        ("as is.jpg", (100, 200), [[30, 20, 80, 40]]),
+        ("unclear.jpg", (100, 200), [[30, 20, 80, 40]]),
+        ("as is.jpg", (100, 100), [[30, 20, 80, 40]]),
+        ("as is.jpg", (100, 100), []),
+    )
+    block, _ = preprocess_shard(work, replace(settings(), decode_only=decode_only), reader=Reader())
+    assert block.column("boxes_from").to_pylist() == ["stored", "scaled", "upright", "unclear", None, None]
+    assert block.column("reason").to_pylist() == [None] * 4 + ["bad boxes", None]
+    assert "100x100 (height x width), and this one has 100x200" in block.column("detail")[4].as_py()
+    whole = [30, 20, 110, 60] if decode_only else [45, 60, 165, 180]
+    expected = [[2 * side for side in whole] if decode_only and n == 1 else whole for n in range(4)]
+    np.testing.assert_allclose([boxes[0] for boxes in block.column("boxes").to_pylist()[:4]], expected, atol=1e-3)
+
+
+def test_bad_boxes_are_dropped_with_the_reason_and_the_others_keep_their_labels(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(jpeg(1))  # 120x160
+    bad = [[30, 30, -10, 5], [0, 0, 1e999, 5], [500, 500, 10, 10], [5, 5, 0, 9]]
+    work = annotated(tmp_path, ("a.jpg", (0, 0), [[10, 10, 20, 20], *bad, [100, 100, 90, 90]]))
+    block, _ = preprocess_shard(work, settings(), reader=Reader())
+    assert block.column("labels").to_pylist() == [[0, 5]] and block.column("annotation_ids").to_pylist() == [[10, 15]]
+    dropped = block.column("boxes_dropped").to_pylist()[0]
+    assert [(one["annotation_id"], one["reason"]) for one in dropped] == [
+        (11, "corners swapped"),
+        (12, "not finite"),
+        (13, "outside the image"),
+        (14, "no area"),
+    ]
+    assert dropped[0]["box"] == [30, 30, 20, 35]
 
 
 def test_pixels_of_one_size_are_one_array_without_a_copy(photos):

@@ -289,3 +289,39 @@ def test_the_feeding_thread_ends_with_the_training_and_also_when_that_breaks_off
     for thread in {thread for thread in threading.enumerate() if thread.name == "raypipe-feed"} - before:
         thread.join(10)
         assert not thread.is_alive()
+
+
+def test_an_epoch_without_a_box_to_learn_from_ends_the_training(tmp_path):
+    def without(name: str, value) -> pa.Table:
+        table = block(0, range(6))
+        values = lists([value] * 6, BLOCK.field(name).type)
+        return table.set_column(table.column_names.index(name), BLOCK.field(name), values)
+
+    for number, blocks in enumerate(
+        [
+            [block(0, range(6), rejected=range(6))],
+            [without("crowds", np.ones(1, bool))],
+            [without("boxes", np.float32([[3, 3, 3, 9]]))],
+        ]
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        with pytest.raises(UsageError, match="Epoch 0 had no box to learn from"):
+            train(assignment(str(folder), rows=6, epochs=1), blocks)
+        assert checkpoints.all_in(str(folder)) == []
+
+
+def test_dropped_boxes_and_frames_are_counted_once_however_many_epochs(tmp_path):
+    def told(epoch: int) -> pa.Table:
+        table = block(epoch, range(4))
+        dropped = [[{"box": [0, 0, 0, 1], "annotation_id": n, "reason": "no area"}] * (n % 2) for n in range(4)]
+        for name, values in (("boxes_dropped", dropped), ("boxes_from", ["stored", "upright", "unclear", None])):
+            field = BLOCK.field(name)
+            table = table.set_column(table.column_names.index(name), field, pa.array(values, field.type))
+        return table
+
+    worker = train(assignment(str(tmp_path), rows=8, epochs=2, checkpoint_every=1), [told(0), told(1)])
+    progress = checkpoints.load(checkpoints.all_in(str(tmp_path))[-1]).progress
+    assert progress == worker._progress
+    assert [(box["image_id"], box["annotation_id"]) for box in progress.dropped] == [("i1", 1), ("i3", 3)]
+    assert progress.boxes_from == {"stored": 1, "upright": 1, "unclear": 1}

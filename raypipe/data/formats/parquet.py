@@ -62,6 +62,8 @@ def read_table(data: bytes, schema: pa.Schema, what: str, *, remedy: str) -> pa.
                 columns.append(table[column.name].cast(column.type))
             elif column.name == "frame":  # of a table of work that was written before frames were known
                 columns.append(rows(*[[""] * table.num_rows] * 3)["frame"])
+            elif column.name == "orientation":  # likewise, of predictions
+                columns.append(pa.nulls(table.num_rows, column.type))
             else:
                 raise ValueError(f"it has no column {column.name!r}")
         return pa.table(columns, schema=schema)

@@ -1,0 +1,114 @@
+"""The frame that boxes were drawn in, and the picture's: an annotation's own size says which it was.
+
+Annotations say how large their image was. That is the upright picture, or the picture as it is stored, before its EXIF
+orientation; or either of them at another size, because photos were resized after they were annotated.
+"""
+
+import numpy as np
+
+from raypipe.images.header import Reject
+
+Size = tuple[int, int]
+UPRIGHT, STORED, SCALED, STORED_SCALED, UNCLEAR = "upright", "stored", "scaled", "stored, scaled", "unclear"
+
+
+def into_picture(boxes: np.ndarray, frame: Size, size: Size, orientation: int) -> tuple[np.ndarray, str | None]:
+    """Boxes in pixels of the upright picture, from pixels of the frame that they were drawn in.
+
+    Args:
+        boxes: float32 (n, 4), x1 y1 x2 y2.
+        frame: height and width by the annotation; 0, 0 where it does not say.
+        size: height and width of the upright picture.
+        orientation: the EXIF number, 1 to 8, by which the stored picture is turned to be upright.
+
+    Returns:
+        The boxes, float32 (n, 4), and which frame they were in (the constants above); None where there is nothing to compare.
+        UNCLEAR: sizes cannot tell (EXIF 2 to 4, and squares), so they are taken as upright.
+
+    Raises Reject, "bad boxes", if the frame is neither, with both sizes.
+    """
+    if frame == (0, 0) or not len(boxes):
+        return boxes, None
+    if frame == size and orientation == 1:  # nearly all
+        return boxes, UPRIGHT
+    stored = size if orientation < 5 else (size[1], size[0])
+    fits_upright, fits_stored = (_same_shape(frame, of) for of in (size, stored))
+    if orientation == 1 or (fits_upright and not fits_stored) or (frame == size != stored):
+        fits_stored = False
+    elif frame == stored != size:
+        fits_upright = False
+    if not fits_upright and not fits_stored:
+        raise Reject(
+            "bad boxes",
+            f"the annotations are of an image of {frame[0]}x{frame[1]} (height x width), and this one has {size[0]}x{size[1]}"
+            + (f", or {stored[0]}x{stored[1]} as it is stored" if stored != size else ""),
+        )
+    if fits_upright:
+        kind = UNCLEAR if fits_stored else UPRIGHT if frame == size else SCALED
+        return _scaled(boxes, frame, size), kind
+    turned = _turned(_scaled(boxes, frame, stored), stored, orientation)
+    return turned, STORED if frame == stored else STORED_SCALED
+
+
+def _same_shape(one: Size, other: Size) -> bool:
+    """Whether one size is the other times a factor, but for the rounding of a side to whole pixels."""
+    small, large = sorted((one, other), key=lambda size: size[0] * size[1])
+    least = max((side - 1) / of for side, of in zip(small, large, strict=True))
+    most = min((side + 1) / of for side, of in zip(small, large, strict=True))
+    return least < most
+
+
+def _scaled(boxes: np.ndarray, frame: Size, size: Size) -> np.ndarray:
+    if frame == size:
+        return boxes
+    across, down = size[1] / frame[1], size[0] / frame[0]
+    return (boxes * np.array([across, down, across, down])).astype(np.float32)
+
+
+def _turned(boxes: np.ndarray, stored: Size, orientation: int) -> np.ndarray:
+    """Boxes on a picture of size `stored` as they are when its orientation is applied (`raypipe.images.decode.orient`)."""
+    height, width = stored
+    x1, y1, x2, y2 = boxes.T
+    left, right = (x1, x2), (width - x2, width - x1)
+    top, bottom = (y1, y2), (height - y2, height - y1)
+    across, down = {
+        1: (left, top),
+        2: (right, top),
+        3: (right, bottom),
+        4: (left, bottom),
+        5: (top, left),
+        6: (bottom, left),
+        7: (bottom, right),
+        8: (top, right),
+    }[orientation]
+    return np.stack([across[0], down[0], across[1], down[1]], axis=1).astype(np.float32)
+
+
+def sound(boxes: np.ndarray, size: Size) -> tuple[np.ndarray, np.ndarray, tuple[tuple[int, str], ...]]:
+    """The boxes that can be used, clipped to the picture.
+
+    Args:
+        boxes: float32 (n, 4), x1 y1 x2 y2, in pixels of the picture.
+        size: its height and width.
+
+    Returns:
+        Those with an area within the picture, float32 (m, 4), clipped; which of the given ones they are, int64 (m,); and of
+        the others which they are and why they were dropped.
+    """
+    boxes = np.asarray(boxes, np.float32).reshape(-1, 4)
+    limits = np.array([size[1], size[0], size[1], size[0]], np.float32)
+    with np.errstate(invalid="ignore"):
+        inside = np.clip(boxes, 0, limits)
+        good = (inside[:, 2:] > inside[:, :2]).all(axis=1) & np.isfinite(boxes).all(axis=1)
+    if good.all():
+        return (boxes if np.array_equal(inside, boxes) else inside), np.arange(len(boxes)), ()
+    dropped = tuple((int(at), _reason(boxes[at])) for at in np.flatnonzero(~good))
+    return inside[good], np.flatnonzero(good), dropped
+
+
+def _reason(box: np.ndarray) -> str:
+    if not np.isfinite(box).all():
+        return "not finite"
+    if (box[2:] < box[:2]).any():
+        return "corners swapped"
+    return "no area" if (box[2:] == box[:2]).any() else "outside the image"
