@@ -55,6 +55,7 @@ class Written:
     annotation_ids: list[int] = field(default_factory=list)
     damaged: bool = False  # delivered all the same (--damaged keep)
     boxes_from: str | None = None  # the frame that its boxes were drawn in (raypipe.images.frames)
+    source: list[int] = field(default_factory=list)  # height and width of the upright image it was made of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,8 +166,8 @@ def _entry(data: bytes) -> Entry:
         numbers += [row.height, row.width]
         texts += [row.image_id, row.file, row.boxes_from or ""]
         boxes = isinstance(row.boxes, list) and all(_all_of(b, int, float) and len(b) == 4 for b in row.boxes)
-        if not boxes or not _all_of(row.annotation_ids, int):
-            raise TypeError(f"boxes or annotation_ids of {row.image_id!r} are not lists of numbers")
+        if not boxes or not _all_of(row.annotation_ids, int) or not _all_of(row.source, int):
+            raise TypeError(f"boxes, annotation_ids or source of {row.image_id!r} are not lists of numbers")
     if not _all_of(numbers, int) or not _all_of(texts, str) or not _all_of(entry.files, str):
         raise TypeError("a field is not of its type")
     for file in (*entry.files, *(row.file for row in entry.written)):
@@ -354,7 +355,8 @@ def named(results: Iterable[str], work: pa.Table) -> Iterator[str]:
     """The files that rows of `work` become, relative to the output, by what the results are called."""
     for pattern in results:
         if "{name}" in pattern:
-            yield from (pattern.replace("{name}", name) for name in work.column("name").to_pylist())
+            rows = zip(work.column("name").to_pylist(), work.column("uri").to_pylist(), strict=True)
+            yield from (pattern.replace("{suffix}", location.suffix(uri)).replace("{name}", name) for name, uri in rows)
         else:
             shards = pc.unique(work.column("shard")).to_pylist()
             yield from (pattern.replace("{shard}", f"{shard:06d}") for shard in shards)

@@ -111,6 +111,11 @@ def path_of(location: str) -> str:
     return location if match is None else unquote(match[3])
 
 
+def suffix(location: str) -> str:
+    """How a file's name ends, with the dot; empty if it has none."""
+    return os.path.splitext(path_of(location))[1]
+
+
 def absolute(location: str) -> str:
     """The location so that it means the same in any process: local paths made absolute, URIs unchanged."""
     return location if is_remote(location) else local_path(location)

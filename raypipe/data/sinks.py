@@ -3,7 +3,7 @@
 | format | files under the root | holds |
 |---|---|---|
 | jpeg, png | `[epoch-NNN/][folder/]name.jpg`, `.png` | the image |
-| npy | `[epoch-NNN/][folder/]name.npy` | HWC uint8, or what `finish` makes of it (MLPerf's cache of finished arrays) |
+| npy | `[epoch-NNN/][folder/]name.npy` | HWC uint8, or what `finish` makes of it; `name.jpg.npy` in MLPerf's cache |
 | webdataset | `[epoch-NNN/]shard-NNNNNN.tar` | per image `key.jpg`, `key.json` and, if it has one label and no box, `key.cls` |
 | parquet | `[epoch-NNN/]part-NNNNNN.parquet` | a row an image: raw HWC uint8 pixels with height, width, id, name, boxes, ... |
 
@@ -15,8 +15,9 @@ import io
 import json
 import posixpath
 import tarfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,8 @@ from raypipe import UsageError
 from raypipe.data.formats.coco import annotation_id, image_key, read_coco
 from raypipe.data.formats.files import npy
 from raypipe.data.formats.parquet import RAW
-from raypipe.data.location import path_of, write
+from raypipe.data.location import path_of, suffix, write
+from raypipe.data.shapes import Placement, moved_keypoints, moved_segmentation
 from raypipe.data.tables import real
 from raypipe.data.work import images_of
 
@@ -45,6 +47,7 @@ class Sink:
     """A format and the place it is written to.
 
     `root`: a local path or URI. `folder`: a folder under it for image files (jpeg, png, npy). `quality`: of JPEG, 1 to 100.
+    `keeps_suffix`: a file is called as its source, with its suffix and then its own (a.jpg.npy).
     `tmp`: the folder under a local root for files that are not finished; leftovers in it belong to killed writers.
     """
 
@@ -53,6 +56,7 @@ class Sink:
     folder: str = ""
     quality: int = 95
     tmp: str = "_raypipe/tmp"
+    keeps_suffix: bool = False
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
@@ -87,14 +91,14 @@ def write_shard(sink: Sink, block: pa.Table, *, encode: Encode, finish: Finish |
     folder = prefix + (sink.folder.strip("/") + "/" if sink.folder else "")
     extension = _EXTENSION[sink.format]
     files, size = [], 0
-    for name, image in zip(block["name"].to_pylist(), images_of(block), strict=True):
+    for name, uri, image in zip(block["name"].to_pylist(), block["uri"].to_pylist(), images_of(block), strict=True):
         if image is None:
             continue
         if sink.format == "npy":
             data = npy(image if finish is None else finish(image))
         else:
             data = encode(image, sink.format, sink.quality)
-        file = folder + name + extension
+        file = folder + name + (suffix(uri) if sink.keeps_suffix else "") + extension
         write(sink.root, file, data, tmp=sink.tmp)
         files.append(file)
         size += len(data)
@@ -161,23 +165,33 @@ def annotations_of(source: str) -> str:
     return "annotations/" + posixpath.basename(path_of(source))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Annotations:
+    """`file`: relative to the root. `shapes_dropped`: annotations whose segmentation or keypoints were left out."""
+
+    file: str
+    shapes_dropped: int
+
+
 def write_annotations(
     source: str,
     root: str,
     rows: Iterable[tuple[str, str, int, int, Any, Any]],
     *,
     folder: str = "",
+    placed: Mapping[str, Placement] = MappingProxyType({}),
     tmp: str = "_raypipe/tmp",
-) -> str:
+) -> Annotations:
     """The COCO JSON `source` as it is for the written images, in the layout of MLPerf's upscale_coco: `root/annotations/NAME`.
 
     `rows`: of each written image its id, its file relative to `root` (below `folder`, which is not part of the JSON's
-    file_name), height, width, its boxes ((m, 4) xyxy, pixels of the written image) and their m annotation ids.
+    file_name), height, width, its boxes ((m, 4) xyxy, pixels of the written image) and their m annotation ids. `placed`: where
+    each of the images went, as far as known, by id.
 
-    Everything the JSON holds is kept, except: images without a row and their annotations; annotations whose id no row has
-    (the recipe dropped their box); and of the others `segmentation`, `keypoints` and `num_keypoints`, which no recipe moves.
-    height, width, file_name and bbox are those of the written image; area is scaled as the box is. Returns the file relative
-    to `root`. Raises UsageError if `source` is no COCO JSON.
+    Everything the JSON holds is kept, except: images without a row and their annotations; and annotations whose id no row has
+    (the recipe dropped their box). height, width, file_name and bbox are those of the written image; area is scaled as the box
+    is; segmentation and keypoints are moved with the image, or left out where it is not known where it went, or makes no
+    sense. Raises UsageError if `source` is no COCO JSON.
     """
     coco = read_coco(source)
     written = {image_id: rest for image_id, *rest in rows}
@@ -192,22 +206,60 @@ def write_annotations(
         images.append({**image, "file_name": name, "height": height, "width": width})
         keys = [(image_id, identity) for identity in ids]
         boxes.update(zip(keys, np.asarray(moved, np.float64).reshape(-1, 4).tolist(), strict=True))
-    annotations = []
+    sizes = {image_key(image["id"]): _frame(image) for image in coco["images"]}
+    names = {one["id"]: _names(one) for one in coco.get("categories") or () if isinstance(one, dict) and "id" in one}
+    annotations, dropped = [], 0
     for position, annotation in enumerate(coco.get("annotations") or []):
         image_id = image_key(annotation["image_id"])
         if image_id in written and annotation.get("bbox"):  # others were not looked at when the JSON was listed
             box = boxes.get((image_id, annotation_id(annotation, position)))
             if box is not None:
-                annotations.append(_moved(annotation, box))
+                place = placed.get(image_id)
+                moved_, lost = _moved(annotation, box, place and place.of_frame(sizes[image_id]), names)
+                annotations.append(moved_)
+                dropped += lost
     result = {**coco, "images": images}
     if "annotations" in coco:
         result["annotations"] = annotations
     file = annotations_of(source)
     write(root, file, json.dumps(result).encode(), tmp=tmp)
-    return file
+    return Annotations(file=file, shapes_dropped=dropped)
 
 
-def _moved(annotation: dict[str, Any], box: list[float]) -> dict[str, Any]:
+def _frame(image: dict[str, Any]) -> tuple[int, int] | None:
+    """The size of the image that a COCO JSON speaks of; None if it does not say."""
+    try:
+        height, width = (int(real(image.get(name))) for name in ("height", "width"))
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return (height, width) if height >= 1 and width >= 1 else None
+
+
+def _names(category: dict[str, Any]) -> list[str]:
+    names = category.get("keypoints")
+    return [str(name) for name in names] if isinstance(names, list) else []
+
+
+def _shapes(annotation: dict[str, Any], place: Placement | None, names: Mapping[Any, list[str]]) -> tuple[dict[str, Any], bool]:
+    """What becomes of the segmentation and the keypoints; and whether one of them was left out."""
+    moved: dict[str, Any] = {}
+    lost = False
+    if annotation.get("segmentation"):
+        segmentation = place and moved_segmentation(annotation["segmentation"], place)
+        moved |= {"segmentation": segmentation} if segmentation else {}
+        lost |= not segmentation
+    elif "segmentation" in annotation:
+        moved["segmentation"] = annotation["segmentation"]
+    if annotation.get("keypoints"):
+        points = place and moved_keypoints(annotation["keypoints"], place, names.get(annotation.get("category_id"), []))
+        moved |= {"keypoints": points, "num_keypoints": sum(value > 0 for value in points[2::3])} if points else {}
+        lost |= not points
+    return moved, lost
+
+
+def _moved(
+    annotation: dict[str, Any], box: list[float], place: Placement | None, names: Mapping[Any, list[str]]
+) -> tuple[dict[str, Any], bool]:
     kept = {key: value for key, value in annotation.items() if key not in ("segmentation", "keypoints", "num_keypoints")}
     left, top, right, bottom = box
     # Four decimals: what float32 boxes hold of a pixel, and half the file's size.
@@ -216,4 +268,5 @@ def _moved(annotation: dict[str, Any], box: list[float]) -> dict[str, Any]:
         before = real(annotation["bbox"][2]) * real(annotation["bbox"][3])
         after = (right - left) * (bottom - top)
         kept["area"] = round(area * after / before if before > 0 else after, 4)
-    return kept
+    shapes, lost = _shapes(annotation, place, names)
+    return kept | shapes, lost

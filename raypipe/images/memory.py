@@ -46,6 +46,7 @@ def needed(header: Header, ops: Sequence[Any], scratch: Mapping[type, float], *,
         before, behind = size[0] * size[1], after[0] * after[1]
         # A resize goes over rows first, and what it takes is of the size in between.
         worked_on = max(after[0] * size[1], behind) if isinstance(op, Resize) else max(before, behind)
-        most = max(most, 3 * (before + behind) + scratch.get(type(op), UNKNOWN_OP) * worked_on)
+        in_float = 12 * before if isinstance(op, Resize) and op.arithmetic == "float" else 0
+        most = max(most, 3 * (before + behind) + scratch.get(type(op), UNKNOWN_OP) * worked_on + in_float)
         size = after
     return int(most)

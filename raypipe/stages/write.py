@@ -48,6 +48,7 @@ def write_block(block: pa.Table, sink: Sink, *, backend: str, finish: Finish | N
                 annotation_ids=row["annotation_ids"],
                 damaged=row["detail"] is not None,
                 boxes_from=row["boxes_from"],
+                source=[row["source_height"], row["source_width"]] if row["annotation_ids"] else [],
             )
             for row, file in zip(good, files, strict=True)
         ],
@@ -83,6 +84,8 @@ _TOLD = [
     "uri",
     "height",
     "width",
+    "source_height",
+    "source_width",
     "reason",
     "detail",
     "boxes",

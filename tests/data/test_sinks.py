@@ -373,7 +373,7 @@ def test_annotations_of_written_images(tmp_path):
         ("9", "val/sub/empty.jpg", 30, 30, np.empty((0, 4), np.float32), []),
         ("5", "val/a.jpg", 300, 300, np.array([[0, 0, 300, 300], [30, 30, 90, 90]], np.float32), [7, 1]),
     ]
-    assert write_annotations(str(path), str(root), rows, folder="val") == "annotations/instances_val.json"
+    assert write_annotations(str(path), str(root), rows, folder="val").file == "annotations/instances_val.json"
     assert files(root).keys() == {"annotations/instances_val.json"}
     result = json.loads((root / "annotations/instances_val.json").read_text())
     assert result == source | {
@@ -481,7 +481,7 @@ def test_s3_coco(bucket, tmp_path):
     with contextlib.closing(Reader()) as reader:
         first, second = reader.read(table)
     assert first == b"one" and isinstance(second, Reject) and second.reason == "unreadable" and "gone.jpg" in second.detail
-    file = write_annotations(bucket("set/annotations.json"), bucket("out"), [("1", "one.jpg", 4, 4, [[0, 0, 1, 1]], [1])])
+    file = write_annotations(bucket("set/annotations.json"), bucket("out"), [("1", "one.jpg", 4, 4, [[0, 0, 1, 1]], [1])]).file
     assert json.loads(location.read(location.join(bucket("out"), file)))["annotations"][0]["bbox"] == [0, 0, 1, 1]
 
 

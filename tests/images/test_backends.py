@@ -209,7 +209,9 @@ def test_finish_is_the_formula_in_both_backends(name):
     theirs = torchvision.finish(torch.from_numpy(batch), finish)
     assert ours.dtype == np.float32 and theirs.dtype == torch.float32
     np.testing.assert_allclose(ours, expected, rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(theirs.numpy(), expected, rtol=1e-6, atol=2e-5 if name == "mask-rcnn-train" else 1e-6)
+    np.testing.assert_allclose(
+        theirs.numpy(), expected, rtol=1e-6, atol=2e-5 if finish.scale == 1 and max(finish.std) == 1 else 1e-6
+    )
 
 
 @pytest.mark.parametrize("layout", ["chw", "hwc"])
@@ -274,36 +276,95 @@ def mlperf_inference(data: bytes, size: int) -> np.ndarray:
     return cv2.resize(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), (size, size), interpolation=cv2.INTER_LINEAR)
 
 
-MLPERF = {
+def mlperf_classification(data: bytes, interpolation: int | None) -> np.ndarray:
+    """What it does for ImageNet: the short side to 256, in bytes, then the middle 224x224, cut off; None: Pillow's, rounded."""
+    image = cv2.cvtColor(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+    height, width = image.shape[:2]
+    height, width = (int(256 * height / width), 256) if height > width else (256, int(256 * width / height))
+    if interpolation is None:
+        image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+    else:
+        image = cv2.resize(image, (width, height), interpolation=interpolation)
+    half = round if interpolation is None else int
+    top, left = half((height - 224) / 2), half((width - 224) / 2)
+    return image[top : top + 224, left : left + 224].astype(np.float32)
+
+
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MLPERF: dict[str, tuple] = {
     "coco-300": (300, lambda x: x.astype(np.uint8)),
     "coco-300-pt": (300, lambda x: ((x - 127.5) / 127.5).transpose(2, 0, 1)),
-    "coco-1200": (1200, lambda x: (x / 255 - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)),
-    "coco-1200-pt": (1200, lambda x: ((x / 255 - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)).transpose(2, 0, 1)),
+    "coco-1200": (1200, lambda x: (x / 255 - IMAGENET[0]) / IMAGENET[1]),
+    "coco-1200-pt": (1200, lambda x: ((x / 255 - IMAGENET[0]) / IMAGENET[1]).transpose(2, 0, 1)),
+    "openimages-300": (300, lambda x: (x / 255).transpose(2, 0, 1)),
     "openimages-800": (800, lambda x: (x / 255).transpose(2, 0, 1)),
+    "openimages-1200": (1200, lambda x: (x / 255).transpose(2, 0, 1)),
+    "imagenet": (cv2.INTER_AREA, lambda x: x - (123.68, 116.78, 103.94)),
+    "imagenet-mobilenet": (cv2.INTER_LINEAR, lambda x: (x / 255 - 0.5) * 2),
+    "imagenet-tflite-tpu": (cv2.INTER_LINEAR, lambda x: x[..., ::-1] - (103.939, 116.779, 123.68)),
+    "imagenet-pytorch": (None, lambda x: ((x / 255 - IMAGENET[0]) / IMAGENET[1]).transpose(2, 0, 1)),
 }
 
 
 @pytest.mark.parametrize("name", MLPERF)
 @pytest.mark.parametrize("backend_name", BACKENDS)
 def test_inference_recipes_are_mlperfs(name, backend_name, picture):
-    """Within rounding to a whole count (half of one; one for coco-300, which cuts off where we round): we stay in 8 bits."""
-    size, rest = MLPERF[name]
+    """coco-300 and ImageNet's to the bit with OpenCV, the float ones within half a count: they stay in 8 bits. torchvision: 1."""
+    how, rest = MLPERF[name]
     data = opencv.encode(picture, "jpeg", 95)
-    expected = rest(mlperf_inference(data, size))
+    classifies = name.startswith("imagenet")
+    expected = rest((mlperf_classification if classifies else mlperf_inference)(data, how))
     module, recipe = backend(backend_name), get(name)
     header = read_header(data)
     plan = recipe.plan(seed=0, epoch=0, image_id="x", size=(header.height, header.width))
-    out = np.empty((size, size, 3), np.uint8)
+    out = np.empty((*plan.size, 3), np.uint8)
     module.execute(module.decode(data, header), plan.ops, out)
-    count = {"coco-300": 1, "coco-300-pt": 1 / 127.5, "openimages-800": 1 / 255}.get(name, 1 / 255 / 0.224)
-    if recipe.finish is None:
+    finish = recipe.finish
+    count = 1.0 if finish is None else finish.scale / min(finish.std)
+    if finish is None:
         result = out
     else:
         batch = out[None] if module is opencv else torch.from_numpy(out)[None]
-        result = np.asarray(module.finish(batch, recipe.finish))[0]
+        result = np.asarray(module.finish(batch, finish))[0]
     assert result.shape == expected.shape
-    delta = np.abs(result.astype(np.float64) - expected)
-    assert delta.max() <= 1.01 * count and delta.mean() <= 0.6 * count
+    delta = np.abs(result.astype(np.float64) - expected).max() / count
+    if module is torchvision:
+        assert delta <= (1.01 if classifies or name == "coco-300" else 1.51)
+    elif name == "imagenet-pytorch":  # Pillow's filter, which OpenCV does not have
+        assert delta <= 2.01
+    else:
+        assert delta <= (1e-4 if classifies or name == "coco-300" else 0.5001)
+
+
+def test_float_resizing_is_off_in_few_values_with_torchvision_and_uint8_in_a_third(picture):
+    """The figures that README and the descriptions state."""
+    exact = cv2.resize(picture.astype(np.float32), (300, 300), interpolation=cv2.INTER_LINEAR).astype(np.uint8)
+    op = Resize(height=300, width=300, arithmetic="float", rounding="down")
+    np.testing.assert_array_equal(opencv.apply(op, picture), exact)
+    theirs = torchvision.apply(op, torch.from_numpy(picture).permute(2, 0, 1)).permute(1, 2, 0).numpy()
+    assert (theirs != exact).mean() < 0.05 and difference(theirs, exact) <= 1
+
+
+@pytest.mark.parametrize("mode", ["reflect", "symmetric", "edge"])
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (1, 5), (7, 4), (40, 50)])
+def test_a_border_wider_than_the_image_is_np_pads(mode, size):
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    op = Pad(top=7, left=11, bottom=13, right=9, mode=mode)
+    expected = np.pad(image, ((7, 13), (11, 9), (0, 0)), mode=mode)
+    plan = Recipe(name="pad", ops=(op,)).plan(seed=0, epoch=0, image_id="", size=size)
+    assert plan.size == expected.shape[:2]
+    np.testing.assert_array_equal(opencv.apply(op, image), expected)
+    theirs = torchvision.apply(op, torch.from_numpy(image).permute(2, 0, 1))
+    np.testing.assert_array_equal(theirs.permute(1, 2, 0).numpy(), expected)
+
+
+@pytest.mark.parametrize("size", [(64, 48), (300, 123), (501, 640)])
+def test_area_is_opencvs(size, picture):
+    op = Resize(height=size[0], width=size[1], area=True)
+    expected = cv2.resize(picture, size[::-1], interpolation=cv2.INTER_AREA)
+    np.testing.assert_array_equal(opencv.apply(op, picture), expected)
+    theirs = torchvision.apply(op, torch.from_numpy(picture).permute(2, 0, 1)).permute(1, 2, 0).numpy()
+    assert difference(theirs, expected) <= (1 if size[0] < picture.shape[0] else 3)
 
 
 def test_mask_rcnn_is_blue_first_less_the_caffe_mean_in_multiples_of_32():

@@ -128,3 +128,16 @@ def test_a_full_disk_is_the_first_line_of_a_job(tmp_path):
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("error:"))
     assert done.returncode == 1 and line.startswith("error: No space left on device"), done.stderr
     assert "The same command goes on from there." in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_ray_that_cannot_start_is_explained_by_what_its_own_processes_said(tmp_path):
+    (tmp_path / "aiohttp").mkdir()
+    (tmp_path / "aiohttp/__init__.py").write_text("raise ImportError('libssl.so.9 is missing')")
+    command = [sys.executable, "jobs/preprocess.py", "--input", "demo:8"]
+    env = environment(PYTHONPATH=str(tmp_path))
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("error:"))
+    assert done.returncode == 1
+    assert line.startswith("error: Ray did not start: ImportError: libssl.so.9 is missing (in /"), done.stderr
+    assert "dashboard_agent.log" in line and "Install or mend what it names" in line

@@ -235,6 +235,46 @@ def test_shards_too_are_never_written_over_a_users_file(photos, tmp_path, format
         plan(settings(input=photos, output=tmp_path / "out", format=format))
 
 
+def interrupted(*arguments: str, when: str) -> tuple[int, str]:
+    """The status of a job that gets Ctrl-C when it has said `when`, and what it said."""
+    command = [sys.executable, "jobs/preprocess.py", *arguments]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stderr is not None
+    said = ""
+    for line in process.stderr:
+        said += line
+        if when in line:
+            os.kill(process.pid, signal.SIGINT)
+            break
+    said += process.stderr.read()
+    return process.wait(), said
+
+
+@pytest.mark.slow
+def test_what_is_said_after_an_interruption_never_deletes_what_is_finished(wanted):
+    root = Path(wanted.output)
+    before = tree(root)
+    common = (
+        "--input",
+        wanted.input,
+        "--output",
+        wanted.output,
+        "--shard-rows",
+        "4",
+        "--no-resume",
+        "--actors",
+        "1",
+        "--writers",
+        "1",
+    )
+    status, said = interrupted(*common, when="Starting Ray")
+    assert status == 130 and said.rstrip().endswith("Interrupted. Nothing was changed."), said
+    assert tree(root) == before
+    status, said = interrupted(*common, "--read-ms", "200", when="Watch it:")
+    assert status == 130, said
+    assert "Interrupted. The same command without --no-resume goes on from there." in said
+
+
 # --- E. the end, made again ----------------------------------------------------------------------------------------------
 
 
