@@ -1,5 +1,7 @@
 """Why an execution ended: the innermost cause of an error of Ray's, in words."""
 
+import contextlib
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,18 +111,18 @@ def _first_line(error: BaseException) -> str:
     return type(error).__name__
 
 
-def raised_in_logs(since: float) -> str | None:
-    """The cause that Ray's own processes of this machine left in their logs since then (seconds since
-    1970), with the file; None: they left none."""
-    folder = Path("/tmp/ray/session_latest/logs")
-    for name in ("dashboard_agent.log", "runtime_env_agent.log", "dashboard.log", "monitor.err", "raylet.err", "gcs_server.err"):
-        path = folder / name
-        try:
-            if path.stat().st_mtime < since:
-                continue
-            told = _RAISED.findall(path.read_text(errors="replace"))
-        except OSError:
-            continue
-        if told:
-            return printable(f"{told[-1][0]}: {told[-1][1]} (in {path})", 600)
+_LOGS = ("dashboard_agent.log", "runtime_env_agent.log", "dashboard.log", "monitor.err", "raylet.err", "gcs_server.err")
+
+
+def raised_in_logs() -> str | None:
+    """The cause that the processes of the last Ray that this process started left in their logs, with
+    the file; None: they left none. Ray names the folder of a session after its driver's process id."""
+    root = Path(os.environ.get("RAY_TMPDIR") or "/tmp") / "ray"
+    for folder in sorted(root.glob(f"session_*_{os.getpid()}"), reverse=True)[:1]:
+        for name in _LOGS:
+            path = folder / "logs" / name
+            with contextlib.suppress(OSError):
+                told = _RAISED.findall(path.read_text(errors="replace"))
+                if told:
+                    return printable(f"{told[-1][0]}: {told[-1][1]} (in {path})", 600)
     return None

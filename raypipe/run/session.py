@@ -7,7 +7,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -305,7 +304,6 @@ def _opened(settings: Settings, after: After | None, beside: int, shard_bytes: i
     dashboard = None
     if ours:
         quiet = {"logging_level": "ERROR", "log_to_driver": False}
-        since = time.time()
         try:
             with without_rays_lines():
                 if joined:
@@ -323,7 +321,7 @@ def _opened(settings: Settings, after: After | None, beside: int, shard_bytes: i
         except Exception as error:
             if type(error) is not Exception:  # Ray has no class of its own for a node that does not come up
                 raise
-            cause = raised_in_logs(since)
+            cause = raised_in_logs()
             raise TimeoutError(
                 f"Ray did not start: {cause}. Install or mend what it names, then start again."
                 if cause
