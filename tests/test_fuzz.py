@@ -19,8 +19,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
-from raypipe import UsageError
+from raypipe import UsageError, cli
 from raypipe.data import journal
 from raypipe.data.formats.coco import check_annotation_ids
 from raypipe.data.listing import look
@@ -36,6 +37,7 @@ from raypipe.stages.predict import load
 from raypipe.stages.preprocess import Preprocessing, preprocess_shard
 from tests import fuzzing
 from tests.data.conftest import tar
+from tests.insight.test_report import built, sample
 from tests.models.toy import Toy
 
 ROWS = 6
@@ -177,6 +179,13 @@ def made(path: Path) -> None:
     journal.check_settings(str(path.parent.parent), {"a": 1})
 
 
+def report(path: Path) -> None:
+    quiet = Console(file=io.StringIO(), width=200)
+    cli.report(cli.Report(run=str(path.parent.parent)), quiet)
+    with contextlib.suppress(UsageError):  # what it is of knows no costs
+        cli.plan(cli.Plan(run=str(path.parent.parent), cpus=8), quiet)
+
+
 def checkpoint(path: Path) -> None:
     folder = str(path.parent)
     checkpoints.find(folder)
@@ -188,7 +197,7 @@ def checkpoint(path: Path) -> None:
 
 
 def cases(folder: Path) -> Iterator[Case]:
-    for name in ("tar", "cls", "coco", "out/_raypipe/journal", "c"):
+    for name in ("tar", "cls", "coco", "out/_raypipe/journal", "r/_raypipe", "c"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     yield Case("tar/a.tar", tar_bytes(folder), fuzzing.tar_of, listed, 600)
     yield Case("a.parquet", parquet_bytes(), fuzzing.parquet_of, listed_as_said, 350)
@@ -213,6 +222,10 @@ def cases(folder: Path) -> Iterator[Case]:
         if file == "run.json":
             path.write_text(json.dumps({"settings": {"a": 1}, "versions": {}, "endings": []}))
         yield Case(f"out/_raypipe/{file}", path.read_bytes(), damage, use, count)
+
+    last = [sample("preprocess", "a", 9.0, busy=4.0), sample("write", "b", 9.0, busy=1.0)]
+    good = json.dumps(built([sample("preprocess", "a", 1.0)], last, outputs=[(2.0, 5), (9.0, 5)])).encode()
+    yield Case("r/_raypipe/report.json", good, fuzzing.json_of, report, 100)
 
     settings = {
         "model": {"name": "tests.models.toy:Toy", "arguments": {}},
@@ -273,7 +286,9 @@ def test_2000_damaged_files_are_errors_in_a_line_or_rejects_and_nothing_is_lost(
     for case in cases(tmp_path):
         path = tmp_path / case.file
         path.write_bytes(case.good)
+        before = refused
         one(case.use, path, f"{case.file}, whole")
+        assert refused == before, f"{case.file} as it is written was refused"
         for seed in range(case.count):
             data = case.damage(case.good, random.Random(seed))
             path.write_bytes(data)

@@ -13,7 +13,7 @@ from typing import Any
 
 import cv2
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from raypipe import UsageError
 from raypipe.data.demo import overlap
@@ -120,7 +120,7 @@ def _opened(path: Path, mode: str) -> np.ndarray | None:
     try:
         with Image.open(path) as image:
             return np.array(image.convert(mode))
-    except (UnidentifiedImageError, OSError, ValueError):
+    except Exception:  # decoders of foreign bytes raise anything
         return None
 
 

@@ -23,7 +23,7 @@ import torch
 from raypipe import UsageError
 from raypipe.data import location
 from raypipe.data.formats.parquet import read_table
-from raypipe.data.journal import differences
+from raypipe.data.journal import Dropped, Rejected, differences
 from raypipe.data.tables import whole
 from raypipe.errors import foreign, printable, shown, words
 from raypipe.images.own import imported
@@ -125,8 +125,12 @@ _OTHER = "It is unknown what this checkpoint is. Delete the folder to go on from
 
 def _progress(about: Mapping[str, Any]) -> Progress:
     progress = Progress(**about["progress"])
-    if not all(isinstance(row, dict) for row in (*progress.rejects, *progress.epochs, *progress.dropped)):
-        raise TypeError("its rejects, epochs and dropped are lists of objects")
+    for row in progress.rejects:
+        Rejected(**row)
+    for box in progress.dropped:
+        Dropped(**box)
+    if not all(isinstance(epoch, dict) for epoch in progress.epochs):
+        raise TypeError("its epochs are objects")
     if not all(isinstance(count, int) for count in progress.boxes_from.values()):
         raise TypeError("its boxes_from are numbers by name")
     epoch, step, rows, images = (whole(getattr(progress, name)) for name in ("epoch", "step", "rows", "images"))
@@ -250,7 +254,8 @@ def all_in(storage: str) -> list[str]:
             if location.path_of(folder).rstrip("/").rpartition("/")[2].startswith("checkpoint-"):
                 one = about(folder)
                 if one is not None:
-                    found.append((one["progress"]["rows"], one["progress"]["step"], folder))
+                    progress = _progress(one)
+                    found.append((progress.rows, progress.step, folder))
     return [folder for _, _, folder in sorted(found)]
 
 

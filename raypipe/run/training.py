@@ -611,7 +611,7 @@ def _check_row_log(folder: str | None) -> None:
             with path.open() as file:
                 first = json.loads(file.readline() or '{"step": 0, "epoch": 0, "image_ids": []}')
             known = {"step", "epoch", "image_ids"} <= first.keys()
-        except (OSError, ValueError, AttributeError):
+        except Exception:  # foreign bytes
             known = False
         if not known:
             raise UsageError(
