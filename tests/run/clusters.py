@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,17 +71,30 @@ def head(*, cpus: int, env: dict[str, str], python: str = sys.executable) -> Ite
 
 
 @contextlib.contextmanager
-def node(head: Head, *, cpus: int, env: dict[str, str]) -> Iterator[subprocess.Popen]:
-    """One more node of `head`'s cluster, which `kill_all` takes away."""
-    with started(f"--address={head.address}", cpus=cpus, env=env, python=sys.executable, folder=".") as process:
+def node(head: Head, *, cpus: int, env: dict[str, str], before: Sequence[str] = ()) -> Iterator[subprocess.Popen]:
+    """One more node of `head`'s cluster, which `kill_all` takes away. `before`: a command that starts it."""
+    more = (f"--address={head.address}",)
+    with started(*more, cpus=cpus, env=env, python=sys.executable, folder=".", before=before) as process:
         yield process
 
 
 @contextlib.contextmanager
-def started(*more: str, cpus: int, env: dict[str, str], python: str, folder: str) -> Iterator[subprocess.Popen]:
+def started(
+    *more: str, cpus: int, env: dict[str, str], python: str, folder: str, before: Sequence[str] = ()
+) -> Iterator[subprocess.Popen]:
     """`ray start` with ports of its own."""
     (agent,) = free_ports(1)
-    command = [python, "-m", "ray.scripts.scripts", "start", "--block", f"--num-cpus={cpus}", "--disable-usage-stats", *more]
+    command = [
+        *before,
+        python,
+        "-m",
+        "ray.scripts.scripts",
+        "start",
+        "--block",
+        f"--num-cpus={cpus}",
+        "--disable-usage-stats",
+        *more,
+    ]
     command += [f"--dashboard-agent-listen-port={agent}"]
     process = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:

@@ -21,9 +21,10 @@ from raypipe import UsageError
 from raypipe.models import checkpoint as checkpoints
 from raypipe.models.checkpoint import Checkpoint, Progress
 from raypipe.run import pipeline
+from raypipe.run.causes import cause_of
 from raypipe.run.control import attach, names
 from raypipe.run.settings import Settings as Preprocess
-from raypipe.run.training import Outcome, Settings, _cause, _give_up, plan, run, verdict_on
+from raypipe.run.training import Outcome, Settings, _give_up, plan, run, verdict_on
 from tests.conftest import jpeg
 from tests.run.clusters import environment, head, kill_all, listed_actors, node, wait_for
 from tests.run.labelled import RECIPE, make_labelled, settings
@@ -274,6 +275,46 @@ def test_a_node_that_is_lost_is_replaced_by_another_and_no_row_is_missed(labelle
     assert Counter(lineage(labelled)) == every_row(given)
 
 
+@pytest.mark.slow
+def test_a_storage_that_a_node_does_not_see_is_refused_before_the_first_step(labelled, tmp_path):
+    given = settings(labelled)
+    storage = Path(given.storage)
+    storage.mkdir()
+    (storage / "mine.txt").write_text("the user's own")
+    around = environment(PYTHONPATH=str(ROOT), RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="a" * 32)
+    hidden = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs tmpfs {storage} && exec "$@"', "sh"]
+    if subprocess.run([*hidden, "true"], capture_output=True).returncode:
+        pytest.skip("only root can hide a folder from a process")
+    with head(cpus=1, env=around) as cluster, node(cluster, cpus=2, env=around, before=hidden):
+        env = around | {"RAY_ADDRESS": cluster.address}
+        done = subprocess.run(command_of(given), cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    said = " ".join(done.stderr.split())
+    assert done.returncode == 2, done.stderr
+    assert f"--storage '{storage}' is a folder of this node, and 1 of the cluster's 2 nodes do not see it" in said
+    assert [path.name for path in storage.rglob("*") if path.is_file()] == ["mine.txt"]
+
+
+@pytest.mark.slow
+def test_a_training_whose_images_are_away_stops_and_goes_on_when_they_are_back(labelled):
+    given = settings(labelled, epochs=2, read_patience=1.0)
+    photos = Path(given.input)
+    command = [*command_of(given), "--read-patience", "1", "--actors", "1"]
+    driver = subprocess.Popen(command, cwd=ROOT, env=environment(PYTHONPATH=str(ROOT)), stderr=subprocess.PIPE, text=True)
+    assert driver.stderr is not None
+    for line in driver.stderr:
+        if "Watch it:" in line:  # listed and claimed; no image is read yet
+            photos.rename(labelled / "away")
+            break
+    said = driver.stderr.read()
+    assert driver.wait(300) == 1, said
+    (failure,) = (line for line in said.splitlines() if line.startswith("error:"))
+    assert "could not be read (" in failure and "The same command goes on from there." in said
+    (labelled / "away").rename(photos)
+    done = subprocess.run(command, cwd=ROOT, env=environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert Counter(lineage(labelled)) == every_row(given)
+
+
 def test_a_checkpoint_of_another_model_or_recipe_is_refused_with_the_difference(labelled):
     given = settings(labelled)
     folder = labelled / "storage/earlier" / checkpoints.name_of(Progress(step=4))
@@ -294,13 +335,13 @@ def test_deaths_are_retried_as_often_as_allowed_but_not_what_the_code_itself_rai
     given = settings(labelled, retries=2)
     died = WorkerGroupError("rank 0", {0: ActorDiedError()})
     _give_up(died, 1, given, before=None)
-    _give_up(died, 2, given, before=_cause(died))
+    _give_up(died, 2, given, before=cause_of(died))
     with pytest.raises(WorkerGroupError):
-        _give_up(died, 3, given, before=_cause(died))
+        _give_up(died, 3, given, before=cause_of(died))
     defect = WorkerGroupError("rank 0", {0: ValueError("a defect of the model's own")})
     _give_up(defect, 1, given, before=None)
     with pytest.raises(WorkerGroupError, match="rank 0"):
-        _give_up(defect, 2, given, before=_cause(defect))
+        _give_up(defect, 2, given, before=cause_of(defect))
     with pytest.raises(UsageError, match="Lower --lr"):
         _give_up(WorkerGroupError("rank 1", {1: UsageError("Lower --lr")}), 1, given, before=None)
 
