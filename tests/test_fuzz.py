@@ -26,6 +26,7 @@ from raypipe.data import journal
 from raypipe.data.formats.coco import check_annotation_ids
 from raypipe.data.listing import look
 from raypipe.data.reader import Reader
+from raypipe.data.shapes import Placement
 from raypipe.data.sinks import write_annotations
 from raypipe.data.tables import Listed
 from raypipe.data.work import make_work, wanted_by
@@ -145,11 +146,14 @@ def coco(folder: Path) -> bytes:
             "bbox": [1.5, 2, 9, 9],
             "area": 81,
             "iscrowd": 0,
-            "segmentation": [[1, 1, 9, 9, 1, 9]],
+            "segmentation": [[1, 1, 9, 9, 1, 9]] if k % 2 else {"size": [20, 30], "counts": [41, 9, 550]},
+            "keypoints": [2, 3, 2, 5, 6, 1],
+            "num_keypoints": 2,
         }
         for k in range(ROWS)
     ]
-    return json.dumps({"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "a"}]}).encode()
+    categories = [{"id": 1, "name": "a", "keypoints": ["left_eye", "right_eye"]}]
+    return json.dumps({"images": images, "annotations": annotations, "categories": categories}).encode()
 
 
 def with_coco(path: Path) -> None:
@@ -160,7 +164,8 @@ def with_coco(path: Path) -> None:
         (i, f"{i}.jpg", 16, 16, b, a)
         for i, b, a in zip(*(found.rows[n].to_pylist() for n in ("image_id", "boxes", "annotation_ids")), strict=True)
     )
-    write_annotations(str(path), str(path.parent / "out"), rows)
+    went = Placement(source=(20, 30), size=(16, 16), matrix=(-16 / 30, 0.0, 16.0, 0.0, 16 / 20, 0.0))
+    write_annotations(str(path), str(path.parent / "out"), rows, placed=dict.fromkeys(map(str, range(ROWS)), went))
 
 
 def entries(path: Path) -> None:

@@ -207,7 +207,9 @@ def write_annotations(
         keys = [(image_id, identity) for identity in ids]
         boxes.update(zip(keys, np.asarray(moved, np.float64).reshape(-1, 4).tolist(), strict=True))
     sizes = {image_key(image["id"]): _frame(image) for image in coco["images"]}
-    names = {one["id"]: _names(one) for one in coco.get("categories") or () if isinstance(one, dict) and "id" in one}
+    categories = coco.get("categories")
+    known = [one for one in categories if isinstance(one, dict)] if isinstance(categories, list) else []
+    names = {one["id"]: _names(one) for one in known if isinstance(one.get("id"), int | float | str)}
     annotations, dropped = [], 0
     for position, annotation in enumerate(coco.get("annotations") or []):
         image_id = image_key(annotation["image_id"])
