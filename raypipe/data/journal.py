@@ -56,6 +56,7 @@ class Written:
     damaged: bool = False  # delivered all the same (--damaged keep)
     boxes_from: str | None = None  # the frame that its boxes were drawn in (raypipe.images.frames)
     source: list[int] = field(default_factory=list)  # height and width of the upright image it was made of
+    orientation: int = 1  # the EXIF number by which that was turned
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,7 +164,7 @@ def _entry(data: bytes) -> Entry:
         if not _all_of(drop.box, int, float) or len(drop.box) != 4 or not isinstance(drop.annotation_id, int | None):
             raise TypeError(f"a dropped box of {drop.image_id!r} is none")
     for row in entry.written:
-        numbers += [row.height, row.width]
+        numbers += [row.height, row.width, row.orientation]
         texts += [row.image_id, row.file, row.boxes_from or ""]
         boxes = isinstance(row.boxes, list) and all(_all_of(b, int, float) and len(b) == 4 for b in row.boxes)
         if not boxes or not _all_of(row.annotation_ids, int) or not _all_of(row.source, int):

@@ -8,37 +8,40 @@ import cv2
 import numpy as np
 
 from raypipe.data.tables import real
-from raypipe.images.recipe import Matrix, Size, forward
+from raypipe.images.frames import matrix_of
+from raypipe.images.header import Reject
+from raypipe.images.recipe import Matrix, Size, after, forward
 
 _DECIMALS = 4  # as the boxes have
-_SAME_ASPECT = 1.0  # pixel, that rounding may have moved a side by
 
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
     """Where an image went: `matrix` takes a point (x, y) of the upright source image, which is of size
-    `source`, to the written one, which is of `size`. Sizes are (height, width)."""
+    `source`, to the written one, which is of `size`. Sizes are (height, width). `orientation`: the EXIF number by which the
+    stored image was turned."""
 
     source: Size
     size: Size
     matrix: Matrix
+    orientation: int = 1
 
     def of_frame(self, frame: Size | None) -> "Placement | None":
-        """The same for shapes that were drawn on an image of size `frame`; None where that is neither the
-        source nor a scaled one. Without a frame they are taken to be in the source's pixels."""
-        if frame is None or frame == self.source:
+        """The same for shapes that were drawn on an image of size `frame` (raypipe.images.frames); None where that is not
+        recognised. Without a frame they are taken to be in the upright source's pixels."""
+        if frame is None:
             return self
-        y, x = self.source[0] / frame[0], self.source[1] / frame[1]
-        if abs(self.source[1] - frame[1] * y) > max(_SAME_ASPECT, y) + _SAME_ASPECT:
+        try:
+            into_source, _ = matrix_of(frame, self.source, self.orientation)
+        except Reject:
             return None
-        a, b, c, d, e, f = self.matrix
-        return Placement(source=frame, size=self.size, matrix=(a * x, b * y, c, d * x, e * y, f))
+        return Placement(source=frame, size=self.size, matrix=after(self.matrix, into_source))
 
 
-def placement(ops: Sequence[Any], source: Size) -> Placement:
+def placement(ops: Sequence[Any], source: Size, orientation: int = 1) -> Placement:
     """Where plain `ops` put an image of size `source`. Raises UsageError for an op of which that is not known."""
     matrix, size = forward(ops, source)
-    return Placement(source=source, size=size, matrix=matrix)
+    return Placement(source=source, size=size, matrix=matrix, orientation=orientation)
 
 
 def moved_keypoints(values: Any, place: Placement, names: Sequence[str] = ()) -> list[float] | None:

@@ -4,11 +4,14 @@ Annotations say how large their image was. That is the upright picture, or the p
 orientation; or either of them at another size, because photos were resized after they were annotated.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 from raypipe.images.header import Reject
 
 Size = tuple[int, int]
+Matrix = tuple[float, float, float, float, float, float]
 UPRIGHT, STORED, SCALED, STORED_SCALED, UNCLEAR = "upright", "stored", "scaled", "stored, scaled", "unclear"
 
 
@@ -29,8 +32,24 @@ def into_picture(boxes: np.ndarray, frame: Size, size: Size, orientation: int) -
     """
     if frame == (0, 0) or not len(boxes):
         return boxes, None
+    (a, b, c, d, e, f), kind = matrix_of(frame, size, orientation)
+    if kind == UPRIGHT or (kind == UNCLEAR and frame == size):
+        return boxes, kind
+    x, y = boxes[:, 0::2].astype(np.float64), boxes[:, 1::2].astype(np.float64)
+    across, down = np.sort(a * x + b * y + c, axis=1), np.sort(d * x + e * y + f, axis=1)
+    swapped = (boxes[:, 2:] < boxes[:, :2]).any(axis=1)
+    moved = np.stack([across[:, 0], down[:, 0], across[:, 1], down[:, 1]], axis=1).astype(np.float32)
+    moved[swapped] = moved[swapped][:, [2, 3, 0, 1]]  # what was no box is none afterwards
+    return moved, kind
+
+
+def matrix_of(frame: Size, size: Size, orientation: int) -> tuple[Matrix, str]:
+    """What takes a point (x, y) of the frame to (a x + b y + c, d x + e y + f) in the upright picture, and which frame it is.
+
+    Arguments and errors are those of `into_picture`; the frame must be known.
+    """
     if frame == size and orientation == 1:  # nearly all
-        return boxes, UPRIGHT
+        return _TURNS[1](size), UPRIGHT
     stored = size if orientation < 5 else (size[1], size[0])
     fits_upright, fits_stored = (_same_shape(frame, of) for of in (size, stored))
     if orientation == 1 or (fits_upright and not fits_stored) or (frame == size != stored):
@@ -43,11 +62,26 @@ def into_picture(boxes: np.ndarray, frame: Size, size: Size, orientation: int) -
             f"the annotations are of an image of {frame[0]}x{frame[1]} (height x width), and this one has {size[0]}x{size[1]}"
             + (f", or {stored[0]}x{stored[1]} as it is stored" if stored != size else ""),
         )
+    drawn = size if fits_upright else stored
+    across, down = drawn[1] / frame[1], drawn[0] / frame[0]
+    a, b, c, d, e, f = _TURNS[1 if fits_upright else orientation](drawn)
+    matrix = a * across, b * down, c, d * across, e * down, f
     if fits_upright:
-        kind = UNCLEAR if fits_stored else UPRIGHT if frame == size else SCALED
-        return _scaled(boxes, frame, size), kind
-    turned = _turned(_scaled(boxes, frame, stored), stored, orientation)
-    return turned, STORED if frame == stored else STORED_SCALED
+        return matrix, UNCLEAR if fits_stored else UPRIGHT if frame == size else SCALED
+    return matrix, STORED if frame == stored else STORED_SCALED
+
+
+# What a picture of a height and width is turned by, for each EXIF orientation (`raypipe.images.decode.orient`).
+_TURNS: dict[int, Callable[[Size], Matrix]] = {
+    1: lambda of: (1, 0, 0, 0, 1, 0),
+    2: lambda of: (-1, 0, of[1], 0, 1, 0),
+    3: lambda of: (-1, 0, of[1], 0, -1, of[0]),
+    4: lambda of: (1, 0, 0, 0, -1, of[0]),
+    5: lambda of: (0, 1, 0, 1, 0, 0),
+    6: lambda of: (0, -1, of[0], 1, 0, 0),
+    7: lambda of: (0, -1, of[0], -1, 0, of[1]),
+    8: lambda of: (0, 1, 0, -1, 0, of[1]),
+}
 
 
 def _same_shape(one: Size, other: Size) -> bool:
@@ -56,32 +90,6 @@ def _same_shape(one: Size, other: Size) -> bool:
     least = max((side - 1) / of for side, of in zip(small, large, strict=True))
     most = min((side + 1) / of for side, of in zip(small, large, strict=True))
     return least < most
-
-
-def _scaled(boxes: np.ndarray, frame: Size, size: Size) -> np.ndarray:
-    if frame == size:
-        return boxes
-    across, down = size[1] / frame[1], size[0] / frame[0]
-    return (boxes * np.array([across, down, across, down])).astype(np.float32)
-
-
-def _turned(boxes: np.ndarray, stored: Size, orientation: int) -> np.ndarray:
-    """Boxes on a picture of size `stored` as they are when its orientation is applied (`raypipe.images.decode.orient`)."""
-    height, width = stored
-    x1, y1, x2, y2 = boxes.T
-    left, right = (x1, x2), (width - x2, width - x1)
-    top, bottom = (y1, y2), (height - y2, height - y1)
-    across, down = {
-        1: (left, top),
-        2: (right, top),
-        3: (right, bottom),
-        4: (left, bottom),
-        5: (top, left),
-        6: (bottom, left),
-        7: (bottom, right),
-        8: (top, right),
-    }[orientation]
-    return np.stack([across[0], down[0], across[1], down[1]], axis=1).astype(np.float32)
 
 
 def sound(boxes: np.ndarray, size: Size) -> tuple[np.ndarray, np.ndarray, tuple[tuple[int, str], ...]]:

@@ -1243,7 +1243,7 @@ def _backward(plain_ops: Sequence[Any], size: Size) -> tuple[Matrix, Size]:
     """What takes a point of the result back to the image of `size`; and the size of the result."""
     matrix, at = UNMOVED, size
     for op in plain_ops:
-        matrix, at = _after(matrix, back(op, at)), output_size(op, at)
+        matrix, at = after(matrix, back(op, at)), output_size(op, at)
     return matrix, at
 
 
@@ -1256,7 +1256,7 @@ def forward(plain_ops: Sequence[Any], size: Size) -> tuple[Matrix, Size]:
     return _inverted(matrix), at
 
 
-def _after(outer: Matrix, inner: Matrix) -> Matrix:
+def after(outer: Matrix, inner: Matrix) -> Matrix:
     """What takes a point through `inner`, then `outer`."""
     a, b, c, d, e, f = outer
     p, q, r, s, t, u = inner

@@ -33,10 +33,12 @@ from raypipe.data.listing import look
 from raypipe.data.reader import Reading
 from raypipe.data.shapes import Placement, placement
 from raypipe.data.sinks import Sink, annotations_of, write_annotations
+from raypipe.data.tables import frames_of
 from raypipe.data.work import extend, make_work, named_as_before, remaining, renewed, requeued, shards, unlist, wanted_by
 from raypipe.images import backend as backend_module
 from raypipe.images import catalog
 from raypipe.images.decode import Reject
+from raypipe.images.frames import into_picture
 from raypipe.images.recipe import Recipe
 from raypipe.insight import planner
 from raypipe.insight import report as reports
@@ -333,14 +335,17 @@ def preprocessing(settings: Settings) -> Job:
 def _placed(settings: Settings, todo: Todo, written: Iterable[journal.Written]) -> Iterator[tuple[str, Placement]]:
     """Where the recipe put each image, for the shapes of its annotations. Left out: where that cannot be told again."""
     ids = todo.work.column("image_id").to_pylist()
-    boxes = dict(zip(ids, unlist(todo.work.column("boxes")), strict=True))
+    known = zip(unlist(todo.work.column("boxes")), frames_of(todo.work).tolist(), strict=True)
+    boxes = dict(zip(ids, known, strict=True))
     for image in written:
         if len(image.source) != 2 or image.image_id not in boxes:
             continue
         size = image.source[0], image.source[1]
+        of, frame = boxes[image.image_id]
         try:
-            plan = todo.recipe.plan(seed=settings.seed, epoch=0, image_id=image.image_id, size=size, boxes=boxes[image.image_id])
-            place = placement(plan.ops, size)
+            of, _ = into_picture(of, (frame[0], frame[1]), size, image.orientation)
+            plan = todo.recipe.plan(seed=settings.seed, epoch=0, image_id=image.image_id, size=size, boxes=of)
+            place = placement(plan.ops, size, image.orientation)
         except (Reject, UsageError):
             continue
         same = len(plan.boxes) == len(image.boxes) and np.allclose(plan.boxes, image.boxes, atol=0.01)

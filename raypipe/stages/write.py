@@ -49,6 +49,7 @@ def write_block(block: pa.Table, sink: Sink, *, backend: str, finish: Finish | N
                 damaged=row["detail"] is not None,
                 boxes_from=row["boxes_from"],
                 source=[row["source_height"], row["source_width"]] if row["annotation_ids"] else [],
+                orientation=row["orientation"] or 1,
             )
             for row, file in zip(good, files, strict=True)
         ],
@@ -90,6 +91,7 @@ _TOLD = [
     "detail",
     "boxes",
     "annotation_ids",
+    "orientation",
     "boxes_from",
     "boxes_dropped",
 ]

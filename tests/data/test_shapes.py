@@ -5,6 +5,7 @@ from faster_coco_eval.core import mask
 
 from raypipe.data.shapes import Placement, moved_keypoints, moved_segmentation, placement
 from raypipe.images import opencv
+from raypipe.images.frames import into_picture
 from raypipe.images.recipe import Affine, Crop, Flip, Pad, Resize
 
 SOURCE = (60, 80)
@@ -106,3 +107,18 @@ def test_nonsense_is_left_out(nonsense):
     assert moved_segmentation(nonsense, placement((), SOURCE)) is None
     assert moved_keypoints([1, 2], placement((), SOURCE)) is None
     assert moved_keypoints(["a", 2, 3], placement((), SOURCE)) is None
+
+
+@pytest.mark.parametrize("orientation", [1, 6, 8, 5, 7])
+@pytest.mark.parametrize("scale", [1, 2])
+def test_shapes_drawn_in_the_frame_of_boxes_move_as_these_do(orientation, scale):
+    stored, box = (100, 200), np.array([[30, 20, 110, 60]], np.float32)
+    upright = stored if orientation < 5 else stored[::-1]
+    frame = stored[0] * scale, stored[1] * scale
+    x1, y1, x2, y2 = (scale * box[0]).tolist()
+    went = Placement(source=upright, size=upright, matrix=(1, 0, 0, 0, 1, 0), orientation=orientation).of_frame(frame)
+    (polygon,) = moved_segmentation([[x1, y1, x2, y1, x2, y2, x1, y2]], went)
+    corners = np.array(polygon).reshape(-1, 2)
+    expected, _ = into_picture(box * scale, frame, upright, orientation)
+    np.testing.assert_allclose([*corners.min(axis=0), *corners.max(axis=0)], expected[0], atol=1e-3)
+    assert Placement(source=upright, size=upright, matrix=(1, 0, 0, 0, 1, 0)).of_frame((7, 90)) is None
