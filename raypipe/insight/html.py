@@ -12,6 +12,7 @@ from typing import Any
 
 from raypipe.insight.figures import STATES, bars, colours, over_time
 from raypipe.insight.markup import ARROW, DASH, bytes_of, duration, known, number, share, swatch, table, tag, text
+from raypipe.insight.report import notes
 
 
 def page(report: dict, *, rejects: Sequence[dict] = (), more_rejects: int = 0) -> str:
@@ -82,13 +83,13 @@ def _verdict(report: dict) -> str:
 
 def _key_figures(report: dict) -> str:
     into, out, rejected = (known(report.get(key)) for key in ("images_in", "images_out", "images_rejected"))
-    became = f"= {number(out)} out + {number(rejected)} rejected"
+    unread = known(report.get("images_unread")) or 0
+    became = f"= {number(out)} out + {number(rejected)} rejected" + (f" + {number(unread)} not read" if unread else "")
     if before := known(report.get("images_done_before")):
         became += f"; {number(before)} of them by an earlier run"
-    if into is not None and out is not None and rejected is not None and into != out + rejected:
-        became = tag(
-            "strong", f"{number(out)} out + {number(rejected)} rejected: {number(into - out - rejected)} lost", class_="bad"
-        )
+    if into is not None and out is not None and rejected is not None and into != out + rejected + unread:
+        lost = number(into - out - rejected - unread)
+        became = tag("strong", f"{number(out)} out + {number(rejected)} rejected: {lost} lost", class_="bad")
     hardware = report.get("hardware") or {}
     nodes = known(hardware.get("nodes"))
     setup = known(report.get("setup_s"))
@@ -101,9 +102,8 @@ def _key_figures(report: dict) -> str:
         ("CPU of the machine", number(report.get("cpu_percent"), "%"), "mean of all cores over the run"),
         ("cores", number(hardware.get("cores")), f"on {number(nodes)} node{'' if nodes == 1 else 's'}" if nodes else ""),
     ]
-    return tag(
-        "dl", *(tag("div", tag("dt", name), tag("dd", tag("b", value), note)) for name, value, note in tiles), class_="tiles"
-    )
+    figures = (tag("div", tag("dt", name), tag("dd", tag("b", value), note)) for name, value, note in tiles)
+    return tag("dl", *figures, class_="tiles") + "".join(tag("p", text(line)) for line in notes(report))
 
 
 def _actors(stage: dict) -> str:

@@ -425,6 +425,24 @@ def outlook(report: dict, *, cpus: int | None = None, gpus: int | None = None) -
     return Group(*(Text(line) for line in lines), table, gains)
 
 
+def notes(report: dict) -> list[str]:
+    """What a person should know of the images and boxes of a run beside their numbers, a sentence each."""
+    lines = []
+    if report.get("images_damaged_kept"):
+        lines.append(f"{report['images_damaged_kept']} of those out are damaged, and were kept (--damaged keep)")
+    if report.get("skipped"):
+        left_out = sorted(report["skipped"].items(), key=lambda item: -item[1])
+        lines.append("left out of the listing: " + ", ".join(f"{count} {suffix}" for suffix, count in left_out))
+    if report.get("boxes_dropped"):
+        lines.append(f"{report['boxes_dropped']} boxes could not be used and were dropped (boxes_dropped.parquet)")
+    frames = report.get("boxes_from") or {}
+    if moved := sum(count for kind, count in frames.items() if kind != "unclear"):
+        lines.append(f"the boxes of {moved} images were drawn in another frame than the picture's, and moved")
+    if "unclear" in frames:
+        lines.append(f"the boxes of {frames['unclear']} images are taken as upright: sizes cannot tell whether they are")
+    return lines
+
+
 def terminal(report: dict) -> Group:
     """The report as a person reads it at the end of a run: fits a terminal of 80 columns."""
     table = Table("", header_style="bold", box=box.SIMPLE_HEAD)
@@ -444,18 +462,7 @@ def terminal(report: dict) -> Group:
     if report["rejects_by_reason"]:
         reasons = sorted(report["rejects_by_reason"].items(), key=lambda item: -item[1])
         lines.append("rejected: " + ", ".join(f"{count} {reason}" for reason, count in reasons))
-    if report.get("images_damaged_kept"):
-        lines.append(f"{report['images_damaged_kept']} of those out are damaged, and were kept (--damaged keep)")
-    if report.get("skipped"):
-        left_out = sorted(report["skipped"].items(), key=lambda item: -item[1])
-        lines.append("left out of the listing: " + ", ".join(f"{count} {suffix}" for suffix, count in left_out))
-    if report.get("boxes_dropped"):
-        lines.append(f"{report['boxes_dropped']} boxes could not be used and were dropped (boxes_dropped.parquet)")
-    if frames := report.get("boxes_from"):
-        moved = sum(count for kind, count in frames.items() if kind != "unclear")
-        lines += [f"the boxes of {moved} images were drawn in another frame than the picture's, and moved"] * bool(moved)
-        unclear = f"the boxes of {frames.get('unclear')} images may be in the stored frame: sizes cannot tell"
-        lines += [f"{unclear}, so they are taken as upright"] * ("unclear" in frames)
+    lines += notes(report)
     verdict_text = Text("verdict: ", style="bold") + Text(report["verdict"]["reason"], style="not bold")
     measured = report["steady_images_per_s"] or report["images_per_s"] or 0.0
     gains = [a for a in report["verdict"]["advice"] if a["predicted_images_per_s"] > 1.02 * measured][:2]

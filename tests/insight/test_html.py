@@ -223,6 +223,15 @@ def test_lost_images_are_not_kept_quiet():
     assert "3 lost" in section(read(report(images_out=987)), "Key figures").all("strong", class_="bad")[0].text
 
 
+def test_images_that_were_not_read_are_not_lost_and_what_was_left_out_is_said():
+    found = report(images_out=987, images_unread=3, skipped={"<b>.cr2": 12}, boxes_dropped=2)
+    figures = section(read(found), "Key figures")
+    assert not figures.all("strong", class_="bad")
+    assert "987 out + 10 rejected + 3 not read" in figures.all("dd")[0].text
+    assert figures.all("p")[0].text == "left out of the listing: 12 <b>.cr2"
+    assert "2 boxes could not be used" in figures.all("p")[1].text
+
+
 def test_what_was_not_measured_is_a_dash_and_never_0():
     nothing = {key: None for key in stage("x") if key not in ("name", "actors")}
     tree = read(report(stages=[stage("preprocess"), stage("write", **nothing), stage("train", **dict.fromkeys(nothing, 0))]))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from raypipe.insight.report import Clock, Counts, build, verdict
+from raypipe.insight.report import Clock, Counts, build, notes, verdict
 
 
 def stage(name: str, *, actors: int, busy_ms: float, cpu_ms: float, busy: float = 0.95, on_gpu: bool = False) -> dict:
@@ -149,3 +149,14 @@ def test_work_that_was_done_before_all_actors_were_there_has_no_time():
     assert built(first, first, outputs=[(8.0, 20)])["work_s"] is None
     assert built([], [], outputs=[(8.0, 20)])["work_s"] is None
     assert built(first, first, outputs=[])["work_s"] is None
+
+
+def test_what_was_left_out_dropped_and_moved_is_told():
+    found = {"skipped": {".txt": 1, ".cr2": 12}, "boxes_dropped": 3, "boxes_from": {"stored": 2, "scaled": 1, "unclear": 4}}
+    assert notes(found) == [
+        "left out of the listing: 12 .cr2, 1 .txt",
+        "3 boxes could not be used and were dropped (boxes_dropped.parquet)",
+        "the boxes of 3 images were drawn in another frame than the picture's, and moved",
+        "the boxes of 4 images are taken as upright: sizes cannot tell whether they are",
+    ]
+    assert notes({"skipped": {}, "boxes_dropped": 0, "boxes_from": {}}) == notes({}) == []
