@@ -369,7 +369,10 @@ def named(results: Iterable[str], work: pa.Table) -> Iterator[str]:
 @dataclass(frozen=True, kw_only=True)
 class Found:
     """What a run finds in its output. `clearing`: all of it is to be deleted, so nothing counts.
-    `waiting`: the image ids of rows of done shards that are to be tried again, by shard."""
+    `waiting`: the image ids of rows of done shards that are to be tried again, by shard. `seen`: the
+    `state_of` the output that this is of."""
+
+    seen: tuple[Any, ...]
 
     made: Made | None = None
     work: pa.Table | None = None
@@ -385,17 +388,19 @@ def look(root: str, settings: dict, *, resume: bool = True) -> Found:
         UsageError: it was made with other settings, cannot be read, or another driver writes there.
     """
     lease.check(root, option="--output")
-    if not resume or is_clearing(root):
-        return Found(clearing=True)
-    done = frozenset(done_shards(root))
+    seen = state_of(root)
+    _, done, clears = seen
+    if clears or not resume:
+        return Found(seen=seen, clearing=True)
     if not check_settings(root, settings):
         if done:
             raise UsageError(
                 f"{root} has a journal of {len(done)} shards, but no {STATE}/run.json that says how they were made. "
                 f"Use another --output, or --no-resume to start this one again."
             )
-        return Found()
+        return Found(seen=seen)
     return Found(
+        seen=seen,
         made=read_made(root),
         work=read_work(root),
         done=done,
@@ -424,8 +429,9 @@ class Claim:
     seen: tuple[Any, ...]
 
 
-def state_of(root: str) -> tuple[Any, ...]:
-    """What tells one state of an output from another, as far as it decides what is to do."""
+def state_of(root: str) -> tuple[bytes | None, frozenset[int], bool]:
+    """What tells one state of an output from another, as far as it decides what is to do: the content of
+    run.json, the shards that are done, and whether it is being cleared."""
     return _read_if_there(root, "run.json"), frozenset(done_shards(root)), is_clearing(root)
 
 

@@ -260,7 +260,7 @@ def left_to_do(
         clears=found.clearing,
         made=journal.Made(settings=decides, versions=versions(), results=results, endings=endings),
         work=None if found.work is not None and work.equals(found.work) else work,
-        seen=journal.state_of(root),
+        seen=found.seen,
     )
     left = remaining(here, done)
     return Todo(

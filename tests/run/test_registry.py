@@ -11,6 +11,7 @@ from raypipe.run import control, registry
 from raypipe.run.pipeline import start
 from raypipe.run.registry import entries, registered
 from tests.conftest import ROOT
+from tests.run.clusters import environment
 from tests.run.test_pipeline import quiet, settings
 
 RUN = (
@@ -64,3 +65,29 @@ def test_a_run_of_somebody_else_is_never_watched_or_scaled_by_mistake(session, o
         with pytest.raises(KeyboardInterrupt):
             run.wait()
     assert [place.run_id for place in control.places()] == ["other"]
+
+
+def test_watch_without_a_run_waits_for_one(tmp_path):
+    env = environment(XDG_CACHE_HOME=str(tmp_path))
+    command = [sys.executable, "-m", "raypipe.cli", "watch"]
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None and "Waiting for one" in process.stdout.readline()
+        command = [sys.executable, "-c", RUN, "late"]
+        with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL) as late:
+            try:
+                _, said = process.communicate(timeout=60)
+                assert process.returncode == 2 and "No Ray cluster answers at '127.0.0.1:1'" in said  # it tried that run's
+            finally:
+                late.kill()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_scale_without_a_run_says_so_at_once(tmp_path):
+    command = [sys.executable, "-m", "raypipe.cli", "scale", "preprocess=2"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(XDG_CACHE_HOME=str(tmp_path)), capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2 and "No run is under way here" in done.stderr
