@@ -142,8 +142,7 @@ def report(command: Report, console: Console) -> None:
     """
     found, place = _of(command.run)
     with foreign(f"the report {place}", remedy=_NO_REPORT):
-        shown = terminal(found)
-    console.print(shown)
+        console.print(terminal(found))
 
 
 def plan(command: Plan, console: Console) -> None:
@@ -158,8 +157,7 @@ def plan(command: Plan, console: Console) -> None:
     found, place = _of(command.run)
     remedy = "It says nothing of what stages cost; that of a run that finished at least a shard does."
     with foreign(f"the report {place}", remedy=remedy):
-        shown = outlook(found, cpus=command.cpus, gpus=command.gpus)
-    console.print(shown)
+        console.print(outlook(found, cpus=command.cpus, gpus=command.gpus))
 
 
 def runs(command: Runs, console: Console) -> None:

@@ -22,7 +22,7 @@ from PIL import Image
 from rich.console import Console
 
 from raypipe import UsageError, cli
-from raypipe.data import journal
+from raypipe.data import journal, sizes
 from raypipe.data.formats.coco import check_annotation_ids
 from raypipe.data.listing import look
 from raypipe.data.reader import Reader
@@ -30,8 +30,9 @@ from raypipe.data.shapes import Placement
 from raypipe.data.sinks import write_annotations
 from raypipe.data.tables import Listed
 from raypipe.data.work import make_work, wanted_by
+from raypipe.images import opencv
 from raypipe.images.decode import Reject
-from raypipe.images.recipe import HorizontalFlip, Recipe, Resize, from_json, to_json
+from raypipe.images.recipe import HorizontalFlip, Recipe, Resize, ShortSide, from_json, to_json
 from raypipe.models import checkpoint as checkpoints
 from raypipe.models.checkpoint import Checkpoint, Progress
 from raypipe.stages.predict import load
@@ -83,13 +84,18 @@ def jpeg(value: int) -> bytes:
 def processed(listed: Listed, *, at_least: int = ROWS) -> None:
     """Every row is read, decoded and planned; as many come out, or somebody said why there are fewer."""
     assert listed.rows.num_rows >= at_least or listed.skipped or said, (listed.rows.num_rows, listed.skipped)
-    work = make_work(wanted_by(listed.rows, needs_boxes=False, drops_crowds=False), rows_per_shard=1000)
+    rows = wanted_by(listed.rows, needs_boxes=False, drops_crowds=False)
+    if rows.num_rows:  # a recipe whose results differ in size looks at the headers before it starts
+        shape = sizes.cut(VARYING, images=rows.num_rows, rows=None, scratch=opencv.SCRATCH, memory=1 << 30)
+        assert make_work(rows, **shape.arguments).num_rows == rows.num_rows
+    work = make_work(rows, rows_per_shard=1000)
     with contextlib.closing(Reader(0)) as reader:
         block, _ = preprocess_shard(work, Preprocessing(recipe=RECIPE, backend="opencv"), reader=reader)
     assert block.num_rows == work.num_rows
     assert block["image"].null_count == pa.compute.count(block["reason"]).as_py()
 
 
+VARYING = Recipe(name="v", ops=(ShortSide(short=16, long=32),))
 RECIPE = Recipe(name="r", ops=(Resize(height=16, width=16), HorizontalFlip()))
 said: list[logging.LogRecord] = []
 

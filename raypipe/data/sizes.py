@@ -184,7 +184,7 @@ def _local(path: str, offset: int, length: int, max_pixels: int) -> tuple[int, H
     """The header of a local file, or of a part of one."""
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
-    except OSError:
+    except (OSError, ValueError):  # ValueError: no name of a file
         return 0, None
     try:
         size = length if length >= 0 else os.fstat(descriptor).st_size - offset
@@ -195,7 +195,7 @@ def _local(path: str, offset: int, length: int, max_pixels: int) -> tuple[int, H
         if header is None or header.height * header.width > max_pixels:
             return 0, None
         return size, header
-    except (OSError, Reject):
+    except (OSError, OverflowError, Reject):
         return 0, None
     finally:
         os.close(descriptor)

@@ -459,6 +459,8 @@ def sizes(uri: str) -> tuple[np.ndarray, np.ndarray | None]:
     Raises what reading a damaged file raises.
     """
     images = _images_in(uri)
+    if images.promised > max(1024, sum(images.bytes)):
+        raise ValueError(f"its footer promises {images.promised} rows")
     counts = np.diff([0, *images.ends])[: len(images.bytes)]
     each = np.repeat(np.array(images.bytes, np.float64) / np.maximum(counts, 1), counts)
     if not {"height", "width"} <= set(images.file.schema_arrow.names):
