@@ -4,10 +4,11 @@ import json
 import random
 from typing import Any
 
-HOSTILE: tuple[Any, ...] = (
-    *(None, True, False, 0, -1, 0.5, 1.0, "1", "1.0", "0", "x", "", [], {}, [[]], {"id": {}}, "\ud800", "\x1b[2J", "../../x", "a\0b.jpg"),
-    *(2**31, 2**63, 2**64 - 1, 2**70, 10**30, 10**400, -(10**30), float("inf"), float("nan"), 1e308, "9" * 5000, "x" * 100_000),
-)
+_PLAIN: list[Any] = [None, True, False, [], {}, [[]], {"id": {}}]
+_TEXTS = ["1", "1.0", "0", "x", "", "\ud800", "\x1b[2J", "../../x", "a\0b.jpg", "9" * 5000, "x" * 100_000]
+_WHOLE = [0, -1, 2**31, 2**63, 2**64 - 1, 2**70, 10**30, 10**400, -(10**30)]
+_REAL = [0.5, 1.0, 1e308, float("inf"), float("nan")]
+HOSTILE: tuple[Any, ...] = (*_PLAIN, *_TEXTS, *_WHOLE, *_REAL)
 
 
 def nested(depth: int) -> bytes:

@@ -13,6 +13,7 @@ rows write nothing, and a shard of only rejected rows no file. What was written 
 
 import io
 import json
+import math
 import posixpath
 import tarfile
 from collections.abc import Callable, Iterable, Mapping
@@ -269,6 +270,7 @@ def _moved(
     if isinstance(area := annotation.get("area"), int | float):
         before = real(annotation["bbox"][2]) * real(annotation["bbox"][3])
         after = (right - left) * (bottom - top)
-        kept["area"] = round(area * after / before if before > 0 else after, 4)
+        scaled = real(float(area) if isinstance(area, bool) else area) * after / before if before > 0 else after
+        kept["area"] = round(scaled if math.isfinite(scaled) else after, 4)
     shapes, lost = _shapes(annotation, place, names)
     return kept | shapes, lost
