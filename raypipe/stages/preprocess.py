@@ -127,8 +127,13 @@ def preprocess_shard(
                 image, damage = _decoded(backend, item, reduce, settings)
                 if damage:
                     details[row] = damage
+                large = item.plan.largest > LARGE
+                if large:
+                    give_back_freed_memory()
                 backend.execute(image, item.plan.ops, out)
                 image = None  # not beside the next one
+                if large:
+                    give_back_freed_memory()
                 plan, end = item.plan, end_if_fine
                 origin = item.header.orientation, item.boxes_from
                 sizes[row] = item.header.height, item.header.width, height, width
@@ -319,6 +324,20 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 64 * 2**20)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
             mallopt(parameter, value)
+
+
+LARGE = 16_000_000
+"""Pixels of an image from which on freed memory is given back after each step: what decoding took is of no use for a float
+copy of another size, and both together would be more than `--actor-memory`."""
+
+
+def give_back_freed_memory() -> None:
+    """Undo `keep_freed_memory` once: the kernel gets what is free. Takes milliseconds, where there is much."""
+    if sys.platform != "linux":
+        return
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 class Memory:

@@ -181,7 +181,7 @@ def test_an_image_too_large_for_the_actors_memory_is_rejected_and_not_shown(sess
     wanted = settings(input=photos, output=tmp_path / "out", actor_memory=0.6, max_reject_fraction=0.5)
     outcome = run(wanted, console=quiet())
     assert [(row.image_id, row.reason) for row in outcome.rejected] == [("a/large.png", "too large for --actor-memory")]
-    assert "9000x9000 pixels (png) take 0.7" in outcome.rejected[0].detail
+    assert "9000x9000 pixels (png) take 1.2" in outcome.rejected[0].detail
 
 
 def test_bad_boxes_are_dropped_and_counted_and_their_images_stay(session, tmp_path):
