@@ -40,9 +40,7 @@ def where_mlperf_looks(cache_dir, name: str, image_format: str, image_name: str)
 @pytest.mark.parametrize(
     ("recipe", "layout", "form", "dtype", "shape"),
     [
-        ("coco-300", None, "NHWC", np.uint8, (300, 300, 3)),
         ("coco-300", "nchw", "NCHW", np.uint8, (3, 300, 300)),
-        ("coco-300-pt", None, "NCHW", np.float32, (3, 300, 300)),
         ("coco-300-pt", "nhwc", "NHWC", np.float32, (300, 300, 3)),
     ],
 )
@@ -75,13 +73,11 @@ def test_imagenet(session, tmp_path):
     (tmp_path / "data").mkdir()
     for number in range(3):
         (tmp_path / "data" / f"ILSVRC2012_val_0000000{number}.JPEG").write_bytes(jpeg(number, height=300, width=400))
-    wanted = settings(
-        input=tmp_path / "data", output=tmp_path / "out", recipe="imagenet", format="npy", mlperf_cache="imagenet", layout="nchw"
-    )
+    wanted = settings(input=tmp_path / "data", output=tmp_path / "out", recipe="imagenet", format="npy", mlperf_cache="imagenet")
     run(wanted, console=quiet())
     for number in range(3):
-        path = where_mlperf_looks(tmp_path / "out", "imagenet", "NCHW", f"ILSVRC2012_val_0000000{number}.JPEG")
-        assert np.load(path).shape == (3, 224, 224)
+        path = where_mlperf_looks(tmp_path / "out", "imagenet", "NHWC", f"ILSVRC2012_val_0000000{number}.JPEG")
+        assert np.load(path).shape == (224, 224, 3)
 
 
 @pytest.mark.parametrize(
