@@ -120,7 +120,7 @@ _ALL = (
     Recipe(
         name="coco-300",
         description=f"SSD-MobileNet inference: 300x300, uint8, channels last. With OpenCV equal to MLPerf's to the bit; with torchvision "
-        f"0.1 to 4.2% of the values are 1 off. {_INFERENCE}",
+        f"up to 4.2% of the values are 1 off. {_INFERENCE}",
         ops=(_inference(300, rounding="down"),),
     ),
     Recipe(

@@ -433,3 +433,19 @@ def test_reduced_decoding_is_nearer_to_the_antialiased_result_than_plain_resizin
     reference = pillow_resized(full, 300, 300).astype(int)
     plain = cv2.resize(full, (300, 300), interpolation=cv2.INTER_LINEAR)
     assert np.abs(results[0] - reference).mean() < 0.5 * np.abs(plain - reference).mean()
+
+
+@pytest.mark.parametrize("op", [Resize(height=300, width=300, arithmetic="float"), Resize(height=100, width=90, area=True)])
+def test_results_do_not_depend_on_the_number_of_threads(op):
+    images = [np.random.default_rng(i).integers(0, 256, (100 + i, 150 + i % 7, 3), np.uint8) for i in range(20)]
+
+    def made(threads: int) -> list[np.ndarray]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            return [torchvision.apply(op, torch.from_numpy(image).permute(2, 0, 1)).numpy() for image in images]
+        finally:
+            torch.set_num_threads(before)
+
+    for one, four in zip(made(1), made(4), strict=True):
+        np.testing.assert_array_equal(one, four)

@@ -293,7 +293,9 @@ def test_results_never_go_where_the_input_is(photos):
 def test_a_table_that_is_none_is_refused(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/results.parquet").write_bytes(b"no table")
-    with pytest.raises(UsageError, match="is no table of a sweep's results"):
+    with pytest.raises(
+        UsageError, match=r"cannot read the table of a sweep's results .*results\.parquet: .* Remove it to measure again"
+    ):
         read_results(str(tmp_path / "out"))
 
 
