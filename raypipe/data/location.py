@@ -1,7 +1,7 @@
 """Where things are: local paths through `os`, everything else through pyarrow.fs, under one spelling.
 
-Objects of s3:// and gs:// are read through obstore. It says how many bytes came, where pyarrow's S3
-file gives as many as were asked for even when the object has become shorter, and it creates an
+Objects of s3:// and gs:// are read through obstore, which says how many bytes came. pyarrow's S3 file
+gives as many as were asked for, even when the object has become shorter. obstore also creates an
 object only where none is. Errors of all clients become OSError: FileNotFoundError, PermissionError,
 and `StoreError` for what may pass.
 

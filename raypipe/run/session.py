@@ -386,7 +386,7 @@ def without_rays_lines() -> Iterator[None]:
     """Keep Ray's account of itself off the terminal: a line for its log level at the start, and an alarming one for every actor pool, that its arguments are in the object store (as Ray Data puts them). They stay in Ray's log files; what raises still raises."""
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    # What breaks a run is raised, and told in a line (pipeline.attempt); Ray Data would log its whole trace before, twice.
+    # What breaks a run is raised, and told in a line (command.attempt). Ray Data would log its whole trace before, twice.
     sys.stderr.flush()
     stderr = os.dup(2)
     with open(os.devnull, "wb") as nowhere:

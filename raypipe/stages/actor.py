@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 
+from raypipe.data.lease import is_alive
 from raypipe.images.decode import Reject
 
 ACTOR_BYTES = {"opencv": 250 * 10**6, "torchvision": 600 * 10**6}
@@ -55,7 +56,7 @@ class Tracks:
     def _bury(self) -> None:
         for path in self._folder.glob("*.at"):
             pid, created = map(int, path.stem.split("-"))
-            if _is_alive(pid, created):
+            if is_alive(pid, created):
                 continue
             # FileNotFoundError: another actor was faster.
             with contextlib.suppress(FileNotFoundError):
@@ -91,12 +92,3 @@ class Tracks:
             if row >= 0 and time.process_time() - begun > self._limit_s and self._since is since:
                 self._LATE.pack_into(self._at, self._POSITION.size - self._LATE.size, True)
                 os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _is_alive(pid: int, created: int) -> bool:
-    try:
-        process = psutil.Process(pid)
-        # A worker that died is a zombie until its raylet looks.
-        return int(process.create_time()) == created and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
