@@ -17,6 +17,7 @@ Local files go through `os` and not through pyarrow because that is measurably c
 import configparser
 import contextlib
 import errno
+import fcntl
 import functools
 import io
 import os
@@ -510,21 +511,37 @@ def replace_same(root: str, relative: str, before: bytes, data: bytes) -> bool:
         if same:
             _write_remote(uri, data)
         return same
-    # Whoever moves the file away has it alone.
     target = local_path(uri)
-    mine = f"{target}.{_temporary_name()}-taken"
     try:
-        os.rename(target, mine)
+        file = open(target, "r+b")
     except FileNotFoundError:
         return False
-    try:
-        if Path(mine).read_bytes() != before:
-            with contextlib.suppress(FileExistsError):
-                os.link(mine, target)
+    with file:
+        _lock(file.fileno())
+        # Another process may have replaced the file before this one got the lock on the old inode.
+        if not _is_at(file.fileno(), target) or file.read() != before:
             return False
-        return create(root, relative, data)
-    finally:
-        os.unlink(mine)
+        temporary = f"{target}.{_temporary_name()}"
+        Path(temporary).write_bytes(data)
+        os.replace(temporary, target)
+        return True
+
+
+def _lock(descriptor: int) -> None:
+    """Wait for the lock of an open file. It ends with the descriptor, so a killed process frees it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError as error:
+        # A file system without locks: the window between reading and replacing stays open.
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK):
+            raise
+
+
+def _is_at(descriptor: int, path: str) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def contains(root: str, relative: str) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import GetTimeoutError, RayError
 
 from raypipe import UsageError
 from raypipe.run import registry
@@ -15,7 +15,8 @@ from raypipe.run.collector import NAMESPACE
 from raypipe.run.session import ENDING, check_answers, token_missing, without_rays_lines
 
 _NAME = "raypipe-"
-_ANSWER_S = 10.0
+_ANSWER_S = 60.0
+"""A collector takes half a minute to start on a machine that is busy."""
 
 _joined: list[str] = []  # the address of the Ray that this module has joined, if it has
 
@@ -176,12 +177,17 @@ class Control:
         return answer
 
     def _ask(self, question: str, *given: Any) -> Any:
-        gone = UsageError(f"The run {self.run_id} has ended, or its cluster does not answer.")
+        gone = UsageError(f"The run {self.run_id} has ended.")
         try:
             with ENDING:
                 if not ray.is_initialized():
                     raise gone
                 return ray.get(getattr(self._collector, question).remote(*given), timeout=_ANSWER_S)
+        except GetTimeoutError as error:
+            raise UsageError(
+                f"The run {self.run_id} has not answered for {_ANSWER_S:.0f} s: its cluster is overloaded, or cannot be "
+                f"reached. Nothing was changed. Try again."
+            ) from error
         except RayError as error:
             raise gone from error
         except AttributeError as error:

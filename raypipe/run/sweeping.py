@@ -36,6 +36,7 @@ from raypipe.images import backend as backend_module
 from raypipe.insight import planner, talk
 from raypipe.insight.claims import STAGES, Finding, Where, findings
 from raypipe.run import pipeline, result, training
+from raypipe.run.causes import Untouched
 from raypipe.run.session import Session, cores_here, joins, memory_for, processor, ray_session, versions
 from raypipe.run.settings import Settings as Preprocess
 from raypipe.run.settings import check_apart
@@ -573,6 +574,8 @@ def run(settings: Settings, *, console: Console) -> Swept:
                     show(point, fresh[-1])
         except Failed as error:
             failure = str(error)
+        except Untouched as error:  # of the run of one point: the sweep has rows all the same
+            raise KeyboardInterrupt from error
         finally:
             found = leave(settings, rows, gpus=gpus, command=command, left_out=left_out) if rows else []
     warning = talk.disturbed(rows, Where(cores=session.cores))
