@@ -35,7 +35,7 @@ from raypipe.data.formats import files
 from raypipe.data.formats.coco import list_coco
 from raypipe.data.formats.parquet import list_parquet
 from raypipe.data.formats.tar import list_tar
-from raypipe.data.location import is_remote, join, local_path, local_uri
+from raypipe.data.location import absolute, is_remote, join, local_path, local_uri
 from raypipe.data.names import PACKED, PARQUET, SUFFIXES, TAR, suffix_of, unique_names
 from raypipe.data.tables import EMPTY, SOURCE, Listed, box_lists, lists_of, rows, text
 from raypipe.errors import UsageError
@@ -73,14 +73,26 @@ def look(input: str, *, annotations: str | None = None, limit: int | None = None
     if not input:
         raise UsageError("the input is empty; give a directory, a glob, tars, Parquet files or 'demo'")
     if annotations is not None:
-        return Listed(_unique(list_coco(input, annotations, limit).rows))
-    listed = _list_places(input, limit)
+        listed = list_coco(input, annotations, limit, there=_files_beside(annotations, input))
+        why = f" (not named in {annotations})"
+    else:
+        listed, why = _list_places(input, limit), ""
     skipped = _most_common(listed.skipped)
     if listed.rows.num_rows == 0:
         raise UsageError(_nothing(input, listed.skipped))
     if skipped:
-        log.warning("%s: %d files are left out: %s%s", input, skipped.total(), _told(skipped), _unpack(skipped))
+        log.warning("%s: %d files are left out: %s%s%s", input, skipped.total(), _told(skipped), why, _unpack(skipped))
     return Listed(_unique(listed.rows), skipped)
+
+
+def _files_beside(annotations: str, folder: str) -> Iterator[str]:
+    """List the files below a folder, except the annotations themselves. A folder that cannot be listed gives a warning only: its
+    images become rejects when they are read."""
+    root, own = absolute(folder), absolute(annotations)
+    try:
+        yield from (path for path in files.find(folder)[1] if join(root, path) != own)
+    except UsageError as error:
+        log.warning("%s; files that the annotations do not name are not counted", error)
 
 
 def _nothing(input: str, skipped: Counter[str]) -> str:

@@ -512,19 +512,16 @@ def replace_same(root: str, relative: str, before: bytes, data: bytes) -> bool:
             _write_remote(uri, data)
         return same
     target = local_path(uri)
-    try:
-        file = open(target, "r+b")
-    except FileNotFoundError:
-        return False
-    with file:
+    with contextlib.suppress(FileNotFoundError), open(target, "r+b") as file:
         _lock(file.fileno())
-        # Another process may have replaced the file before this one got the lock on the old inode.
-        if not _is_at(file.fileno(), target) or file.read() != before:
+        # Another process may have replaced the file before this one got the lock of the old one.
+        if not os.path.samestat(os.fstat(file.fileno()), os.stat(target)) or file.read() != before:
             return False
         temporary = f"{target}.{_temporary_name()}"
         Path(temporary).write_bytes(data)
         os.replace(temporary, target)
         return True
+    return False
 
 
 def _lock(descriptor: int) -> None:
@@ -535,13 +532,6 @@ def _lock(descriptor: int) -> None:
         # A file system without locks: the window between reading and replacing stays open.
         if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK):
             raise
-
-
-def _is_at(descriptor: int, path: str) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
-        return False
 
 
 def contains(root: str, relative: str) -> bool:

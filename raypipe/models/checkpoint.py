@@ -44,6 +44,7 @@ class Progress:
     step: int = 0
     rows: int = 0  # accounted for: trained on or rejected
     images: int = 0  # trained on
+    damaged: int = 0  # of these, images that a decoder or a checksum says are damaged (--damaged keep)
     rejects: list[dict[str, str]] = field(default_factory=list)  # a row an image: image_id, uri, reason, detail
     epochs: list[dict[str, Any]] = field(default_factory=list)  # what was reported of each complete epoch
     dropped: list[dict[str, Any]] = field(default_factory=list)  # boxes that could not be used, each once: journal.Dropped
@@ -133,8 +134,8 @@ def _progress(about: Mapping[str, Any]) -> Progress:
         raise TypeError("its epochs are objects")
     if not all(isinstance(count, int) for count in progress.boxes_from.values()):
         raise TypeError("its boxes_from are numbers by name")
-    epoch, step, rows, images = (whole(getattr(progress, name)) for name in ("epoch", "step", "rows", "images"))
-    return replace(progress, epoch=epoch, step=step, rows=rows, images=images)
+    epoch, step, rows = whole(progress.epoch), whole(progress.step), whole(progress.rows)
+    return replace(progress, epoch=epoch, step=step, rows=rows, images=whole(progress.images), damaged=whole(progress.damaged))
 
 
 def load(folder: str, *, trusted: Collection[str] = ()) -> Checkpoint:

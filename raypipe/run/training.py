@@ -12,7 +12,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -24,7 +24,6 @@ from typing import Any, Literal
 import numpy as np
 import psutil
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray
 import ray.train
 import torch
@@ -467,7 +466,7 @@ def _run(settings: Settings, console: Console, *, started: float, touch: Callabl
             machine = psutil.cpu_times()
             begun, begun_at = time.perf_counter(), time.time()
             collector.begin.remote(begun_at)
-            held, held_rejects = _held_out(todo, settings, pools, session, run_id)
+            held = _held_out(todo, settings, pools, session, run_id)
             watch = Watch(console, total, collector, begun_at=begun_at, before=(before, progress.rejected), rows=before)
             failures = attempt = 0
             said: str | None = None
@@ -509,7 +508,7 @@ def _run(settings: Settings, console: Console, *, started: float, touch: Callabl
             report = _report(
                 settings, todo, run_id, session, progress, watch,
                 clock=reports.Clock(wall_s=wall_s, setup_s=begun_at - started, ready_s=watch.began and watch.began - begun_at, outputs=watch.outputs),
-                snapshot=snapshot, cpu_percent=cpu_percent, total=total, before=before, on_gpu=on_gpu, held_rejects=held_rejects, timed=timed or [],
+                snapshot=snapshot, cpu_percent=cpu_percent, total=total, before=before, on_gpu=on_gpu, held_rejects=held.rejected, timed=timed or [],
             )  # fmt: skip
             _leave(settings, storage, report, progress)
     return Outcome(report=report, progress=progress, rows=total, checkpoint=folder)
@@ -553,6 +552,7 @@ def _nothing_left(
             images_out=progress.images,
             rejects_by_reason=_in_all(reasons, progress),
             before=total,
+            damaged_kept=progress.damaged,
             skipped=skipped,
             boxes_dropped=len(progress.dropped),
             boxes_from=result.frames_told(progress.boxes_from),
@@ -667,10 +667,20 @@ def _opening(run_id: str, settings: Settings, todo: Todo, session: Session, pool
     )
 
 
-def _held_out(todo: Todo, settings: Settings, pools: Pools, session: Session, run_id: str) -> tuple[list[ray.ObjectRef], int]:
-    """The blocks to judge on, made once: without chance they are the same in each epoch. And how many rows were rejected."""
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """What a training is judged on: blocks (schema BLOCK), how many of their rows were rejected, and the boxes that could not be
+    used (journal.Dropped, as dicts)."""
+
+    blocks: Sequence[ray.ObjectRef] = ()
+    rejected: int = 0
+    dropped: Sequence[dict[str, Any]] = ()
+
+
+def _held_out(todo: Todo, settings: Settings, pools: Pools, session: Session, run_id: str) -> HeldOut:
+    """Make the blocks to judge on, once: without chance they are the same in each epoch."""
     if not todo.holdout.num_rows:
-        return [], 0
+        return HeldOut()
     pixels = replace(_pixels(todo, settings), recipe=for_evaluation(todo.recipe), decode_only=False)
     # These actors are up for this alone, and each takes a second of CPU to start: as long as 300 images.
     pools = replace(pools, actors=min(pools.actors, 1 + todo.holdout.num_rows // 300))
@@ -686,13 +696,14 @@ def _held_out(todo: Todo, settings: Settings, pools: Pools, session: Session, ru
     with pipeline.tracks(run_id):
         made = dataset.materialize()
     refs = made.to_arrow_refs()
-    rejected = 0
-    for block in made.select_columns(journal.REJECTS.names).iter_batches(batch_format="pyarrow"):
-        rejects = block.filter(pc.is_valid(block.column("reason"))).to_pylist()
-        rejected += len(rejects)
-        for reject in rejects:
-            check_read(reject)
-    return refs, rejected
+    rejected, dropped = 0, list[dict[str, Any]]()
+    for block in made.select_columns([*journal.REJECTS.names, "boxes_dropped"]).iter_batches(batch_format="pyarrow"):
+        for row in block.to_pylist():
+            dropped += [{"image_id": row["image_id"], "uri": row["uri"], **box} for box in row.pop("boxes_dropped") or ()]
+            if row["reason"] is not None:
+                check_read(row)
+                rejected += 1
+    return HeldOut(blocks=refs, rejected=rejected, dropped=dropped)
 
 
 def _probe(settings: Settings, todo: Todo) -> probes.Probe:
@@ -752,7 +763,7 @@ def _attempt(
     on_gpu: bool,
     pools: Pools,
     cpus_each: float,
-    held: list[ray.ObjectRef],
+    held: HeldOut,
     collector: ray.actor.ActorHandle,
     board: ray.actor.ActorHandle,
     watch: Watch,
@@ -789,7 +800,8 @@ def _attempt(
         attempt=location.join(storage, name),
         resume=resume,
         has_rows=bool(left.num_rows),
-        holdout=held,
+        holdout=held.blocks,
+        dropped=held.dropped,
         board=ToBoard(board),
         meter=Meter(stage="train", collector=collector, loops=True),
         row_log=settings.row_log and os.path.abspath(settings.row_log),
@@ -895,7 +907,7 @@ def _report(
             images_out=progress.images,
             rejects_by_reason=_in_all(reasons, progress),
             before=before,
-            damaged_kept=0 if settings.damaged == "reject" else None,  # workers do not tell them from others
+            damaged_kept=progress.damaged,
             skipped=todo.skipped,
             boxes_dropped=len(progress.dropped),
             boxes_from=result.frames_told(progress.boxes_from),

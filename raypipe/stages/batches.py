@@ -35,6 +35,7 @@ class Row:
     reject: dict[str, str] | None
     dropped: list[dict[str, Any]] = field(default_factory=list)
     boxes_from: str | None = None
+    damaged: bool = False  # delivered all the same (--damaged keep)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +65,7 @@ def rows_of(block: pa.Table) -> Iterator[Row]:
             reject=None if image is not None else {name: row[name] or "" for name in ("image_id", "uri", "reason", "detail")},
             dropped=[{"image_id": row["image_id"], "uri": row["uri"], **box} for box in row["boxes_dropped"] or ()],
             boxes_from=row["boxes_from"],
+            damaged=image is not None and row["detail"] is not None,
         )
 
 

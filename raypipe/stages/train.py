@@ -96,6 +96,7 @@ class Assignment:
     board: Tell
     meter: Meter
     row_log: str | None = None
+    dropped: Sequence[dict[str, Any]] = ()  # boxes of the hold-out that could not be used (journal.Dropped)
 
 
 # --- batches ahead -------------------------------------------------------------------------------------------------------
@@ -292,11 +293,12 @@ class Worker:
         if device.type == "cuda":
             self._model = self._model.to(memory_format=torch.channels_last)
         self._optimizer = optimizer_for(self._model, training)
-        self._progress = Progress()
+        self._progress = Progress(dropped=list(assignment.dropped))
         self._consumed: list[str] = []  # of all ranks, on rank 0 alone; of this rank since the last checkpoint elsewhere
         self._new: list[str] = []
         self._rejects: list[dict[str, str]] = []
         self._dropped: list[dict[str, Any]] = []
+        self._damaged = 0
         self._boxes_from: Counter[str] = Counter()
         # Whether all of this epoch is seen by this attempt; and how many boxes of it this rank has learned from.
         self._whole, self._learned = True, 0
@@ -400,6 +402,7 @@ class Worker:
         self._assignment.meter.count(images=len(taken), bytes_in=pixels, bytes_out=0)
         self._new += [row.image_id for row in taken]
         self._rejects += [row.reject for row in taken if row.reject is not None]
+        self._damaged += sum(row.damaged for row in taken)
         if placed.batch.epoch == 0:  # in later ones they are the same
             self._dropped += [box for row in taken for box in row.dropped]
             self._boxes_from.update(row.boxes_from for row in taken if row.boxes_from is not None)
@@ -514,8 +517,8 @@ class Worker:
             if self._device.type == "cuda":
                 random["cuda"] = torch.cuda.get_rng_state(self._device)
             everybody = self._peers.collect((self._new, self._rejects, random))
-            told = self._peers.collect((self._dropped, self._boxes_from))
-            self._new, self._rejects, self._dropped, self._boxes_from = [], [], [], Counter()
+            told = self._peers.collect((self._dropped, self._boxes_from, self._damaged))
+            self._new, self._rejects, self._dropped, self._boxes_from, self._damaged = [], [], [], Counter(), 0
             name = checkpoints.name_of(self._progress)
             if self._peers.rank == 0:
                 self._consumed = [] if ended is not None else self._consumed + [i for ids, _, _ in everybody for i in ids]
@@ -524,8 +527,9 @@ class Worker:
                 self._progress = replace(
                     self._progress,
                     rejects=[*self._progress.rejects, *fresh],
-                    dropped=[*self._progress.dropped, *(box for boxes, _ in told for box in boxes)],
-                    boxes_from=dict(sum((kinds for _, kinds in told), Counter(self._progress.boxes_from))),
+                    dropped=[*self._progress.dropped, *(box for boxes, _, _ in told for box in boxes)],
+                    boxes_from=dict(sum((kinds for _, kinds, _ in told), Counter(self._progress.boxes_from))),
+                    damaged=self._progress.damaged + sum(damaged for _, _, damaged in told),
                 )
                 checkpoints.save(
                     location.join(self._assignment.attempt, name),

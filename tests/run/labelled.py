@@ -18,7 +18,8 @@ RECIPE = {
 
 
 def make_labelled(root: Path) -> Path:
-    """45 photos with a square or two of category 3 or 90 on each, a COCO JSON, a recipe; photo 7 is corrupt."""
+    """45 photos with a square or two of category 3 or 90 on each, a COCO JSON, a recipe; photo 7 is corrupt, and each
+    ninth photo has a box without an area besides."""
     (root / "photos").mkdir()
     images, annotations = [], []
     for number in range(45):
@@ -30,6 +31,8 @@ def make_labelled(root: Path) -> Path:
             image[y : y + side, x : x + side] = (250, 20, 20) if category == 3 else (20, 20, 250)
             box = {"bbox": [x, y, side, side], "category_id": category, "area": side * side, "iscrowd": 0}
             annotations.append({"id": len(annotations) + 1, "image_id": number + 1, **box})
+        if number % 9 == 0:
+            annotations.append({"id": 1000 + number, "image_id": number + 1, "bbox": [5, 5, 0, 9], "category_id": 3})
         data = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1].tobytes()
         (root / "photos" / f"{number:03d}.jpg").write_bytes(data[:300] if number == 7 else data)
     categories = [{"id": 3, "name": "red"}, {"id": 90, "name": "blue"}]

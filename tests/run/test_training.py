@@ -89,6 +89,7 @@ def test_a_run_trains_on_every_row_once_an_epoch_and_reports_what_it_cost(traine
     report = outcome.report
     assert report["images_in"] == 495 == report["images_out"] + report["images_rejected"]
     assert (report["images_rejected"], report["train"]["holdout_rejected"]) == (11, 1)  # photo 7, in each epoch and held out
+    assert (report["boxes_dropped"], report["images_damaged_kept"]) == (5, 0)  # those of held-out photos included
     preprocess, train = report["stages"]
     assert (preprocess["name"], train["name"]) == ("preprocess", "train")
     assert preprocess["images"] == train["images"] == 495

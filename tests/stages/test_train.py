@@ -315,7 +315,12 @@ def test_dropped_boxes_and_frames_are_counted_once_however_many_epochs(tmp_path)
     def told(epoch: int) -> pa.Table:
         table = block(epoch, range(4))
         dropped = [[{"box": [0, 0, 0, 1], "annotation_id": n, "reason": "no area"}] * (n % 2) for n in range(4)]
-        for name, values in (("boxes_dropped", dropped), ("boxes_from", ["stored", "upright", "unclear", None])):
+        columns = {
+            "boxes_dropped": dropped,
+            "boxes_from": ["stored", "upright", "unclear", None],
+            "detail": ["libjpeg: premature end", None, None, None],  # damaged, but kept
+        }
+        for name, values in columns.items():
             field = BLOCK.field(name)
             table = table.set_column(table.column_names.index(name), field, pa.array(values, field.type))
         return table
@@ -325,3 +330,4 @@ def test_dropped_boxes_and_frames_are_counted_once_however_many_epochs(tmp_path)
     assert progress == worker._progress
     assert [(box["image_id"], box["annotation_id"]) for box in progress.dropped] == [("i1", 1), ("i3", 3)]
     assert progress.boxes_from == {"stored": 1, "upright": 1, "unclear": 1}
+    assert progress.damaged == 2  # of images_out, which counts each epoch

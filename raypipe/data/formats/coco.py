@@ -3,21 +3,27 @@
 import json
 import logging
 import os
+import posixpath
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from raypipe.data.location import ERRORS, absolute, is_remote, join, local_uri, one_line, read
+from raypipe.data.names import suffix_of
 from raypipe.data.tables import Listed, box_lists, flag, frame, lists_of, real, rows, whole
 from raypipe.errors import UsageError, foreign, printable, shown, words
 
 log = logging.getLogger(__name__)
 
 
-def list_coco(input: str, annotations: str, limit: int | None) -> Listed:
-    """The images of a COCO JSON in its order, whether the file exists below the folder `input` or not.
+def list_coco(input: str, annotations: str, limit: int | None, *, there: Iterable[str] = ()) -> Listed:
+    """List the images of a COCO JSON in its order, whether the file exists below the folder `input` or not.
+
+    Args:
+        there: the files below `input`, by their paths in it. Those that the JSON does not name are counted as skipped.
 
     Raises UsageError if `input` is no folder, or the JSON is none of COCO's.
     """
@@ -46,8 +52,15 @@ def list_coco(input: str, annotations: str, limit: int | None) -> Listed:
             crowds=lists_of(counts, crowds[order]),
             annotation_ids=lists_of(counts, ids[order]),
             frames=[frame(image) for image in images[:count]],
-        )
+        ),
+        _not_named(images, there),
     )
+
+
+def _not_named(images: list[Any], there: Iterable[str]) -> Counter[str]:
+    """Count the files of `there` that no image names, by suffix."""
+    named = {posixpath.normpath(image["file_name"]) for image in images}
+    return Counter(suffix_of(path) for path in there if path not in named)
 
 
 def read_coco(location: str) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 import json
 import logging
+import shutil
+from collections import Counter
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from raypipe import UsageError
-from raypipe.data.listing import list_images
+from raypipe.data.listing import list_images, look
 from raypipe.data.tables import SOURCE
 from raypipe.images.decode import Reject
 from tests.data.conftest import ids, names, put, read
@@ -191,3 +193,14 @@ def test_nesting_too_deep_is_an_error_in_a_line(tmp_path):
         with pytest.raises(UsageError) as caught:
             list_images(str(tmp_path), annotations=str(tmp_path / "deep.json"))
         assert str(caught.value).isprintable() and len(str(caught.value)) < 800
+
+
+def test_files_that_the_json_does_not_name_are_counted(tmp_path, caplog):
+    put(tmp_path / "images", "two.jpg", "sub/one.jpg", "unlisted.jpg", "sub/notes.txt", "more.jpg")
+    given = coco(tmp_path)
+    shutil.copy(given, tmp_path / "images/annotations.json")
+    for limit in (None, 1):  # named is named, whether it is taken or not
+        found = look(str(tmp_path / "images"), annotations=str(tmp_path / "images/annotations.json"), limit=limit)
+        assert found.skipped == {".jpg": 2, ".txt": 1}
+    assert "3 files are left out: 2 .jpg, 1 .txt (not named in " in caplog.text
+    assert not look(str(tmp_path / "images/sub"), annotations=given).skipped - Counter({".jpg": 1, ".txt": 1})
