@@ -115,7 +115,9 @@ def resize(image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
 def write(image: np.ndarray, path: str) -> None:
     """As a JPEG file."""
     with open(path, "wb") as file:
-        file.write(cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), QUALITY)[1].tobytes())
+        file.write(
+            cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), QUALITY)[1].tobytes()
+        )
 
 
 def name_of(path: str, folder: str) -> str:
@@ -199,7 +201,9 @@ def dataloader(paths: Paths, folder: str | None) -> Moments:
     """PyTorch's DataLoader over OpenCV, a worker a core."""
     from torch.utils.data import DataLoader
 
-    loader: Any = DataLoader(_Frames(paths, folder), batch_size=BATCH, num_workers=CORES, worker_init_fn=_one_thread)  # type: ignore[arg-type]
+    loader: Any = DataLoader(
+        _Frames(paths, folder), batch_size=BATCH, num_workers=CORES, worker_init_fn=_one_thread
+    )  # type: ignore[arg-type]
     for batch in loader:
         yield time.perf_counter(), len(batch)
 
@@ -236,9 +240,13 @@ def ray_actors(paths: Paths, folder: str | None) -> Moments:
     """A bare Ray Data actor pool over a table of paths: how fast Ray alone has a first block."""
     if folder:
         raise NotImplementedError("the bare pool only delivers")
-    blocks = [pa.table({"path": paths[at : at + 2 * BATCH]}) for at in range(0, len(paths), 2 * BATCH)]
+    blocks = [
+        pa.table({"path": paths[at : at + 2 * BATCH]}) for at in range(0, len(paths), 2 * BATCH)
+    ]
     pool = ray.data.ActorPoolStrategy(size=CORES)
-    dataset = ray.data.from_arrow(blocks).map_batches(_Bare, batch_size=None, compute=pool, num_cpus=1)
+    dataset = ray.data.from_arrow(blocks).map_batches(
+        _Bare, batch_size=None, compute=pool, num_cpus=1
+    )
     for batch in dataset.iter_batches(batch_size=BATCH):
         yield time.perf_counter(), len(batch["image"])
 
@@ -314,7 +322,9 @@ def main() -> int:
     paths = local_files(wanted.input)
     names = wanted.contenders or tuple(CONTENDERS)
     console = Console()
-    ray_here(num_cpus=2 * CORES, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+    ray_here(
+        num_cpus=2 * CORES, log_to_driver=False, logging_level="ERROR", include_dashboard=False
+    )
     results: dict[tuple[str, str], list[tuple[Timing, int]]] = {}
     for round_ in range(wanted.rounds):
         for mode in wanted.modes:
@@ -327,15 +337,26 @@ def main() -> int:
                 finally:
                     shutil.rmtree(folder or "", ignore_errors=True)
                 results.setdefault((mode, name), []).append(result)
-                console.print(f"round {round_ + 1} {mode} {name}: {result[0].images_per_s:.0f} images/s", highlight=False)
+                console.print(
+                    f"round {round_ + 1} {mode} {name}: {result[0].images_per_s:.0f} images/s",
+                    highlight=False,
+                )
     for mode in wanted.modes:
         table = Table(
-            "contender", "images/s", "of plain-opencv", "min-max", "first, s", "memory, MB", title=f"{mode}, {len(paths)} images"
+            "contender",
+            "images/s",
+            "of plain-opencv",
+            "min-max",
+            "first, s",
+            "memory, MB",
+            title=f"{mode}, {len(paths)} images",
         )
         ceiling = [timing.images_per_s for timing, _ in results.get((mode, "plain-opencv"), [])]
         for name in (name for name in names if (mode, name) in results):
             rounds = results[mode, name]
-            ratios = [timing.images_per_s / c for (timing, _), c in zip(rounds, ceiling, strict=False)]
+            ratios = [
+                timing.images_per_s / c for (timing, _), c in zip(rounds, ceiling, strict=False)
+            ]
             table.add_row(
                 name,
                 f"{statistics.median(timing.images_per_s for timing, _ in rounds):.0f}",

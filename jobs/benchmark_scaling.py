@@ -84,7 +84,9 @@ def quiet() -> Console:
 
 def waiting(settings: Settings, **changes: Any) -> Settings:
     """0.17 s to preprocess a task, 0.21 s to write it."""
-    return replace(settings, read_ms=170.0, store_ms=210.0, shard_rows=1, recipe=_file(TINY), **changes)
+    return replace(
+        settings, read_ms=170.0, store_ms=210.0, shard_rows=1, recipe=_file(TINY), **changes
+    )
 
 
 def _file(recipe: Recipe) -> str:
@@ -109,7 +111,10 @@ def autoscaled_by_ray_data(settings: Settings, cpus: int, *, one_by_one: bool) -
     with tempfile.TemporaryDirectory(prefix="raypipe-benchmark-") as folder:
         sink = Sink(format="jpeg", root=folder)
         dataset = ray.data.from_arrow(list(shards(todo.work)))
-        pools: dict[str, Any] = {"compute": ActorPoolStrategy(min_size=1, max_size=cpus - 1), "num_cpus": 1}
+        pools: dict[str, Any] = {
+            "compute": ActorPoolStrategy(min_size=1, max_size=cpus - 1),
+            "num_cpus": 1,
+        }
         how: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"} | pools
         preprocess = {
             "settings": Preprocessing(recipe=todo.recipe, backend="opencv"),
@@ -128,7 +133,9 @@ def autoscaled_by_ray_data(settings: Settings, cpus: int, *, one_by_one: bool) -
         dataset = dataset.map_batches(Write, fn_constructor_kwargs=write, **how)
         if one_by_one:
             context = dataset.context
-            context.autoscaling_config = replace(context.autoscaling_config, actor_pool_max_upscaling_delta=1)
+            context.autoscaling_config = replace(
+                context.autoscaling_config, actor_pool_max_upscaling_delta=1
+            )
         with mock.patch.dict(
             os.environ, RAY_DATA_ACTOR_AUTOSCALER="DEFAULT" if one_by_one else "BACKLOG_AWARE"
         ):  # the latter is the default
@@ -149,8 +156,12 @@ def auto(wanted: Benchmark, console: Console) -> None:
 
     contenders = {f"static {p} + {w}": seconds_of(actors=p, writers=w) for p, w in sorted(static)}
     contenders["raypipe auto"] = seconds_of(actors="auto", writers="auto")
-    contenders["Ray Data's autoscaler"] = lambda: autoscaled_by_ray_data(base, wanted.cpus, one_by_one=False)
-    contenders["the same, an actor at a time"] = lambda: autoscaled_by_ray_data(base, wanted.cpus, one_by_one=True)
+    contenders["Ray Data's autoscaler"] = lambda: autoscaled_by_ray_data(
+        base, wanted.cpus, one_by_one=False
+    )
+    contenders["the same, an actor at a time"] = lambda: autoscaled_by_ray_data(
+        base, wanted.cpus, one_by_one=True
+    )
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for round_ in range(wanted.rounds):
         for name, contender in contenders.items():
@@ -159,17 +170,27 @@ def auto(wanted: Benchmark, console: Console) -> None:
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     best = min(time for name, time in medians.items() if name.startswith("static"))
     table = Table(
-        "contender", "s", "of the best static rate", title=f"{wanted.tasks} tasks of 0.17 + 0.21 s, {wanted.cpus} logical CPUs"
+        "contender",
+        "s",
+        "of the best static rate",
+        title=f"{wanted.tasks} tasks of 0.17 + 0.21 s, {wanted.cpus} logical CPUs",
     )
     for name, median in medians.items():
-        table.add_row(name, f"{median:.1f} ({min(seconds[name]):.1f}-{max(seconds[name]):.1f})", f"{best / median:.2f}")
+        table.add_row(
+            name,
+            f"{median:.1f} ({min(seconds[name]):.1f}-{max(seconds[name]):.1f})",
+            f"{best / median:.2f}",
+        )
     console.print(table)
 
 
 def change(wanted: Benchmark, console: Console) -> None:
     """Images grow 40 times halfway: rates before and after 20 s of that, of static allocations and of auto, which starts with one for small images."""
     with tempfile.TemporaryDirectory(prefix="raypipe-benchmark-") as folder:
-        small, large = (cv2.imencode(".png", np.zeros((*size, 3), np.uint8))[1].tobytes() for size in ((480, 640), (3000, 4000)))
+        small, large = (
+            cv2.imencode(".png", np.zeros((*size, 3), np.uint8))[1].tobytes()
+            for size in ((480, 640), (3000, 4000))
+        )
         half = wanted.tasks // 2
         for index, image in enumerate([small] * half + [large] * half):
             Path(folder, f"{index:06d}.png").write_bytes(image)
@@ -178,15 +199,28 @@ def change(wanted: Benchmark, console: Console) -> None:
         recipe = _file(Recipe(name="growing", ops=(Imported(ms_per_megapixel=100.0), *TINY.ops)))
         base = Settings(input=folder, recipe=recipe, store_ms=20.0, shard_rows=2)
         static = {
-            f"static {wanted.cpus - writers} + {writers}": replace(base, actors=wanted.cpus - writers, writers=writers)
+            f"static {wanted.cpus - writers} + {writers}": replace(
+                base, actors=wanted.cpus - writers, writers=writers
+            )
             for writers in (1, 2, 3)
         }
         found = {}
-        for name, settings in (static | {f"auto, round {round_ + 1}": base for round_ in range(wanted.rounds)}).items():
+        for name, settings in (
+            static | {f"auto, round {round_ + 1}": base for round_ in range(wanted.rounds)}
+        ).items():
             found[name] = _followed(settings, half)
-            console.print(f"{name}: {found[name][0]:.1f}, then {found[name][1]:.1f} images/s", highlight=False)
+            console.print(
+                f"{name}: {found[name][0]:.1f}, then {found[name][1]:.1f} images/s", highlight=False
+            )
     best = max(found[name][1] for name in static)
-    table = Table("contender", "to 20 s", "later", "of the best static", "changes", title="images/s after images have grown")
+    table = Table(
+        "contender",
+        "to 20 s",
+        "later",
+        "of the best static",
+        "changes",
+        title="images/s after images have grown",
+    )
     for name, (soon, later, events) in found.items():
         table.add_row(name, f"{soon:.1f}", f"{later:.1f}", f"{later / best:.2f}", events)
     console.print(table)
@@ -210,7 +244,10 @@ def _followed(settings: Settings, half: int) -> tuple[float, float, str]:
         inside = [point for point in points if changed_at + since <= point[0] <= changed_at + until]
         return (inside[-1][1] - inside[0][1]) / (inside[-1][0] - inside[0][0])
 
-    events = (f"{e['t_s'] - changed_at:+.0f} s {e['stage']} {e['from']} -> {e['to']}" for e in report["scale_events"])
+    events = (
+        f"{e['t_s'] - changed_at:+.0f} s {e['stage']} {e['from']} -> {e['to']}"
+        for e in report["scale_events"]
+    )
     return rate(0, 20), rate(20, last_at - changed_at), "; ".join(events)
 
 
@@ -220,43 +257,86 @@ def running_rate(report: dict[str, Any]) -> float:
     seconds: dict[float, dict[str, dict[str, Any]]] = {}
     for record in report["timeline"]:
         seconds.setdefault(record["t_s"], {})[record["stage"]] = record
-    full = [all(name in s and s[name]["actors"] == n for name, n in wanted.items()) for s in seconds.values()]
-    inside = [index for index, is_full in enumerate(full) if is_full and seconds[list(seconds)[index]]["preprocess"]["queued"]]
-    rates = [rate for index in inside[2:] if (rate := list(seconds.values())[index]["write"]["images_per_s"]) is not None]
+    full = [
+        all(name in s and s[name]["actors"] == n for name, n in wanted.items())
+        for s in seconds.values()
+    ]
+    inside = [
+        index
+        for index, is_full in enumerate(full)
+        if is_full and seconds[list(seconds)[index]]["preprocess"]["queued"]
+    ]
+    rates = [
+        rate
+        for index in inside[2:]
+        if (rate := list(seconds.values())[index]["write"]["images_per_s"]) is not None
+    ]
     return statistics.fmean(rates) if len(rates) >= 5 else math.nan
 
 
 def predict(wanted: Benchmark, console: Console) -> None:
     """One run's costs predict other allocations, which are then run: throughput once all actors run."""
-    waits = Settings(input="demo:20000", read_ms=60.0, store_ms=40.0, shard_rows=8, recipe=_file(TINY))
+    waits = Settings(
+        input="demo:20000", read_ms=60.0, store_ms=40.0, shard_rows=8, recipe=_file(TINY)
+    )
     computes = Settings(input="demo:20000", shard_rows=64)
     grid: list[tuple[str, Settings, int, list[tuple[int, int]]]] = [
         ("computing", computes, wanted.rounds, [(1, 1), (1, 2), (2, 1), (2, 2)]),
-        ("waiting", waits, 1, [(2, 2), (4, 2), (4, 4), (8, 4), (8, 8), (12, 8), (4, 8), (6, 3), (3, 6), (10, 6)]),
+        (
+            "waiting",
+            waits,
+            1,
+            [(2, 2), (4, 2), (4, 4), (8, 4), (8, 8), (12, 8), (4, 8), (6, 3), (3, 6), (10, 6)],
+        ),
     ]
     table = Table(
-        "stages", "preprocess", "write", "predicted", "measured", "error", title="images/s once running, predicted from one run"
+        "stages",
+        "preprocess",
+        "write",
+        "predicted",
+        "measured",
+        "error",
+        title="images/s once running, predicted from one run",
     )
     errors = []
     for kind, settings, rounds, allocations in grid:
-        known = replace(settings, actors=2, writers=1, limit=wanted.tasks if kind == "computing" else wanted.tasks // 5)
-        seen: dict[tuple[int, int], list[tuple[float, float]]] = {allocation: [] for allocation in allocations}
+        known = replace(
+            settings,
+            actors=2,
+            writers=1,
+            limit=wanted.tasks if kind == "computing" else wanted.tasks // 5,
+        )
+        seen: dict[tuple[int, int], list[tuple[float, float]]] = {
+            allocation: [] for allocation in allocations
+        }
         for _ in range(rounds):
             costs, machine = planner.of_report(took(known))
             for actors, writers in allocations:
-                there = planner.outlook(costs, machine, {"preprocess": actors, "write": writers}).images_per_s
+                there = planner.outlook(
+                    costs, machine, {"preprocess": actors, "write": writers}
+                ).images_per_s
                 # As many images as take 20 s, and those that pass while actors start, about 1.2 s each on two cores.
                 images = int(there * (20 + 1.2 * (actors + writers)))
-                rate = running_rate(took(replace(settings, actors=actors, writers=writers, limit=images)))
+                rate = running_rate(
+                    took(replace(settings, actors=actors, writers=writers, limit=images))
+                )
                 seen[actors, writers].append((there, rate))
-                console.print(f"{kind} {actors} + {writers}: predicted {there:.0f}, measured {rate:.0f}", highlight=False)
+                console.print(
+                    f"{kind} {actors} + {writers}: predicted {there:.0f}, measured {rate:.0f}",
+                    highlight=False,
+                )
         for (actors, writers), pairs in seen.items():
             predicted, measured = (statistics.median(rates) for rates in zip(*pairs, strict=True))
             errors.append(abs(predicted / measured - 1))
             error = f"{100 * (predicted / measured - 1):+.0f}%"
-            table.add_row(kind, str(actors), str(writers), f"{predicted:.0f}", f"{measured:.0f}", error)
+            table.add_row(
+                kind, str(actors), str(writers), f"{predicted:.0f}", f"{measured:.0f}", error
+            )
     console.print(table)
-    console.print(f"median error {100 * statistics.median(errors):.0f}%, worst {100 * max(errors):.0f}%", highlight=False)
+    console.print(
+        f"median error {100 * statistics.median(errors):.0f}%, worst {100 * max(errors):.0f}%",
+        highlight=False,
+    )
 
 
 def overhead(wanted: Benchmark, console: Console) -> None:
@@ -267,9 +347,12 @@ def overhead(wanted: Benchmark, console: Console) -> None:
     def rate(collector: Any) -> float:
         pools = Pools(actors=2)
         pixels = Preprocessing(recipe=todo.recipe, backend="opencv")
-        dataset = preprocessed(todo.work, pixels, pools=pools, run_id=f"overhead-{time.time()}", collector=collector)
+        dataset = preprocessed(
+            todo.work, pixels, pools=pools, run_id=f"overhead-{time.time()}", collector=collector
+        )
         moments = [
-            (time.perf_counter(), len(block["image_id"])) for block in dataset.iter_batches(batch_size=None, prefetch_batches=0)
+            (time.perf_counter(), len(block["image_id"]))
+            for block in dataset.iter_batches(batch_size=None, prefetch_batches=0)
         ]
         return sum(count for _, count in moments[1:]) / (moments[-1][0] - moments[0][0])
 
@@ -277,13 +360,17 @@ def overhead(wanted: Benchmark, console: Console) -> None:
     for round_ in range(wanted.rounds):
         facts = Facts(images=wanted.tasks, auto=("preprocess",), at_most=2)
         with collecting(f"overhead-{round_}", facts) as collector:
-            rates = [rate(None), rate(collector)] if round_ % 2 else [rate(collector), rate(None)][::-1]
+            rates = (
+                [rate(None), rate(collector)] if round_ % 2 else [rate(collector), rate(None)][::-1]
+            )
         ratios.append(rates[1] / rates[0])
         console.print(
-            f"round {round_ + 1}: {rates[0]:.0f} images/s without, {rates[1]:.0f} with: {ratios[-1]:.3f}", highlight=False
+            f"round {round_ + 1}: {rates[0]:.0f} images/s without, {rates[1]:.0f} with: {ratios[-1]:.3f}",
+            highlight=False,
         )
     console.print(
-        f"median {statistics.median(ratios):.3f} of the throughput without ({min(ratios):.3f}-{max(ratios):.3f})", highlight=False
+        f"median {statistics.median(ratios):.3f} of the throughput without ({min(ratios):.3f}-{max(ratios):.3f})",
+        highlight=False,
     )
 
 
@@ -311,7 +398,11 @@ def slow_writers(seconds: float) -> Callable[[], None]:
 def main() -> int:
     """Measure and print."""
     wanted = tyro.cli(Benchmark, description=__doc__)
-    environment = {"worker_process_setup_hook": slow_writers(wanted.slow_start_s)} if wanted.slow_start_s else None
+    environment = (
+        {"worker_process_setup_hook": slow_writers(wanted.slow_start_s)}
+        if wanted.slow_start_s
+        else None
+    )
     ray_here(
         num_cpus=wanted.cpus,
         log_to_driver=False,
@@ -319,7 +410,9 @@ def main() -> int:
         include_dashboard=False,
         runtime_env=environment,
     )
-    {"auto": auto, "change": change, "predict": predict, "overhead": overhead}[wanted.what](wanted, Console())
+    {"auto": auto, "change": change, "predict": predict, "overhead": overhead}[wanted.what](
+        wanted, Console()
+    )
     ray.shutdown()
     return 0
 

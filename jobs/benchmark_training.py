@@ -43,7 +43,11 @@ class Waiting(nn.Module):
         if self.training:
             time.sleep(self._s)
             return {"nothing": (self.weight - 1) ** 2}
-        nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "scores": torch.zeros(0)}
+        nothing = {
+            "boxes": torch.zeros(0, 4),
+            "labels": torch.zeros(0, dtype=torch.int64),
+            "scores": torch.zeros(0),
+        }
         return [nothing for _ in images]
 
 
@@ -62,7 +66,15 @@ class Benchmark:
 
 def trained(folder: Path, **given: Any) -> dict[str, Any]:
     """The report of a training into a folder of its own."""
-    settings = Settings(**{"storage": tempfile.mkdtemp(dir=folder), "holdout": 0.0, "batch_size": 16, "shard_rows": 32, **given})
+    settings = Settings(
+        **{
+            "storage": tempfile.mkdtemp(dir=folder),
+            "holdout": 0.0,
+            "batch_size": 16,
+            "shard_rows": 32,
+            **given,
+        }
+    )
     report = training.run(settings, console=Console(quiet=True)).report
     assert report is not None
     return report
@@ -70,7 +82,11 @@ def trained(folder: Path, **given: Any) -> dict[str, Any]:
 
 def waiting(folder: Path, step_ms: float, **given: Any) -> dict[str, Any]:
     """A training on CPU whose steps wait."""
-    model = {"model": "benchmark_training:Waiting", "model_arguments": f'{{"ms": {step_ms}}}', "cpu": True}
+    model = {
+        "model": "benchmark_training:Waiting",
+        "model_arguments": f'{{"ms": {step_ms}}}',
+        "cpu": True,
+    }
     return trained(folder, **model, recipe=str(folder / "small.json"), **given)
 
 
@@ -91,15 +107,33 @@ def small_images(folder: Path, count: int) -> str:
 
 def overlap(wanted: Benchmark, folder: Path, console: Console) -> None:
     """Seconds from the first step to the end, of both at once and of each alone."""
-    table = Table("setting", "preprocess alone", "train alone", "both at once", "of the longer", title="seconds without start-up")
+    table = Table(
+        "setting",
+        "preprocess alone",
+        "train alone",
+        "both at once",
+        "of the longer",
+        title="seconds without start-up",
+    )
     epochs = wanted.epochs or 16
     how: dict[str, Any] = {"actors": 4, "input": small_images(folder, wanted.images)}
     # 4 actors that wait 20 ms an image make 200 images/s; a step of 16 images takes 80 ms at the same rate.
-    for name, step_ms in (("training-bound", 160.0), ("balanced", 80.0), ("preprocess-bound", 40.0)):
+    for name, step_ms in (
+        ("training-bound", 160.0),
+        ("balanced", 80.0),
+        ("preprocess-bound", 40.0),
+    ):
         ratios = []
         for _ in range(wanted.rounds):
-            first = wanted.images * epochs / preprocessed(folder, **how, read_ms=20.0)["steady_images_per_s"]
-            alone, both = (waiting(folder, step_ms, **how, epochs=epochs, read_ms=read_ms) for read_ms in (0.0, 20.0))
+            first = (
+                wanted.images
+                * epochs
+                / preprocessed(folder, **how, read_ms=20.0)["steady_images_per_s"]
+            )
+            alone, both = (
+                waiting(folder, step_ms, **how, epochs=epochs, read_ms=read_ms)
+                for read_ms in (0.0, 20.0)
+            )
             seconds = [first, *(report["wall_s"] - report["ready_s"] for report in (alone, both))]
             ratios.append(seconds[2] / max(seconds[:2]))
             table.add_row(name, *(f"{s:.1f}" for s in seconds), f"{ratios[-1]:.3f}")
@@ -110,10 +144,17 @@ def designs(wanted: Benchmark, folder: Path, console: Console) -> None:
     """Seconds of both designs, start-up left out, for as many epochs as it takes."""
     source: dict[str, Any] = {"actors": 2, "input": small_images(folder, wanted.images)}
     stored = folder / "stored"
-    once = preprocessed(folder, **source, read_ms=20.0, writers=1, output=str(stored), format="parquet")
+    once = preprocessed(
+        folder, **source, read_ms=20.0, writers=1, output=str(stored), format="parquet"
+    )
     once_s = once["images_in"] / once["steady_images_per_s"]
     said = None
-    table = Table("epochs", "continuous, s", "once and from the store, s", title=f"preprocessing once: {once_s:.1f} s")
+    table = Table(
+        "epochs",
+        "continuous, s",
+        "once and from the store, s",
+        title=f"preprocessing once: {once_s:.1f} s",
+    )
     for epochs in range(1, 1 + (wanted.epochs or 4)):
         continuous = waiting(folder, 80.0, **source, read_ms=20.0, epochs=epochs)
         separate = waiting(folder, 80.0, input=str(stored), actors=2, epochs=epochs)
@@ -126,13 +167,29 @@ def designs(wanted: Benchmark, folder: Path, console: Console) -> None:
 
 def ops(wanted: Benchmark, folder: Path, console: Console) -> None:
     """Images/s of a real training, with the ops here and there."""
-    table = Table("ops on", "images/s", "preprocess busy", "train waiting", "GPU %", title="ssd_tiny, ssd-300-train")
+    table = Table(
+        "ops on",
+        "images/s",
+        "preprocess busy",
+        "train waiting",
+        "GPU %",
+        title="ssd_tiny, ssd-300-train",
+    )
     for round_ in range(wanted.rounds):
         for where in ("actors", "device") if round_ % 2 == 0 else ("device", "actors"):
-            report = trained(folder, input=f"demo:{wanted.images}", epochs=wanted.epochs or 2, ops_on=where, shard_rows=None)
+            report = trained(
+                folder,
+                input=f"demo:{wanted.images}",
+                epochs=wanted.epochs or 2,
+                ops_on=where,
+                shard_rows=None,
+            )
             preprocess, train = report["stages"]
             gpu = "-" if train["gpu_percent"] is None else f"{train['gpu_percent']:.0f}"
-            shares = (f"{100 * share:.0f}%" for share in (preprocess["busy"], report["train"]["wait_share"]))
+            shares = (
+                f"{100 * share:.0f}%"
+                for share in (preprocess["busy"], report["train"]["wait_share"])
+            )
             table.add_row(where, f"{report['steady_images_per_s']:.1f}", *shares, gpu)
     console.print(table)
 
@@ -143,7 +200,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="raypipe-benchmark-") as name:
         folder = Path(name)
         (folder / "small.json").write_text(RECIPE)
-        ray_here(num_cpus=max(8, cores_here()), include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        ray_here(
+            num_cpus=max(8, cores_here()),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
         {"overlap": overlap, "designs": designs, "ops": ops}[wanted.what](wanted, folder, Console())
         ray.shutdown()
     return 0

@@ -26,19 +26,31 @@ from raypipe.run.predicting import RESULTS, Settings, run, verdict_on
 def main(arguments: list[str] | None = None) -> int:
     """Run the job; returns the exit status."""
     console = Console(stderr=True)
-    settings = tyro.cli(Settings, args=arguments, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    settings = tyro.cli(
+        Settings, args=arguments, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)
+    )
     kept = f"What is finished is in {settings.output}."
-    outcome = attempt(lambda: run(settings, console=console), kept=kept, again=goes_on(resume=settings.resume), console=console)
+    outcome = attempt(
+        lambda: run(settings, console=console),
+        kept=kept,
+        again=goes_on(resume=settings.resume),
+        console=console,
+    )
     if isinstance(outcome, int):
         return outcome
     if outcome.report is not None:
         Console().print(terminal(outcome.report))
         found = outcome.report["predict"]
         judged = (
-            "" if found["map"] is None else f"; mAP {found['map']:.3f} (at .50 {found['map50']:.3f}) by the boxes that are known"
+            ""
+            if found["map"] is None
+            else f"; mAP {found['map']:.3f} (at .50 {found['map50']:.3f}) by the boxes that are known"
         )
         Console().print(f"{found['boxes']} boxes{judged}", highlight=False)
-        say(console, f"predictions: {settings.output}/{RESULTS}\nreport: {settings.output}/_raypipe/report.html")
+        say(
+            console,
+            f"predictions: {settings.output}/{RESULTS}\nreport: {settings.output}/_raypipe/report.html",
+        )
     return ended(verdict_on(outcome, settings), console=console)
 
 

@@ -30,7 +30,9 @@ def main(arguments: list[str] | None = None) -> int:
     settings = tyro.cli(Settings, args=arguments, description=__doc__)
     kept = f"What is finished is in {settings.output}." if settings.output else "Nothing was kept."
     again = goes_on(resume=settings.resume) if settings.output else "The same command starts again."
-    outcome = attempt(lambda: run(settings, console=console), kept=kept, again=again, console=console)
+    outcome = attempt(
+        lambda: run(settings, console=console), kept=kept, again=again, console=console
+    )
     if isinstance(outcome, int):
         return outcome
     if outcome.report is not None:

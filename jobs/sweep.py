@@ -23,9 +23,16 @@ from raypipe.run.sweeping import Settings, run
 def main(arguments: list[str] | None = None) -> int:
     """Run the job; returns the exit status."""
     console = Console(stderr=True)
-    settings = tyro.cli(Settings, args=arguments, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    settings = tyro.cli(
+        Settings, args=arguments, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)
+    )
     kept = f"What is measured is in {settings.output}."
-    swept = attempt(lambda: run(settings, console=console), kept=kept, again=goes_on(resume=settings.resume), console=console)
+    swept = attempt(
+        lambda: run(settings, console=console),
+        kept=kept,
+        again=goes_on(resume=settings.resume),
+        console=console,
+    )
     if isinstance(swept, int):
         return swept
     if swept.findings:
@@ -33,7 +40,10 @@ def main(arguments: list[str] | None = None) -> int:
         if swept.warning:
             console.print(swept.warning, style="yellow", markup=False, highlight=False)
         say(console, f"page: {settings.output}/sweep.html")
-    return ended(swept.failure and f"{swept.failure}\n{kept} {goes_on(resume=settings.resume)}", console=console)
+    return ended(
+        swept.failure and f"{swept.failure}\n{kept} {goes_on(resume=settings.resume)}",
+        console=console,
+    )
 
 
 if __name__ == "__main__":

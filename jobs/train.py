@@ -26,22 +26,36 @@ from raypipe.run.training import Settings, run, verdict_on
 def main(arguments: list[str] | None = None) -> int:
     """Run the job; returns the exit status."""
     console = Console(stderr=True)
-    settings = tyro.cli(Settings, args=arguments, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    settings = tyro.cli(
+        Settings, args=arguments, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)
+    )
     kept = f"Checkpoints are in {settings.storage}."
-    outcome = attempt(lambda: run(settings, console=console), kept=kept, again=goes_on(resume=settings.resume), console=console)
+    outcome = attempt(
+        lambda: run(settings, console=console),
+        kept=kept,
+        again=goes_on(resume=settings.resume),
+        console=console,
+    )
     if isinstance(outcome, int):
         return outcome
     if outcome.report is not None:
         Console().print(terminal(outcome.report))
         trained = outcome.report["train"]
-        judged = "" if trained["map"] is None else f"mAP {trained['map']:.3f} on the held-out images; "
+        judged = (
+            "" if trained["map"] is None else f"mAP {trained['map']:.3f} on the held-out images; "
+        )
         Console().print(
             f"{judged}workers computed {100 * trained['accelerator_utilisation']:.0f}% and waited for data "
             f"{100 * trained['wait_share']:.0f}% of their time",
             highlight=False,
         )
-        Console().print(f"Preprocess once, or while training? {trained['break_even']['reason']}", highlight=False)
-        say(console, f"model: {outcome.checkpoint}\nreport: {settings.storage}/_raypipe/report.html")
+        Console().print(
+            f"Preprocess once, or while training? {trained['break_even']['reason']}",
+            highlight=False,
+        )
+        say(
+            console, f"model: {outcome.checkpoint}\nreport: {settings.storage}/_raypipe/report.html"
+        )
     return ended(verdict_on(outcome, settings), console=console)
 
 

@@ -25,7 +25,10 @@ from raypipe.insight.report import outlook, terminal
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 Address = Annotated[
     str | None,
-    tyro.conf.arg(metavar="HOST:PORT", help="Ray cluster, by its head; by default the runs of this machine and of RAY_ADDRESS."),
+    tyro.conf.arg(
+        metavar="HOST:PORT",
+        help="Ray cluster, by its head; by default the runs of this machine and of RAY_ADDRESS.",
+    ),
 ]
 
 
@@ -88,7 +91,9 @@ class Watch:
 class Scale:
     """Change how many actors a stage of a running run has: `raypipe scale preprocess=8 write=4`."""
 
-    what: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[RUN] STAGE=N ...")]
+    what: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[RUN] STAGE=N ...")
+    ]
     """Run (by default the only one), then the stages with the actors they are to have."""
     address: Address = None
 
@@ -106,7 +111,9 @@ def recipes(command: Recipes, console: Console) -> None:
     if command.name is not None:
         console.print_json(json.dumps(to_json(catalog.get(command.name))))
         return
-    table = Table("recipe", "size", "what it is, and where from", header_style="bold", pad_edge=False)
+    table = Table(
+        "recipe", "size", "what it is, and where from", header_style="bold", pad_edge=False
+    )
     table.columns[0].no_wrap = True
     for name, recipe in catalog.RECIPES.items():
         size = "varies" if recipe.fixed_size is None else "{}x{}".format(*recipe.fixed_size)
@@ -128,7 +135,9 @@ def _of(run: str) -> tuple[dict, str]:
             continue
         with foreign(f"the report {place}", remedy=_NO_REPORT):
             return json.loads(data), place
-    raise UsageError(f"There is no report in {run!r}: neither {' nor '.join(places)} exists. A run writes it when it ends.")
+    raise UsageError(
+        f"There is no report in {run!r}: neither {' nor '.join(places)} exists. A run writes it when it ends."
+    )
 
 
 _NO_REPORT = "It is no report of raypipe; give the output directory of a run that ended."
@@ -155,7 +164,9 @@ def plan(command: Plan, console: Console) -> None:
         if count is not None and count < 1:
             raise UsageError(f"--{name} is {count}; it must be at least 1.")
     found, place = _of(command.run)
-    remedy = "It says nothing of what stages cost; that of a run that finished at least a shard does."
+    remedy = (
+        "It says nothing of what stages cost; that of a run that finished at least a shard does."
+    )
     with foreign(f"the report {place}", remedy=remedy):
         console.print(outlook(found, cpus=command.cpus, gpus=command.gpus))
 
@@ -188,9 +199,15 @@ def watch(command: Watch, console: Console) -> None:
     from raypipe.watch import watch
 
     def waiting() -> None:
-        console.print("No run is under way. Waiting for one ... (Ctrl-C ends this)", highlight=False)
+        console.print(
+            "No run is under way. Waiting for one ... (Ctrl-C ends this)", highlight=False
+        )
 
-    run = control.attach(command.run, address=command.address, waiting=None if command.once or command.run else waiting)
+    run = control.attach(
+        command.run,
+        address=command.address,
+        waiting=None if command.once or command.run else waiting,
+    )
     watch(run, console, interval=command.interval, as_json=command.json, once=command.once)
 
 
@@ -200,10 +217,14 @@ def scalings(words: tuple[str, ...]) -> tuple[str | None, dict[str, int]]:
     Raises:
         UsageError: it is not of that form.
     """
-    form = "Nothing was changed. Give [RUN] STAGE=N ..., such as: raypipe scale preprocess=8 write=4"
+    form = (
+        "Nothing was changed. Give [RUN] STAGE=N ..., such as: raypipe scale preprocess=8 write=4"
+    )
     run, pairs = (words[0], words[1:]) if words and "=" not in words[0] else (None, words)
     if not pairs:
-        raise UsageError(f"{'No stage is named' if run is None else f'{run!r} is taken for a run, and no stage is named'}. {form}")
+        raise UsageError(
+            f"{'No stage is named' if run is None else f'{run!r} is taken for a run, and no stage is named'}. {form}"
+        )
     counts: dict[str, int] = {}
     for pair in pairs:
         stage, _, count = pair.partition("=")
@@ -228,7 +249,9 @@ def scale(command: Scale, console: Console) -> None:
     accepted = run.scale(counts)
     wanted = ", ".join(f"{stage}={accepted[stage]}" for stage in counts)
     console.print(
-        f"Run {run.run_id}: {wanted} wanted. `raypipe watch {run.run_id}` shows it come about.", markup=False, highlight=False
+        f"Run {run.run_id}: {wanted} wanted. `raypipe watch {run.run_id}` shows it come about.",
+        markup=False,
+        highlight=False,
     )
 
 
@@ -250,7 +273,9 @@ def dashboard(command: Dashboard, console: Console) -> None:
                 f"{command.file!r} cannot be written: {error.strerror}. Give another file, or remove it first."
             ) from error
     how = "In Grafana: Dashboards, New, Import, {}; then choose the Prometheus that scrapes Ray."
-    Console(stderr=True).print(how.format(command.file or "and paste it"), markup=False, highlight=False)
+    Console(stderr=True).print(
+        how.format(command.file or "and paste it"), markup=False, highlight=False
+    )
 
 
 @dataclass(frozen=True)
@@ -304,12 +329,16 @@ COMMANDS: dict[str, tuple[type, Callable[[Any, Console], None]]] = {
 def main(arguments: list[str] | None = None) -> int:
     """The `raypipe` command; returns the exit status: 0, 2 for bad arguments, 130 after Ctrl-C."""
     commands: dict[str, Callable[..., Any]] = {name: kind for name, (kind, _) in COMMANDS.items()}
-    command: Any = tyro.extras.subcommand_cli_from_dict(commands, prog="raypipe", description=__doc__, args=arguments)
+    command: Any = tyro.extras.subcommand_cli_from_dict(
+        commands, prog="raypipe", description=__doc__, args=arguments
+    )
     try:
         next(do for kind, do in COMMANDS.values() if isinstance(command, kind))(command, Console())
         sys.stdout.flush()
     except UsageError as error:
-        Console(stderr=True).print(f"error: {printable(str(error), 4000)}", style="red", markup=False, highlight=False)
+        Console(stderr=True).print(
+            f"error: {printable(str(error), 4000)}", style="red", markup=False, highlight=False
+        )
         return 2
     except KeyboardInterrupt:
         return 130

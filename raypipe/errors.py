@@ -24,7 +24,9 @@ class Place:
 
     def __str__(self) -> str:
         parts = self.at if isinstance(self.at, tuple) else (self.at,)
-        return printable(" ".join(part if isinstance(part, str) else shown(part) for part in parts if part != ""))
+        return printable(
+            " ".join(part if isinstance(part, str) else shown(part) for part in parts if part != "")
+        )
 
 
 @contextlib.contextmanager
@@ -60,7 +62,9 @@ def foreign(what: str, *, remedy: str, passes: tuple[type[Exception], ...] = ())
         if isinstance(error, (UsageError, *passes)):
             raise
         where = f", {place}" if str(place) else ""
-        raise UsageError(f"cannot read {printable(what)}{where}: {words(error)}. {remedy}") from error
+        raise UsageError(
+            f"cannot read {printable(what)}{where}: {words(error)}. {remedy}"
+        ) from error
 
 
 def words(error: BaseException) -> str:
@@ -89,4 +93,7 @@ def printable(text: str, most: int = _MOST) -> str:
     cut = text if len(text) <= most else text[: most - 3] + "..."
     if cut.isprintable():
         return cut
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in cut)
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii")
+        for c in cut
+    )

@@ -98,12 +98,17 @@ LOOK_EVERY_S = 0.25
 """How often a change of the terminal's size is noticed while no key is pressed."""
 
 
-def _full_screen(run: Watched, record: dict, console: Console, interval: float) -> tuple[dict, Looking, str | None]:
+def _full_screen(
+    run: Watched, record: dict, console: Console, interval: float
+) -> tuple[dict, Looking, str | None]:
     """The view with keys, until the run ends or the user has seen enough: what was seen last, and in the first case how it ended."""
     looking = Looking(selected=0, history=remember((), record))
     drawn = None
     due = time.monotonic() + interval
-    with _keyboard(sys.stdin.fileno()) as keys, Live(console=console, screen=True, auto_refresh=False) as live:
+    with (
+        _keyboard(sys.stdin.fileno()) as keys,
+        Live(console=console, screen=True, auto_refresh=False) as live,
+    ):
         while True:
             if drawn != (state := (record, looking, console.size)):
                 live.update(screen(record, looking, width=console.width), refresh=True)
@@ -121,7 +126,9 @@ def _full_screen(run: Watched, record: dict, console: Console, interval: float) 
                 due = time.monotonic() + interval
 
 
-def _lines(run: Watched, record: dict, form: Callable[[dict], str], interval: float) -> tuple[dict, str]:
+def _lines(
+    run: Watched, record: dict, form: Callable[[dict], str], interval: float
+) -> tuple[dict, str]:
     """A line an update, until the run ends: the last record, and how it ended."""
     while True:
         print(form(record), flush=True)
@@ -134,7 +141,11 @@ def _lines(run: Watched, record: dict, form: Callable[[dict], str], interval: fl
 
 def _last_words(record: dict, ended: str) -> str:
     seen = f"{ended} Last seen at {record['done']} of {record['images']} images, {record['rejected']} rejected."
-    where = "" if record["output"] is None else f" Its report, if it came to its end: {record['output']}/_raypipe/report.html"
+    where = (
+        ""
+        if record["output"] is None
+        else f" Its report, if it came to its end: {record['output']}/_raypipe/report.html"
+    )
     return printable(seen + where)
 
 
@@ -150,10 +161,14 @@ def watch(run: Watched, console: Console, *, interval: float, as_json: bool, onc
         UsageError: the run is gone already.
     """
     record = run.live()
-    terminal = sys.stdin.isatty() and sys.stdout.isatty() and not console.is_dumb_terminal and not as_json
+    terminal = (
+        sys.stdin.isatty() and sys.stdout.isatty() and not console.is_dumb_terminal and not as_json
+    )
     form = json.dumps if as_json else line
     if once:
-        console.print(view(record, Looking(), width=console.width)) if terminal else print(form(record), flush=True)
+        console.print(view(record, Looking(), width=console.width)) if terminal else print(
+            form(record), flush=True
+        )
         return
     if not terminal:
         record, ended = _lines(run, record, form, interval)

@@ -25,7 +25,13 @@ os.environ["XDG_CACHE_HOME"] = CACHE.name
 @pytest.fixture(scope="session")
 def session():
     """One local Ray for all tests that need none of their own: 8 logical CPUs, whatever the machine has."""
-    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(
+        address="local",
+        num_cpus=8,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
     yield
     ray.shutdown()
 
@@ -49,7 +55,9 @@ def photos(tmp_path) -> Path:
     for index in range(60):
         sub = folder / ("a" if index % 2 else "b")
         sub.mkdir(parents=True, exist_ok=True)
-        (sub / f"{index // 2:03d}.jpg").write_bytes(jpeg(index, height=100 + index, width=150 + index % 7))
+        (sub / f"{index // 2:03d}.jpg").write_bytes(
+            jpeg(index, height=100 + index, width=150 + index % 7)
+        )
     return folder
 
 
@@ -64,7 +72,11 @@ def s3():
     )
     assert process.stderr is not None
     try:
-        address = next(match[1] for line in process.stderr if (match := re.search(r"http://(127\.0\.0\.1:\d+)", line)))
+        address = next(
+            match[1]
+            for line in process.stderr
+            if (match := re.search(r"http://(127\.0\.0\.1:\d+)", line))
+        )
         drain = threading.Thread(target=process.stderr.read, daemon=True)
         drain.start()
         yield address
@@ -87,7 +99,9 @@ def bucket(s3, request, monkeypatch):
 
 def files(root: Path) -> dict[str, bytes]:
     """Every result file below `root` by its relative path; not raypipe's own state."""
-    found = sorted(p for p in root.rglob("*") if p.is_file() and "_raypipe" not in p.relative_to(root).parts)
+    found = sorted(
+        p for p in root.rglob("*") if p.is_file() and "_raypipe" not in p.relative_to(root).parts
+    )
     return {p.relative_to(root).as_posix(): p.read_bytes() for p in found}
 
 

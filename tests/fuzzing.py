@@ -5,7 +5,19 @@ import random
 from typing import Any
 
 _PLAIN: list[Any] = [None, True, False, [], {}, [[]], {"id": {}}]
-_TEXTS = ["1", "1.0", "0", "x", "", "\ud800", "\x1b[2J", "../../x", "a\0b.jpg", "9" * 5000, "x" * 100_000]
+_TEXTS = [
+    "1",
+    "1.0",
+    "0",
+    "x",
+    "",
+    "\ud800",
+    "\x1b[2J",
+    "../../x",
+    "a\0b.jpg",
+    "9" * 5000,
+    "x" * 100_000,
+]
 _WHOLE = [0, -1, 2**31, 2**63, 2**64 - 1, 2**70, 10**30, 10**400, -(10**30)]
 _REAL = [0.5, 1.0, 1e308, float("inf"), float("nan")]
 HOSTILE: tuple[Any, ...] = (*_PLAIN, *_TEXTS, *_WHOLE, *_REAL)
@@ -48,14 +60,22 @@ def tar_of(data: bytes, rng: random.Random) -> bytes:
     at = rng.choice(headers)
     match rng.randrange(7):
         case 0:  # a size of 256-based digits: negative, or larger than anything
-            out[at + 124 : at + 136] = rng.choice((b"\xff" * 11 + bytes([rng.randrange(256)]), b"\x80" + rng.randbytes(11)))
+            out[at + 124 : at + 136] = rng.choice(
+                (b"\xff" * 11 + bytes([rng.randrange(256)]), b"\x80" + rng.randbytes(11))
+            )
         case 1:
             out[at + 124 : at + 135] = b"%011o" % rng.choice((0, 1, 511, 10**6, 2**33 - 1))
         case 2:
             out[at + 156] = rng.choice(b"\x000123456789gxLKSVANX\xff")
         case 3:
             out[at : at + 100] = rng.choice(
-                (rng.randbytes(100), bytes(100), b"a" * 100, b"../" * 33 + b"a", b"/0.jpg".ljust(100, b"\0"))
+                (
+                    rng.randbytes(100),
+                    bytes(100),
+                    b"a" * 100,
+                    b"../" * 33 + b"a",
+                    b"/0.jpg".ljust(100, b"\0"),
+                )
             )
         case 4:
             out[at + 157 : at + 257] = rng.randbytes(100)
@@ -86,7 +106,16 @@ def parquet_of(data: bytes, rng: random.Random) -> bytes:
     out = bytearray(data)
     for _ in range(rng.randint(1, 3)):
         at = len(out) - 8 - rng.randrange(length)
-        out[at] = rng.choice((out[at] ^ (1 << rng.randrange(8)), rng.randrange(256), 0, 0x7F, 0xFF, out[at] + 2 & 0xFF))
+        out[at] = rng.choice(
+            (
+                out[at] ^ (1 << rng.randrange(8)),
+                rng.randrange(256),
+                0,
+                0x7F,
+                0xFF,
+                out[at] + 2 & 0xFF,
+            )
+        )
     return bytes(out)
 
 
@@ -102,7 +131,9 @@ def json_of(data: bytes, rng: random.Random) -> bytes:
         key: Any = "root"
         while isinstance(holder[key], dict | list) and holder[key] and rng.random() < 0.85:
             holder = holder[key]
-            key = rng.choice(list(holder)) if isinstance(holder, dict) else rng.randrange(len(holder))
+            key = (
+                rng.choice(list(holder)) if isinstance(holder, dict) else rng.randrange(len(holder))
+            )
         if holder is root and isinstance(root, list | dict) and rng.random() < 0.1:
             del holder[key]
         elif key != "root":
@@ -113,4 +144,6 @@ def json_of(data: bytes, rng: random.Random) -> bytes:
     if rng.random() < 0.1:
         text = text.replace("1", rng.choice(("1e999", "1" * 5000, "1" * 20)), 1)
     deep = nested(rng.choice((900, 2000, 100_000))).decode()
-    return (text.replace("0", deep, 1) if rng.random() < 0.05 else text).encode("utf-8", "surrogatepass")
+    return (text.replace("0", deep, 1) if rng.random() < 0.05 else text).encode(
+        "utf-8", "surrogatepass"
+    )

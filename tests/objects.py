@@ -69,8 +69,12 @@ def objects(**contents: bytes) -> Iterator[Objects]:
             if cut is not None:
                 self.wfile.flush()
                 if cut == "reset":
-                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                self.connection.shutdown(socket.SHUT_RDWR) if cut == "short" else self.connection.close()
+                    self.connection.setsockopt(
+                        socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+                    )
+                self.connection.shutdown(
+                    socket.SHUT_RDWR
+                ) if cut == "short" else self.connection.close()
                 self.close_connection = True
 
         def log_message(self, *args: object) -> None: ...

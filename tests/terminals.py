@@ -17,7 +17,15 @@ ESCAPE = re.compile(r"\x1b(?:\[[0-9;?]*[A-Za-z]|[()][A-Z0-9]|[=>])")
 class Terminal:
     """A pseudo-terminal with `command` in its foreground; kill its process when done (context manager)."""
 
-    def __init__(self, command: list[str], *, columns: int = 80, rows: int = 24, env: Mapping[str, str], **more):
+    def __init__(
+        self,
+        command: list[str],
+        *,
+        columns: int = 80,
+        rows: int = 24,
+        env: Mapping[str, str],
+        **more,
+    ):
         self._ours, self._its = os.openpty()
         self.resize(columns, rows)
         self.before = termios.tcgetattr(self._its)
@@ -28,7 +36,8 @@ class Terminal:
             stderr=self._its,
             start_new_session=True,
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C reaches it
-            env={key: value for key, value in env.items() if key not in ("COLUMNS", "LINES")} | {"TERM": "xterm-256color"},
+            env={key: value for key, value in env.items() if key not in ("COLUMNS", "LINES")}
+            | {"TERM": "xterm-256color"},
             **more,
         )
         self.output = ""
@@ -66,7 +75,9 @@ class Terminal:
             self._read(0.1)
             if self.process.poll() is not None:
                 self._read(0.1)
-                assert re.search(pattern, self.screen, re.DOTALL), f"ended with {self.process.returncode}: {self.output}"
+                assert re.search(pattern, self.screen, re.DOTALL), (
+                    f"ended with {self.process.returncode}: {self.output}"
+                )
         return self.screen
 
     def ends(self, seconds: float = 60) -> int:

@@ -12,11 +12,20 @@ def report(**given) -> dict:
 
     def stage(name: str, actors: int, busy_ms: float, cpu_ms: float) -> dict:
         counts = dict.fromkeys(("start", "min", "max", "end"), actors)
-        costs = {"busy_s_per_image": busy_ms / 1000, "cpu_s_per_image": cpu_ms / 1000, "core_wait_s_per_image": 0.0}
+        costs = {
+            "busy_s_per_image": busy_ms / 1000,
+            "cpu_s_per_image": cpu_ms / 1000,
+            "core_wait_s_per_image": 0.0,
+        }
         return {"name": name, "actors": counts, "on_gpu": False, **costs}
 
     stages = [stage("preprocess", 2, 4.0, 4.0), stage("write", 1, 20.0, 1.0)]
-    return {"stages": stages, "hardware": {"cores": 4}, "steady_images_per_s": 48.0, "overhead_cpu_s_per_image": 0.0005} | given
+    return {
+        "stages": stages,
+        "hardware": {"cores": 4},
+        "steady_images_per_s": 48.0,
+        "overhead_cpu_s_per_image": 0.0005,
+    } | given
 
 
 def planned(capsys, tmp_path, found: dict, *flags: str) -> tuple[int, str]:
@@ -30,14 +39,18 @@ def cells(text: str, start: str) -> list[str]:
     return next(line for line in text.splitlines() if line.strip().startswith(start)).split()
 
 
-def test_a_plan_names_the_bottleneck_the_best_allocation_and_what_more_would_bring(capsys, tmp_path):
+def test_a_plan_names_the_bottleneck_the_best_allocation_and_what_more_would_bring(
+    capsys, tmp_path
+):
     status, text = planned(capsys, tmp_path, report(), "--cpus", "32")
     assert status == 0
     assert cells(text, "measured")[-4:] == ["48", "write", "2", "1"]
     assert cells(text, "as it ran")[-4:] == ["50", "write", "2", "1"]
     best = cells(text, "best on 32 CPUs")
     images_per_s, preprocess, write = float(best[-4]), int(best[-2]), int(best[-1])
-    assert preprocess + write == 32 and images_per_s == pytest.approx(min(preprocess / 0.004, write / 0.020), abs=1)
+    assert preprocess + write == 32 and images_per_s == pytest.approx(
+        min(preprocess / 0.004, write / 0.020), abs=1
+    )
     # No other way to share 32 out is better.
     assert images_per_s >= max(min(p / 0.004, (32 - p) / 0.020) for p in range(1, 32)) - 1
     assert "one more write actor" in text and "one more core" in text
@@ -47,7 +60,15 @@ def test_gpus_matter_only_to_a_stage_that_has_one(capsys, tmp_path):
     _, text = planned(capsys, tmp_path, report(), "--cpus", "8", "--gpus", "8")
     assert "GPU" not in text
     train = report()["stages"][1] | {"name": "train", "on_gpu": True}
-    _, text = planned(capsys, tmp_path, report(stages=[report()["stages"][0], train]), "--cpus", "8", "--gpus", "3")
+    _, text = planned(
+        capsys,
+        tmp_path,
+        report(stages=[report()["stages"][0], train]),
+        "--cpus",
+        "8",
+        "--gpus",
+        "3",
+    )
     assert cells(text, "best on 8 CPUs, 3 GPUs")[-1] == "3"
     assert "one more GPU" in text
 

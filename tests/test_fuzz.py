@@ -83,14 +83,21 @@ def jpeg(value: int) -> bytes:
 
 def processed(listed: Listed, *, at_least: int = ROWS) -> None:
     """Every row is read, decoded and planned; as many come out, or somebody said why there are fewer."""
-    assert listed.rows.num_rows >= at_least or listed.skipped or said, (listed.rows.num_rows, listed.skipped)
+    assert listed.rows.num_rows >= at_least or listed.skipped or said, (
+        listed.rows.num_rows,
+        listed.skipped,
+    )
     rows = wanted_by(listed.rows, needs_boxes=False, drops_crowds=False)
     if rows.num_rows:  # a recipe whose results differ in size looks at the headers before it starts
-        shape = sizes.cut(VARYING, images=rows.num_rows, rows=None, scratch=opencv.SCRATCH, memory=1 << 30)
+        shape = sizes.cut(
+            VARYING, images=rows.num_rows, rows=None, scratch=opencv.SCRATCH, memory=1 << 30
+        )
         assert make_work(rows, **shape.arguments).num_rows == rows.num_rows
     work = make_work(rows, rows_per_shard=1000)
     with contextlib.closing(Reader(0)) as reader:
-        block, _ = preprocess_shard(work, Preprocessing(recipe=RECIPE, backend="opencv"), reader=reader)
+        block, _ = preprocess_shard(
+            work, Preprocessing(recipe=RECIPE, backend="opencv"), reader=reader
+        )
     assert block.num_rows == work.num_rows
     assert block["image"].null_count == pa.compute.count(block["reason"]).as_py()
 
@@ -110,7 +117,9 @@ def listed_as_said(path: Path) -> None:
 
 def sidecar(k: int) -> bytes:
     frame = {"height": 20, "width": 30}
-    return json.dumps({"boxes": [[k, 1, 9, 9]], "labels": [k], "crowds": [False], "annotation_ids": [k], **frame}).encode()
+    return json.dumps(
+        {"boxes": [[k, 1, 9, 9]], "labels": [k], "crowds": [False], "annotation_ids": [k], **frame}
+    ).encode()
 
 
 def tar_bytes(folder: Path, *, sidecars: Callable[[int], bytes] = sidecar) -> bytes:
@@ -118,7 +127,11 @@ def tar_bytes(folder: Path, *, sidecars: Callable[[int], bytes] = sidecar) -> by
     members = [
         m
         for k in range(ROWS)
-        for m in ((f"{'x' * 120 * (k == 1)}{k}.jpg", jpeg(k)), (f"{k}.json", sidecars(k)), (f"{k}.cls", b"3"))
+        for m in (
+            (f"{'x' * 120 * (k == 1)}{k}.jpg", jpeg(k)),
+            (f"{k}.json", sidecars(k)),
+            (f"{k}.cls", b"3"),
+        )
     ]
     tar(path, *members)
     data = path.read_bytes()
@@ -152,14 +165,18 @@ def coco(folder: Path) -> bytes:
             "bbox": [1.5, 2, 9, 9],
             "area": 81,
             "iscrowd": 0,
-            "segmentation": [[1, 1, 9, 9, 1, 9]] if k % 2 else {"size": [20, 30], "counts": [41, 9, 550]},
+            "segmentation": [[1, 1, 9, 9, 1, 9]]
+            if k % 2
+            else {"size": [20, 30], "counts": [41, 9, 550]},
             "keypoints": [2, 3, 2, 5, 6, 1],
             "num_keypoints": 2,
         }
         for k in range(ROWS)
     ]
     categories = [{"id": 1, "name": "a", "keypoints": ["left_eye", "right_eye"]}]
-    return json.dumps({"images": images, "annotations": annotations, "categories": categories}).encode()
+    return json.dumps(
+        {"images": images, "annotations": annotations, "categories": categories}
+    ).encode()
 
 
 def with_coco(path: Path) -> None:
@@ -168,10 +185,17 @@ def with_coco(path: Path) -> None:
     check_annotation_ids(found.rows, str(path))
     rows = (
         (i, f"{i}.jpg", 16, 16, b, a)
-        for i, b, a in zip(*(found.rows[n].to_pylist() for n in ("image_id", "boxes", "annotation_ids")), strict=True)
+        for i, b, a in zip(
+            *(found.rows[n].to_pylist() for n in ("image_id", "boxes", "annotation_ids")),
+            strict=True,
+        )
     )
-    went = Placement(source=(20, 30), size=(16, 16), matrix=(-16 / 30, 0.0, 16.0, 0.0, 16 / 20, 0.0))
-    write_annotations(str(path), str(path.parent / "out"), rows, placed=dict.fromkeys(map(str, range(ROWS)), went))
+    went = Placement(
+        source=(20, 30), size=(16, 16), matrix=(-16 / 30, 0.0, 16.0, 0.0, 16 / 20, 0.0)
+    )
+    write_annotations(
+        str(path), str(path.parent / "out"), rows, placed=dict.fromkeys(map(str, range(ROWS)), went)
+    )
 
 
 def entries(path: Path) -> None:
@@ -212,16 +236,34 @@ def cases(folder: Path) -> Iterator[Case]:
         (folder / name).mkdir(parents=True, exist_ok=True)
     yield Case("tar/a.tar", tar_bytes(folder), fuzzing.tar_of, listed, 600)
     yield Case("a.parquet", parquet_bytes(), fuzzing.parquet_of, listed_as_said, 350)
-    tensors = pa.array([np.full((4, 5, 3), k, np.uint8).tolist() for k in range(ROWS)], pa.list_(pa.list_(pa.list_(pa.uint8()))))
+    tensors = pa.array(
+        [np.full((4, 5, 3), k, np.uint8).tolist() for k in range(ROWS)],
+        pa.list_(pa.list_(pa.list_(pa.uint8()))),
+    )
     yield Case("b.parquet", parquet_bytes(image=tensors), fuzzing.parquet_of, listed_as_said, 150)
     yield Case("coco/a.json", coco(folder / "coco"), fuzzing.json_of, with_coco, 300)
     recipe = json.dumps(to_json(RECIPE)).encode()
-    yield Case("r.json", recipe, fuzzing.json_of, lambda path: from_json(path).plan(seed=0, epoch=0, image_id="", size=(9, 9)), 200)  # type: ignore[arg-type, func-returns-value]
+    yield Case(
+        "r.json",
+        recipe,
+        fuzzing.json_of,
+        lambda path: from_json(path).plan(seed=0, epoch=0, image_id="", size=(9, 9)),
+        200,
+    )  # type: ignore[arg-type, func-returns-value]
 
     root = str(folder / "out")
-    written = [journal.Written(image_id="a", file="a.jpg", height=1, width=2, boxes=[[0, 0, 1, 1]], annotation_ids=[1])]
+    written = [
+        journal.Written(
+            image_id="a", file="a.jpg", height=1, width=2, boxes=[[0, 0, 1, 1]], annotation_ids=[1]
+        )
+    ]
     rejected = [journal.Rejected(image_id="b", uri="/b", reason="empty", detail="")]
-    journal.put_entry(root, journal.Entry(epoch=0, shard=1, written=written, rejected=rejected, files=["a.jpg"], bytes=9))
+    journal.put_entry(
+        root,
+        journal.Entry(
+            epoch=0, shard=1, written=written, rejected=rejected, files=["a.jpg"], bytes=9
+        ),
+    )
     for file, damage, use, count in (
         ("journal/000000001.json", fuzzing.json_of, entries, 150),
         ("work.parquet", fuzzing.parquet_of, work, 50),
@@ -235,7 +277,9 @@ def cases(folder: Path) -> Iterator[Case]:
         yield Case(f"out/_raypipe/{file}", path.read_bytes(), damage, use, count)
 
     last = [sample("preprocess", "a", 9.0, busy=4.0), sample("write", "b", 9.0, busy=1.0)]
-    good = json.dumps(built([sample("preprocess", "a", 1.0)], last, outputs=[(2.0, 5), (9.0, 5)])).encode()
+    good = json.dumps(
+        built([sample("preprocess", "a", 1.0)], last, outputs=[(2.0, 5), (9.0, 5)])
+    ).encode()
     yield Case("r/_raypipe/report.json", good, fuzzing.json_of, report, 100)
 
     settings = {
@@ -244,9 +288,18 @@ def cases(folder: Path) -> Iterator[Case]:
         "amp": "off",
         "recipe": to_json(RECIPE),
     }
-    progress = Progress(epoch=1, step=2, rows=3, images=2, rejects=[{"image_id": "x", "uri": "x", "reason": "empty", "detail": ""}])
+    progress = Progress(
+        epoch=1,
+        step=2,
+        rows=3,
+        images=2,
+        rejects=[{"image_id": "x", "uri": "x", "reason": "empty", "detail": ""}],
+    )
     state = {"model": Toy(3).state_dict()}
-    checkpoints.save(str(folder / "c"), Checkpoint(settings=settings, progress=progress, consumed=["a"], state=state))
+    checkpoints.save(
+        str(folder / "c"),
+        Checkpoint(settings=settings, progress=progress, consumed=["a"], state=state),
+    )
     for file, damage, count in (
         ("about.json", fuzzing.json_of, 120),
         ("consumed.parquet", fuzzing.parquet_of, 20),
@@ -308,5 +361,7 @@ def test_2000_damaged_files_are_errors_in_a_line_or_rejects_and_nothing_is_lost(
     for number, path in enumerate(sidecar_cases(tmp_path)):
         one(listed, path, f"sidecars {number}")
     assert count >= 2000
-    assert not failures, f"{len(failures)} of {count}:\n" + "\n".join(f"{what}: {error}" for what, error in failures[:40])
+    assert not failures, f"{len(failures)} of {count}:\n" + "\n".join(
+        f"{what}: {error}" for what, error in failures[:40]
+    )
     assert refused < count / 2 + 400  # many are read in spite of the damage

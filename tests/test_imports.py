@@ -43,18 +43,28 @@ def room(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0]
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT))
+)
 def test_imports_point_one_way(path):
     for name in imported(path):
         parts = name.split(".")
-        if parts[0] == "raypipe" and len(parts) > 1 and any((PACKAGE / f"{parts[1]}{end}").exists() for end in ("", ".py")):
+        if (
+            parts[0] == "raypipe"
+            and len(parts) > 1
+            and any((PACKAGE / f"{parts[1]}{end}").exists() for end in ("", ".py"))
+        ):
             assert parts[1] in MAY_IMPORT[room(path)] | FOR_ALL, f"{path.name} imports {name}"
         if parts[0] == "ray":
             assert room(path) in MAY_USE_RAY, f"{path.name} imports {name}"
 
 
 def test_rays_internals_are_touched_in_one_file_only():
-    inside = [p for p in PACKAGE.rglob("*.py") if any(m.split(".")[0] == "ray" and "._" in m for m in imported(p))]
+    inside = [
+        p
+        for p in PACKAGE.rglob("*.py")
+        if any(m.split(".")[0] == "ray" and "._" in m for m in imported(p))
+    ]
     assert inside == [PACKAGE / "run" / "scaling.py"]
 
 
@@ -85,12 +95,16 @@ def test_rays_internals_are_touched_in_one_file_only():
 )
 def test_importing_one_thing_does_not_bring_in_another(module, heavy):
     code = f"import sys, {module}; print(sorted(set({heavy!r}) & set(sys.modules)))"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
     assert out.stdout.strip() == "[]"
 
 
 def test_jobs_stay_short_and_leave_ray_to_the_package():
     for path in (ROOT / "jobs").glob("*.py"):
-        if not path.name.startswith("benchmark"):  # run/__init__.py says what Ray shall read before anyone imports it
+        if not path.name.startswith(
+            "benchmark"
+        ):  # run/__init__.py says what Ray shall read before anyone imports it
             assert not [name for name in imported(path) if name.split(".")[0] == "ray"], path
         assert len(path.read_text().splitlines()) < 100 or path.name.startswith("benchmark"), path

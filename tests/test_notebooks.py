@@ -19,7 +19,9 @@ def test_it_runs_from_top_to_bottom(path, monkeypatch):
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:  # as many points as it takes for each figure to have a line; test_sweeping has both libraries
         cell.source = cell.source.replace("actors=(1, 2, 4)", 'actors=(1, 2), backends=("opencv",)')
-    NotebookClient(notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
+    NotebookClient(
+        notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}
+    ).execute()
     shown = json.dumps([cell["outputs"] for cell in notebook.cells if cell.cell_type == "code"])
     assert "<iframe srcdoc=" in shown or "application/vnd.jupyter.widget-view+json" in shown
 

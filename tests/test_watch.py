@@ -38,11 +38,15 @@ class Playback:
         self._left -= 1
         self._done += 100
         now = record(done=self._done, at_s=self._done / 100)
-        return now | {"stages": [stage | {"wanted": self._wanted[stage["name"]]} for stage in now["stages"]]}
+        return now | {
+            "stages": [stage | {"wanted": self._wanted[stage["name"]]} for stage in now["stages"]]
+        }
 
     def scale(self, counts: dict[str, int]) -> dict[str, int]:
         if sum((self._wanted | counts).values()) > 8 or min(counts.values()) < 1:
-            raise UsageError(f"{counts} cannot be: there is room for 8 actors, and a stage needs one.")
+            raise UsageError(
+                f"{counts} cannot be: there is room for 8 actors, and a stage needs one."
+            )
         self._wanted |= counts
         return counts
 
@@ -57,12 +61,18 @@ def play(updates: str, *flags: str) -> None:
 
 
 def command(updates: int, *flags: str) -> list[str]:
-    return [sys.executable, "-c", f"from tests.test_watch import play; play({str(updates)!r}, *{flags!r})"]
+    return [
+        sys.executable,
+        "-c",
+        f"from tests.test_watch import play; play({str(updates)!r}, *{flags!r})",
+    ]
 
 
 def test_keys_scale_the_selected_stage_and_q_leaves_the_terminal_as_it_was():
     with Terminal(command(10_000), env=os.environ, cwd=ROOT) as terminal:
-        assert "─" not in terminal.shows(r"▶ +preprocess +4 .*quit")  # rich draws a box where a part has nothing to show
+        assert "─" not in terminal.shows(
+            r"▶ +preprocess +4 .*quit"
+        )  # rich draws a box where a part has nothing to show
         terminal.press("+")
         terminal.shows(r"there is room for 8 actors, and a stage needs one.*quit")
         terminal.press("--")
@@ -79,7 +89,13 @@ def test_keys_scale_the_selected_stage_and_q_leaves_the_terminal_as_it_was():
 
 @pytest.mark.parametrize(
     ("how", "status"),
-    [("\x03", 130), (signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), ("breaks", 1)],
+    [
+        ("\x03", 130),
+        (signal.SIGINT, 130),
+        (signal.SIGTERM, 143),
+        (signal.SIGHUP, 129),
+        ("breaks", 1),
+    ],
 )
 def test_the_terminal_is_restored_however_it_ends(how, status):
     flags, updates = (("breaks",), 5) if how == "breaks" else ((), 10_000)
@@ -100,7 +116,9 @@ def test_the_end_of_the_run_is_shown_and_no_failure():
         assert terminal.restored
         left = terminal.output.rsplit("\x1b[?1049l", 1)[1]
         assert "800 of 5,000" in left and "last minute" in left and "▶" not in left
-        assert "has ended. Last seen at 800 of 5000 images, 3 rejected." in left.replace("\r\n", " ")
+        assert "has ended. Last seen at 800 of 5000 images, 3 rejected." in left.replace(
+            "\r\n", " "
+        )
         assert "/data/out/_raypipe/report.html" in left
 
 
@@ -113,11 +131,17 @@ def test_it_follows_the_size_of_the_terminal():
 
 
 def test_without_a_terminal_each_update_is_a_line_and_the_end_another():
-    done = subprocess.run(command(3), cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        command(3), cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60
+    )
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert len(lines) == 4
-    assert [line.split(" images, ")[0] for line in lines[:3]] == ["1 s: 100/5000", "2 s: 200/5000", "3 s: 300/5000"]
+    assert [line.split(" images, ")[0] for line in lines[:3]] == [
+        "1 s: 100/5000",
+        "2 s: 200/5000",
+        "3 s: 300/5000",
+    ]
     assert lines[3].startswith("Run 20261124-114200-ab12 has ended.")
 
 
@@ -125,7 +149,12 @@ def test_a_reader_that_has_had_enough_is_no_error():
     reading, writing = os.pipe()
     os.close(reading)
     shown = subprocess.run(
-        [sys.executable, "-m", "raypipe.cli", "dashboard"], cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60
+        [sys.executable, "-m", "raypipe.cli", "dashboard"],
+        cwd=ROOT,
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
     )
     os.close(writing)
     assert shown.returncode == 0
@@ -133,10 +162,19 @@ def test_a_reader_that_has_had_enough_is_no_error():
 
 
 def test_json_is_a_record_a_line_and_nothing_else():
-    done = subprocess.run(command(3, "json"), cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        command(3, "json"),
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert [json.loads(line)["done"] for line in done.stdout.splitlines()] == [100, 200, 300]
     assert "has ended" in done.stderr
-    once = subprocess.run(command(3, "json", "once"), cwd=ROOT, capture_output=True, text=True, timeout=60)
+    once = subprocess.run(
+        command(3, "json", "once"), cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert [json.loads(line)["done"] for line in once.stdout.splitlines()] == [100]
     assert once.stderr == ""
 
@@ -149,7 +187,16 @@ def test_once_in_a_terminal_is_the_view_without_keys():
 
 
 def test_keys_are_told_apart_however_many_arrive_at_once():
-    assert keys_in(b"+\x1b[A\x1bOBq\t\x1b[Z\x1b[5~\x1b") == ["+", "up", "down", "q", "\t", "\x1b[Z", "\x1b[5~", "\x1b"]
+    assert keys_in(b"+\x1b[A\x1bOBq\t\x1b[Z\x1b[5~\x1b") == [
+        "+",
+        "up",
+        "down",
+        "q",
+        "\t",
+        "\x1b[Z",
+        "\x1b[5~",
+        "\x1b",
+    ]
     assert keys_in("ö".encode() + b"\xff") == ["ö", "\N{REPLACEMENT CHARACTER}"]
 
 

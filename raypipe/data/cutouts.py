@@ -49,7 +49,9 @@ class Material:
     classes: Sequence[str]
 
 
-def paste(cutouts: str, photos: str, output: str, *, count: int = 600, classes: int = 6, seed: int = 0) -> Material:
+def paste(
+    cutouts: str, photos: str, output: str, *, count: int = 600, classes: int = 6, seed: int = 0
+) -> Material:
     """Makes `count` pictures of the cut-outs below `cutouts` on the photos below `photos`: `output`/images/*.jpg and `output`/annotations.json,
     a COCO JSON. All three are local folders. `classes`: the folders with the most cut-outs.
 
@@ -69,15 +71,31 @@ def paste(cutouts: str, photos: str, output: str, *, count: int = 600, classes: 
     for index in range(count):
         picture, boxes, labels = render(material, seed, index)
         name = f"{index:06d}.jpg"
-        _, data = cv2.imencode(".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, _QUALITY])
+        _, data = cv2.imencode(
+            ".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, _QUALITY]
+        )
         write(output, f"images/{name}", data.tobytes(), tmp="")
-        images.append({"id": index + 1, "file_name": name, "height": picture.shape[0], "width": picture.shape[1]})
+        images.append(
+            {
+                "id": index + 1,
+                "file_name": name,
+                "height": picture.shape[0],
+                "width": picture.shape[1],
+            }
+        )
         for (x1, y1, x2, y2), label in zip(boxes.tolist(), labels.tolist(), strict=True):
-            box = {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1), "category_id": label, "iscrowd": 0}
+            box = {
+                "bbox": [x1, y1, x2 - x1, y2 - y1],
+                "area": (x2 - x1) * (y2 - y1),
+                "category_id": label,
+                "iscrowd": 0,
+            }
             annotations.append({"id": len(annotations) + 1, "image_id": index + 1, **box})
     categories = [{"id": label, "name": name} for label, name in enumerate(material.classes, 1)]
     coco = {"images": images, "annotations": annotations, "categories": categories}
-    write(output, "annotations.json", json.dumps(coco).encode(), tmp="")  # last: with it the set is whole
+    write(
+        output, "annotations.json", json.dumps(coco).encode(), tmp=""
+    )  # last: with it the set is whole
     return material
 
 
@@ -94,7 +112,9 @@ def load(cutouts: str, photos: str, *, classes: int) -> Material:
             f"--classes is {classes}, but {len(count)} folders below {cutouts!r} have images with a transparent background "
             f"({', '.join(sorted(count)) or 'none'}), and a folder is a class. Ask for fewer, or give another --cutouts."
         )
-    chosen = sorted(name for name, _ in sorted(count.items(), key=lambda item: (-item[1], item[0]))[:classes])
+    chosen = sorted(
+        name for name, _ in sorted(count.items(), key=lambda item: (-item[1], item[0]))[:classes]
+    )
     grounds = [photo for path in _files(photos) if (photo := _photo(path)) is not None]
     if not grounds:
         raise UsageError(
@@ -102,14 +122,22 @@ def load(cutouts: str, photos: str, *, classes: int) -> Material:
         )
     things = [(_class(path, cutouts), pixels) for path, pixels in found]
     return Material(
-        cutouts=[Cutout(pixels=pixels, label=chosen.index(name) + 1) for name, pixels in things if name in chosen],
+        cutouts=[
+            Cutout(pixels=pixels, label=chosen.index(name) + 1)
+            for name, pixels in things
+            if name in chosen
+        ],
         photos=grounds,
         classes=chosen,
     )
 
 
 def _files(folder: str) -> list[Path]:
-    return sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    return sorted(
+        path
+        for path in Path(folder).rglob("*")
+        if path.suffix.lower() in SUFFIXES and path.is_file()
+    )
 
 
 def _class(path: Path, root: str) -> str:
@@ -169,7 +197,9 @@ def render(material: Material, seed: int, index: int) -> tuple[np.ndarray, np.nd
         thing = _varied(rng, of_class[int(rng.integers(len(of_class)))].pixels)
         if not _is_there(thing):  # what is thin may fade away when it shrinks
             continue
-        top, left = (int(rng.integers(picture.shape[side] - thing.shape[side] + 1)) for side in (0, 1))
+        top, left = (
+            int(rng.integers(picture.shape[side] - thing.shape[side] + 1)) for side in (0, 1)
+        )
         x1, y1, x2, y2 = _around(thing)
         box = (left + x1, top + y1, left + x2, top + y2)
         if all(overlap(box, other) <= OVERLAP for other in boxes):
@@ -185,8 +215,15 @@ def _ground(rng: np.random.Generator, photo: np.ndarray) -> np.ndarray:
     """A part of the photo, at least half as high and wide as it can be, as a picture's background."""
     scale = min(photo.shape[0] / SIZE[0], photo.shape[1] / SIZE[1]) * rng.uniform(0.5, 1.0)
     height, width = max(1, int(SIZE[0] * scale)), max(1, int(SIZE[1] * scale))
-    top, left = int(rng.integers(photo.shape[0] - height + 1)), int(rng.integers(photo.shape[1] - width + 1))
-    part = cv2.resize(photo[top : top + height, left : left + width], (SIZE[1], SIZE[0]), interpolation=cv2.INTER_AREA)
+    top, left = (
+        int(rng.integers(photo.shape[0] - height + 1)),
+        int(rng.integers(photo.shape[1] - width + 1)),
+    )
+    part = cv2.resize(
+        photo[top : top + height, left : left + width],
+        (SIZE[1], SIZE[0]),
+        interpolation=cv2.INTER_AREA,
+    )
     return cv2.flip(part, 1) if rng.random() < 0.5 else part
 
 
@@ -197,7 +234,9 @@ def _varied(rng: np.random.Generator, pixels: np.ndarray) -> np.ndarray:
     # What is transparent has a colour too, which a resize would mix into the edge: colours are weighted by their alpha.
     weighted = pixels.astype(np.float32)
     weighted[..., :3] *= weighted[..., 3:] / 255
-    sized = cv2.resize(weighted, (width, height), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+    sized = cv2.resize(
+        weighted, (width, height), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    )
     sized[..., :3] /= np.maximum(sized[..., 3:] / 255, 1e-3)
     thing = np.round(np.clip(sized, 0, 255)).astype(np.uint8)
     return np.ascontiguousarray(thing[:, ::-1]) if rng.random() < 0.5 else thing

@@ -115,7 +115,8 @@ def _shape(rng: np.random.Generator, height: int, width: int, horizon: int) -> S
     red, green, blue = cv2.cvtColor(pixel, cv2.COLOR_HSV2RGB)[0, 0].tolist()
     return Shape(
         label=label,
-        outline=_outline(CLASSES[label - 1], angle) * np.float32(radius) + np.array((x, y), np.float32),
+        outline=_outline(CLASSES[label - 1], angle) * np.float32(radius)
+        + np.array((x, y), np.float32),
         centre=(x, y),
         radius=radius,
         colour=(red, green, blue),
@@ -127,7 +128,9 @@ def _shape(rng: np.random.Generator, height: int, width: int, horizon: int) -> S
 def _outline(name: str, angle: float) -> np.ndarray:
     """The outline of a class in the unit circle, turned by `angle` (radians)."""
     points = _UNIT[name]
-    turn = np.array(((math.cos(angle), math.sin(angle)), (-math.sin(angle), math.cos(angle))), np.float32)
+    turn = np.array(
+        ((math.cos(angle), math.sin(angle)), (-math.sin(angle), math.cos(angle))), np.float32
+    )
     return points @ turn
 
 
@@ -176,8 +179,12 @@ def render(seed: int, index: int) -> np.ndarray:
 def _landscape(rng: np.random.Generator, size: tuple[int, int], horizon: int) -> np.ndarray:
     height, width = size
     rough = _window(rng, size, _clouds())  # float32, about -1..1
-    sky_top, sky_low = np.array(((70, 120, 200), (190, 210, 235)), np.float32) + rng.normal(0, 18, (2, 3))
-    ground_far, ground_near = np.array(((120, 130, 90), (80, 95, 50)), np.float32) + rng.normal(0, 22, (2, 3))
+    sky_top, sky_low = np.array(((70, 120, 200), (190, 210, 235)), np.float32) + rng.normal(
+        0, 18, (2, 3)
+    )
+    ground_far, ground_near = np.array(((120, 130, 90), (80, 95, 50)), np.float32) + rng.normal(
+        0, 22, (2, 3)
+    )
     column = np.empty((height, 3), np.float32)
     column[:horizon] = np.linspace(sky_top, sky_low, horizon)
     column[horizon:] = np.linspace(ground_far, ground_near, height - horizon)
@@ -187,7 +194,14 @@ def _landscape(rng: np.random.Generator, size: tuple[int, int], horizon: int) ->
     shade = rough * strength[:, None]
     image = cv2.merge([column[:, i : i + 1] + shade for i in range(3)])
     # Hills stand in front of the sky.
-    ridge = horizon - 4 - np.abs(cv2.resize(rng.normal(0, 0.06, (1, 9)), (width, 1), interpolation=cv2.INTER_CUBIC)[0]) * height
+    ridge = (
+        horizon
+        - 4
+        - np.abs(
+            cv2.resize(rng.normal(0, 0.06, (1, 9)), (width, 1), interpolation=cv2.INTER_CUBIC)[0]
+        )
+        * height
+    )
     points = np.stack((np.arange(width), np.maximum(ridge, 1)), axis=1)
     hills = np.concatenate((points, ((width, horizon), (0, horizon)))).astype(np.int32)
     mask = np.zeros(size, np.uint8)
@@ -217,7 +231,9 @@ def _paint(image: np.ndarray, shape: Shape, light: float) -> None:
     shadow = np.zeros(part.shape[:2], np.uint8)
     foot = float(shape.outline[:, 1].max())
     middle = (int(x - left + light * radius * 0.5), int(foot - top - radius * 0.04))
-    cv2.ellipse(shadow, middle, (int(radius * 0.95), max(2, int(radius * 0.22))), 0, 0, 360, 150, -1)
+    cv2.ellipse(
+        shadow, middle, (int(radius * 0.95), max(2, int(radius * 0.22))), 0, 0, 360, 150, -1
+    )
     shadow = cv2.blur(shadow, (int(radius * 0.25) | 1, int(radius * 0.12) | 1))
     dark = cv2.merge([shadow] * 3)
     part[:] = cv2.multiply(part, cv2.bitwise_not(dark), scale=1 / 255)
@@ -225,15 +241,28 @@ def _paint(image: np.ndarray, shape: Shape, light: float) -> None:
     # Lit from above and one side, striped across.
     across = (np.arange(left, right, dtype=np.float32) - np.float32(x)) / np.float32(radius)
     down = (np.arange(top, bottom, dtype=np.float32) - np.float32(y)) / np.float32(radius)
-    lit = np.float32(0.85) - np.float32(0.28) * down[:, None] - np.float32(light * 0.25) * across[None, :]
-    turned = across[None, :] * np.float32(math.cos(shape.angle)) + down[:, None] * np.float32(math.sin(shape.angle))
+    lit = (
+        np.float32(0.85)
+        - np.float32(0.28) * down[:, None]
+        - np.float32(light * 0.25) * across[None, :]
+    )
+    turned = across[None, :] * np.float32(math.cos(shape.angle)) + down[:, None] * np.float32(
+        math.sin(shape.angle)
+    )
     lit += np.float32(0.13) * np.sin(turned * np.float32(2 + shape.stripes))
     if CLASSES[shape.label - 1] == "ball":
-        shine = (across[None, :] + np.float32(light * 0.4)) ** 2 + (down[:, None] + np.float32(0.45)) ** 2
+        shine = (across[None, :] + np.float32(light * 0.4)) ** 2 + (
+            down[:, None] + np.float32(0.45)
+        ) ** 2
         lit += np.float32(0.5) * np.exp(shine * np.float32(-9))
-    paint = cv2.merge([np.clip(lit * np.float32(value), 0, 255).astype(np.uint8) for value in shape.colour])
+    paint = cv2.merge(
+        [np.clip(lit * np.float32(value), 0, 255).astype(np.uint8) for value in shape.colour]
+    )
     alpha = cv2.merge([mask] * 3)
-    part[:] = cv2.add(cv2.multiply(part, cv2.bitwise_not(alpha), scale=1 / 255), cv2.multiply(paint, alpha, scale=1 / 255))
+    part[:] = cv2.add(
+        cv2.multiply(part, cv2.bitwise_not(alpha), scale=1 / 255),
+        cv2.multiply(paint, alpha, scale=1 / 255),
+    )
 
 
 def _fill(mask: np.ndarray, outline: np.ndarray, value: int) -> None:
@@ -256,7 +285,9 @@ def _clouds() -> np.ndarray:
     for octave in range(6):
         cells = 6 << octave
         noise = rng.standard_normal((cells, cells), np.float32)
-        total += cv2.resize(noise, (side, side), interpolation=cv2.INTER_CUBIC) * np.float32(0.5 * 0.62**octave)
+        total += cv2.resize(noise, (side, side), interpolation=cv2.INTER_CUBIC) * np.float32(
+            0.5 * 0.62**octave
+        )
     return total
 
 
@@ -289,7 +320,12 @@ def render_missing(seed: int, count: int) -> int:
     root = cache_dir()
     missing = sorted(set(range(count)) - set(_cached(root, seed, count)))
     if missing:
-        log.log(logging.INFO if len(missing) < 1000 else logging.WARNING, "making %d demo photos in %s, once", len(missing), root)
+        log.log(
+            logging.INFO if len(missing) < 1000 else logging.WARNING,
+            "making %d demo photos in %s, once",
+            len(missing),
+            root,
+        )
         _clouds(), _grain()  # once, not once a thread
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for _ in pool.map(functools.partial(read, seed), missing):
@@ -316,7 +352,9 @@ def _jpeg(seed: int, index: int) -> bytes:
 
 def cache_dir() -> str:
     """The cache's folder, which exists and can be written to. Raises UsageError if there is none."""
-    return _cache_dir(os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache"))
+    return _cache_dir(
+        os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    )
 
 
 @functools.cache

@@ -55,7 +55,9 @@ class Written:
     annotation_ids: list[int] = field(default_factory=list)
     damaged: bool = False  # delivered all the same (--damaged keep)
     boxes_from: str | None = None  # the frame that its boxes were drawn in (raypipe.images.frames)
-    source: list[int] = field(default_factory=list)  # height and width of the upright image it was made of
+    source: list[int] = field(
+        default_factory=list
+    )  # height and width of the upright image it was made of
     orientation: int = 1  # the EXIF number by which that was turned
 
 
@@ -122,7 +124,12 @@ def put_entry(root: str, entry: Entry) -> None:
     location.write(root, _path(entry.shard), _json(_fields(entry) | rows))
 
 
-_ROWS: dict[str, type] = {"written": Written, "rejected": Rejected, "unread": Unread, "dropped": Dropped}
+_ROWS: dict[str, type] = {
+    "written": Written,
+    "rejected": Rejected,
+    "unread": Unread,
+    "dropped": Dropped,
+}
 
 
 def _json(record: dict[str, Any]) -> bytes:
@@ -154,21 +161,31 @@ def _all_of(values: Any, *types: type) -> bool:
 def _entry(data: bytes) -> Entry:
     """An entry from its JSON. Raises any exception for what is none."""
     record = json.loads(data)
-    rows: dict[str, Any] = {name: [of(**row) for row in record.pop(name, ())] for name, of in _ROWS.items()}
+    rows: dict[str, Any] = {
+        name: [of(**row) for row in record.pop(name, ())] for name, of in _ROWS.items()
+    }
     entry = Entry(**record, **rows)
     numbers = [entry.epoch, entry.shard, entry.bytes]
     told: list[Rejected | Unread] = [*entry.rejected, *entry.unread]
     texts = [value for row in told for value in _fields(row).values()]
     for drop in entry.dropped:
         texts += [drop.image_id, drop.uri, drop.reason]
-        if not _all_of(drop.box, int, float) or len(drop.box) != 4 or not isinstance(drop.annotation_id, int | None):
+        if (
+            not _all_of(drop.box, int, float)
+            or len(drop.box) != 4
+            or not isinstance(drop.annotation_id, int | None)
+        ):
             raise TypeError(f"a dropped box of {drop.image_id!r} is none")
     for row in entry.written:
         numbers += [row.height, row.width, row.orientation]
         texts += [row.image_id, row.file, row.boxes_from or ""]
-        boxes = isinstance(row.boxes, list) and all(_all_of(b, int, float) and len(b) == 4 for b in row.boxes)
+        boxes = isinstance(row.boxes, list) and all(
+            _all_of(b, int, float) and len(b) == 4 for b in row.boxes
+        )
         if not boxes or not _all_of(row.annotation_ids, int) or not _all_of(row.source, int):
-            raise TypeError(f"boxes, annotation_ids or source of {row.image_id!r} are not lists of numbers")
+            raise TypeError(
+                f"boxes, annotation_ids or source of {row.image_id!r} are not lists of numbers"
+            )
     if not _all_of(numbers, int) or not _all_of(texts, str) or not _all_of(entry.files, str):
         raise TypeError("a field is not of its type")
     for file in (*entry.files, *(row.file for row in entry.written)):
@@ -288,8 +305,12 @@ def _flat(settings: dict, prefix: str = "") -> dict[str, Any]:
 def differences(before: dict, now: dict) -> str:
     """What differs between two settings (JSON types), a line each, as deep as it goes; empty if nothing does."""
     before, now = _flat(before), _flat(now)
-    changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
-    return "\n".join(f"  {name}: {before.get(name)!r} there, {now.get(name)!r} now" for name in changed)
+    changed = [
+        name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)
+    ]
+    return "\n".join(
+        f"  {name}: {before.get(name)!r} there, {now.get(name)!r} now" for name in changed
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -357,7 +378,10 @@ def named(results: Iterable[str], work: pa.Table) -> Iterator[str]:
     for pattern in results:
         if "{name}" in pattern:
             rows = zip(work.column("name").to_pylist(), work.column("uri").to_pylist(), strict=True)
-            yield from (pattern.replace("{suffix}", location.suffix(uri)).replace("{name}", name) for name, uri in rows)
+            yield from (
+                pattern.replace("{suffix}", location.suffix(uri)).replace("{name}", name)
+                for name, uri in rows
+            )
         else:
             shards = pc.unique(work.column("shard")).to_pylist()
             yield from (pattern.replace("{shard}", f"{shard:06d}") for shard in shards)
@@ -404,7 +428,9 @@ def look(root: str, settings: dict, *, resume: bool = True) -> Found:
         made=read_made(root),
         work=read_work(root),
         done=done,
-        waiting={shard: {row.image_id for row in rows} for shard, rows in unread(root, done).items()},
+        waiting={
+            shard: {row.image_id for row in rows} for shard, rows in unread(root, done).items()
+        },
     )
 
 
@@ -470,7 +496,14 @@ def claimed(
         yield held
 
 
-_OWN = ("rejects.parquet", "boxes_dropped.parquet", "report.json", "report.html", "work.parquet", "run.json")
+_OWN = (
+    "rejects.parquet",
+    "boxes_dropped.parquet",
+    "report.json",
+    "report.html",
+    "work.parquet",
+    "run.json",
+)
 _TEMPORARY = re.compile(r"[0-9a-f]{12}-\d+-\d+")
 
 
@@ -493,17 +526,29 @@ def owned(root: str) -> tuple[list[str], list[str]]:
     with contextlib.suppress(UsageError):
         made = read_made(root)
     if made is None:
-        lines += [f"{location.join(root, STATE)}/run.json is damaged or missing."] * bool(done_shards(root))
+        lines += [f"{location.join(root, STATE)}/run.json is damaged or missing."] * bool(
+            done_shards(root)
+        )
     else:
         files.update(dict.fromkeys(made.endings))
         sure(lambda: [] if (work := read_work(root)) is None else list(named(made.results, work)))
     for shard in sorted(done_shards(root)):
-        sure(lambda shard=shard: [file for entry in read_entries(root, [shard]) for file in entry.files])  # type: ignore[misc]
-    inside = functools.cache(lambda folder: location.contains(root, f"{folder}/file" if folder else "file"))
+        sure(
+            lambda shard=shard: [
+                file for entry in read_entries(root, [shard]) for file in entry.files
+            ]
+        )  # type: ignore[misc]
+    inside = functools.cache(
+        lambda folder: location.contains(root, f"{folder}/file" if folder else "file")
+    )
     ours: list[str] = []
     outside: list[str] = []
     for file in files:
-        fine = not OUTSIDE.search(file) and inside(file.rpartition("/")[0]) and file.partition("/")[0] != STATE
+        fine = (
+            not OUTSIDE.search(file)
+            and inside(file.rpartition("/")[0])
+            and file.partition("/")[0] != STATE
+        )
         (ours if fine else outside).append(file)
     if outside:
         lines.append(
@@ -516,7 +561,9 @@ def owned(root: str) -> tuple[list[str], list[str]]:
 def clearing(root: str) -> Iterator[None]:
     """Mark `root` as being cleared until the end of the block: an interruption leaves the mark, and
     whoever comes next goes on with clearing."""
-    location.write(root, f"{STATE}/clearing", b"What is here is being deleted. The next run goes on with it.\n")
+    location.write(
+        root, f"{STATE}/clearing", b"What is here is being deleted. The next run goes on with it.\n"
+    )
     yield
     location.delete(location.join(root, f"{STATE}/clearing"))
     location.delete_empty(location.join(root, STATE))  # where no lease is in it
@@ -536,7 +583,11 @@ def clear(root: str) -> list[str]:
         for _ in _together(root, delete, files):
             pass
         # Entries before run.json: what is interrupted here finds only files that are gone.
-        state = [_path(shard, folder) for folder in ("journal", "unread") for shard in _shards_in(root, folder)]
+        state = [
+            _path(shard, folder)
+            for folder in ("journal", "unread")
+            for shard in _shards_in(root, folder)
+        ]
         for _ in _together(root, delete, state):
             pass
         clear_temporary(root)
@@ -544,7 +595,9 @@ def clear(root: str) -> list[str]:
             delete(f"{STATE}/{name}")
         for folder in ("journal", "unread"):
             location.delete_empty(location.join(root, f"{STATE}/{folder}"))
-        for folder in sorted({parent for file in files for parent in _parents(file)}, key=len, reverse=True):
+        for folder in sorted(
+            {parent for file in files for parent in _parents(file)}, key=len, reverse=True
+        ):
             location.delete_empty(location.join(root, folder))
     return lines
 

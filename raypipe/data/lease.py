@@ -52,7 +52,9 @@ class Holder:
     beat: int = 0
 
     def __str__(self) -> str:
-        return printable(f"run {self.run_id} of process {self.pid} on {self.host}, started {self.started}")
+        return printable(
+            f"run {self.run_id} of process {self.pid} on {self.host}, started {self.started}"
+        )
 
     @property
     def data(self) -> bytes:
@@ -105,7 +107,9 @@ def read(root: str) -> tuple[Holder | None, bytes | None]:
     try:
         with foreign("the lease", remedy=""):
             holder = Holder(**json.loads(data))
-            if not isinstance(holder.pid, int) or not isinstance(holder.process_started, float | int):
+            if not isinstance(holder.pid, int) or not isinstance(
+                holder.process_started, float | int
+            ):
                 raise TypeError("pid and process_started are numbers")
             return holder, data
     except UsageError:
@@ -118,7 +122,11 @@ def check(root: str, *, option: str) -> None:
     It changes nothing, and does not wait to see whether a holder elsewhere is alive: `hold` does.
     """
     holder, _ = read(root)
-    if holder is not None and holder.boot == boot() and is_alive(holder.pid, holder.process_started):
+    if (
+        holder is not None
+        and holder.boot == boot()
+        and is_alive(holder.pid, holder.process_started)
+    ):
         raise _refusal(holder, root, option)
 
 
@@ -166,7 +174,9 @@ class Lease:
 
 
 @contextlib.contextmanager
-def hold(root: str, *, run_id: str, option: str, tell: Callable[[str], None] = lambda line: None) -> Iterator[Lease]:
+def hold(
+    root: str, *, run_id: str, option: str, tell: Callable[[str], None] = lambda line: None
+) -> Iterator[Lease]:
     """Have the lease of `root`, which the user gave as `option`, renewed until the end of the block.
 
     Args:
@@ -214,7 +224,9 @@ def _acquired(root: str, mine: Holder, option: str, tell: Callable[[str], None])
             return Lease(root, mine)
 
 
-def _watch(root: str, data: bytes, holder: Holder | None, option: str, tell: Callable[[str], None]) -> None:
+def _watch(
+    root: str, data: bytes, holder: Holder | None, option: str, tell: Callable[[str], None]
+) -> None:
     """Return when the lease has not changed for FREE_AFTER_S; raise UsageError when it does."""
     tell(
         f"{option} {root!r} has the lease of {holder or 'a driver it does not name'}. Waiting "

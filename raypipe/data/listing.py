@@ -46,12 +46,16 @@ _MOST_SUFFIXES = 20
 """Suffixes that are counted each; those of fewer files are counted together."""
 
 
-def list_images(input: str, *, annotations: str | None = None, limit: int | None = None, seed: int = 0) -> pa.Table:
+def list_images(
+    input: str, *, annotations: str | None = None, limit: int | None = None, seed: int = 0
+) -> pa.Table:
     """The rows of `look`, for whoever does not ask what was left out."""
     return look(input, annotations=annotations, limit=limit, seed=seed).rows
 
 
-def look(input: str, *, annotations: str | None = None, limit: int | None = None, seed: int = 0) -> Listed:
+def look(
+    input: str, *, annotations: str | None = None, limit: int | None = None, seed: int = 0
+) -> Listed:
     """The images of `input` as a table of SOURCE, in a deterministic order (see the module's table), and what was left out.
 
     What was left out is also said, in one line of the log.
@@ -68,10 +72,14 @@ def look(input: str, *, annotations: str | None = None, limit: int | None = None
         raise UsageError(f"a limit of {limit} leaves no image; give at least 1, or none for all")
     if input == "demo" or input.startswith("demo:"):
         if annotations is not None:
-            raise UsageError(f"{input!r} has its own boxes; leave out the annotations {annotations!r}")
+            raise UsageError(
+                f"{input!r} has its own boxes; leave out the annotations {annotations!r}"
+            )
         return Listed(_unique(_list_demo(input, limit, seed)))
     if not input:
-        raise UsageError("the input is empty; give a directory, a glob, tars, Parquet files or 'demo'")
+        raise UsageError(
+            "the input is empty; give a directory, a glob, tars, Parquet files or 'demo'"
+        )
     if annotations is not None:
         listed = list_coco(input, annotations, limit, there=_files_beside(annotations, input))
         why = f" (not named in {annotations})"
@@ -81,7 +89,14 @@ def look(input: str, *, annotations: str | None = None, limit: int | None = None
     if listed.rows.num_rows == 0:
         raise UsageError(_nothing(input, listed.skipped))
     if skipped:
-        log.warning("%s: %d files are left out: %s%s%s", input, skipped.total(), _told(skipped), why, _unpack(skipped))
+        log.warning(
+            "%s: %d files are left out: %s%s%s",
+            input,
+            skipped.total(),
+            _told(skipped),
+            why,
+            _unpack(skipped),
+        )
     return Listed(_unique(listed.rows), skipped)
 
 
@@ -99,7 +114,9 @@ def _nothing(input: str, skipped: Counter[str]) -> str:
     if not is_remote(input) and os.path.isfile(local_path(input)):
         base = os.path.basename(local_path(input))
         if packed := _unpack(skipped, base):
-            return f"{input!r} is a compressed tar, whose images cannot be reached one by one{packed}"
+            return (
+                f"{input!r} is a compressed tar, whose images cannot be reached one by one{packed}"
+            )
         if base.lower().endswith((*TAR, *PARQUET)):
             return f"no images in {input!r}: it holds {_told(skipped) or 'nothing'}"
         return (
@@ -120,7 +137,9 @@ def _told(skipped: Counter[str]) -> str:
 def _unpack(skipped: Counter[str], name: str = "FILE") -> str:
     """The command that makes compressed tars readable, where some were left out."""
     commands = {f"{PACKED[suffix]} {name}" for suffix in skipped if suffix in PACKED}
-    return f"; unpack compressed tars first, with {' or '.join(sorted(commands))}" if commands else ""
+    return (
+        f"; unpack compressed tars first, with {' or '.join(sorted(commands))}" if commands else ""
+    )
 
 
 def _most_common(skipped: Counter[str]) -> Counter[str]:
@@ -175,7 +194,9 @@ def _list_files(base: str, paths: Iterable[str], limit: int | None) -> Listed:
     for path in tars or parquets:
         if left == 0:
             break
-        listed = list_tar(join(base, path), left) if tars else list_parquet(join(base, path), path, left)
+        listed = (
+            list_tar(join(base, path), left) if tars else list_parquet(join(base, path), path, left)
+        )
         pieces.append(listed.rows)
         skipped += listed.skipped
         left = left if left is None else left - listed.rows.num_rows
@@ -199,7 +220,9 @@ def _unique(table: pa.Table) -> pa.Table:
     if pc.count_distinct(ids).as_py() < len(ids):
         ids = pa.chunked_array([pa.array(_number_repeats(ids.to_pylist()), pa.string())])
     names = pa.chunked_array([pa.array(unique_names(table["name"].to_pylist()), pa.string())])
-    table = table.set_column(0, SOURCE.field("image_id"), ids).set_column(1, SOURCE.field("name"), names)
+    table = table.set_column(0, SOURCE.field("image_id"), ids).set_column(
+        1, SOURCE.field("name"), names
+    )
     return table.combine_chunks()
 
 
@@ -222,7 +245,9 @@ def _list_demo(input: str, limit: int | None, seed: int) -> pa.Table:
     if input != "demo":
         text = input.removeprefix("demo:")
         if not text.isdecimal() or int(text) < 1:
-            raise UsageError(f"{input!r} does not say how many demo images to make; write for example demo:1000")
+            raise UsageError(
+                f"{input!r} does not say how many demo images to make; write for example demo:1000"
+            )
         count = int(text) if limit is None else min(int(text), limit)
     if seed < 0:
         raise UsageError(f"a seed of {seed} cannot be used for demo images; give 0 or more")

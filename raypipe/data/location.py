@@ -69,7 +69,9 @@ def may_pass(error: BaseException, location: str) -> bool:
     """Whether a failure to read or write is the store's, which may pass, and not the file's."""
     if isinstance(error, StoreError):
         return True
-    if isinstance(error, FileNotFoundError | PermissionError | NotADirectoryError | BeyondEnd | ValueError):
+    if isinstance(
+        error, FileNotFoundError | PermissionError | NotADirectoryError | BeyondEnd | ValueError
+    ):
         return False
     if not isinstance(error, ERRORS):
         return False
@@ -183,9 +185,13 @@ def short(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if isinstance(error, BaseError):  # its first line names the object, its last the reason
-        reason = re.findall(r"^\s*(?:source|inner): (?:Os|Custom|hyper|reqwest).*?\"([^\"]+)\"", text, re.MULTILINE)
+        reason = re.findall(
+            r"^\s*(?:source|inner): (?:Os|Custom|hyper|reqwest).*?\"([^\"]+)\"", text, re.MULTILINE
+        )
         text = text.partition("\n\nDebug source")[0]
-        text = re.sub(r"(performing [A-Z]+) \S+ in \S+", r"\1", text) + (f" ({reason[-1]})" if reason else "")
+        text = re.sub(r"(performing [A-Z]+) \S+ in \S+", r"\1", text) + (
+            f" ({reason[-1]})" if reason else ""
+        )
     return " ".join(text.split())[:200] or type(error).__name__
 
 
@@ -210,7 +216,10 @@ def _object_store(scheme: str, authority: str, query: str) -> Any:
     if endpoint and "://" not in endpoint:
         endpoint = f"{options.get('scheme', 'https')}://{endpoint}"
     common: dict[str, Any] = {
-        "client_options": {"allow_http": bool(endpoint and endpoint.startswith("http://")), "timeout": "60s"},
+        "client_options": {
+            "allow_http": bool(endpoint and endpoint.startswith("http://")),
+            "timeout": "60s",
+        },
         "retry_config": {"max_retries": 0},
     }
     if user == "anonymous":
@@ -219,7 +228,11 @@ def _object_store(scheme: str, authority: str, query: str) -> Any:
         return GCSStore(bucket, **common | ({"base_url": endpoint} if endpoint else {}))
     system, _ = _filesystem(scheme, authority, query)
     key, _, secret = user.partition(":")
-    keys = {"access_key_id": unquote(key), "secret_access_key": unquote(secret)} if secret else _profile()
+    keys = (
+        {"access_key_id": unquote(key), "secret_access_key": unquote(secret)}
+        if secret
+        else _profile()
+    )
     common |= keys | ({"endpoint": endpoint} if endpoint else {})
     return S3Store(bucket, region=system.region, **common)
 
@@ -240,7 +253,11 @@ def _profile() -> dict[str, str]:
     }
     if not found.has_section(profile):
         return {}
-    return {ours: found.get(profile, theirs) for theirs, ours in names.items() if found.has_option(profile, theirs)}
+    return {
+        ours: found.get(profile, theirs)
+        for theirs, ours in names.items()
+        if found.has_option(profile, theirs)
+    }
 
 
 def read(location: str) -> bytes:
@@ -289,7 +306,9 @@ class Ranges(io.RawIOBase):
     read, it may call that again.
     """
 
-    def __init__(self, uri: str, wait: Callable[[Callable[[], bytes]], bytes] = lambda read: read()):
+    def __init__(
+        self, uri: str, wait: Callable[[Callable[[], bytes]], bytes] = lambda read: read()
+    ):
         found = object_store(uri)
         if found is None:
             raise UsageError(f"{uri!r} is not a URI of s3:// or gs://")
@@ -345,7 +364,11 @@ def _listed(folder: str, kind: fs.FileType) -> list[str]:
     if not is_remote(folder):
         try:
             with os.scandir(local_path(folder)) as entries:
-                return sorted(e.name for e in entries if (e.is_file() if kind == fs.FileType.File else e.is_dir()))
+                return sorted(
+                    e.name
+                    for e in entries
+                    if (e.is_file() if kind == fs.FileType.File else e.is_dir())
+                )
         except FileNotFoundError:
             return []
     system, path = filesystem(folder)

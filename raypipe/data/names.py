@@ -59,8 +59,12 @@ _MAX_COMPONENT = 200  # bytes; file systems allow 255, and an extension, `-12` o
 _MAX_NAME = 1000  # bytes; PATH_MAX is 4096, and 1024 on macOS
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 _UNSAFE = re.compile(r'[\x00-\x1f\x7f-\x9f<>:"|?*\\\u2028\u2029\ud800-\udfff]')
-_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE | re.DOTALL)  # as file names on Windows
-_OURS = re.compile(r"_raypipe|epoch-\d+", re.IGNORECASE)  # as the first component: the sinks' own folders
+_RESERVED = re.compile(
+    r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE | re.DOTALL
+)  # as file names on Windows
+_OURS = re.compile(
+    r"_raypipe|epoch-\d+", re.IGNORECASE
+)  # as the first component: the sinks' own folders
 _LIKE_A_FILE = (*SUFFIXES, *TAR, *PARQUET, ".json", ".cls")
 
 
@@ -117,7 +121,11 @@ def _safe_name(source: str) -> tuple[str, str]:
     if suffix.lower() not in SUFFIXES:
         stem, suffix = base, ""
     prefix = _safe_folder(folder)
-    if _PLAIN.fullmatch(stem) is None or _RESERVED.fullmatch(stem) or (not prefix and _OURS.fullmatch(stem)):
+    if (
+        _PLAIN.fullmatch(stem) is None
+        or _RESERVED.fullmatch(stem)
+        or (not prefix and _OURS.fullmatch(stem))
+    ):
         stem = _safe_component(stem or "_", first=not prefix)
     name = prefix + stem
     if len(name) > _MAX_NAME // 4 and len(name.encode()) > _MAX_NAME:

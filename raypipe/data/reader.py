@@ -41,7 +41,9 @@ AGAIN_AFTER_S = 2.0
 """Then missing files are tried once more: a network file system may show another node's file late."""
 
 _WORTH_S = 1e-4  # of waiting, a row: an image of 90 kB takes 1.5 ms to decode
-_GAP = 64 << 10  # bytes between two ranges up to which reading them in one go is cheaper than another request
+_GAP = (
+    64 << 10
+)  # bytes between two ranges up to which reading them in one go is cheaper than another request
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +76,9 @@ class Reader:
     calls of `read`, one after another or at the same time.
     """
 
-    def __init__(self, threads: int = 4, *, patience_s: float = READ_PATIENCE_S, root: str | None = None) -> None:
+    def __init__(
+        self, threads: int = 4, *, patience_s: float = READ_PATIENCE_S, root: str | None = None
+    ) -> None:
         """
         Args:
             threads: that read.
@@ -107,12 +111,17 @@ class Reader:
         ranges = [
             _Range(uri, offset, length)
             for uri, offset, length in zip(
-                rows["uri"].to_pylist(), rows["offset"].to_pylist(), rows["length"].to_pylist(), strict=True
+                rows["uri"].to_pylist(),
+                rows["offset"].to_pylist(),
+                rows["length"].to_pylist(),
+                strict=True,
             )
         ]
         return self._settled(ranges, self._ahead(ranges))
 
-    def _settled(self, ranges: list[_Range], found: Iterator[bytes | Reject]) -> Iterator[bytes | Reject]:
+    def _settled(
+        self, ranges: list[_Range], found: Iterator[bytes | Reject]
+    ) -> Iterator[bytes | Reject]:
         """`found` with those that are missing tried once more: from the first of them on, all are read
         before any is given."""
         nothing = True
@@ -122,7 +131,9 @@ class Reader:
             nothing = nothing and isinstance(one, Reject)
             yield one
 
-    def _again(self, ranges: list[_Range], found: list[bytes | Reject], *, nothing: bool) -> Iterator[bytes | Reject]:
+    def _again(
+        self, ranges: list[_Range], found: list[bytes | Reject], *, nothing: bool
+    ) -> Iterator[bytes | Reject]:
         missing = [row for row, one in enumerate(found) if isinstance(one, _Missing)]
         if self._patience_s:
             time.sleep(min(AGAIN_AFTER_S, self._patience_s))
@@ -160,7 +171,11 @@ class Reader:
             return True
 
     def _patience(self, uri: str) -> Patience:
-        store = uri.partition("://")[0] + uri.partition("://")[2].partition("/")[0] if is_remote(uri) else ""
+        store = (
+            uri.partition("://")[0] + uri.partition("://")[2].partition("/")[0]
+            if is_remote(uri)
+            else ""
+        )
         return self._stores.setdefault(store, Patience(self._patience_s))
 
     def _ahead(self, ranges: list[_Range]) -> Iterator[bytes | Reject]:
@@ -244,7 +259,9 @@ class Reader:
         except (FileNotFoundError, PermissionError, NotADirectoryError) as error:
             return [_Missing(f"{uri}: {one_line(error)}", short(error))] * len(group)
         except (ValueError, *ERRORS) as error:  # ValueError: also what Arrow calls invalid
-            return [_unreadable(f"{uri}: {one_line(error)}")] * (len(group) if isinstance(error, ValueError) else count)
+            return [_unreadable(f"{uri}: {one_line(error)}")] * (
+                len(group) if isinstance(error, ValueError) else count
+            )
 
     def _fetch_once(self, uri: str, group: list[_Range]) -> list[bytes | Reject]:
         match _kind(uri):
@@ -273,7 +290,9 @@ _TELLS = core_wait_s(threading.get_native_id()) is not None  # on Linux
 
 def _off_s() -> float:
     """Seconds, from whenever, that this thread neither ran nor was ready to: it waited for a disk, a network or the interpreter."""
-    return time.perf_counter() - time.thread_time() - (core_wait_s(threading.get_native_id()) or 0.0)
+    return (
+        time.perf_counter() - time.thread_time() - (core_wait_s(threading.get_native_id()) or 0.0)
+    )
 
 
 def _chunks(ranges: list[_Range], threads: int) -> Iterator[list[_Range]]:
@@ -304,12 +323,16 @@ def _follows(group: list[_Range], one: _Range) -> bool:
     if last.length < 0 or one.length < 0:
         return False
     end = last.offset + last.length
-    return end <= one.offset <= end + _GAP and one.offset + one.length - group[0].offset <= CHUNK_BYTES
+    return (
+        end <= one.offset <= end + _GAP and one.offset + one.length - group[0].offset <= CHUNK_BYTES
+    )
 
 
 def _read_local(path: str, group: list[_Range]) -> list[bytes | Reject]:
     # Not open(): os.open, fstat and read are what is needed. Not blocking, for whoever names a pipe x.jpg.
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    descriptor = os.open(
+        path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+    )
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
@@ -344,7 +367,9 @@ def _read_remote(uri: str, group: list[_Range]) -> list[bytes | Reject]:
     return _slices(uri, size, group, lambda length, offset: data[offset - first.offset :][:length])
 
 
-def _slices(name: str, size: int, group: list[_Range], read_at: Callable[[int, int], bytes]) -> list[bytes | Reject]:
+def _slices(
+    name: str, size: int, group: list[_Range], read_at: Callable[[int, int], bytes]
+) -> list[bytes | Reject]:
     """The ranges of a file of `size` bytes, which follow each other, with one call of read_at(length, offset)."""
     first, last = group[0], group[-1]
     start = first.offset
@@ -374,7 +399,9 @@ def _empty(name: str) -> Reject:
 
 
 def _beyond(name: str, size: int, one: _Range) -> Reject:
-    return _unreadable(f"{name}: cut short: {one.length} bytes from {one.offset} on, but the file has {size}")
+    return _unreadable(
+        f"{name}: cut short: {one.length} bytes from {one.offset} on, but the file has {size}"
+    )
 
 
 def _too_long(name: str, size: int) -> Reject:

@@ -74,13 +74,18 @@ def moved_segmentation(value: Any, place: Placement) -> Any:
     try:
         if isinstance(value, Mapping):
             return _moved_runs(value, place)
-        polygons = [np.array([real(number) for number in polygon], np.float64).reshape(-1, 2) for polygon in value]
+        polygons = [
+            np.array([real(number) for number in polygon], np.float64).reshape(-1, 2)
+            for polygon in value
+        ]
     except Exception:  # foreign structure, read by a library too
         return None
     if not all(len(polygon) >= 3 and np.isfinite(polygon).all() for polygon in polygons):
         return None
     inside = [_clipped(_points(polygon, place.matrix), place.size) for polygon in polygons]
-    left = [[_number(value) for value in polygon.reshape(-1)] for polygon in inside if len(polygon) >= 3]
+    left = [
+        [_number(value) for value in polygon.reshape(-1)] for polygon in inside if len(polygon) >= 3
+    ]
     return left or None
 
 

@@ -61,7 +61,9 @@ class Sink:
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
-            raise UsageError(f"the format {self.format!r} cannot be written; choose one of {', '.join(FORMATS)}")
+            raise UsageError(
+                f"the format {self.format!r} cannot be written; choose one of {', '.join(FORMATS)}"
+            )
         if not 1 <= self.quality <= 100:
             raise UsageError(f"a JPEG quality of {self.quality} does not exist; give 1 to 100")
 
@@ -74,7 +76,9 @@ class Written:
     bytes: int
 
 
-def write_shard(sink: Sink, block: pa.Table, *, encode: Encode, finish: Finish | None = None) -> Written:
+def write_shard(
+    sink: Sink, block: pa.Table, *, encode: Encode, finish: Finish | None = None
+) -> Written:
     """Writes the good rows of a block (the schema of raypipe.data.work.BLOCK; all of one epoch and shard).
 
     `encode(image, "jpeg" or "png", quality)` gives the bytes of a HWC RGB uint8 image. `finish(image)` gives the array to store
@@ -92,7 +96,9 @@ def write_shard(sink: Sink, block: pa.Table, *, encode: Encode, finish: Finish |
     folder = prefix + (sink.folder.strip("/") + "/" if sink.folder else "")
     extension = _EXTENSION[sink.format]
     files, size = [], 0
-    for name, uri, image in zip(block["name"].to_pylist(), block["uri"].to_pylist(), images_of(block), strict=True):
+    for name, uri, image in zip(
+        block["name"].to_pylist(), block["uri"].to_pylist(), images_of(block), strict=True
+    ):
         if image is None:
             continue
         if sink.format == "npy":
@@ -145,8 +151,20 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def _parquet(block: pa.Table) -> memoryview:
-    columns = ["image_id", "name", "height", "width", "image", "boxes", "labels", "crowds", "annotation_ids"]
-    block = block.filter(pc.is_valid(block["image"])) if block["image"].null_count else block  # which would copy all pixels
+    columns = [
+        "image_id",
+        "name",
+        "height",
+        "width",
+        "image",
+        "boxes",
+        "labels",
+        "crowds",
+        "annotation_ids",
+    ]
+    block = (
+        block.filter(pc.is_valid(block["image"])) if block["image"].null_count else block
+    )  # which would copy all pixels
     sink = pa.BufferOutputStream()
     pq.write_table(
         block.select(columns).replace_schema_metadata(RAW),
@@ -209,16 +227,24 @@ def write_annotations(
         boxes.update(zip(keys, np.asarray(moved, np.float64).reshape(-1, 4).tolist(), strict=True))
     sizes = {image_key(image["id"]): _frame(image) for image in coco["images"]}
     categories = coco.get("categories")
-    known = [one for one in categories if isinstance(one, dict)] if isinstance(categories, list) else []
-    names = {one["id"]: _names(one) for one in known if isinstance(one.get("id"), int | float | str)}
+    known = (
+        [one for one in categories if isinstance(one, dict)] if isinstance(categories, list) else []
+    )
+    names = {
+        one["id"]: _names(one) for one in known if isinstance(one.get("id"), int | float | str)
+    }
     annotations, dropped = [], 0
     for position, annotation in enumerate(coco.get("annotations") or []):
         image_id = image_key(annotation["image_id"])
-        if image_id in written and annotation.get("bbox"):  # others were not looked at when the JSON was listed
+        if image_id in written and annotation.get(
+            "bbox"
+        ):  # others were not looked at when the JSON was listed
             box = boxes.get((image_id, annotation_id(annotation, position)))
             if box is not None:
                 place = placed.get(image_id)
-                moved_, lost = _moved(annotation, box, place and place.of_frame(sizes[image_id]), names)
+                moved_, lost = _moved(
+                    annotation, box, place and place.of_frame(sizes[image_id]), names
+                )
                 annotations.append(moved_)
                 dropped += lost
     result = {**coco, "images": images}
@@ -243,7 +269,9 @@ def _names(category: dict[str, Any]) -> list[str]:
     return [str(name) for name in names] if isinstance(names, list) else []
 
 
-def _shapes(annotation: dict[str, Any], place: Placement | None, names: Mapping[Any, list[str]]) -> tuple[dict[str, Any], bool]:
+def _shapes(
+    annotation: dict[str, Any], place: Placement | None, names: Mapping[Any, list[str]]
+) -> tuple[dict[str, Any], bool]:
     """What becomes of the segmentation and the keypoints; and whether one of them was left out."""
     moved: dict[str, Any] = {}
     lost = False
@@ -254,23 +282,40 @@ def _shapes(annotation: dict[str, Any], place: Placement | None, names: Mapping[
     elif "segmentation" in annotation:
         moved["segmentation"] = annotation["segmentation"]
     if annotation.get("keypoints"):
-        points = place and moved_keypoints(annotation["keypoints"], place, names.get(annotation.get("category_id"), []))
-        moved |= {"keypoints": points, "num_keypoints": sum(value > 0 for value in points[2::3])} if points else {}
+        points = place and moved_keypoints(
+            annotation["keypoints"], place, names.get(annotation.get("category_id"), [])
+        )
+        moved |= (
+            {"keypoints": points, "num_keypoints": sum(value > 0 for value in points[2::3])}
+            if points
+            else {}
+        )
         lost |= not points
     return moved, lost
 
 
 def _moved(
-    annotation: dict[str, Any], box: list[float], place: Placement | None, names: Mapping[Any, list[str]]
+    annotation: dict[str, Any],
+    box: list[float],
+    place: Placement | None,
+    names: Mapping[Any, list[str]],
 ) -> tuple[dict[str, Any], bool]:
-    kept = {key: value for key, value in annotation.items() if key not in ("segmentation", "keypoints", "num_keypoints")}
+    kept = {
+        key: value
+        for key, value in annotation.items()
+        if key not in ("segmentation", "keypoints", "num_keypoints")
+    }
     left, top, right, bottom = box
     # Four decimals: what float32 boxes hold of a pixel, and half the file's size.
     kept["bbox"] = [round(value, 4) for value in (left, top, right - left, bottom - top)]
     if isinstance(area := annotation.get("area"), int | float):
         before = real(annotation["bbox"][2]) * real(annotation["bbox"][3])
         after = (right - left) * (bottom - top)
-        scaled = real(float(area) if isinstance(area, bool) else area) * after / before if before > 0 else after
+        scaled = (
+            real(float(area) if isinstance(area, bool) else area) * after / before
+            if before > 0
+            else after
+        )
         kept["area"] = round(scaled if math.isfinite(scaled) else after, 4)
     shapes, lost = _shapes(annotation, place, names)
     return kept | shapes, lost

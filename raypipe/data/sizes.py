@@ -50,19 +50,36 @@ class Weigher:
     largest: int = 0
 
     def __call__(self, rows: pa.Table) -> Weights:
-        uris, offsets, lengths = (rows.column(name).to_pylist() for name in ("uri", "offset", "length"))
+        uris, offsets, lengths = (
+            rows.column(name).to_pylist() for name in ("uri", "offset", "length")
+        )
         of: dict[tuple[Any, ...], tuple[int, int, int]] = {}
         weights = np.zeros((len(uris), 3), np.int64)
-        for row, (encoded, header) in enumerate(_looked_up(uris, offsets, lengths, self.max_pixels)):
+        for row, (encoded, header) in enumerate(
+            _looked_up(uris, offsets, lengths, self.max_pixels)
+        ):
             if header is None:  # it will be rejected
                 continue
-            key = (header.height, header.width, header.format, header.native, header.scans, header.orientation > 1)
+            key = (
+                header.height,
+                header.width,
+                header.format,
+                header.native,
+                header.scans,
+                header.orientation > 1,
+            )
             if key not in of:
                 of[key] = self._of(header)
             out, most, peak = of[key]
             weights[row] = out, most + encoded, peak
         self.largest = max(self.largest, int(weights[:, 1:].sum(axis=1).max(initial=0)))
-        return Weights(out=weights[:, 0], held=weights[:, 1], peak=weights[:, 2], memory=self.memory, target=self.target)
+        return Weights(
+            out=weights[:, 0],
+            held=weights[:, 1],
+            peak=weights[:, 2],
+            memory=self.memory,
+            target=self.target,
+        )
 
     def _of(self, header: Header) -> tuple[int, int, int]:
         """Bytes of the result as it usually is, and at most; and bytes while one is worked on."""
@@ -97,7 +114,11 @@ class Cut:
     @property
     def need(self) -> int:
         """Bytes that the largest shard takes, as far as rows were weighed; of recipes with one size, its results alone."""
-        return self.rows * self.each if self.weigh is None else min(self.memory, self.weigh.largest + 2 * SHARD_BYTES)
+        return (
+            self.rows * self.each
+            if self.weigh is None
+            else min(self.memory, self.weigh.largest + 2 * SHARD_BYTES)
+        )
 
 
 def cut(
@@ -120,7 +141,11 @@ def cut(
     size = recipe.fixed_size
     if size is None:
         weigh = Weigher(
-            recipe=recipe, scratch=scratch, memory=memory, max_pixels=max_pixels, target=SHARD_BYTES if rows is None else None
+            recipe=recipe,
+            scratch=scratch,
+            memory=memory,
+            max_pixels=max_pixels,
+            target=SHARD_BYTES if rows is None else None,
         )
         return Cut(rows=rows or shard_rows(rows=images, row_bytes=1), memory=memory, weigh=weigh)
     each = size[0] * size[1] * 3
@@ -138,7 +163,13 @@ def _looked_up(
 ) -> Iterable[tuple[int, Header | None]]:
     """Encoded bytes of each row, and its header, a guess where nobody looked; None: it will be rejected."""
     of_parquet: dict[str, tuple[np.ndarray, np.ndarray | None] | None] = {}
-    remote = _remote_sizes({uri for uri, length in zip(uris, lengths, strict=True) if length < 0 and location.is_remote(uri)})
+    remote = _remote_sizes(
+        {
+            uri
+            for uri, length in zip(uris, lengths, strict=True)
+            if length < 0 and location.is_remote(uri)
+        }
+    )
     for uri, offset, length in zip(uris, offsets, lengths, strict=True):
         if location.path_of(uri).lower().endswith(PARQUET):
             if uri not in of_parquet:
@@ -183,7 +214,9 @@ def _row_of(sizes: tuple[np.ndarray, np.ndarray | None] | None, row: int) -> tup
 def _local(path: str, offset: int, length: int, max_pixels: int) -> tuple[int, Header | None]:
     """The header of a local file, or of a part of one."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+        descriptor = os.open(
+            path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+        )
     except (OSError, ValueError):  # ValueError: no name of a file
         return 0, None
     try:
@@ -215,5 +248,7 @@ def _remote_sizes(uris: set[str]) -> dict[str, int]:
             listed = system.get_file_info(fs.FileSelector(folder))
         except Exception:  # whoever reads them says what is wrong
             continue
-        found |= {paths[info.path]: info.size for info in listed if info.path in paths and info.size}
+        found |= {
+            paths[info.path]: info.size for info in listed if info.path in paths and info.size
+        }
     return found

@@ -88,7 +88,9 @@ def rows(
         values = columns[column.name]
         if values is None:
             values = pa.ListArray.from_arrays(
-                pa.array(np.zeros(count + 1, np.int32)), pa.array([], column.type.value_type), type=column.type
+                pa.array(np.zeros(count + 1, np.int32)),
+                pa.array([], column.type.value_type),
+                type=column.type,
             )
         elif not isinstance(values, pa.Array | pa.ChunkedArray):
             values = pa.array(values, column.type)
@@ -97,7 +99,9 @@ def rows(
 
 
 def _frame_column(frames: Any) -> pa.Array:
-    return pa.FixedSizeListArray.from_arrays(pa.array(np.asarray(frames, np.int32).reshape(-1)), type=FRAME)
+    return pa.FixedSizeListArray.from_arrays(
+        pa.array(np.asarray(frames, np.int32).reshape(-1)), type=FRAME
+    )
 
 
 def frames_of(table: pa.Table) -> np.ndarray:
@@ -109,7 +113,9 @@ def frames_of(table: pa.Table) -> np.ndarray:
 def lists_of(counts: Sequence[int] | np.ndarray, values: Any) -> pa.ListArray:
     """`values` cut into lists of `counts` elements."""
     offsets = np.concatenate(([0], np.cumsum(np.asarray(counts, np.int64)))).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), values if isinstance(values, pa.Array) else pa.array(values))
+    return pa.ListArray.from_arrays(
+        pa.array(offsets), values if isinstance(values, pa.Array) else pa.array(values)
+    )
 
 
 def box_lists(counts: Sequence[int] | np.ndarray, boxes: np.ndarray) -> pa.ListArray:
@@ -144,7 +150,9 @@ def whole(value: Any, *, below: int = INT64) -> int:
             raise ValueError(f"{shown(value)} is no whole number")
         value = int(number)
     if not -below <= value < below:
-        raise ValueError(f"{value} does not fit into 64 bits" if below == INT64 else f"{value} is too large")
+        raise ValueError(
+            f"{value} does not fit into 64 bits" if below == INT64 else f"{value} is too large"
+        )
     return value
 
 

@@ -42,12 +42,20 @@ BLOCK = pa.schema(
         pa.field("source_width", pa.int32()),
         pa.field("height", pa.int32()),
         pa.field("width", pa.int32()),
-        pa.field("image", pa.large_binary()),  # HWC RGB uint8; null: rejected. Large: 16 photos of 50 MP pass 2 GiB
+        pa.field(
+            "image", pa.large_binary()
+        ),  # HWC RGB uint8; null: rejected. Large: 16 photos of 50 MP pass 2 GiB
         pa.field("reason", pa.string()),  # null: fine
-        pa.field("detail", pa.string()),  # of the reason; without one, what is damaged in an image that was kept
+        pa.field(
+            "detail", pa.string()
+        ),  # of the reason; without one, what is damaged in an image that was kept
         *(SOURCE.field(name) for name in ("boxes", "labels", "crowds", "annotation_ids")),
-        pa.field("orientation", pa.int8()),  # the EXIF number that made the picture upright; null: rejected
-        pa.field("boxes_from", pa.string()),  # the frame that boxes were in (raypipe.images.frames); null: not known
+        pa.field(
+            "orientation", pa.int8()
+        ),  # the EXIF number that made the picture upright; null: rejected
+        pa.field(
+            "boxes_from", pa.string()
+        ),  # the frame that boxes were in (raypipe.images.frames); null: not known
         pa.field("boxes_dropped", DROPPED),
     ]
 )
@@ -87,9 +95,14 @@ def wanted_by(source: pa.Table, *, needs_boxes: bool, drops_crowds: bool) -> pa.
     if drops_crowds:
         crowds = unlist(source.column("crowds"))
         for name in ("boxes", "labels", "annotation_ids"):
-            kept = [v[~c] if len(c) == len(v) else v for v, c in zip(unlist(source.column(name)), crowds, strict=True)]
+            kept = [
+                v[~c] if len(c) == len(v) else v
+                for v, c in zip(unlist(source.column(name)), crowds, strict=True)
+            ]
             source = _with(source, name, lists(kept, SOURCE.field(name).type))
-        source = _with(source, "crowds", lists([c[~c] for c in crowds], SOURCE.field("crowds").type))
+        source = _with(
+            source, "crowds", lists([c[~c] for c in crowds], SOURCE.field("crowds").type)
+        )
     if needs_boxes:
         source = source.filter(pc.greater(pc.list_value_length(source.column("boxes")), 0))
     return source
@@ -148,12 +161,19 @@ def make_work(
             weights = None if all_weights is None else all_weights.taken(order)
         shard = first_shard + _cut(rows.num_rows, rows_per_shard, taper=taper, weights=weights)
         first_shard = int(shard.max(initial=first_shard - 1)) + 1
-        columns = {"epoch": pa.array(np.full(rows.num_rows, epoch, np.int32)), "shard": pa.array(shard)}
-        parts.append(pa.table({**columns, **{name: rows.column(name) for name in SOURCE.names}}, schema=WORK))
+        columns = {
+            "epoch": pa.array(np.full(rows.num_rows, epoch, np.int32)),
+            "shard": pa.array(shard),
+        }
+        parts.append(
+            pa.table({**columns, **{name: rows.column(name) for name in SOURCE.names}}, schema=WORK)
+        )
     return pa.concat_tables(parts) if parts else WORK.empty_table()
 
 
-def _cut(rows: int, rows_per_shard: int, *, taper: bool, weights: Weights | None = None) -> np.ndarray:
+def _cut(
+    rows: int, rows_per_shard: int, *, taper: bool, weights: Weights | None = None
+) -> np.ndarray:
     """The shard, from 0 on, of each of `rows` rows, int64."""
     small = max(rows_per_shard // TAPER, min(MIN_SMALL_ROWS, rows_per_shard))
     if weights is not None:
@@ -161,14 +181,20 @@ def _cut(rows: int, rows_per_shard: int, *, taper: bool, weights: Weights | None
         return _cut_by_weight(weights, [rows_per_shard] * tail + [small] * (rows - tail))
     large = -(-(rows - rows // TAPERED) // rows_per_shard) if taper else rows
     at = np.arange(rows, dtype=np.int64)
-    return np.where(at < large * rows_per_shard, at // rows_per_shard, large + (at - large * rows_per_shard) // small)
+    return np.where(
+        at < large * rows_per_shard,
+        at // rows_per_shard,
+        large + (at - large * rows_per_shard) // small,
+    )
 
 
 def _cut_by_weight(weights: Weights, most_rows: list[int]) -> np.ndarray:
     """The shard of each row; `most_rows`: how many a shard with that row may have."""
     shards_: list[int] = []
     shard = count = out = held = peak = 0
-    rows = zip(weights.out.tolist(), weights.held.tolist(), weights.peak.tolist(), most_rows, strict=True)
+    rows = zip(
+        weights.out.tolist(), weights.held.tolist(), weights.peak.tolist(), most_rows, strict=True
+    )
     for its_out, its_held, its_peak, most in rows:
         full = count >= most or (weights.target is not None and out + its_out > weights.target)
         if count and (full or held + its_held + max(peak, its_peak) > weights.memory):
@@ -185,12 +211,20 @@ def named_as_before(source: pa.Table, work: pa.Table) -> pa.Table:
     """`source` with the image ids that `work` has for the same bytes, where ids are the source's numbering of a name that occurs several times:
     that changes when others of this name are added before them. Ids that an image brings along stay as they are.
     """
-    if not any(pc.any(pc.match_substring_regex(table.column("image_id"), r"#\d+$")).as_py() for table in (source, work)):
+    if not any(
+        pc.any(pc.match_substring_regex(table.column("image_id"), r"#\d+$")).as_py()
+        for table in (source, work)
+    ):
         return source
     columns = ("image_id", "uri", "offset")
-    listed, before = (list(zip(*(table.column(name).to_pylist() for name in columns), strict=True)) for table in (source, work))
+    listed, before = (
+        list(zip(*(table.column(name).to_pylist() for name in columns), strict=True))
+        for table in (source, work)
+    )
     ids = {image_id for image_id, _, _ in (*listed, *before)}
-    repeated = {match[1] for image_id in ids if (match := _NUMBERED.fullmatch(image_id)) and match[1] in ids}
+    repeated = {
+        match[1] for image_id in ids if (match := _NUMBERED.fullmatch(image_id)) and match[1] in ids
+    }
     if not repeated:
         return source
 
@@ -224,10 +258,16 @@ def renewed(work: pa.Table, source: pa.Table, done: Set[int]) -> pa.Table:
 
     A shard that was done without a row would count as done: should the row come back, it gets a shard of its own.
     """
-    at = pc.index_in(work.column("image_id"), value_set=source.column("image_id").combine_chunks()).to_numpy()
+    at = pc.index_in(
+        work.column("image_id"), value_set=source.column("image_id").combine_chunks()
+    ).to_numpy()
     finished = in_shards(work, done).to_numpy(zero_copy_only=False)
-    rows = np.where(finished, np.arange(work.num_rows), work.num_rows + at)[finished | ~np.isnan(at)].astype(np.int64)
-    both = pa.concat_tables([work.select(SOURCE.names), source.select(SOURCE.names)]).take(pa.array(rows))
+    rows = np.where(finished, np.arange(work.num_rows), work.num_rows + at)[
+        finished | ~np.isnan(at)
+    ].astype(np.int64)
+    both = pa.concat_tables([work.select(SOURCE.names), source.select(SOURCE.names)]).take(
+        pa.array(rows)
+    )
     kept = work.filter(pa.array(finished | ~np.isnan(at)))
     for name in ("uri", "offset", "length", "boxes", "labels", "crowds", "annotation_ids", "frame"):
         kept = kept.set_column(kept.column_names.index(name), WORK.field(name), both.column(name))
@@ -235,7 +275,12 @@ def renewed(work: pa.Table, source: pa.Table, done: Set[int]) -> pa.Table:
 
 
 def requeued(
-    work: pa.Table, waiting: Mapping[int, Set[str]], *, rows_per_shard: int, taper: bool = False, weigh: Weigh | None = None
+    work: pa.Table,
+    waiting: Mapping[int, Set[str]],
+    *,
+    rows_per_shard: int,
+    taper: bool = False,
+    weigh: Weigh | None = None,
 ) -> pa.Table:
     """`work` with the rows in `waiting` (image ids, by shard) in new shards at its end; they keep their names."""
     if not waiting:
@@ -250,22 +295,35 @@ def requeued(
     return pa.concat_tables([work.filter(pa.array(~again)), rows])
 
 
-def extend(work: pa.Table, source: pa.Table, *, rows_per_shard: int, taper: bool = False, weigh: Weigh | None = None) -> pa.Table:
+def extend(
+    work: pa.Table,
+    source: pa.Table,
+    *,
+    rows_per_shard: int,
+    taper: bool = False,
+    weigh: Weigh | None = None,
+) -> pa.Table:
     """`work` with those rows of `source` added, in new shards, whose image id it does not have yet."""
     known = set(work.column("image_id").to_pylist())
-    new = np.array([image_id not in known for image_id in source.column("image_id").to_pylist()], dtype=bool)
+    new = np.array(
+        [image_id not in known for image_id in source.column("image_id").to_pylist()], dtype=bool
+    )
     fresh = source.filter(pa.array(new))
     # Names that are on disk stay; what clashes with one of them gets another.
     names = unique_names(fresh.column("name").to_pylist(), taken=work.column("name").to_pylist())
     fresh = _with(fresh, "name", pa.array(names, pa.string()))
     first = (work.column("shard").to_numpy().max() + 1) if work.num_rows else 0
-    added = make_work(fresh, rows_per_shard=rows_per_shard, taper=taper, weigh=weigh, first_shard=int(first))
+    added = make_work(
+        fresh, rows_per_shard=rows_per_shard, taper=taper, weigh=weigh, first_shard=int(first)
+    )
     return pa.concat_tables([work, added])
 
 
 def in_shards(work: pa.Table, numbers: Set[int]) -> pa.Array:
     """Of each row of `work`, whether its shard is among `numbers`."""
-    return pa.array(np.isin(work.column("shard").to_numpy(), np.fromiter(numbers, np.int64, len(numbers))))
+    return pa.array(
+        np.isin(work.column("shard").to_numpy(), np.fromiter(numbers, np.int64, len(numbers)))
+    )
 
 
 def remaining(work: pa.Table, done: Set[int]) -> pa.Table:
@@ -294,7 +352,9 @@ def shards(work: pa.Table) -> Iterator[pa.Table]:
 def image_column(block: pa.Table) -> pa.LargeBinaryArray:
     """The pixels of a block (schema BLOCK) as one array."""
     chunks = block.column("image")
-    return chunks.chunk(0) if chunks.num_chunks == 1 else chunks.combine_chunks()  # which copies even a single chunk
+    return (
+        chunks.chunk(0) if chunks.num_chunks == 1 else chunks.combine_chunks()
+    )  # which copies even a single chunk
 
 
 def images_of(block: pa.Table) -> list[np.ndarray | None]:
@@ -304,10 +364,20 @@ def images_of(block: pa.Table) -> list[np.ndarray | None]:
     if values is None:  # none has pixels
         return [None] * len(column)
     flat = np.frombuffer(values, np.uint8)
-    ends = np.frombuffer(offsets, np.int64)[column.offset : column.offset + len(column) + 1].tolist()
-    shapes = zip(block.column("height").to_pylist(), block.column("width").to_pylist(), column.is_valid().to_pylist(), strict=True)
+    ends = np.frombuffer(offsets, np.int64)[
+        column.offset : column.offset + len(column) + 1
+    ].tolist()
+    shapes = zip(
+        block.column("height").to_pylist(),
+        block.column("width").to_pylist(),
+        column.is_valid().to_pylist(),
+        strict=True,
+    )
     rows = zip(ends[:-1], ends[1:], shapes, strict=True)
-    return [flat[start:end].reshape(height, width, 3) if good else None for start, end, (height, width, good) in rows]
+    return [
+        flat[start:end].reshape(height, width, 3) if good else None
+        for start, end, (height, width, good) in rows
+    ]
 
 
 def lists(values: Iterable[np.ndarray], type_: pa.ListType) -> pa.Array:
@@ -320,7 +390,9 @@ def lists(values: Iterable[np.ndarray], type_: pa.ListType) -> pa.Array:
     if pa.types.is_fixed_size_list(element):
         boxes = [np.asarray(a, np.float32).reshape(-1) for a in arrays]
         numbers = np.concatenate(boxes) if boxes else np.empty(0, np.float32)
-        flat = pa.FixedSizeListArray.from_arrays(pa.array(numbers, element.value_type), element.list_size)
+        flat = pa.FixedSizeListArray.from_arrays(
+            pa.array(numbers, element.value_type), element.list_size
+        )
     else:
         flat = pa.array(np.concatenate(arrays) if arrays else np.empty(0), element)
     return pa.ListArray.from_arrays(pa.array(offsets), flat, type=type_)
@@ -331,7 +403,9 @@ def unlist(column: pa.ChunkedArray | pa.Array) -> list[np.ndarray]:
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     element = array.type.value_type
     flat = array.flatten()
-    if not len(flat):  # np.split costs 16 us a row, 1% of a small image, and most sources have no boxes
+    if not len(
+        flat
+    ):  # np.split costs 16 us a row, 1% of a small image, and most sources have no boxes
         of_one = element.value_type if pa.types.is_fixed_size_list(element) else element
         shape = (0, element.list_size) if pa.types.is_fixed_size_list(element) else (0,)
         return [np.empty(shape, of_one.to_pandas_dtype())] * len(array)

@@ -48,7 +48,9 @@ def _inference(size: int, *, rounding: Literal["nearest", "down"] = "nearest") -
     return Resize(height=size, width=size, arithmetic="float", rounding=rounding)
 
 
-def _classify(*, area: bool = False, antialias: bool = False, rounding: Literal["nearest", "down"] = "down") -> tuple[Any, ...]:
+def _classify(
+    *, area: bool = False, antialias: bool = False, rounding: Literal["nearest", "down"] = "down"
+) -> tuple[Any, ...]:
     """The middle 224x224 of the image with its short side at 256: 87.5% of it."""
     short = ShortSide(short=256, long=MAX_PIXELS, antialias=antialias, area=area)
     return (short, CenterCrop(height=224, width=224, rounding=rounding))
@@ -139,7 +141,11 @@ _ALL = (
         )
         for kind, runtime, more in (
             ("onnx", "ONNX Runtime", ""),
-            ("pt", "PyTorch", " Images without annotations stay, where MLPerf leaves them out (48 of val2017)."),
+            (
+                "pt",
+                "PyTorch",
+                " Images without annotations stay, where MLPerf leaves them out (48 of val2017).",
+            ),
             ("tf", "TensorFlow", ""),
         )
     ),
@@ -202,7 +208,11 @@ _ALL = (
     Recipe(
         name="torchvision-multiscale",
         description=f"Flip, short side 480 to 800, long at most 1333; 0 to 1. {_TORCHVISION}",
-        ops=(HorizontalFlip(), MultiScale(sizes=tuple(range(480, 801, 32)), long=1333), SanitizeBoxes()),
+        ops=(
+            HorizontalFlip(),
+            MultiScale(sizes=tuple(range(480, 801, 32)), long=1333),
+            SanitizeBoxes(),
+        ),
         finish=_UNIT,
     ),
     Recipe(
@@ -237,4 +247,6 @@ def get(name: str) -> Recipe:
         return RECIPES[name]
     if name.lower().endswith(".json"):
         return from_json(name)
-    raise UsageError(f"unknown recipe {name!r}{did_you_mean(name, RECIPES)}; or give the path of a .json file with a recipe")
+    raise UsageError(
+        f"unknown recipe {name!r}{did_you_mean(name, RECIPES)}; or give the path of a .json file with a recipe"
+    )

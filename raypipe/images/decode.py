@@ -24,7 +24,15 @@ import warnings
 
 import cv2
 import numpy as np
-from PIL import AvifImagePlugin, BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+from PIL import (
+    AvifImagePlugin,
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    JpegImagePlugin,
+    PngImagePlugin,
+    WebPImagePlugin,
+)
 from PIL.ImageFile import ImageFile
 
 from raypipe.images import jpeg, png, tiff
@@ -58,19 +66,25 @@ def read_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Header:
         raise Reject("empty", "0 bytes")
     format = _sniff(data)
     if format is None:
-        raise Reject("not an image", f"starts with {data[:12]!r}; known formats are {', '.join(FORMATS)}")
+        raise Reject(
+            "not an image", f"starts with {data[:12]!r}; known formats are {', '.join(FORMATS)}"
+        )
     try:
         header = _header(data, format)
     except Reject:
         raise
-    except Exception as error:  # parsers of hostile bytes raise anything; whatever it is, this image has no header
+    except (
+        Exception
+    ) as error:  # parsers of hostile bytes raise anything; whatever it is, this image has no header
         if format == "jpeg" and jpeg.EOI not in data:
             raise Reject("truncated", f"cut within the headers, after {len(data)} bytes") from error
         raise rejected(error) from error
     if header.height <= 0 or header.width <= 0:
         raise Reject("corrupt", f"the header says {header.width}x{header.height} pixels")
     if header.height * header.width > max_pixels:
-        raise Reject("too many pixels", f"{header.width}x{header.height} is more than {max_pixels} pixels")
+        raise Reject(
+            "too many pixels", f"{header.width}x{header.height} is more than {max_pixels} pixels"
+        )
     return header
 
 
@@ -113,7 +127,9 @@ def decode(data: bytes, header: Header, reduce: int = 1, *, strict: bool = True)
             image, reduce = _decode_other(data, header.format, strict=strict), 1
     except Reject:
         raise
-    except Exception as error:  # as above: zlib, struct, memory and syntax errors, all of them this image's
+    except (
+        Exception
+    ) as error:  # as above: zlib, struct, memory and syntax errors, all of them this image's
         raise rejected(error) from error
     return check_size(orient(image, header.orientation), header, reduce)
 
@@ -125,12 +141,19 @@ def _decode_other(data: bytes, format: str, *, strict: bool) -> np.ndarray:
     if format == "tiff":
         return tiff.decode(data, strict=strict)
     image = _opened(png.pixels(data, strict=strict) if format == "png" else data, format)
-    if strict and format == "jpeg" and (said := jpeg.damage(data, colours="CMYK" if image.mode == "CMYK" else "RGB")):
+    if (
+        strict
+        and format == "jpeg"
+        and (said := jpeg.damage(data, colours="CMYK" if image.mode == "CMYK" else "RGB"))
+    ):
         raise Reject("damaged", f"libjpeg: {said}")
     with c_messages:
         image.load()
     if image.mode in ("I", "F"):
-        raise Reject("unsupported mode", f"pixels of 32 bits (Pillow's mode {image.mode!r}) have no range to map to 8 bits")
+        raise Reject(
+            "unsupported mode",
+            f"pixels of 32 bits (Pillow's mode {image.mode!r}) have no range to map to 8 bits",
+        )
     image.info.pop("transparency", None)  # dropped in any case; convert would warn about it
     return _pixels(image)
 
@@ -170,7 +193,9 @@ def check_size(image: np.ndarray, header: Header, reduce: int = 1) -> np.ndarray
     """Returns the image if it has the size that its header promised (plans and buffers were made by it), else raises Reject."""
     size = (-(-header.height // reduce), -(-header.width // reduce))
     if image.shape[:2] != size:
-        raise Reject("corrupt", f"decoded to {image.shape[:2]}, but the header says {size} (height, width)")
+        raise Reject(
+            "corrupt", f"decoded to {image.shape[:2]}, but the header says {size} (height, width)"
+        )
     return image
 
 
@@ -205,13 +230,20 @@ def thumbnail(data: bytes, *, side: int = 96) -> bytes | None:
         header = read_header(data, max_pixels=_THUMBNAIL_PIXELS)
         if header.scans and data.count(b"\xff\xda") > _THUMBNAIL_SCANS:
             return None
-        image = decode(data, header, 8 if header.native and min(header.height, header.width) >= 8 * side else 1, strict=False)
+        image = decode(
+            data,
+            header,
+            8 if header.native and min(header.height, header.width) >= 8 * side else 1,
+            strict=False,
+        )
     except Reject:
         return None
     scale = side / max(image.shape[:2])
     size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
     small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-    return cv2.imencode(".jpg", cv2.cvtColor(small, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 80])[1].tobytes()
+    return cv2.imencode(
+        ".jpg", cv2.cvtColor(small, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 80]
+    )[1].tobytes()
 
 
 class _CMessages:
@@ -225,7 +257,9 @@ class _CMessages:
         self._lines = None
         try:
             libc = ctypes.CDLL(None)
-            _ = libc.gnu_get_libc_version  # other C libraries have this variable in read-only memory, or not at all
+            _ = (
+                libc.gnu_get_libc_version
+            )  # other C libraries have this variable in read-only memory, or not at all
             self._stream = ctypes.c_void_p.in_dll(libc, "stderr")
             libc.tmpfile.restype = ctypes.c_void_p
             self._rewind, self._tell = libc.rewind, libc.ftell
@@ -269,7 +303,10 @@ def _sniff(data: bytes) -> str | None:
     if data.startswith(b"BM"):
         return "bmp"
     if data[4:8] == b"ftyp":
-        brands = {data[at : at + 4] for at in (8, *range(16, min(int.from_bytes(data[:4], "big"), 256), 4))}
+        brands = {
+            data[at : at + 4]
+            for at in (8, *range(16, min(int.from_bytes(data[:4], "big"), 256), 4))
+        }
         return "avif" if brands & _AVIF else "heif" if brands & _HEIF else None
     return None
 
@@ -280,7 +317,9 @@ _HEIF = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 
 def _opened(data: bytes, format: str) -> ImageFile:
     if format == "heif":
-        from pi_heif import HeifImageFile  # loaded when needed: libheif takes as much memory as all of OpenCV's decoders
+        from pi_heif import (
+            HeifImageFile,
+        )  # loaded when needed: libheif takes as much memory as all of OpenCV's decoders
 
         return HeifImageFile(io.BytesIO(data))
     return _PLUGINS[format](io.BytesIO(data))
@@ -296,7 +335,14 @@ def _pillow_header(data: bytes, format: str) -> Header:
     if orientation >= 5:
         width, height = height, width
     native = format == "jpeg" and image.mode in ("RGB", "L")
-    return Header(format=format, height=height, width=width, orientation=orientation, native=native, scans=native)
+    return Header(
+        format=format,
+        height=height,
+        width=width,
+        orientation=orientation,
+        native=native,
+        scans=native,
+    )
 
 
 def _npy_array_header(file: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype]:
@@ -311,7 +357,10 @@ def _npy_header(data: bytes) -> Header:
         warnings.simplefilter("ignore")
         shape, _fortran, dtype = _npy_array_header(io.BytesIO(data[:4096]))
     if dtype != np.uint8 or len(shape) != 3 or shape[2] != 3:
-        raise Reject("unsupported mode", f"a .npy image must be uint8 (height, width, 3), this is {dtype} {shape}")
+        raise Reject(
+            "unsupported mode",
+            f"a .npy image must be uint8 (height, width, 3), this is {dtype} {shape}",
+        )
     return Header(format="npy", height=shape[0], width=shape[1])
 
 

@@ -17,7 +17,9 @@ _COLOURS = (
 )
 
 
-def draw_boxes(image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, texts: Sequence[str]) -> np.ndarray:
+def draw_boxes(
+    image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, texts: Sequence[str]
+) -> np.ndarray:
     """A copy of `image` with boxes on it, lines and letters in proportion to its size; a label always has the same colour.
 
     Args:
@@ -29,13 +31,28 @@ def draw_boxes(image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, texts: 
     drawn = image.copy()
     side = max(image.shape[:2])
     line, scale = max(1, round(side / 400)), max(0.35, side / 1300)
-    for (x1, y1, x2, y2), label, text in zip(np.round(boxes).astype(int).tolist(), labels.tolist(), texts, strict=True):
+    for (x1, y1, x2, y2), label, text in zip(
+        np.round(boxes).astype(int).tolist(), labels.tolist(), texts, strict=True
+    ):
         colour = _COLOURS[label % len(_COLOURS)]
         cv2.rectangle(drawn, (x1, y1), (x2, y2), colour, line)
-        (width, height), below = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, max(1, line // 2))
+        (width, height), below = cv2.getTextSize(
+            text, cv2.FONT_HERSHEY_SIMPLEX, scale, max(1, line // 2)
+        )
         # Above the box, or in it where there is no room above.
         bottom = y1 if y1 >= height + below + line else y1 + height + below + line
-        cv2.rectangle(drawn, (x1, bottom - height - below - line), (x1 + width, bottom), colour, cv2.FILLED)
+        cv2.rectangle(
+            drawn, (x1, bottom - height - below - line), (x1 + width, bottom), colour, cv2.FILLED
+        )
         at = (x1, bottom - below)
-        cv2.putText(drawn, text, at, cv2.FONT_HERSHEY_SIMPLEX, scale, (255, 255, 255), max(1, line // 2), cv2.LINE_AA)
+        cv2.putText(
+            drawn,
+            text,
+            at,
+            cv2.FONT_HERSHEY_SIMPLEX,
+            scale,
+            (255, 255, 255),
+            max(1, line // 2),
+            cv2.LINE_AA,
+        )
     return drawn

@@ -12,10 +12,18 @@ from raypipe.images.header import Reject
 
 Size = tuple[int, int]
 Matrix = tuple[float, float, float, float, float, float]
-UPRIGHT, STORED, SCALED, STORED_SCALED, UNCLEAR = "upright", "stored", "scaled", "stored, scaled", "unclear"
+UPRIGHT, STORED, SCALED, STORED_SCALED, UNCLEAR = (
+    "upright",
+    "stored",
+    "scaled",
+    "stored, scaled",
+    "unclear",
+)
 
 
-def into_picture(boxes: np.ndarray, frame: Size, size: Size, orientation: int) -> tuple[np.ndarray, str | None]:
+def into_picture(
+    boxes: np.ndarray, frame: Size, size: Size, orientation: int
+) -> tuple[np.ndarray, str | None]:
     """Boxes in pixels of the upright picture, from pixels of the frame that they were drawn in.
 
     Args:
@@ -38,7 +46,9 @@ def into_picture(boxes: np.ndarray, frame: Size, size: Size, orientation: int) -
     x, y = boxes[:, 0::2].astype(np.float64), boxes[:, 1::2].astype(np.float64)
     across, down = np.sort(a * x + b * y + c, axis=1), np.sort(d * x + e * y + f, axis=1)
     swapped = (boxes[:, 2:] < boxes[:, :2]).any(axis=1)
-    moved = np.stack([across[:, 0], down[:, 0], across[:, 1], down[:, 1]], axis=1).astype(np.float32)
+    moved = np.stack([across[:, 0], down[:, 0], across[:, 1], down[:, 1]], axis=1).astype(
+        np.float32
+    )
     moved[swapped] = moved[swapped][:, [2, 3, 0, 1]]  # what was no box is none afterwards
     return moved, kind
 
@@ -92,7 +102,9 @@ def _same_shape(one: Size, other: Size) -> bool:
     return least < most
 
 
-def sound(boxes: np.ndarray, size: Size) -> tuple[np.ndarray, np.ndarray, tuple[tuple[int, str], ...]]:
+def sound(
+    boxes: np.ndarray, size: Size
+) -> tuple[np.ndarray, np.ndarray, tuple[tuple[int, str], ...]]:
     """The boxes that can be used, clipped to the picture.
 
     Args:

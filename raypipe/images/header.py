@@ -36,7 +36,9 @@ class Reject(Exception):
 
     def __init__(self, reason: str, detail: str = "") -> None:
         assert reason in REASONS, reason
-        super().__init__(reason, detail)  # these as args: that is what pickle restores an exception from
+        super().__init__(
+            reason, detail
+        )  # these as args: that is what pickle restores an exception from
         self.reason = reason
         self.detail = detail
 
@@ -74,6 +76,11 @@ def rejected(error: Exception) -> Reject:
         return Reject("too many pixels", f"not enough memory to decode it ({text})")
     if "truncated" in low or "eof" in low:
         return Reject("truncated", text)
-    if isinstance(error, NotImplementedError) or "cannot handle" in low or "unsupported" in low or "pixel mode" in low:
+    if (
+        isinstance(error, NotImplementedError)
+        or "cannot handle" in low
+        or "unsupported" in low
+        or "pixel mode" in low
+    ):
         return Reject("unsupported mode", text)
     return Reject("corrupt", text)

@@ -40,7 +40,9 @@ def read(data: bytes) -> Header | None:
             mark, kind, length = _SEGMENT.unpack_from(data, at)
             if mark != 0xFF or length < 2:
                 return None
-            if kind == _SOS:  # behind it FF only comes stuffed or as a marker, so an EOI found there is a real one
+            if (
+                kind == _SOS
+            ):  # behind it FF only comes stuffed or as a marker, so an EOI found there is a real one
                 break
             if kind == _PROGRESSIVE or kind in _BASELINE:
                 if size is not None:
@@ -64,7 +66,9 @@ def read(data: bytes) -> Header | None:
     orientation = upright(exif, xmp) if exif or xmp else 1
     height, width = size if orientation < 5 else size[::-1]
     scans = progressive or data[at + 4 : at + 5] != bytes([components])
-    return Header(format="jpeg", height=height, width=width, orientation=orientation, native=True, scans=scans)
+    return Header(
+        format="jpeg", height=height, width=width, orientation=orientation, native=True, scans=scans
+    )
 
 
 def decode(data: bytes, header: Header, reduce: int = 1, *, strict: bool = True) -> np.ndarray:
@@ -83,7 +87,11 @@ def decode(data: bytes, header: Header, reduce: int = 1, *, strict: bool = True)
     if missing:
         raise Reject("damaged", missing)
     height, width = header.stored
-    small = {"min_height": -(-height // reduce), "min_width": -(-width // reduce), "min_factor": reduce} if reduce > 1 else {}
+    small = (
+        {"min_height": -(-height // reduce), "min_width": -(-width // reduce), "min_factor": reduce}
+        if reduce > 1
+        else {}
+    )
     for _ in range(_TRIES if strict else 1):
         try:
             return simplejpeg.decode_jpeg(data, "RGB", strict=strict, **small)
@@ -93,7 +101,9 @@ def decode(data: bytes, header: Header, reduce: int = 1, *, strict: bool = True)
         if cleaned is None:
             break
         data = cleaned
-    raise Reject("truncated" if words.startswith("Premature end") else "damaged", f"libjpeg: {words}")
+    raise Reject(
+        "truncated" if words.startswith("Premature end") else "damaged", f"libjpeg: {words}"
+    )
 
 
 _TRIES = 6
@@ -169,7 +179,9 @@ def missing_scans(data: bytes) -> str | None:
     libjpeg says nothing of a progressive file that was cut between two scans and closed by an end
     mark: it delivers a blurred image.
     """
-    left: dict[int, np.ndarray] = {}  # of each component, the bits that each coefficient still lacks
+    left: dict[
+        int, np.ndarray
+    ] = {}  # of each component, the bits that each coefficient still lacks
     progressive = False
     for kind, start in _markers(data):
         body = data[start + 4 : start + 2 + int.from_bytes(data[start + 2 : start + 4], "big")]
@@ -180,14 +192,14 @@ def missing_scans(data: bytes) -> str | None:
             first, last, low = body[-3], body[-2], body[-1] & 15
             for component in body[1 : 1 + 2 * body[0] : 2]:
                 if component in left:
-                    left[component][slice(first, last + 1) if progressive else slice(None)] = low if progressive else 0
+                    left[component][slice(first, last + 1) if progressive else slice(None)] = (
+                        low if progressive else 0
+                    )
         elif kind == 0xD9:
             break
     for number, bits in enumerate(left.values()):
         if bits.any():
-            return (
-                f"scans are missing: component {number} lacks {np.count_nonzero(bits)} of its 64 coefficients, or their last bits"
-            )
+            return f"scans are missing: component {number} lacks {np.count_nonzero(bits)} of its 64 coefficients, or their last bits"
     return None
 
 

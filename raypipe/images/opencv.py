@@ -15,7 +15,12 @@ from raypipe.images.decode import Header, c_messages, check_size, decode_by_pill
 from raypipe.images.decode import decode as decode_any
 from raypipe.images.recipe import Finish, Recipe, check_ops, noise, padded_size
 
-_REDUCED = {1: 0, 2: cv2.IMREAD_REDUCED_GRAYSCALE_2, 4: cv2.IMREAD_REDUCED_GRAYSCALE_4, 8: cv2.IMREAD_REDUCED_GRAYSCALE_8}
+_REDUCED = {
+    1: 0,
+    2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
+    4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
+    8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
+}
 _COLOUR = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
 _BORDERS = {
     "constant": cv2.BORDER_CONSTANT,
@@ -27,7 +32,9 @@ _BORDERS = {
 
 SCRATCH: dict[type, float] = {
     **dict.fromkeys((ops.Crop, ops.Flip, ops.Pad, ops.Affine, ops.Brightness, ops.Permute), 0),
-    **dict.fromkeys((ops.Greyscale, ops.Gamma, ops.AutoContrast, ops.GaussianBlur, ops.Median, ops.Erase), 1),
+    **dict.fromkeys(
+        (ops.Greyscale, ops.Gamma, ops.AutoContrast, ops.GaussianBlur, ops.Median, ops.Erase), 1
+    ),
     ops.Contrast: 1,
     ops.Saturation: 3,
     ops.Sharpness: 3,
@@ -52,7 +59,14 @@ def check(recipe: Recipe) -> None:
     check_ops(recipe, apply, "opencv", {})
 
 
-def decode(data: bytes, header: Header, reduce: int = 1, *, decoder: str = "simplejpeg", strict: bool = True) -> np.ndarray:
+def decode(
+    data: bytes,
+    header: Header,
+    reduce: int = 1,
+    *,
+    decoder: str = "simplejpeg",
+    strict: bool = True,
+) -> np.ndarray:
     """Decodes to HWC RGB uint8, upright. A JPEG comes at 1/`reduce` (1, 2, 4, 8) of its size, rounded up.
 
     Args:
@@ -73,7 +87,9 @@ def _by_opencv(data: bytes, header: Header, reduce: int) -> np.ndarray:
             image = cv2.imdecode(np.frombuffer(data, np.uint8), _COLOUR | _REDUCED[reduce])
     except cv2.error:
         image = None
-    if image is None or c_messages.appeared():  # OpenCV keeps some images that Pillow rejects, so let Pillow decide
+    if (
+        image is None or c_messages.appeared()
+    ):  # OpenCV keeps some images that Pillow rejects, so let Pillow decide
         return decode_by_pillow(data, header, reduce)
     return check_size(orient(image, header.orientation), header, reduce)
 
@@ -91,7 +107,9 @@ def execute(image: np.ndarray, plan: Sequence[Any], out: np.ndarray) -> None:
 @functools.singledispatch
 def apply(op: Any, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     """Does one plain op. It may write into `out` and return that; it never changes `image`."""
-    raise UsageError(f"the opencv backend cannot do {op}; register a function with raypipe.images.opencv.apply")
+    raise UsageError(
+        f"the opencv backend cannot do {op}; register a function with raypipe.images.opencv.apply"
+    )
 
 
 @apply.register
@@ -118,16 +136,27 @@ def _(op: ops.Flip, image: np.ndarray, out: np.ndarray | None = None) -> np.ndar
 @apply.register
 def _(op: ops.Pad, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     return cv2.copyMakeBorder(
-        image, op.top, op.bottom, op.left, op.right, _BORDERS[op.mode], dst=out, value=tuple(map(float, op.fill))
+        image,
+        op.top,
+        op.bottom,
+        op.left,
+        op.right,
+        _BORDERS[op.mode],
+        dst=out,
+        value=tuple(map(float, op.fill)),
     )
 
 
 @apply.register
 def _(op: ops.Affine, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     matrix = np.array(op.matrix, np.float64).reshape(2, 3)
-    matrix[:, 2] += matrix[:, :2] @ (0.5, 0.5) - 0.5  # ours has pixels' edges at whole numbers, OpenCV's their centres
+    matrix[:, 2] += (
+        matrix[:, :2] @ (0.5, 0.5) - 0.5
+    )  # ours has pixels' edges at whole numbers, OpenCV's their centres
     size = (image.shape[1], image.shape[0])
-    return cv2.warpAffine(image, matrix, size, dst=out, flags=cv2.INTER_LINEAR, borderValue=tuple(map(float, op.fill)))
+    return cv2.warpAffine(
+        image, matrix, size, dst=out, flags=cv2.INTER_LINEAR, borderValue=tuple(map(float, op.fill))
+    )
 
 
 @apply.register
@@ -138,7 +167,9 @@ def _(op: ops.Brightness, image: np.ndarray, out: np.ndarray | None = None) -> n
 @apply.register
 def _(op: ops.Contrast, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     mean = cv2.mean(_luma(image))[0]
-    return cv2.LUT(image, _table(_LEVELS * np.float32(op.factor) + np.float32((1 - op.factor) * mean)), dst=out)
+    return cv2.LUT(
+        image, _table(_LEVELS * np.float32(op.factor) + np.float32((1 - op.factor) * mean)), dst=out
+    )
 
 
 @apply.register
@@ -160,7 +191,9 @@ def _(op: ops.Hue, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarr
 def _(op: ops.Permute, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     if out is None:
         out = np.empty_like(image, order="C")
-    cv2.mixChannels([image], [out], [part for new, old in enumerate(op.order) for part in (old, new)])
+    cv2.mixChannels(
+        [image], [out], [part for new, old in enumerate(op.order) for part in (old, new)]
+    )
     return out
 
 
@@ -171,13 +204,17 @@ def _(op: ops.Greyscale, image: np.ndarray, out: np.ndarray | None = None) -> np
 
 @apply.register
 def _(op: ops.Gamma, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-    values = np.clip(np.float32(op.gain) * (_LEVELS / np.float32(255)) ** np.float32(op.gamma), 0, 1)
+    values = np.clip(
+        np.float32(op.gain) * (_LEVELS / np.float32(255)) ** np.float32(op.gamma), 0, 1
+    )
     return cv2.LUT(image, _table(values * np.float32(255.999)), dst=out)
 
 
 @apply.register
 def _(op: ops.Equalize, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-    tables = [_equalized(np.bincount(image[..., channel].ravel(), minlength=256)) for channel in range(3)]
+    tables = [
+        _equalized(np.bincount(image[..., channel].ravel(), minlength=256)) for channel in range(3)
+    ]
     return cv2.LUT(image, np.stack(tables, axis=-1)[None], dst=out)
 
 
@@ -211,7 +248,9 @@ def _(op: ops.CLAHE, image: np.ndarray, out: np.ndarray | None = None) -> np.nda
 
 @apply.register
 def _(op: ops.GaussianBlur, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-    return cv2.GaussianBlur(image, (op.kernel, op.kernel), op.sigma, dst=out, borderType=cv2.BORDER_REFLECT_101)
+    return cv2.GaussianBlur(
+        image, (op.kernel, op.kernel), op.sigma, dst=out, borderType=cv2.BORDER_REFLECT_101
+    )
 
 
 @apply.register
@@ -221,12 +260,16 @@ def _(op: ops.Median, image: np.ndarray, out: np.ndarray | None = None) -> np.nd
 
 @apply.register
 def _(op: ops.Bilateral, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-    return cv2.bilateralFilter(np.ascontiguousarray(image), op.diameter, op.sigma_colour, op.sigma_space, dst=out)
+    return cv2.bilateralFilter(
+        np.ascontiguousarray(image), op.diameter, op.sigma_colour, op.sigma_space, dst=out
+    )
 
 
 @apply.register
 def _(op: ops.NonLocalMeans, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-    return cv2.fastNlMeansDenoisingColored(image, None, op.strength, op.colour_strength, op.patch, op.search)
+    return cv2.fastNlMeansDenoisingColored(
+        image, None, op.strength, op.colour_strength, op.patch, op.search
+    )
 
 
 @apply.register
@@ -272,7 +315,10 @@ def _in_float(image: np.ndarray, op: ops.Resize, out: np.ndarray | None) -> np.n
     exact = _buffers("image", image.shape)
     np.copyto(exact, image)
     result = cv2.resize(
-        exact, (op.width, op.height), dst=_buffers("result", (op.height, op.width, 3)), interpolation=cv2.INTER_LINEAR
+        exact,
+        (op.width, op.height),
+        dst=_buffers("result", (op.height, op.width, 3)),
+        interpolation=cv2.INTER_LINEAR,
     )
     if op.rounding == "nearest":
         return cv2.convertScaleAbs(result, dst=out)
@@ -315,7 +361,11 @@ def _weighted_rows(image: np.ndarray, rows: int) -> np.ndarray:
         part = flat[:, left : left + step]
         for index, start in enumerate(starts):
             target = result[index * band : (index + 1) * band, left : left + step]
-            np.matmul(weights[index, : len(target)], part[start : start + taps].astype(np.float32), out=target)
+            np.matmul(
+                weights[index, : len(target)],
+                part[start : start + taps].astype(np.float32),
+                out=target,
+            )
     return cv2.convertScaleAbs(result).reshape(rows, columns, 3)
 
 
@@ -327,14 +377,26 @@ def _bands(old: int, new: int) -> tuple[list[int], np.ndarray]:
     centres = (np.arange(new) + 0.5) * scale
     firsts = np.maximum(0, np.floor(centres - reach + 0.5).astype(int))
     positions = firsts[:, None] + np.arange(int(2 * reach) + 2)
-    exact = np.maximum(0, 1 - np.abs((positions + 0.5 - centres[:, None]) / reach)) * (positions < old)
+    exact = np.maximum(0, 1 - np.abs((positions + 0.5 - centres[:, None]) / reach)) * (
+        positions < old
+    )
     whole = np.rint(exact / exact.sum(axis=1, keepdims=True) * 65536)
-    whole[np.arange(new), whole.argmax(axis=1)] += 65536 - whole.sum(axis=1)  # what rounding left, so that white stays white
+    whole[np.arange(new), whole.argmax(axis=1)] += 65536 - whole.sum(
+        axis=1
+    )  # what rounding left, so that white stays white
 
     band = 8 if reach < 3 else 4  # fewer zeros against fewer products: the fastest for these
     starts = firsts[::band]
     lasts = (positions * (whole > 0)).max(axis=1)
-    taps = int(max(lasts[index : index + band].max() - start for index, start in zip(range(0, new, band), starts, strict=True))) + 1
+    taps = (
+        int(
+            max(
+                lasts[index : index + band].max() - start
+                for index, start in zip(range(0, new, band), starts, strict=True)
+            )
+        )
+        + 1
+    )
     starts = np.minimum(starts, old - taps)
     weights = np.zeros((len(starts), band, taps), np.float32)
     some = whole > 0
@@ -377,7 +439,9 @@ def finish(batch: np.ndarray | Sequence[np.ndarray], finish: Finish) -> np.ndarr
     """
     height, width = padded_size([image.shape[:2] for image in batch], finish.pad_multiple)
     full = all(image.shape[:2] == (height, width) for image in batch)
-    shape = (len(batch), 3, height, width) if finish.layout == "chw" else (len(batch), height, width, 3)
+    shape = (
+        (len(batch), 3, height, width) if finish.layout == "chw" else (len(batch), height, width, 3)
+    )
     result = (np.empty if full else np.zeros)(shape, np.float32)
     table = _finish_table(finish)
     order = (0, 1, 2) if finish.channels == "rgb" else (2, 1, 0)
@@ -409,7 +473,12 @@ def encode(image: np.ndarray, format: str, quality: int) -> bytes:
     """
     bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
     if format == "jpeg":
-        settings = [cv2.IMWRITE_JPEG_QUALITY, quality, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_420]
+        settings = [
+            cv2.IMWRITE_JPEG_QUALITY,
+            quality,
+            cv2.IMWRITE_JPEG_SAMPLING_FACTOR,
+            cv2.IMWRITE_JPEG_SAMPLING_FACTOR_420,
+        ]
         done, data = cv2.imencode(".jpg", bgr, settings)
     elif format == "png":
         done, data = cv2.imencode(".png", bgr)

@@ -8,7 +8,19 @@ import re
 import struct
 
 _ORIENTATION = 0x0112
-_KINDS = {3: "H", 4: "I", 6: "b", 8: "h", 9: "i", 11: "f", 13: "I", 5: "II", 10: "ii", 12: "d", 16: "Q"}
+_KINDS = {
+    3: "H",
+    4: "I",
+    6: "b",
+    8: "h",
+    9: "i",
+    11: "f",
+    13: "I",
+    5: "II",
+    10: "ii",
+    12: "d",
+    16: "Q",
+}
 """How each kind of number in a TIFF structure is packed. Two parts are a fraction."""
 
 _XMP = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
@@ -48,5 +60,7 @@ def _number(exif: bytes, order: str, at: int, kind: int, count: int) -> int:
     if struct.calcsize(packed) * count > 4:
         (at,) = struct.unpack_from(order + "I", exif, at)
     parts = struct.unpack_from(packed, exif, at)
-    value = parts[0] / parts[1] if len(parts) == 2 and parts[1] else parts[0] if len(parts) == 1 else 0
+    value = (
+        parts[0] / parts[1] if len(parts) == 2 and parts[1] else parts[0] if len(parts) == 1 else 0
+    )
     return int(value) if value == value and abs(value) < 10 and value == int(value) else 0

@@ -25,7 +25,10 @@ def read(data: bytes) -> Header:
     chunks = _chunks(data)
     kind, start, length = next(chunks, (b"", 0, 0))
     if kind != b"IHDR" or length != 13 or start + length > len(data):
-        raise Reject("truncated" if len(data) < 33 else "corrupt", "it does not begin with a header of 13 bytes (IHDR)")
+        raise Reject(
+            "truncated" if len(data) < 33 else "corrupt",
+            "it does not begin with a header of 13 bytes (IHDR)",
+        )
     width, height = struct.unpack_from(">II", data, start)
     exif = raw = xmp = b""
     for kind, start, length in chunks:
@@ -58,11 +61,20 @@ def pixels(data: bytes, *, strict: bool) -> bytes:
             break
         if kind not in _PIXELS:
             if kind[:1].isupper():
-                raise Reject("unsupported mode", f"its chunk {kind.decode()}, which changes what pixels mean, is unknown")
+                raise Reject(
+                    "unsupported mode",
+                    f"its chunk {kind.decode()}, which changes what pixels mean, is unknown",
+                )
             continue
         end = start + length
-        if strict and len(data) >= end + 4 and zlib.crc32(data[start - 4 : end]).to_bytes(4, "big") != data[end : end + 4]:
-            raise Reject("damaged", f"the checksum of its chunk {kind.decode()} at byte {start - 8} is wrong")
+        if (
+            strict
+            and len(data) >= end + 4
+            and zlib.crc32(data[start - 4 : end]).to_bytes(4, "big") != data[end : end + 4]
+        ):
+            raise Reject(
+                "damaged", f"the checksum of its chunk {kind.decode()} at byte {start - 8} is wrong"
+            )
         parts.append(data[start - 8 : end + 4])
     return b"".join(parts)
 

@@ -81,9 +81,13 @@ class Resize:
         _at_least(self, 1, "height", "width")
         _one_filter(self)
         if self.arithmetic == "float" and (self.antialias or self.area):
-            raise UsageError("arithmetic 'float' is for plain bilinear; leave out antialias and area")
+            raise UsageError(
+                "arithmetic 'float' is for plain bilinear; leave out antialias and area"
+            )
         if self.rounding == "down" and self.arithmetic != "float":
-            raise UsageError("rounding 'down' is for arithmetic 'float'; bytes are rounded to the nearest")
+            raise UsageError(
+                "rounding 'down' is for arithmetic 'float'; bytes are rounded to the nearest"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +151,9 @@ class Affine:
     def __post_init__(self) -> None:
         a, b, _, d, e, _ = self.matrix
         if not all(map(math.isfinite, self.matrix)) or abs(a * e - b * d) < 1e-9:
-            raise UsageError(f"matrix {self.matrix} cannot be inverted, so it maps no image; a*e - b*d must not be 0")
+            raise UsageError(
+                f"matrix {self.matrix} cannot be inverted, so it maps no image; a*e - b*d must not be 0"
+            )
         _colour(self)
 
 
@@ -569,7 +575,9 @@ class RandomAffine:
         _within(self, 0, 80, "shear")
         _ranges(self, "scale", low=0.001)
         if not all(0 <= part <= 1 for part in self.translate):
-            raise UsageError(f"translate {self.translate} must be two parts of the image's width and height, 0 to 1")
+            raise UsageError(
+                f"translate {self.translate} must be two parts of the image's width and height, 0 to 1"
+            )
         _colour(self)
 
 
@@ -607,8 +615,26 @@ OPS: dict[str, type] = {
     op.__name__: op
     for op in (
         *(Contrast, Greyscale, Gamma, Equalize, AutoContrast, Sharpness, CLAHE),
-        *(Resize, ShortSide, Crop, CenterCrop, GaussianBlur, Median, Bilateral, NonLocalMeans, SanitizeBoxes),
-        *(HorizontalFlip, VerticalFlip, ColorJitter, PhotometricDistort, ZoomOut, IoUCrop, RandomCrop),
+        *(
+            Resize,
+            ShortSide,
+            Crop,
+            CenterCrop,
+            GaussianBlur,
+            Median,
+            Bilateral,
+            NonLocalMeans,
+            SanitizeBoxes,
+        ),
+        *(
+            HorizontalFlip,
+            VerticalFlip,
+            ColorJitter,
+            PhotometricDistort,
+            ZoomOut,
+            IoUCrop,
+            RandomCrop,
+        ),
         *(MultiScale, LargeScaleJitter, RandomAffine, Noise, Erasing),
         *(Flip, Brightness, Saturation, Hue, Permute, Affine, AddNoise, Erase),
         *(Pad, PadTo),
@@ -621,7 +647,9 @@ OPS: dict[str, type] = {
 
 
 @functools.singledispatch
-def sample(op: Any, rng: np.random.Generator | None, size: Size, boxes: np.ndarray) -> tuple[Any, ...]:
+def sample(
+    op: Any, rng: np.random.Generator | None, size: Size, boxes: np.ndarray
+) -> tuple[Any, ...]:
     """The plain ops that `op` becomes for one image. `rng` is given to ops with `random = True`. May raise Reject."""
     return (op,)
 
@@ -707,7 +735,11 @@ def _(op: Flip, boxes: np.ndarray, size: Size) -> tuple[np.ndarray, np.ndarray]:
 
 @back.register(Flip)
 def _(op: Flip, size: Size) -> Matrix:
-    return (-1.0, 0.0, float(size[1]), 0.0, 1.0, 0.0) if op.axis == "horizontal" else (1.0, 0.0, 0.0, 0.0, -1.0, float(size[0]))
+    return (
+        (-1.0, 0.0, float(size[1]), 0.0, 1.0, 0.0)
+        if op.axis == "horizontal"
+        else (1.0, 0.0, 0.0, 0.0, -1.0, float(size[0]))
+    )
 
 
 @output_size.register(Pad)
@@ -751,7 +783,9 @@ def _(op: SanitizeBoxes, boxes: np.ndarray, size: Size) -> tuple[np.ndarray, np.
 @output_size.register(GaussianBlur)
 def _(op: GaussianBlur, size: Size) -> Size:
     if op.kernel // 2 >= min(size):
-        raise Reject("too small", f"{size[0]}x{size[1]} (height x width) has no reflected border for {op}")
+        raise Reject(
+            "too small", f"{size[0]}x{size[1]} (height x width) has no reflected border for {op}"
+        )
     return size
 
 
@@ -785,7 +819,9 @@ def _(op: PadTo, rng: None, size: Size, boxes: np.ndarray) -> tuple[Any, ...]:
 
 
 @sample.register(HorizontalFlip)
-def _(op: HorizontalFlip, rng: np.random.Generator, size: Size, boxes: np.ndarray) -> tuple[Any, ...]:
+def _(
+    op: HorizontalFlip, rng: np.random.Generator, size: Size, boxes: np.ndarray
+) -> tuple[Any, ...]:
     return (Flip(axis="horizontal"),) if rng.random() < op.p else ()
 
 
@@ -812,7 +848,9 @@ def _(op: ColorJitter, rng: np.random.Generator, size: Size, boxes: np.ndarray) 
 
 
 @sample.register(PhotometricDistort)
-def _(op: PhotometricDistort, rng: np.random.Generator, size: Size, boxes: np.ndarray) -> tuple[Any, ...]:
+def _(
+    op: PhotometricDistort, rng: np.random.Generator, size: Size, boxes: np.ndarray
+) -> tuple[Any, ...]:
     contrast_first = rng.random() < 0.5
     does_brightness, does_contrast, does_saturation, does_hue, does_permute = rng.random(5) < op.p
     contrast = [Contrast(factor=rng.uniform(*op.contrast))] if does_contrast else []
@@ -895,7 +933,9 @@ def _(op: MultiScale, rng: np.random.Generator, size: Size, boxes: np.ndarray) -
 
 
 @sample.register(LargeScaleJitter)
-def _(op: LargeScaleJitter, rng: np.random.Generator, size: Size, boxes: np.ndarray) -> tuple[Any, ...]:
+def _(
+    op: LargeScaleJitter, rng: np.random.Generator, size: Size, boxes: np.ndarray
+) -> tuple[Any, ...]:
     scale = min(op.height / size[0], op.width / size[1]) * rng.uniform(*op.scale)
     height, width = max(1, int(size[0] * scale)), max(1, int(size[1] * scale))
     ops: list[Any] = [Resize(height=height, width=width, antialias=op.antialias)]
@@ -921,7 +961,9 @@ def _(op: RandomAffine, rng: np.random.Generator, size: Size, boxes: np.ndarray)
     angle, shear = (math.radians(rng.uniform(-most, most)) for most in (op.degrees, op.shear))
     shift_x = round(rng.uniform(-1, 1) * op.translate[0] * size[1])
     shift_y = round(rng.uniform(-1, 1) * op.translate[1] * size[0])
-    matrix = affine_matrix(size, angle=angle, shear=shear, scale=rng.uniform(*op.scale), shift=(shift_x, shift_y))
+    matrix = affine_matrix(
+        size, angle=angle, shear=shear, scale=rng.uniform(*op.scale), shift=(shift_x, shift_y)
+    )
     return (Affine(matrix=matrix, fill=op.fill),)
 
 
@@ -947,7 +989,10 @@ def _(op: Erasing, rng: np.random.Generator, size: Size, boxes: np.ndarray) -> t
         ratio = math.exp(rng.uniform(math.log(op.ratio[0]), math.log(op.ratio[1])))
         height, width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < height < size[0] and 0 < width < size[1]:
-            top, left = int(rng.integers(size[0] - height + 1)), int(rng.integers(size[1] - width + 1))
+            top, left = (
+                int(rng.integers(size[0] - height + 1)),
+                int(rng.integers(size[1] - width + 1)),
+            )
             return (Erase(top=top, left=left, height=height, width=width, fill=op.fill),)
     return ()
 
@@ -1003,13 +1048,17 @@ def _around(matrix: Matrix, boxes: np.ndarray) -> np.ndarray:
     a, b, c, d, e, f = matrix
     x, y = boxes[:, [0, 2, 2, 0]], boxes[:, [1, 1, 3, 3]]
     new_x, new_y = a * x + b * y + c, d * x + e * y + f
-    return np.stack([new_x.min(1), new_y.min(1), new_x.max(1), new_y.max(1)], axis=1).astype(np.float32)
+    return np.stack([new_x.min(1), new_y.min(1), new_x.max(1), new_y.max(1)], axis=1).astype(
+        np.float32
+    )
 
 
 def iou(boxes: np.ndarray, region: tuple[float, float, float, float]) -> np.ndarray:
     """Intersection over union of each box with one region, float32 (n,); 0 where both are empty."""
     x1, y1, x2, y2 = region
-    sides = np.minimum(boxes[:, 2:], np.array([x2, y2], np.float32)) - np.maximum(boxes[:, :2], np.array([x1, y1], np.float32))
+    sides = np.minimum(boxes[:, 2:], np.array([x2, y2], np.float32)) - np.maximum(
+        boxes[:, :2], np.array([x1, y1], np.float32)
+    )
     both = np.maximum(sides, 0).prod(axis=1)
     either = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1) + (x2 - x1) * (y2 - y1) - both
     return both / np.maximum(either, np.float32(1e-12))
@@ -1060,10 +1109,18 @@ class Finish:
     dtype: Literal["float32", "float16", "uint8"] = "float32"
 
     def __post_init__(self) -> None:
-        if self.dtype == "uint8" and (self.scale, self.mean, self.std) != (1.0, (0.0,) * 3, (1.0,) * 3):
-            raise UsageError("dtype 'uint8' holds pixels as they are: leave out scale, mean and std")
+        if self.dtype == "uint8" and (self.scale, self.mean, self.std) != (
+            1.0,
+            (0.0,) * 3,
+            (1.0,) * 3,
+        ):
+            raise UsageError(
+                "dtype 'uint8' holds pixels as they are: leave out scale, mean and std"
+            )
         if not all(0 < std < math.inf for std in self.std):
-            raise UsageError(f"std {self.std} must be three numbers above 0: pixels are divided by them")
+            raise UsageError(
+                f"std {self.std} must be three numbers above 0: pixels are divided by them"
+            )
         if self.pad_multiple is not None:
             _at_least(self, 1, "pad_multiple")
 
@@ -1154,7 +1211,9 @@ class Recipe:
             return 0, 0
         return size
 
-    def plan(self, *, seed: int, epoch: int, image_id: str, size: Size, boxes: np.ndarray | None = None) -> Plan:
+    def plan(
+        self, *, seed: int, epoch: int, image_id: str, size: Size, boxes: np.ndarray | None = None
+    ) -> Plan:
         """The plan for one image; the same for the same arguments, wherever and whenever.
 
         Boxes that stick out are clipped; those that are not finite, have no area or lie outside are dropped.
@@ -1165,7 +1224,10 @@ class Recipe:
         given = NO_BOXES if boxes is None else boxes
         boxes, keep, dropped = sound(given, size) if len(given) else (NO_BOXES, np.arange(0), ())
         if self.needs_boxes and len(given) and not len(boxes):
-            raise Reject("bad boxes", f"none of its {len(given)} boxes can be used; the first: {dropped[0][1]}")
+            raise Reject(
+                "bad boxes",
+                f"none of its {len(given)} boxes can be used; the first: {dropped[0][1]}",
+            )
         rng = generator(seed, epoch, image_id) if self.random else None
         done = []
         largest = size[0] * size[1]
@@ -1177,7 +1239,10 @@ class Recipe:
                 size = output_size(plain, size)
                 largest = max(largest, size[0] * size[1])
                 if size[0] * size[1] > MAX_PIXELS:
-                    raise Reject("too many pixels", f"{plain} makes {size[0]}x{size[1]}, more than {MAX_PIXELS} pixels")
+                    raise Reject(
+                        "too many pixels",
+                        f"{plain} makes {size[0]}x{size[1]}, more than {MAX_PIXELS} pixels",
+                    )
                 if getattr(plain, "pixels", True):
                     done.append(plain)
         return Plan(tuple(done), size, largest, boxes, keep, dropped)
@@ -1260,7 +1325,14 @@ def after(outer: Matrix, inner: Matrix) -> Matrix:
     """What takes a point through `inner`, then `outer`."""
     a, b, c, d, e, f = outer
     p, q, r, s, t, u = inner
-    return a * p + b * s, a * q + b * t, a * r + b * u + c, d * p + e * s, d * q + e * t, d * r + e * u + f
+    return (
+        a * p + b * s,
+        a * q + b * t,
+        a * r + b * u + c,
+        d * p + e * s,
+        d * q + e * t,
+        d * r + e * u + f,
+    )
 
 
 def for_evaluation(recipe: Recipe) -> Recipe:
@@ -1268,16 +1340,28 @@ def for_evaluation(recipe: Recipe) -> Recipe:
 
     Random ops that decide the size become their middle or largest way without chance; the others fall away. Images without boxes stay.
     """
-    ops = tuple(plain for op in recipe.ops for plain in (_settled(op) if getattr(op, "random", False) else (op,)))
-    return dataclasses.replace(recipe, name=f"{recipe.name}-evaluation", ops=ops, needs_boxes=False, drops_crowds=False)
+    ops = tuple(
+        plain
+        for op in recipe.ops
+        for plain in (_settled(op) if getattr(op, "random", False) else (op,))
+    )
+    return dataclasses.replace(
+        recipe, name=f"{recipe.name}-evaluation", ops=ops, needs_boxes=False, drops_crowds=False
+    )
 
 
 def _settled(op: Any) -> tuple[Any, ...]:
     if isinstance(op, MultiScale):
         return (ShortSide(short=max(op.sizes), long=op.long, antialias=op.antialias),)
     if isinstance(op, LargeScaleJitter):
-        fitted = ShortSide(short=min(op.height, op.width), long=max(op.height, op.width), antialias=op.antialias)
-        return (fitted, PadTo(height=op.height, width=op.width, fill=op.fill)) if op.height == op.width else (_stretched(op),)
+        fitted = ShortSide(
+            short=min(op.height, op.width), long=max(op.height, op.width), antialias=op.antialias
+        )
+        return (
+            (fitted, PadTo(height=op.height, width=op.width, fill=op.fill))
+            if op.height == op.width
+            else (_stretched(op),)
+        )
     if isinstance(op, RandomCrop):
         return (CenterCrop(height=op.height, width=op.width),)
     return ()
@@ -1289,7 +1373,9 @@ def _stretched(op: LargeScaleJitter) -> Resize:
 
 def generator(seed: int, epoch: int, image_id: str) -> np.random.Generator:
     """The random numbers of one image in one epoch. Takes 20 us."""
-    key = blake2b(f"{seed}/{epoch}/{image_id}".encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    key = blake2b(
+        f"{seed}/{epoch}/{image_id}".encode("utf-8", "surrogatepass"), digest_size=16
+    ).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
 
 
@@ -1302,18 +1388,28 @@ def check_ops(recipe: Recipe, apply: Any, backend: str, remedies: dict[type, str
     """Raises UsageError if an op is registered neither with this backend's `apply` nor, to become others, with `sample`."""
     for index, op in enumerate(recipe.ops):
         kind = type(op)
-        if not getattr(op, "pixels", True) or is_drawn(op) or apply.dispatch(kind) is not apply.dispatch(object):
+        if (
+            not getattr(op, "pixels", True)
+            or is_drawn(op)
+            or apply.dispatch(kind) is not apply.dispatch(object)
+        ):
             continue
         remedy = remedies.get(kind, f"register a function with raypipe.images.{backend}.apply")
-        raise UsageError(f"recipe {recipe.name!r}, op {index} ({kind.__name__}): the {backend} backend has no such op; {remedy}")
+        raise UsageError(
+            f"recipe {recipe.name!r}, op {index} ({kind.__name__}): the {backend} backend has no such op; {remedy}"
+        )
 
 
 def padded_size(sizes: Sequence[tuple[int, ...]], multiple: int | None) -> tuple[int, int]:
     """The size that all images of a batch get. Raises UsageError if they differ and no padding was asked for."""
     if multiple is None and len(set(sizes)) > 1:
-        raise UsageError(f"the images of a batch differ in size, {sizes[0]} and others; set the finish's pad_multiple, or resize")
+        raise UsageError(
+            f"the images of a batch differ in size, {sizes[0]} and others; set the finish's pad_multiple, or resize"
+        )
     by = multiple or 1
-    height, width = (-(-max((size[side] for size in sizes), default=0) // by) * by for side in (0, 1))
+    height, width = (
+        -(-max((size[side] for size in sizes), default=0) // by) * by for side in (0, 1)
+    )
     return height, width
 
 
@@ -1327,7 +1423,9 @@ def to_json(recipe: Recipe) -> dict[str, Any]:
     return {**_fields(recipe), "ops": ops, "finish": finish}
 
 
-def from_json(source: Mapping[str, Any] | str | Path, *, trusted: Collection[str] | None = None) -> Recipe:
+def from_json(
+    source: Mapping[str, Any] | str | Path, *, trusted: Collection[str] | None = None
+) -> Recipe:
     """Makes a recipe from a JSON object, or from the path of a file with one.
 
     Strict: raises UsageError for unknown ops and fields, missing fields, and values of a wrong type or range, saying where it
@@ -1353,12 +1451,18 @@ def _from_mapping(source: Any, where: str, trusted: Collection[str] | None) -> R
     fields = dict(_object(source, where))
     ops = fields.get("ops", [])
     if not isinstance(ops, list | tuple):
-        raise UsageError(f'{where}: ops is {shown(ops)}; it must be a list of objects like {{"op": "Greyscale"}}')
+        raise UsageError(
+            f'{where}: ops is {shown(ops)}; it must be a list of objects like {{"op": "Greyscale"}}'
+        )
     made: dict[str, Any] = (
-        {"ops": tuple(_op(op, f"{where}, op {index}", trusted) for index, op in enumerate(ops))} if "ops" in fields else {}
+        {"ops": tuple(_op(op, f"{where}, op {index}", trusted) for index, op in enumerate(ops))}
+        if "ops" in fields
+        else {}
     )
     if fields.get("finish") is not None:
-        made["finish"] = _build(Finish, _object(fields["finish"], f"{where}, finish"), f"{where}, finish")
+        made["finish"] = _build(
+            Finish, _object(fields["finish"], f"{where}, finish"), f"{where}, finish"
+        )
     return _build(Recipe, {**fields, **made}, where, checked=frozenset(made))
 
 
@@ -1366,8 +1470,12 @@ def _from_file(path: Path) -> Recipe:
     try:
         data = path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: no name of a file
-        raise UsageError(f"recipe file {path} cannot be read: {getattr(error, 'strerror', error)}") from error
-    with foreign(f"the recipe file {path}", remedy="`raypipe recipes NAME` prints one that is right."):
+        raise UsageError(
+            f"recipe file {path} cannot be read: {getattr(error, 'strerror', error)}"
+        ) from error
+    with foreign(
+        f"the recipe file {path}", remedy="`raypipe recipes NAME` prints one that is right."
+    ):
         try:
             content = json.loads(data)
         except ValueError as error:
@@ -1382,7 +1490,9 @@ def _op(source: Any, where: str, trusted: Collection[str] | None) -> Any:
     fields = dict(_object(source, where))
     name = fields.pop("op", None)
     if not isinstance(name, str):
-        raise UsageError(f'{where}: no "op" with the name of an op in {shown(source)}; known ones are {", ".join(OPS)}')
+        raise UsageError(
+            f'{where}: no "op" with the name of an op in {shown(source)}; known ones are {", ".join(OPS)}'
+        )
     return _build(_op_class(name, where, trusted), fields, f"{where} ({name})")
 
 
@@ -1390,9 +1500,15 @@ def _op_class(name: str, where: str, trusted: Collection[str] | None) -> type:
     if name in OPS:
         return OPS[name]
     if ":" not in name:
-        raise UsageError(f"{where}: unknown op {name!r}{did_you_mean(name, OPS)}; own ops are written module:Class")
+        raise UsageError(
+            f"{where}: unknown op {name!r}{did_you_mean(name, OPS)}; own ops are written module:Class"
+        )
     found = imported(name, what=f"{where}: own op", trusted=trusted)
-    if not dataclasses.is_dataclass(found) or not isinstance(found, type) or getattr(found, "purpose", None) not in PURPOSES:
+    if (
+        not dataclasses.is_dataclass(found)
+        or not isinstance(found, type)
+        or getattr(found, "purpose", None) not in PURPOSES
+    ):
         raise UsageError(
             f"{where}: {name!r} is no op: an op is a dataclass with a line `purpose: ClassVar[str] = ...`, one of {', '.join(PURPOSES)}"
         )
@@ -1417,17 +1533,25 @@ def _object(source: Any, where: str) -> Mapping[str, Any]:
     return source
 
 
-def _build(cls: type, fields: Mapping[str, Any], where: str, checked: frozenset[str] = frozenset()) -> Any:
+def _build(
+    cls: type, fields: Mapping[str, Any], where: str, checked: frozenset[str] = frozenset()
+) -> Any:
     known = {field.name: field for field in dataclasses.fields(cls)}
     for name in fields:
         if name not in known:
             raise UsageError(f"{where}: unknown field {name!r}{did_you_mean(name, known)}")
     for name, field in known.items():
-        if name not in fields and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+        if (
+            name not in fields
+            and field.default is dataclasses.MISSING
+            and field.default_factory is dataclasses.MISSING
+        ):
             raise UsageError(f"{where}: field {name!r} is missing")
     kinds = typing.get_type_hints(cls)
     values = {
-        name: value if name in checked else _converted(value, kinds[name], f"{where}: field {name!r}")
+        name: value
+        if name in checked
+        else _converted(value, kinds[name], f"{where}: field {name!r}")
         for name, value in fields.items()
     }
     try:
@@ -1449,13 +1573,21 @@ def _converted(value: Any, kind: Any, where: str) -> Any:
         (kind,) = (part for part in parts if part is not type(None))
         return _converted(value, kind, where)
     if origin is tuple:
-        if not isinstance(value, list | tuple) or (parts[-1] is not ... and len(value) != len(parts)):
+        if not isinstance(value, list | tuple) or (
+            parts[-1] is not ... and len(value) != len(parts)
+        ):
             length = "" if parts[-1] is ... else f"{len(parts)} "
-            raise UsageError(f"{where} is {shown(value)}; it must be a list of {length}{parts[0].__name__}")
-        return tuple(_converted(item, parts[0], f"{where}[{index}]") for index, item in enumerate(value))
+            raise UsageError(
+                f"{where} is {shown(value)}; it must be a list of {length}{parts[0].__name__}"
+            )
+        return tuple(
+            _converted(item, parts[0], f"{where}[{index}]") for index, item in enumerate(value)
+        )
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if isinstance(kind, type) and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
+    if isinstance(kind, type) and (
+        not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
+    ):
         raise UsageError(f"{where} is {shown(value)}; it must be of type {kind.__name__}")
     return value
 
@@ -1467,7 +1599,11 @@ def did_you_mean(given: Any, known: Iterable[Any]) -> str:
     close = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
     lowered = [name for name in names if name.lower() == given.lower()]
     meant = f"; did you mean {(lowered or close)[0]!r}?" if lowered or close else ";"
-    return f"{meant} Known: {', '.join(names) or 'none'}" if close or lowered else f"{meant} known: {', '.join(names) or 'none'}"
+    return (
+        f"{meant} Known: {', '.join(names) or 'none'}"
+        if close or lowered
+        else f"{meant} known: {', '.join(names) or 'none'}"
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- checks of op's values
@@ -1496,7 +1632,9 @@ def _ranges(op: Any, *names: str, low: float) -> None:
     for name in names:
         least, most = getattr(op, name)
         if not low <= least <= most < math.inf:
-            raise UsageError(f"{name} is ({least}, {most}); it must be a range from a smaller to a larger number, from {low} on")
+            raise UsageError(
+                f"{name} is ({least}, {most}); it must be a range from a smaller to a larger number, from {low} on"
+            )
 
 
 def _colour(op: Any) -> None:

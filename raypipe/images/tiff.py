@@ -17,7 +17,9 @@ from raypipe.images import jpeg
 from raypipe.images.header import Header, Reject
 from raypipe.images.orientation import upright
 
-logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)  # what it complains about becomes a Reject or is no matter
+logging.getLogger("tifffile").setLevel(
+    logging.CRITICAL + 1
+)  # what it complains about becomes a Reject or is no matter
 
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _CMYK, _YCBCR = 0, 1, 2, 3, 5, 6
 _SAMPLES = {_WHITE_IS_ZERO: 1, _BLACK_IS_ZERO: 1, _RGB: 3, _PALETTE: 1, _CMYK: 4, _YCBCR: 3}
@@ -53,16 +55,26 @@ def decode(data: bytes, *, strict: bool) -> np.ndarray:
         samples = page.asarray(maxworkers=1)
         colours = page.colormap if page.photometric == _PALETTE else None
     shape = (page.imagelength, page.imagewidth, page.samplesperpixel)
-    samples = np.moveaxis(samples.reshape(shape[2], *shape[:2]), 0, 2) if page.planarconfig == 2 else samples.reshape(shape)
+    samples = (
+        np.moveaxis(samples.reshape(shape[2], *shape[:2]), 0, 2)
+        if page.planarconfig == 2
+        else samples.reshape(shape)
+    )
     samples = samples[..., : _SAMPLES[page.photometric]]  # without alpha and whatever else there is
     if colours is not None:
-        return np.ascontiguousarray((colours[:, samples[..., 0].astype(np.uint16)] >> 8).astype(np.uint8).transpose(1, 2, 0))
+        return np.ascontiguousarray(
+            (colours[:, samples[..., 0].astype(np.uint16)] >> 8).astype(np.uint8).transpose(1, 2, 0)
+        )
     levels = _as_bytes(samples, page.bitspersample)
     if page.photometric == _CMYK:
         return np.asarray(Image.fromarray(np.ascontiguousarray(levels), mode="CMYK").convert("RGB"))
     if page.photometric == _WHITE_IS_ZERO:
         levels = 255 - levels
-    return cv2.cvtColor(np.ascontiguousarray(levels), cv2.COLOR_GRAY2RGB) if levels.shape[2] == 1 else np.ascontiguousarray(levels)
+    return (
+        cv2.cvtColor(np.ascontiguousarray(levels), cv2.COLOR_GRAY2RGB)
+        if levels.shape[2] == 1
+        else np.ascontiguousarray(levels)
+    )
 
 
 def _check(page: tifffile.TiffPage) -> None:
@@ -71,21 +83,29 @@ def _check(page: tifffile.TiffPage) -> None:
     said = f"{getattr(photometric, 'name', photometric)}, {bits} bits, sample format {page.sampleformat}"
     if page.sampleformat != 1 or not isinstance(bits, int) or bits > 16:
         raise Reject(
-            "unsupported mode", f"only whole numbers of 1 to 16 bits without sign have a range to map to 8 bits; this is {said}"
+            "unsupported mode",
+            f"only whole numbers of 1 to 16 bits without sign have a range to map to 8 bits; this is {said}",
         )
     wanted = _SAMPLES.get(photometric)
     if wanted is None or page.samplesperpixel < wanted or page.imagedepth != 1:
         raise Reject(
-            "unsupported mode", f"{page.samplesperpixel} samples of {said} are no picture in grey, RGB, palette, CMYK or YCbCr"
+            "unsupported mode",
+            f"{page.samplesperpixel} samples of {said} are no picture in grey, RGB, palette, CMYK or YCbCr",
         )
     if photometric == _CMYK and (page.tags.valueof(_INK_SET, 1) != 1 or bits != 8):
         raise Reject("unsupported mode", f"inks other than CMYK of 8 bits: {said}")
     if photometric == _YCBCR and (bits != 8 or page.planarconfig != 1):
         raise Reject("unsupported mode", f"YCbCr other than 8 bits in one plane: {said}")
     if page.predictor != 1 and page.compression not in _PREDICTED:
-        raise Reject("unsupported mode", f"a predictor with {page.compression!r}, which some readers apply and some do not")
+        raise Reject(
+            "unsupported mode",
+            f"a predictor with {page.compression!r}, which some readers apply and some do not",
+        )
     if page.is_reduced:
-        raise Reject("unsupported mode", "its first page is a small version of another, as in camera raw files (DNG)")
+        raise Reject(
+            "unsupported mode",
+            "its first page is a small version of another, as in camera raw files (DNG)",
+        )
 
 
 def _as_bytes(samples: np.ndarray, bits: int) -> np.ndarray:
@@ -110,7 +130,9 @@ def _check_jpegs(page: tifffile.TiffPage, data: bytes) -> None:
 
 def _by_opencv(data: bytes) -> np.ndarray:
     """YCbCr that is not JPEG: libtiff converts it, subsampled or not."""
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+    image = cv2.imdecode(
+        np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+    )
     if image is None:
         raise Reject("corrupt", "OpenCV cannot decode it")
     return image

@@ -56,7 +56,14 @@ def check(recipe: Recipe) -> None:
     check_ops(recipe, apply, "torchvision", _REMEDIES)
 
 
-def decode(data: bytes, header: Header, reduce: int = 1, *, decoder: str = "simplejpeg", strict: bool = True) -> torch.Tensor:
+def decode(
+    data: bytes,
+    header: Header,
+    reduce: int = 1,
+    *,
+    decoder: str = "simplejpeg",
+    strict: bool = True,
+) -> torch.Tensor:
     """Decodes to CHW RGB uint8, upright. A JPEG comes at 1/`reduce` (1, 2, 4, 8) of its size, rounded up.
 
     Args:
@@ -84,7 +91,9 @@ def execute(image: torch.Tensor, plan: Sequence[Any], out: np.ndarray) -> None:
 def apply(op: Any, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
     """Does one plain op on (..., 3, height, width) uint8; never changes `image`. `out` is there for OpenCV's sake: torchvision cannot write
     into a given place."""
-    raise UsageError(f"the torchvision backend cannot do {op}; register a function with raypipe.images.torchvision.apply")
+    raise UsageError(
+        f"the torchvision backend cannot do {op}; register a function with raypipe.images.torchvision.apply"
+    )
 
 
 @apply.register
@@ -99,11 +108,19 @@ def _(op: ops.Resize, image: torch.Tensor, out: np.ndarray | None = None) -> tor
     if op.arithmetic == "float":
         with _one_thread():
             image = functional.resize(
-                image.to(torch.float32), [op.height, op.width], interpolation=functional.InterpolationMode.BILINEAR, antialias=False
+                image.to(torch.float32),
+                [op.height, op.width],
+                interpolation=functional.InterpolationMode.BILINEAR,
+                antialias=False,
             )
-        return (image.round_() if op.rounding == "nearest" else image).clamp_(0, 255).to(torch.uint8)
+        return (
+            (image.round_() if op.rounding == "nearest" else image).clamp_(0, 255).to(torch.uint8)
+        )
     return functional.resize(
-        image, [op.height, op.width], interpolation=functional.InterpolationMode.BILINEAR, antialias=op.antialias
+        image,
+        [op.height, op.width],
+        interpolation=functional.InterpolationMode.BILINEAR,
+        antialias=op.antialias,
     )
 
 
@@ -114,7 +131,11 @@ def _(op: ops.Crop, image: torch.Tensor, out: np.ndarray | None = None) -> torch
 
 @apply.register
 def _(op: ops.Flip, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
-    return functional.horizontal_flip(image) if op.axis == "horizontal" else functional.vertical_flip(image)
+    return (
+        functional.horizontal_flip(image)
+        if op.axis == "horizontal"
+        else functional.vertical_flip(image)
+    )
 
 
 @apply.register
@@ -124,7 +145,10 @@ def _(op: ops.Pad, image: torch.Tensor, out: np.ndarray | None = None) -> torch.
     # torch has no border wider than the image: so each new row and column by its number.
     rows, columns = (
         torch.from_numpy(np.pad(np.arange(length), border, mode=op.mode)).to(image.device)
-        for length, border in ((image.shape[-2], (op.top, op.bottom)), (image.shape[-1], (op.left, op.right)))
+        for length, border in (
+            (image.shape[-2], (op.top, op.bottom)),
+            (image.shape[-1], (op.left, op.right)),
+        )
     )
     return image[..., rows[:, None], columns]
 
@@ -136,11 +160,15 @@ def _(op: ops.Affine, image: torch.Tensor, out: np.ndarray | None = None) -> tor
     forward = np.vstack([np.array(op.matrix, np.float64).reshape(2, 3), [0, 0, 1]])
     # grid_sample counts from -1 to 1, and asks where each pixel of the result comes from.
     pixels = np.array([[width / 2, 0, width / 2], [0, height / 2, height / 2], [0, 0, 1]])
-    theta = torch.from_numpy((np.linalg.inv(pixels) @ np.linalg.inv(forward) @ pixels)[:2]).to(image.device, torch.float32)
+    theta = torch.from_numpy((np.linalg.inv(pixels) @ np.linalg.inv(forward) @ pixels)[:2]).to(
+        image.device, torch.float32
+    )
     grid = affine_grid(theta.expand(len(images), 2, 3), list(images.shape), align_corners=False)
     fill = torch.tensor(op.fill, dtype=torch.float32, device=image.device)[:, None, None]
     # Outside is 0 for grid_sample: less the fill before, plus it after, makes that the fill, and blends at the border.
-    moved = grid_sample(images - fill, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    moved = grid_sample(
+        images - fill, grid, mode="bilinear", padding_mode="zeros", align_corners=False
+    )
     return (moved + fill).round_().clamp_(0, 255).to(torch.uint8).reshape(image.shape)
 
 
@@ -202,7 +230,11 @@ def _(op: ops.GaussianBlur, image: torch.Tensor, out: np.ndarray | None = None) 
 
 @apply.register
 def _(op: ops.AddNoise, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
-    noisy = torch.from_numpy(noise(op, (image.shape[-2], image.shape[-1]))).permute(2, 0, 1).to(image.device)
+    noisy = (
+        torch.from_numpy(noise(op, (image.shape[-2], image.shape[-1])))
+        .permute(2, 0, 1)
+        .to(image.device)
+    )
     return (noisy + image).round_().clamp_(0, 255).to(torch.uint8)
 
 
@@ -232,7 +264,9 @@ def _by_area(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
     pixels = image.to(torch.float32)
     rows = _area_weights(image.shape[-2], height).to(image.device)
     columns = _area_weights(image.shape[-1], width).to(image.device)
-    return torch.matmul(torch.matmul(rows, pixels), columns.T).round_().clamp_(0, 255).to(torch.uint8)
+    return (
+        torch.matmul(torch.matmul(rows, pixels), columns.T).round_().clamp_(0, 255).to(torch.uint8)
+    )
 
 
 @functools.lru_cache(maxsize=256)
@@ -242,7 +276,12 @@ def _area_weights(old: int, new: int) -> torch.Tensor:
     weights = np.zeros((new, old))
     for at in range(new):
         if scale >= 1:
-            inside = np.clip(np.minimum(np.arange(1, old + 1), (at + 1) * scale) - np.maximum(np.arange(old), at * scale), 0, None)
+            inside = np.clip(
+                np.minimum(np.arange(1, old + 1), (at + 1) * scale)
+                - np.maximum(np.arange(old), at * scale),
+                0,
+                None,
+            )
             weights[at] = inside / inside.sum()
             continue
         first = int(np.floor(at * scale))
@@ -263,7 +302,9 @@ def finish(batch: torch.Tensor | Sequence[torch.Tensor], finish: Finish) -> torc
         result = _normalised(batch, finish)
     else:
         device = batch[0].device if len(batch) else None
-        result = torch.zeros((len(batch), height, width, 3), dtype=getattr(torch, finish.dtype), device=device)
+        result = torch.zeros(
+            (len(batch), height, width, 3), dtype=getattr(torch, finish.dtype), device=device
+        )
         for image, target in zip(batch, result, strict=True):
             target[: image.shape[0], : image.shape[1]] = _normalised(image, finish)
     return result.permute(0, 3, 1, 2) if finish.layout == "chw" else result
@@ -284,9 +325,13 @@ def encode(image: np.ndarray, format: str, quality: int) -> bytes:
     """Encodes HWC RGB uint8 as "jpeg" (4:2:0, baseline, standard tables) or "png" (`quality` is ignored)."""
     file = io.BytesIO()
     if format == "jpeg":
-        Image.fromarray(image).save(file, "JPEG", quality=quality, subsampling="4:2:0", optimize=False, progressive=False)
+        Image.fromarray(image).save(
+            file, "JPEG", quality=quality, subsampling="4:2:0", optimize=False, progressive=False
+        )
     elif format == "png":
-        Image.fromarray(image).save(file, "PNG", compress_level=1, compress_type=3)  # run-length matching, as OpenCV
+        Image.fromarray(image).save(
+            file, "PNG", compress_level=1, compress_type=3
+        )  # run-length matching, as OpenCV
     else:
         raise UsageError(f"images are encoded as jpeg or png, not {format!r}")
     return file.getvalue()

@@ -135,18 +135,25 @@ def curve(
 
 def slope(spots: Sequence[Spot], key: str = "time_s") -> float:
     """Of log `key` over log count, by least squares; two counts at least."""
-    pairs = [(math.log(spot.count), math.log(value)) for spot in spots if (value := spot.median(key))]
+    pairs = [
+        (math.log(spot.count), math.log(value)) for spot in spots if (value := spot.median(key))
+    ]
     return linear_regression(*zip(*pairs, strict=True)).slope
 
 
 def cpu_s(spot: Spot) -> float:
     """CPU seconds that an image takes: of all stages together, and of Ray beside them."""
-    return sum(spot.median(key) or 0.0 for key in (*(f"{stage}_cpu_s" for stage in STAGES), "overhead_cpu_s"))
+    return sum(
+        spot.median(key) or 0.0
+        for key in (*(f"{stage}_cpu_s" for stage in STAGES), "overhead_cpu_s")
+    )
 
 
 def held_up(record: Record) -> float | None:
     """Share of the time in which a preprocess actor waits for the writers: blocked, or done long before them, where the queue takes in all."""
-    busy_s, images, time_s = (known(record.get(key)) for key in ("preprocess_busy_s", "images", "time_s"))
+    busy_s, images, time_s = (
+        known(record.get(key)) for key in ("preprocess_busy_s", "images", "time_s")
+    )
     if busy_s is None or not images or not time_s:
         return None
     starved = known(record.get("preprocess_starved")) or 0.0
@@ -167,7 +174,10 @@ def ideal(spots: Sequence[Spot], cores: float) -> list[tuple[int, float]]:
         return []
     first, most = spots[0], full_at(spots, cores)
     time_s = first.median("time_s") or 0.0
-    return [(spot.count, time_s * first.count / max(min(spot.count, most), first.count)) for spot in spots]
+    return [
+        (spot.count, time_s * first.count / max(min(spot.count, most), first.count))
+        for spot in spots
+    ]
 
 
 def others(records: Iterable[Record], cores: float) -> float:
@@ -177,9 +187,16 @@ def others(records: Iterable[Record], cores: float) -> float:
         percent, rate = known(record.get("cpu_percent")), known(record.get("images_per_s"))
         if percent is not None and rate is not None:
             own = sum(known(record.get(f"{stage}_cpu_s")) or 0.0 for stage in STAGES)
-            ended = sum(known(record.get(count)) or 0 for count in ("actors", "writers", "workers")) * planner.END_S
+            ended = (
+                sum(known(record.get(count)) or 0 for count in ("actors", "writers", "workers"))
+                * planner.END_S
+            )
             time_s = known(record.get("time_s"))
-            held.append(planner.held_by_others(percent, rate * own + (ended / time_s if time_s else 0.0), cores))
+            held.append(
+                planner.held_by_others(
+                    percent, rate * own + (ended / time_s if time_s else 0.0), cores
+                )
+            )
     return median(held) if held else 0.0
 
 
@@ -231,7 +248,10 @@ def _falls(spots: Sequence[Spot], cores: float, what: str = "actors") -> _Part:
         )
     found = slope(within)
     beyond = f"; the cores are full at {number(most)}" if within[-1] is not spots[-1] else ""
-    return _Part(holds="yes" if found <= FALLS else "no", measured=f"slope {found:+.2f} ({_times(within)} {what}{beyond})")
+    return _Part(
+        holds="yes" if found <= FALLS else "no",
+        measured=f"slope {found:+.2f} ({_times(within)} {what}{beyond})",
+    )
 
 
 def _flat(spots: Sequence[Spot], what: str = "actors") -> _Part:
@@ -239,7 +259,10 @@ def _flat(spots: Sequence[Spot], what: str = "actors") -> _Part:
     if not _wide(spots):
         return _cannot(f"needs at least two numbers of {what}, one twice the other")
     found = slope(spots)
-    return _Part(holds="yes" if abs(found) <= FLAT else "no", measured=f"slope {found:+.2f} ({_times(spots)} {what})")
+    return _Part(
+        holds="yes" if abs(found) <= FLAT else "no",
+        measured=f"slope {found:+.2f} ({_times(spots)} {what})",
+    )
 
 
 def _limited(spots: Sequence[Spot], by: str) -> list[Spot]:
@@ -256,14 +279,20 @@ def _no_limit(spots: Sequence[Spot], cores: float) -> _Part | None:
     at = f"with {last.count} actors and 1 writer the machine is {number(last.median('cpu_percent'))}% busy"
     if last.limit() == CORES:
         return _cannot(
-            f"the {cores:g} cores are full before the one writer is; --store-ms has it wait for a slow store instead", at
+            f"the {cores:g} cores are full before the one writer is; --store-ms has it wait for a slow store instead",
+            at,
         )
     if last.limit() == "write":
-        return _cannot(f"the one writer limits with {last.count} actors, but not with fewer: more counts would show it", at)
+        return _cannot(
+            f"the one writer limits with {last.count} actors, but not with fewer: more counts would show it",
+            at,
+        )
     if last.limit() != "preprocess":
         return _cannot("what limits was not measured", at)
     return _Part(
-        holds="no", measured=f"up to {last.count} actors one writer keeps up", why="storing takes less time here than preprocessing"
+        holds="no",
+        measured=f"up to {last.count} actors one writer keeps up",
+        why="storing takes less time here than preprocessing",
     )
 
 
@@ -278,15 +307,26 @@ class _Sweep:
     def __post_init__(self) -> None:
         for backend in BACKENDS:
             for writing in WRITING:
-                self.curves[backend, writing] = curve(self.records, backend=backend, writing=writing)
+                self.curves[backend, writing] = curve(
+                    self.records, backend=backend, writing=writing
+                )
 
-    def each(self, writing: str, judge: Callable[[str, list[Spot]], _Part], backends: Sequence[str] = BACKENDS) -> dict[str, _Part]:
+    def each(
+        self,
+        writing: str,
+        judge: Callable[[str, list[Spot]], _Part],
+        backends: Sequence[str] = BACKENDS,
+    ) -> dict[str, _Part]:
         """`judge` of each backend's curve, where there is one."""
         found = {}
         for backend in backends:
             spots = self.curves[backend, writing]
             swept = any(record["backend"] == backend for record in self.records)
-            missing = f"not measured: --writers {writing}" if swept else f"{backend} was not measured: --backends"
+            missing = (
+                f"not measured: --writers {writing}"
+                if swept
+                else f"{backend} was not measured: --backends"
+            )
             found[backend] = judge(backend, spots) if spots else _cannot(missing)
         return found
 
@@ -295,11 +335,26 @@ def _finding(claim: int, at: str, statement: str, parts: Mapping[str, _Part], ru
     """The parts of a claim as one: it holds if each does, and does not if one does not."""
     verdicts = {part.holds for part in parts.values()}
     holds: Holds = "no" if "no" in verdicts else "cannot" if "cannot" in verdicts else "yes"
-    measured = "; ".join(f"{name}: {part.measured}" if name else part.measured for name, part in parts.items() if part.measured)
-    whys = [f"{name}: {part.why}" if len(parts) > 1 else part.why for name, part in parts.items() if part.why]
+    measured = "; ".join(
+        f"{name}: {part.measured}" if name else part.measured
+        for name, part in parts.items()
+        if part.measured
+    )
+    whys = [
+        f"{name}: {part.why}" if len(parts) > 1 else part.why
+        for name, part in parts.items()
+        if part.why
+    ]
     if len({part.why for part in parts.values()}) == 1 and whys:
         whys = [next(iter(parts.values())).why]
-    return Finding(claim=claim, at=at, statement=statement, holds=holds, measured=measured, why=". ".join([*whys, rule]))
+    return Finding(
+        claim=claim,
+        at=at,
+        statement=statement,
+        holds=holds,
+        measured=measured,
+        why=". ".join([*whys, rule]),
+    )
 
 
 _FALLS_RULE = f"Falls: slope of log time at most {FALLS:g}, up to where the cores are full"
@@ -308,16 +363,29 @@ _FLAT_RULE = f"Flat: slope within {FLAT:g} of 0"
 
 def _claim_5(s: _Sweep) -> Finding:
     parts = s.each("none", lambda _, spots: _falls(spots, s.where.cores))
-    return _finding(5, "11:10", "Preprocessing only: time falls as processes rise, with both libraries.", parts, _FALLS_RULE)
+    return _finding(
+        5,
+        "11:10",
+        "Preprocessing only: time falls as processes rise, with both libraries.",
+        parts,
+        _FALLS_RULE,
+    )
 
 
 def _claim_6(s: _Sweep) -> Finding:
-    statement = "Preprocessing only: OpenCV's CPU use is far above torchvision's, and reaches about 100%."
+    statement = (
+        "Preprocessing only: OpenCV's CPU use is far above torchvision's, and reaches about 100%."
+    )
     rule = f"Far above: by more than {POINTS:g} points of CPU, mean of the counts up to the cores. About 100%: {FULL:g}% or more"
     parts: dict[str, _Part] = {}
-    every = sorted({r["threads"] for r in s.records if r["kind"] == "preprocess" and r["writers"] == 0})
+    every = sorted(
+        {r["threads"] for r in s.records if r["kind"] == "preprocess" and r["writers"] == 0}
+    )
     for threads in every:
-        lines = [{spot.count: spot for spot in curve(s.records, backend=b, threads=threads)} for b in BACKENDS]
+        lines = [
+            {spot.count: spot for spot in curve(s.records, backend=b, threads=threads)}
+            for b in BACKENDS
+        ]
         both = sorted(lines[0].keys() & lines[1].keys())
         pairs = [
             (a, b)
@@ -338,14 +406,27 @@ def _claim_6(s: _Sweep) -> Finding:
         )
     if not parts:
         parts = {"": _cannot("not measured: --writers none")}
-    held = [name for name, part in parts.items() if part.holds == "yes" and not name.startswith("1 ")]
+    held = [
+        name for name, part in parts.items() if part.holds == "yes" and not name.startswith("1 ")
+    ]
     whole = _finding(6, "11:31", statement, parts, rule)
-    if held and whole.holds == "no":  # it is a claim about OpenCV as it comes, which is with a pool of threads
+    if (
+        held and whole.holds == "no"
+    ):  # it is a claim about OpenCV as it comes, which is with a pool of threads
         why = f"With {held[-1]}, which is OpenCV's thread pool, and not with one: the pool makes the difference. {rule}"
-        return Finding(claim=6, at="11:31", statement=statement, holds="yes", measured=whole.measured, why=why)
+        return Finding(
+            claim=6, at="11:31", statement=statement, holds="yes", measured=whole.measured, why=why
+        )
     if whole.holds == "no" and len(every) == 1:
         hint = f"An actor has {every[0]} thread{'s' if every[0] > 1 else ''} of either library; --threads 1 {s.where.cores:g} gives OpenCV its pool too"
-        return Finding(claim=6, at="11:31", statement=statement, holds="no", measured=whole.measured, why=f"{hint}. {rule}")
+        return Finding(
+            claim=6,
+            at="11:31",
+            statement=statement,
+            holds="no",
+            measured=whole.measured,
+            why=f"{hint}. {rule}",
+        )
     return whole
 
 
@@ -354,7 +435,13 @@ def _claim_7(s: _Sweep) -> Finding:
         return _no_limit(spots, s.where.cores) or _flat(_limited(spots, "write"))
 
     statement = "With one result queue that writes files: time stays flat as processes rise."
-    return _finding(7, "11:57", statement, s.each("one", judge), f"{_FLAT_RULE}, of the counts at which the writer limits")
+    return _finding(
+        7,
+        "11:57",
+        statement,
+        s.each("one", judge),
+        f"{_FLAT_RULE}, of the counts at which the writer limits",
+    )
 
 
 def _claim_8(s: _Sweep) -> Finding:
@@ -369,8 +456,13 @@ def _claim_8(s: _Sweep) -> Finding:
             return _cannot("nothing to compare with: --writers none one")
         alone = max(without)
         spread = max(levels) - min(levels)
-        measured = f"{min(levels):.0f} to {max(levels):.0f}%; preprocessing only reaches {alone:.0f}%"
-        return _Part(holds="yes" if spread <= POINTS and max(levels) < alone - POINTS else "no", measured=measured)
+        measured = (
+            f"{min(levels):.0f} to {max(levels):.0f}%; preprocessing only reaches {alone:.0f}%"
+        )
+        return _Part(
+            holds="yes" if spread <= POINTS and max(levels) < alone - POINTS else "no",
+            measured=measured,
+        )
 
     statement = "... and CPU use stays at about 80% (OpenCV): the CPU cannot be made the most of."
     rule = f"Stays: within {POINTS:g} points, and more than that below preprocessing only; the level itself is the machine's"
@@ -382,7 +474,10 @@ def _claim_9(s: _Sweep) -> Finding:
         if (nothing := _no_limit(spots, s.where.cores)) is not None:
             return nothing
         last = _limited(spots, "write")[-1]
-        shares, busy = [share for record in last.records if (share := held_up(record)) is not None], last.median("write_busy")
+        shares, busy = (
+            [share for record in last.records if (share := held_up(record)) is not None],
+            last.median("write_busy"),
+        )
         if not shares:
             return _cannot("what actors did with their time was not measured")
         held = median(shares)
@@ -396,14 +491,25 @@ def _claim_9(s: _Sweep) -> Finding:
 
 def _claim_10(s: _Sweep) -> Finding:
     parts = s.each("same", lambda _, spots: _falls(spots, s.where.cores, "actors and writers"))
-    return _finding(10, "13:36", "With as many queues as processes: time falls, with both libraries.", parts, _FALLS_RULE)
+    return _finding(
+        10,
+        "13:36",
+        "With as many queues as processes: time falls, with both libraries.",
+        parts,
+        _FALLS_RULE,
+    )
 
 
 def three(records: Sequence[Record], backend: str) -> dict[str, Spot]:
     """The points of claim 11: one writer, as many writers, and none, all with the same number of actors: 10, or the nearest that was
     measured in all three ways; empty if there is none above 1."""
-    lines = {writing: {spot.count: spot for spot in curve(records, backend=backend, writing=writing)} for writing in WRITING}
-    common = [count for count in set.intersection(*(set(line) for line in lines.values())) if count > 1]
+    lines = {
+        writing: {spot.count: spot for spot in curve(records, backend=backend, writing=writing)}
+        for writing in WRITING
+    }
+    common = [
+        count for count in set.intersection(*(set(line) for line in lines.values())) if count > 1
+    ]
     if not common:
         return {}
     count = min(common, key=lambda count: (abs(count - MANY), count))
@@ -415,18 +521,25 @@ def _claim_11(s: _Sweep) -> Finding:
         spots = three(s.records, backend)
         if len(_timed(list(spots.values()))) < len(WRITING):
             return _cannot("not measured: --writers none one same, with 2 actors or more")
-        one, same, none = (spots[writing].median("time_s") or math.nan for writing in ("one", "same", "none"))
+        one, same, none = (
+            spots[writing].median("time_s") or math.nan for writing in ("one", "same", "none")
+        )
         count = spots["same"].count
         said = f"{count} actors: {number(one)} s with 1 writer, {number(same)} s with {count}, {number(none)} s without"
         if one <= NEAR * none:
-            return _cannot(f"one writer takes {one / none:.2f} times as long as none: there is no gap for more to close", said)
+            return _cannot(
+                f"one writer takes {one / none:.2f} times as long as none: there is no gap for more to close",
+                said,
+            )
         closed = (one - same) / (one - none)
         said += f": {closed:.0%} of the gap is closed"
         if closed < CLOSED and spots["same"].limit() == CORES:
             return _cannot(f"storing takes CPU too, and the {s.where.cores:g} cores are full", said)
         return _Part(holds="yes" if closed >= CLOSED else "no", measured=said)
 
-    statement = "10 processes: with 10 queues time comes close to preprocessing only; with one it does not."
+    statement = (
+        "10 processes: with 10 queues time comes close to preprocessing only; with one it does not."
+    )
     rule = f"Close: {CLOSED:.0%} of the time that one writer adds is gone with as many writers as actors"
     return _finding(11, "14:20", statement, s.each("same", judge), rule)
 
@@ -436,34 +549,56 @@ def _claim_12(s: _Sweep) -> Finding:
         levels = _levels(spots)
         if not levels or not _wide(spots):
             return _cannot("needs at least two numbers of writers, one twice the other")
-        measured = f"{levels[0]:.0f}{ARROW}{levels[-1]:.0f}% from {spots[0].count} to {spots[-1].count}"
+        measured = (
+            f"{levels[0]:.0f}{ARROW}{levels[-1]:.0f}% from {spots[0].count} to {spots[-1].count}"
+        )
         if backend == "opencv":
             able = _levels([spot for spot in spots if 2 * spot.count >= s.where.cores])
             if not able:
-                return _cannot(f"actors and writers together were never as many as the {s.where.cores:g} cores", measured)
+                return _cannot(
+                    f"actors and writers together were never as many as the {s.where.cores:g} cores",
+                    measured,
+                )
             return _Part(holds="yes" if min(able) >= FULL else "no", measured=measured)
         return _Part(holds="yes" if levels[-1] - levels[0] > POINTS else "no", measured=measured)
 
-    statement = "CPU use over queues = processes: torchvision's rises, OpenCV's stays at about 100%."
+    statement = (
+        "CPU use over queues = processes: torchvision's rises, OpenCV's stays at about 100%."
+    )
     rule = f"Rises: by more than {POINTS:g} points. About 100%: {FULL:g}% or more wherever actors and writers together are as many as the cores"
     return _finding(12, "14:50", statement, s.each("same", judge), rule)
 
 
 def _claim_13(s: _Sweep) -> Finding:
     def judge(backend: str, spots: list[Spot]) -> _Part:
-        alone = {spot.count: level for spot in s.curves[backend, "none"] if (level := spot.median("cpu_percent")) is not None}
+        alone = {
+            spot.count: level
+            for spot in s.curves[backend, "none"]
+            if (level := spot.median("cpu_percent")) is not None
+        }
         apart = [
-            level - alone[spot.count] for spot in spots if spot.count in alone and (level := spot.median("cpu_percent")) is not None
+            level - alone[spot.count]
+            for spot in spots
+            if spot.count in alone and (level := spot.median("cpu_percent")) is not None
         ]
         if not apart:
             return _cannot("not measured: --writers none same, with the same actors")
         last = [spot.count for spot in spots if spot.count in alone][-1]
         return _Part(
-            holds="yes" if abs(apart[-1]) <= POINTS else "no", measured=f"{round(apart[-1]):+d} points from it with {last} of each"
+            holds="yes" if abs(apart[-1]) <= POINTS else "no",
+            measured=f"{round(apart[-1]):+d} points from it with {last} of each",
         )
 
-    statement = "With as many queues as processes, CPU use comes close to that of preprocessing only."
-    return _finding(13, "15:33", statement, s.each("same", judge), f"Close: within {POINTS:g} points, with the most actors")
+    statement = (
+        "With as many queues as processes, CPU use comes close to that of preprocessing only."
+    )
+    return _finding(
+        13,
+        "15:33",
+        statement,
+        s.each("same", judge),
+        f"Close: within {POINTS:g} points, with the most actors",
+    )
 
 
 # --- advice --------------------------------------------------------------------------------------------------------------
@@ -493,7 +628,16 @@ def costs(spots: Sequence[Spot], cores: float, stages: Sequence[str]) -> list[St
             count = int(first.records[0][counts[stage]])
             on_gpu = stage == "train" and first.records[0].get("device") == "gpu"
             wait = first.median(f"{stage}_core_wait_s")
-            found.append(StageCost(name=stage, actors=count, busy_s=busy, cpu_s=cpu, core_wait_s=wait, on_gpu=on_gpu))
+            found.append(
+                StageCost(
+                    name=stage,
+                    actors=count,
+                    busy_s=busy,
+                    cpu_s=cpu,
+                    core_wait_s=wait,
+                    on_gpu=on_gpu,
+                )
+            )
     return planner.uncontended(found, cores) if len(found) == len(stages) else []
 
 
@@ -503,32 +647,43 @@ def choices(records: Sequence[Record], where: Where, *, writing: bool) -> list[C
     names = ("preprocess", "write") if writing else ("preprocess",)
     for cores in BUDGETS:
         for backend in BACKENDS:
-            stages = costs(curve(records, backend=backend, writing="same" if writing else "none"), where.cores, names)
+            stages = costs(
+                curve(records, backend=backend, writing="same" if writing else "none"),
+                where.cores,
+                names,
+            )
             if stages:
                 best = planner.outlook(stages, Machine(cores=cores, actors=ACTORS_A_CORE * cores))
                 found.append(
-                    Choice(cores=cores, backend=backend, counts=best.counts, images_per_s=best.images_per_s, limit=best.limit)
+                    Choice(
+                        cores=cores,
+                        backend=backend,
+                        counts=best.counts,
+                        images_per_s=best.images_per_s,
+                        limit=best.limit,
+                    )
                 )
     return found
 
 
 def _claim_14(s: _Sweep) -> Finding:
-    statement = (
-        "OpenCV saturates the CPU at 10 processes: use torchvision where many processes are available, OpenCV where few are."
-    )
+    statement = "OpenCV saturates the CPU at 10 processes: use torchvision where many processes are available, OpenCV where few are."
     rule = "By the times measured without writing, with the fewest and with the most actors; more than a tenth counts"
     times = {
-        backend: {spot.count: spot.median("time_s") or math.nan for spot in _timed(s.curves[backend, "none"])}
+        backend: {
+            spot.count: spot.median("time_s") or math.nan
+            for spot in _timed(s.curves[backend, "none"])
+        }
         for backend in BACKENDS
     }
     counts = sorted(times["opencv"].keys() & times["torchvision"].keys())
     if not counts or counts[-1] < 2 * counts[0]:
         why = "needs both backends with two numbers of actors, one twice the other, and no writers"
         return _finding(14, "15:50", statement, {"": _cannot(why)}, rule)
-    few, many = (times["torchvision"][count] / times["opencv"][count] for count in (counts[0], counts[-1]))
-    measured = (
-        f"preprocessing only, torchvision takes {few:.2f} times OpenCV's time with {counts[0]}, {many:.2f} times with {counts[-1]}"
+    few, many = (
+        times["torchvision"][count] / times["opencv"][count] for count in (counts[0], counts[-1])
     )
+    measured = f"preprocessing only, torchvision takes {few:.2f} times OpenCV's time with {counts[0]}, {many:.2f} times with {counts[-1]}"
     holds: Holds = "yes" if few > 1.1 and many < 1 / 1.1 else "no"
     part = _Part(holds=holds, measured=measured, why="" if holds == "yes" else _who(few, many))
     return _finding(14, "15:50", statement, {"": part}, rule)
@@ -559,16 +714,27 @@ def designs(records: Sequence[Record], where: Where) -> list[Design]:
     machine = Machine(cores=where.cores, actors=int(ACTORS_A_CORE * where.cores))
     for backend in BACKENDS:
         preprocess = costs(curve(records, backend=backend), where.cores, ("preprocess",))
-        write = costs(curve(records, backend=backend, kind="store"), where.cores, ("preprocess", "write"))[1:]
+        write = costs(
+            curve(records, backend=backend, kind="store"), where.cores, ("preprocess", "write")
+        )[1:]
         stored = costs(curve(records, backend=backend, kind="stored"), where.cores, ("preprocess",))
         if not (preprocess and write and stored):
             continue
         each = replace(preprocess[0], actors=planner.best(preprocess, machine)["preprocess"])
         alone = curve(records, backend=backend, kind="train", where=lambda r: r["workers"] == 1)
         trained = costs(alone, where.cores, ("preprocess", "train"))[1:]
-        cpu = planner.Designs(once_s=each.cpu_s + write[0].cpu_s, continuous_s=each.cpu_s, stored_s=stored[0].cpu_s)
+        cpu = planner.Designs(
+            once_s=each.cpu_s + write[0].cpu_s, continuous_s=each.cpu_s, stored_s=stored[0].cpu_s
+        )
         for train in [None, *trained]:
-            clock = planner.designs(images=1, preprocess=each, write=write[0], stored=stored[0], machine=machine, train=train)
+            clock = planner.designs(
+                images=1,
+                preprocess=each,
+                write=write[0],
+                stored=stored[0],
+                machine=machine,
+                train=train,
+            )
             trainer = None if train is None else train.actors / train.busy_s
             found.append(Design(backend=backend, trainer=trainer, clock=clock, cpu=cpu))
     return found
@@ -590,17 +756,26 @@ def gpus(records: Sequence[Record], where: Where) -> list[Gpu]:
     """For each backend that was measured training on a GPU."""
     found = []
     for backend in BACKENDS:
-        spots = curve(records, backend=backend, kind="train", where=lambda r: r["device"] == "gpu" and r["workers"] == 1)
+        spots = curve(
+            records,
+            backend=backend,
+            kind="train",
+            where=lambda r: r["device"] == "gpu" and r["workers"] == 1,
+        )
         stages = costs(spots, where.cores, ("preprocess", "train"))
         if not stages:
             continue
-        machine = Machine(cores=where.cores, actors=int(ACTORS_A_CORE * where.cores), gpus=stages[1].actors)
+        machine = Machine(
+            cores=where.cores, actors=int(ACTORS_A_CORE * where.cores), gpus=stages[1].actors
+        )
         ops = curve(records, backend=backend, kind="ops")
         found.append(
             Gpu(
                 backend=backend,
                 now=planner.outlook(stages, machine).images_per_s,
-                training=planner.outlook(stages, replace(machine, gpus=stages[1].actors + 1)).images_per_s,
+                training=planner.outlook(
+                    stages, replace(machine, gpus=stages[1].actors + 1)
+                ).images_per_s,
                 preprocessing=planner.bound(stages[1:], machine)[0],
                 ops=ops[0].median("images_per_s") if ops else None,
             )
@@ -611,21 +786,27 @@ def gpus(records: Sequence[Record], where: Where) -> list[Gpu]:
 # --- training ------------------------------------------------------------------------------------------------------------
 
 
-def _training(s: _Sweep, judge: Callable[[list[Spot]], _Part], *, over: str, fixed: str) -> dict[str, _Part]:
+def _training(
+    s: _Sweep, judge: Callable[[list[Spot]], _Part], *, over: str, fixed: str
+) -> dict[str, _Part]:
     """`judge` of each backend's training on GPUs; on CPUs it is said what was measured, and nothing is judged."""
     parts = {}
     no_gpu = "this machine has no GPU" if not s.where.gpus else "not measured: --train"
     mine = [r for r in s.records if r["kind"] == "train" and r[fixed] == 1]
     for backend in BACKENDS:
         lines = {
-            device: curve([r for r in mine if r["device"] == device], backend=backend, kind="train", over=over)
+            device: curve(
+                [r for r in mine if r["device"] == device], backend=backend, kind="train", over=over
+            )
             for device in ("gpu", "cpu")
         }
         if lines["gpu"]:
             parts[backend] = judge(lines["gpu"])
         elif lines["cpu"]:
             on_cpu = judge(lines["cpu"])
-            parts[backend] = _cannot(no_gpu, f"on CPU instead: {on_cpu.measured or _times(lines['cpu'])}")
+            parts[backend] = _cannot(
+                no_gpu, f"on CPU instead: {on_cpu.measured or _times(lines['cpu'])}"
+            )
         else:
             parts[backend] = _cannot(no_gpu)
     return parts
@@ -633,7 +814,13 @@ def _training(s: _Sweep, judge: Callable[[list[Spot]], _Part], *, over: str, fix
 
 def _claim_17(s: _Sweep) -> Finding:
     parts = _training(s, _flat, over="actors", fixed="workers")
-    return _finding(17, "17:52", "Training on 1 GPU: total time stays flat as processes rise.", parts, _FLAT_RULE)
+    return _finding(
+        17,
+        "17:52",
+        "Training on 1 GPU: total time stays flat as processes rise.",
+        parts,
+        _FLAT_RULE,
+    )
 
 
 def _claim_18(s: _Sweep) -> Finding:
@@ -646,19 +833,32 @@ def _claim_18(s: _Sweep) -> Finding:
         )
         if gpu is None or cpu is None:
             return _cannot("the use of the GPU is not known", measured)
-        return _Part(holds="yes" if gpu > cpu + POINTS and last.limit() == "train" else "no", measured=measured)
+        return _Part(
+            holds="yes" if gpu > cpu + POINTS and last.limit() == "train" else "no",
+            measured=measured,
+        )
 
-    statement = "GPU use for training is far above CPU use for preprocessing: training takes the time."
+    statement = (
+        "GPU use for training is far above CPU use for preprocessing: training takes the time."
+    )
     rule = f"Far above: by more than {POINTS:g} points, and the verdict names the train stage"
-    return _finding(18, "18:27", statement, _training(s, judge, over="actors", fixed="workers"), rule)
+    return _finding(
+        18, "18:27", statement, _training(s, judge, over="actors", fixed="workers"), rule
+    )
 
 
 def _claim_19(s: _Sweep) -> Finding:
     def judge(spots: list[Spot]) -> _Part:
-        return _falls(spots, s.where.cores, "workers") if len(spots) > 1 else _cannot("needs 2 GPUs", _times(spots) + " workers")
+        return (
+            _falls(spots, s.where.cores, "workers")
+            if len(spots) > 1
+            else _cannot("needs 2 GPUs", _times(spots) + " workers")
+        )
 
     parts = _training(s, judge, over="workers", fixed="actors")
-    return _finding(19, "18:55", "1 process, more GPUs for training: total time falls.", parts, _FALLS_RULE)
+    return _finding(
+        19, "18:55", "1 process, more GPUs for training: total time falls.", parts, _FALLS_RULE
+    )
 
 
 def _claim_20(s: _Sweep) -> Finding:
@@ -673,7 +873,11 @@ def _claim_20(s: _Sweep) -> Finding:
             holds="yes" if gpu.training > gpu.preprocessing else "no",
             measured=f"{number(gpu.now)} images/s; {number(gpu.training)} with one more GPU to train, "
             f"{number(gpu.preprocessing)} if one did all preprocessing for nothing"
-            + ("" if gpu.ops is None else f"; {number(gpu.ops)} measured with the ops on the GPU that trains"),
+            + (
+                ""
+                if gpu.ops is None
+                else f"; {number(gpu.ops)} measured with the ops on the GPU that trains"
+            ),
         )
         for gpu in found
     }
@@ -685,7 +889,13 @@ def _claim_21(s: _Sweep) -> Finding:
     rule = "From how many epochs on storing has won, by CPU time and by the clock with a training as fast as data comes"
     found = [design for design in designs(s.records, s.where) if design.trainer is None]
     if not found:
-        return _finding(21, "20:25", statement, {"": _cannot("storing and reading back were not measured")}, rule)
+        return _finding(
+            21,
+            "20:25",
+            statement,
+            {"": _cannot("storing and reading back were not measured")},
+            rule,
+        )
     parts = {}
     for design in found:
         by_cpu, by_clock = design.cpu.break_even_epochs, design.clock.break_even_epochs
@@ -698,11 +908,28 @@ def _claim_21(s: _Sweep) -> Finding:
 
 def epochs_from(epochs: float | None) -> str:
     """From which epoch on storing has won, in words."""
-    return "never" if epochs is None else f"from {number(math.ceil(epochs))} epoch{'' if epochs <= 1 else 's'} on"
+    return (
+        "never"
+        if epochs is None
+        else f"from {number(math.ceil(epochs))} epoch{'' if epochs <= 1 else 's'} on"
+    )
 
 
 def findings(records: Sequence[Record], where: Where) -> list[Finding]:
     """Each claim that a sweep can judge, in the talk's order."""
     sweep = _Sweep(records=records, where=where)
-    judges = (_claim_5, _claim_6, _claim_7, _claim_8, _claim_9, _claim_10, _claim_11, _claim_12, _claim_13, _claim_14)
-    return [judge(sweep) for judge in (*judges, _claim_17, _claim_18, _claim_19, _claim_20, _claim_21)]
+    judges = (
+        _claim_5,
+        _claim_6,
+        _claim_7,
+        _claim_8,
+        _claim_9,
+        _claim_10,
+        _claim_11,
+        _claim_12,
+        _claim_13,
+        _claim_14,
+    )
+    return [
+        judge(sweep) for judge in (*judges, _claim_17, _claim_18, _claim_19, _claim_20, _claim_21)
+    ]

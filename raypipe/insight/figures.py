@@ -10,7 +10,17 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import fmean, median
 
-from raypipe.insight.markup import ARROW, bytes_unit, duration, known, number, swatch, table, tag, text
+from raypipe.insight.markup import (
+    ARROW,
+    bytes_unit,
+    duration,
+    known,
+    number,
+    swatch,
+    table,
+    tag,
+    text,
+)
 
 COLUMNS = 150
 """Points of a line at most: more cannot be told apart, and 3600 a stage would make a page of several MB."""
@@ -23,7 +33,9 @@ STATES = ("busy", "starved", "blocked")
 
 def colours(report: dict) -> dict[str, str]:
     """The CSS class of each stage, in pipeline order: the same in all figures."""
-    names = [s.get("name") for s in report.get("stages") or []] + [r.get("stage") for r in report.get("timeline") or []]
+    names = [s.get("name") for s in report.get("stages") or []] + [
+        r.get("stage") for r in report.get("timeline") or []
+    ]
     known_names = dict.fromkeys(str(name) for name in names if name is not None)
     return {name: f"s{place % COLOURS}" for place, name in enumerate(known_names)}
 
@@ -40,11 +52,22 @@ class _Times:
 
     @property
     def unit(self) -> tuple[float, str]:
-        return (1.0, "seconds") if self.end_s <= 120 else (60.0, "minutes") if self.end_s <= 7200 else (3600.0, "hours")
+        return (
+            (1.0, "seconds")
+            if self.end_s <= 120
+            else (60.0, "minutes")
+            if self.end_s <= 7200
+            else (3600.0, "hours")
+        )
 
-    def values(self, stage: str, key: str, join: Callable[[list[float]], float] = fmean) -> list[float | None]:
+    def values(
+        self, stage: str, key: str, join: Callable[[list[float]], float] = fmean
+    ) -> list[float | None]:
         """One value a column, None where nothing was measured."""
-        found = [[known(record.get(key)) for record in self.cells.get((stage, column), [])] for column in range(self.count)]
+        found = [
+            [known(record.get(key)) for record in self.cells.get((stage, column), [])]
+            for column in range(self.count)
+        ]
         measured = [[value for value in values if value is not None] for values in found]
         return [join(values) if values else None for values in measured]
 
@@ -80,7 +103,11 @@ def _events(report: dict) -> list[_Event]:
 
 
 def _times(report: dict, events: list[_Event]) -> _Times | None:
-    records = [(t_s, r) for r in report.get("timeline") or [] if (t_s := known(r.get("t_s"))) is not None and 0 <= t_s < 1e9]
+    records = [
+        (t_s, r)
+        for r in report.get("timeline") or []
+        if (t_s := known(r.get("t_s"))) is not None and 0 <= t_s < 1e9
+    ]
     if not records:
         return None
     starts = sorted({t_s for t_s, _ in records})
@@ -103,17 +130,30 @@ def over_time(report: dict) -> str:
         return tag("p", "Nothing was measured over time: no actor got as far as its first report.")
     colour_of = colours(report)
 
-    def lines(key: str, *, join: Callable[[list[float]], float] = fmean, kind: str = "line") -> list[_Line]:
+    def lines(
+        key: str, *, join: Callable[[list[float]], float] = fmean, kind: str = "line"
+    ) -> list[_Line]:
         found = [
-            _Line(name=name, colour=colour, values=times.values(name, key, join), kind=kind) for name, colour in colour_of.items()
+            _Line(name=name, colour=colour, values=times.values(name, key, join), kind=kind)
+            for name, colour in colour_of.items()
         ]
         return [line for line in found if any(value is not None for value in line.values)]
 
     figures = [
         _figure(times, events, "Throughput", "images/s", lines("images_per_s"), label=True),
-        _figure(times, events, "Actors", "", lines("actors", join=lambda values: values[-1], kind="steps"), label=True, whole=True),
+        _figure(
+            times,
+            events,
+            "Actors",
+            "",
+            lines("actors", join=lambda values: values[-1], kind="steps"),
+            label=True,
+            whole=True,
+        ),
         *(
-            _figure(times, events, name, "% of its actors' time", _states(times, name, colour), top=100)
+            _figure(
+                times, events, name, "% of its actors' time", _states(times, name, colour), top=100
+            )
             for name, colour in colour_of.items()
         ),
         _figure(times, events, "CPU", "cores used", lines("cpu_cores")),
@@ -121,27 +161,40 @@ def over_time(report: dict) -> str:
         _figure(times, events, "GPU", "% busy", lines("gpu_percent"), top=100),
     ]
     listed = table(
-        ["after", "actors"], [[duration(event.t_s), swatch(event.said, event.colour)] for event in events], "Scale events"
+        ["after", "actors"],
+        [[duration(event.t_s), swatch(event.said, event.colour)] for event in events],
+        "Scale events",
     )
     each = f"Each point is {duration(times.width_s)}{': their mean, for memory their highest' if times.joined > 1 else ''}."
     return (
         tag("p", each, class_="dim")
         + tag("div", *figures, class_="figures")
-        + (tag("details", tag("summary", f"Scale events ({len(events)})"), listed) if events else "")
+        + (
+            tag("details", tag("summary", f"Scale events ({len(events)})"), listed)
+            if events
+            else ""
+        )
     )
 
 
 def _memory(lines: list[_Line]) -> tuple[str, list[_Line]]:
     """The unit, and the lines in it. No process has 0 bytes: that is a second in which no actor reported."""
-    size, unit = bytes_unit(max((value or 0.0 for line in lines for value in line.values), default=0.0))
-    found = [replace(line, values=[value / size if value else None for value in line.values]) for line in lines]
+    size, unit = bytes_unit(
+        max((value or 0.0 for line in lines for value in line.values), default=0.0)
+    )
+    found = [
+        replace(line, values=[value / size if value else None for value in line.values])
+        for line in lines
+    ]
     return unit, [line for line in found if any(line.values)]
 
 
 def _states(times: _Times, stage: str, colour: str) -> list[_Line]:
     """busy, starved, blocked in percent, stacked. A column without all three stays empty."""
     columns = [
-        [100 * (share or 0.0) / sum(shares) for share in shares] if None not in shares and sum(shares) > 0 else None
+        [100 * (share or 0.0) / sum(shares) for share in shares]
+        if None not in shares and sum(shares) > 0
+        else None
         for shares in zip(*(times.values(stage, state) for state in STATES), strict=True)
     ]
     lines = [
@@ -205,7 +258,11 @@ def _path(line: _Line, times: _Times, top: float) -> str:
             continue
         ends = [*(column for column, _ in run[1:]), last + 1]
         steps = "".join(f"V{y(value)}H{x(end)}" for (_, value), end in zip(run, ends, strict=True))
-        parts.append(f"M{x(first)} 1000{steps}V1000Z" if line.kind == "area" else f"M{x(first)} {y(run[0][1])}{steps}")
+        parts.append(
+            f"M{x(first)} 1000{steps}V1000Z"
+            if line.kind == "area"
+            else f"M{x(first)} {y(run[0][1])}{steps}"
+        )
     return "".join(parts)
 
 
@@ -214,7 +271,10 @@ def _rows(spans: Sequence[tuple[float, float]], most: int) -> list[int | None]:
     taken: list[list[tuple[float, float]]] = [[] for _ in range(most)]
     rows: list[int | None] = []
     for start, end in spans:
-        row = next((i for i, others in enumerate(taken) if all(end <= a or b <= start for a, b in others)), None)
+        row = next(
+            (i for i, others in enumerate(taken) if all(end <= a or b <= start for a, b in others)),
+            None,
+        )
         if row is not None:
             taken[row].append((start, end))
         rows.append(row)
@@ -226,7 +286,8 @@ def _event_marks(times: _Times, events: list[_Event], *, label: bool) -> tuple[s
     places = [event.t_s / times.end_s for event in events]
     # A letter takes 1/44 of the narrowest figure. Labels in the right half end at their line, the others start there.
     spans = [
-        (p - w, p) if p > 0.5 else (p, p + w) for p, w in ((p, (len(e.said) + 2) / 44) for p, e in zip(places, events, strict=True))
+        (p - w, p) if p > 0.5 else (p, p + w)
+        for p, w in ((p, (len(e.said) + 2) / 44) for p, e in zip(places, events, strict=True))
     ]
     rows = _rows(spans, 4) if label else [None] * len(events)
     marks, labels = [], []
@@ -298,10 +359,17 @@ def _figure(
     """A figure with axes and legend; nothing if there is nothing to show. `label`: name the scale events; `whole`: no half ticks."""
     if not lines:
         return ""
-    y_ticks = _ticks(top or max(value for line in lines for value in line.values if value is not None), 4, whole=whole)
+    y_ticks = _ticks(
+        top or max(value for line in lines for value in line.values if value is not None),
+        4,
+        whole=whole,
+    )
     marks, rows = _event_marks(times, events, label=label)
     # Of lines that fall together the first is the thickest, so that all are seen.
-    widths = [{"style": f"stroke-width:{2 * (len(lines) - i)}px"} if line.kind == "steps" else {} for i, line in enumerate(lines)]
+    widths = [
+        {"style": f"stroke-width:{2 * (len(lines) - i)}px"} if line.kind == "steps" else {}
+        for i, line in enumerate(lines)
+    ]
     paths = [
         tag("path", class_=f"{line.kind} {line.colour}", d=_path(line, times, y_ticks[-1]), **width)
         for line, width in zip(lines, widths, strict=True)
@@ -309,15 +377,41 @@ def _figure(
     if lines[0].kind == "area":
         paths.reverse()  # each reaches down to 0, so the lowest lies on top
     stretched = {"class_": "in", "viewBox": "0 0 1000 1000", "preserveAspectRatio": "none"}
-    plot = [_axes(times, y_ticks), tag("svg", *paths, **stretched), marks, tag("svg", _hits(times, events, lines), **stretched)]
+    plot = [
+        _axes(times, y_ticks),
+        tag("svg", *paths, **stretched),
+        marks,
+        tag("svg", _hits(times, events, lines), **stretched),
+    ]
     spoken = f"{title}{unit and f' in {unit}'} over {duration(times.end_s)}. {' '.join(map(_summary, lines))}"
     legend = [swatch(line.name, line.colour) for line in lines]
-    return _framed(title, unit, legend, plot, spoken=spoken, class_="plot", style=f"margin-top:{10 + 15 * rows}px")
+    return _framed(
+        title,
+        unit,
+        legend,
+        plot,
+        spoken=spoken,
+        class_="plot",
+        style=f"margin-top:{10 + 15 * rows}px",
+    )
 
 
-def _framed(title: str, unit: str, legend: Sequence[str], plot: Sequence[str], *, spoken: str, **attributes: str) -> str:
+def _framed(
+    title: str,
+    unit: str,
+    legend: Sequence[str],
+    plot: Sequence[str],
+    *,
+    spoken: str,
+    **attributes: str,
+) -> str:
     """A figure: what it shows, in which unit, whose line is whose, and the plot."""
-    named = tag("figcaption", tag("h3", text(title)), tag("span", text(unit), class_="unit"), tag("span", *legend, class_="legend"))
+    named = tag(
+        "figcaption",
+        tag("h3", text(title)),
+        tag("span", text(unit), class_="unit"),
+        tag("span", *legend, class_="legend"),
+    )
     return tag("figure", named, tag("svg", *plot, role="img", aria_label=spoken, **attributes))
 
 
@@ -342,7 +436,11 @@ def bars(rows: Sequence[tuple[str, float, str, str]]) -> str:
         (name, tag("i", class_=colour, style=f"width:{max(60 * length / longest, 0):.1f}%"), said)
         for name, length, said, colour in rows
     ]
-    return tag("dl", *(tag("dt", name) + tag("dd", bar, tag("b", said)) for name, bar, said in drawn), class_="bars")
+    return tag(
+        "dl",
+        *(tag("dt", name) + tag("dd", bar, tag("b", said)) for name, bar, said in drawn),
+        class_="bars",
+    )
 
 
 def _decades(low: float, high: float) -> list[float]:
@@ -399,18 +497,36 @@ def chart(
         plot.append(tag("text", text(mark[1]), class_="said", x=x, y=-9, **side))
         rows = 1
     paths = [
-        tag("path", class_=f"{line.colour}{' ideal' if line.dashed else ''}", d=_joined(line, across, height)) for line in series
+        tag(
+            "path",
+            class_=f"{line.colour}{' ideal' if line.dashed else ''}",
+            d=_joined(line, across, height),
+        )
+        for line in series
     ]
-    plot.append(tag("svg", *paths, class_="in", viewBox="0 0 1000 1000", preserveAspectRatio="none"))
+    plot.append(
+        tag("svg", *paths, class_="in", viewBox="0 0 1000 1000", preserveAspectRatio="none")
+    )
     plot += [_measured(line, unit, along, across, height) for line in series if not line.dashed]
-    legend = [tag("span", text(line.name), class_=f"key {line.colour}{' ideal' if line.dashed else ''}") for line in series]
+    legend = [
+        tag("span", text(line.name), class_=f"key {line.colour}{' ideal' if line.dashed else ''}")
+        for line in series
+    ]
     spoken = f"{title}, {unit}, over {along}. " + " ".join(
         f"{line.name}: {', '.join(f'{number(y)} at {number(x)}' for x, y, *_ in line.points)}."
         for line in series
         if not line.dashed
     )
     scale = unit if span is None else f"{unit}, log scale"
-    return _framed(title, scale, legend, plot, spoken=spoken, class_="plot tall", style=f"margin-top:{10 + 15 * rows}px")
+    return _framed(
+        title,
+        scale,
+        legend,
+        plot,
+        spoken=spoken,
+        class_="plot tall",
+        style=f"margin-top:{10 + 15 * rows}px",
+    )
 
 
 def _linear(top: float) -> Callable[[float], float]:
@@ -426,7 +542,11 @@ def _count_ticks(counts: Sequence[float], across: Callable[[float], float]) -> s
     order = [counts[-1], *counts[:-1]]
     widths = [len(_tick(count)) / 44 for count in order]
     labelled = _rows(
-        [(across(count) - width * 0.7, across(count) + width * 0.7) for count, width in zip(order, widths, strict=True)], 1
+        [
+            (across(count) - width * 0.7, across(count) + width * 0.7)
+            for count, width in zip(order, widths, strict=True)
+        ],
+        1,
     )
     parts = []
     for count, row in zip(order, labelled, strict=True):
@@ -437,12 +557,22 @@ def _count_ticks(counts: Sequence[float], across: Callable[[float], float]) -> s
     return "".join(parts)
 
 
-def _joined(line: Series, across: Callable[[float], float], height: Callable[[float], float]) -> str:
+def _joined(
+    line: Series, across: Callable[[float], float], height: Callable[[float], float]
+) -> str:
     """The `d` of an SVG path through the points of a line, in a square of 1000."""
-    return "M" + "L".join(f"{1000 * across(x):.4g} {1000 * (1 - height(y)):.4g}" for x, y, *_ in line.points)
+    return "M" + "L".join(
+        f"{1000 * across(x):.4g} {1000 * (1 - height(y)):.4g}" for x, y, *_ in line.points
+    )
 
 
-def _measured(line: Series, unit: str, along: str, across: Callable[[float], float], height: Callable[[float], float]) -> str:
+def _measured(
+    line: Series,
+    unit: str,
+    along: str,
+    across: Callable[[float], float],
+    height: Callable[[float], float],
+) -> str:
     """A mark at each point, from the lowest to the highest that was measured, which tells its figures when pointed at."""
     parts = []
     for x, y, low, high in line.points:
@@ -454,5 +584,7 @@ def _measured(line: Series, unit: str, along: str, across: Callable[[float], flo
         parts.append(tag("line", class_=f"range {line.colour}", x1=place, x2=place, **ends))
         kind = "mark hollow" if x > line.beyond else "mark"
         parts.append(tag("circle", class_=f"{kind} {line.colour}", cx=place, cy=level, r=4))
-        parts.append(tag("circle", tag("title", text(said)), class_="hit", cx=place, cy=level, r=10))
+        parts.append(
+            tag("circle", tag("title", text(said)), class_="hit", cx=place, cy=level, r=10)
+        )
     return "".join(parts)

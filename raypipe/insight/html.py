@@ -11,7 +11,19 @@ from html import escape
 from typing import Any
 
 from raypipe.insight.figures import STATES, bars, colours, over_time
-from raypipe.insight.markup import ARROW, DASH, bytes_of, duration, known, number, share, swatch, table, tag, text
+from raypipe.insight.markup import (
+    ARROW,
+    DASH,
+    bytes_of,
+    duration,
+    known,
+    number,
+    share,
+    swatch,
+    table,
+    tag,
+    text,
+)
 from raypipe.insight.report import notes
 
 
@@ -37,7 +49,13 @@ def page(report: dict, *, rejects: Sequence[dict] = (), more_rejects: int = 0) -
         section("Training", _training(report)),
         section("Predicted against measured", _predicted(report)),
         section("Rejects", _rejects(report, rejects, more_rejects)),
-        section("How it was run", "".join(facts(name, report.get(name.lower())) for name in ("Settings", "Versions", "Hardware"))),
+        section(
+            "How it was run",
+            "".join(
+                facts(name, report.get(name.lower()))
+                for name in ("Settings", "Versions", "Hardware")
+            ),
+        ),
     ]
     return document(title, body)
 
@@ -76,39 +94,82 @@ def _verdict(report: dict) -> str:
         gain = 100 * (predicted / measured - 1) if predicted is not None and measured else None
         said = DASH if gain is None else "none" if abs(gain) < 2 else f"{gain:+,.0f}%"
         cells = (text(str(change.get("change")).replace(" -> ", ARROW)), number(predicted), said)
-        rows.append([tag("span", cell, class_="gain" if (gain or 0) >= 2 else "dim") for cell in cells])
+        rows.append(
+            [tag("span", cell, class_="gain" if (gain or 0) >= 2 else "dim") for cell in cells]
+        )
     advice = table(["What to change", "images/s expected", "gain"], rows, "Advice") if rows else ""
-    return tag("h1", text(first + dot.strip())) + (tag("p", text(rest), class_="lead") if rest else "") + advice
+    return (
+        tag("h1", text(first + dot.strip()))
+        + (tag("p", text(rest), class_="lead") if rest else "")
+        + advice
+    )
 
 
 def _key_figures(report: dict) -> str:
-    into, out, rejected = (known(report.get(key)) for key in ("images_in", "images_out", "images_rejected"))
+    into, out, rejected = (
+        known(report.get(key)) for key in ("images_in", "images_out", "images_rejected")
+    )
     unread = known(report.get("images_unread")) or 0
-    became = f"= {number(out)} out + {number(rejected)} rejected" + (f" + {number(unread)} not read" if unread else "")
+    became = f"= {number(out)} out + {number(rejected)} rejected" + (
+        f" + {number(unread)} not read" if unread else ""
+    )
     if before := known(report.get("images_done_before")):
         became += f"; {number(before)} of them by an earlier run"
-    if into is not None and out is not None and rejected is not None and into != out + rejected + unread:
+    if (
+        into is not None
+        and out is not None
+        and rejected is not None
+        and into != out + rejected + unread
+    ):
         lost = number(into - out - rejected - unread)
-        became = tag("strong", f"{number(out)} out + {number(rejected)} rejected: {lost} lost", class_="bad")
+        became = tag(
+            "strong", f"{number(out)} out + {number(rejected)} rejected: {lost} lost", class_="bad"
+        )
     hardware = report.get("hardware") or {}
     nodes = known(hardware.get("nodes"))
     setup = known(report.get("setup_s"))
     tiles = [
         ("images in", number(into), became),
-        ("images/s, steady", number(report.get("steady_images_per_s")), "from when actors could begin to the last shard"),
+        (
+            "images/s, steady",
+            number(report.get("steady_images_per_s")),
+            "from when actors could begin to the last shard",
+        ),
         ("images/s, overall", number(report.get("images_per_s")), "from start to end"),
         ("first output", duration(report.get("first_output_s")), "after the start"),
-        ("wall time", duration(report.get("wall_s")), "" if setup is None else f"after {duration(setup)} of set-up"),
-        ("CPU of the machine", number(report.get("cpu_percent"), "%"), "mean of all cores over the run"),
-        ("cores", number(hardware.get("cores")), f"on {number(nodes)} node{'' if nodes == 1 else 's'}" if nodes else ""),
+        (
+            "wall time",
+            duration(report.get("wall_s")),
+            "" if setup is None else f"after {duration(setup)} of set-up",
+        ),
+        (
+            "CPU of the machine",
+            number(report.get("cpu_percent"), "%"),
+            "mean of all cores over the run",
+        ),
+        (
+            "cores",
+            number(hardware.get("cores")),
+            f"on {number(nodes)} node{'' if nodes == 1 else 's'}" if nodes else "",
+        ),
     ]
-    figures = (tag("div", tag("dt", name), tag("dd", tag("b", value), note)) for name, value, note in tiles)
-    return tag("dl", *figures, class_="tiles") + "".join(tag("p", text(line)) for line in notes(report))
+    figures = (
+        tag("div", tag("dt", name), tag("dd", tag("b", value), note)) for name, value, note in tiles
+    )
+    return tag("dl", *figures, class_="tiles") + "".join(
+        tag("p", text(line)) for line in notes(report)
+    )
 
 
 def _actors(stage: dict) -> str:
-    counts = {key: number((stage.get("actors") or {}).get(key)) for key in ("start", "min", "max", "end")}
-    return counts["start"] if len(set(counts.values())) == 1 else "<br>".join(f"{key} {value}" for key, value in counts.items())
+    counts = {
+        key: number((stage.get("actors") or {}).get(key)) for key in ("start", "min", "max", "end")
+    }
+    return (
+        counts["start"]
+        if len(set(counts.values())) == 1
+        else "<br>".join(f"{key} {value}" for key, value in counts.items())
+    )
 
 
 def _spent(stage: dict, colour: str) -> str:
@@ -118,7 +179,10 @@ def _spent(stage: dict, colour: str) -> str:
         return DASH
     return tag(
         "span",
-        *(tag("i", class_=state, style=f"width:{100 * (share or 0):.1f}%") for state, share in shares),
+        *(
+            tag("i", class_=state, style=f"width:{100 * (share or 0):.1f}%")
+            for state, share in shares
+        ),
         class_=f"spent {colour}",
         aria_hidden="true",
     )
@@ -146,7 +210,13 @@ def _stage_table(report: dict) -> str:
     if not stages:
         return ""
     colour_of = [colours(report).get(str(stage.get("name")), "none") for stage in stages]
-    head = ["", *(swatch(stage.get("name"), colour) for stage, colour in zip(stages, colour_of, strict=True))]
+    head = [
+        "",
+        *(
+            swatch(stage.get("name"), colour)
+            for stage, colour in zip(stages, colour_of, strict=True)
+        ),
+    ]
     rows = [[label, *map(cell, stages)] for label, cell in _FIGURES]
     return table(head, [*rows, ["shares of its time", *map(_spent, stages, colour_of)]], "Stages")
 
@@ -167,10 +237,17 @@ def _training(report: dict) -> str:
     epochs = training.get("epochs") or []
     if not training:
         return ""
-    computed, waited = (share(training.get(key)) for key in ("accelerator_utilisation", "wait_share"))
-    said = tag("p", f"The workers were in steps for {computed} of their time and waited for data for {waited}.")
+    computed, waited = (
+        share(training.get(key)) for key in ("accelerator_utilisation", "wait_share")
+    )
+    said = tag(
+        "p",
+        f"The workers were in steps for {computed} of their time and waited for data for {waited}.",
+    )
     reason = (training.get("break_even") or {}).get("reason")
-    stored = tag("p", tag("b", "Preprocess once, or while training? "), text(reason)) if reason else ""
+    stored = (
+        tag("p", tag("b", "Preprocess once, or while training? "), text(reason)) if reason else ""
+    )
     rows = [[cell(epoch) for _, cell in _EPOCHS] for epoch in epochs]
     return said + stored + (table([name for name, _ in _EPOCHS], rows, "Epochs") if rows else "")
 
@@ -191,26 +268,40 @@ def _predicted(report: dict) -> str:
         if predicted and measured
         else ""
     )
-    actors = ", ".join(f"{text(stage)} {number(count)}" for stage, count in (plan.get("actors") or {}).items())
+    actors = ", ".join(
+        f"{text(stage)} {number(count)}" for stage, count in (plan.get("actors") or {}).items()
+    )
     return both + tag("p", said, f" Planned actors: {actors}." if actors else "")
 
 
 def _rejects(report: dict, rejects: Sequence[dict], more: int) -> str:
     total = known(report.get("images_in"))
-    counts = [(reason, known(count) or 0.0) for reason, count in (report.get("rejects_by_reason") or {}).items()]
+    counts = [
+        (reason, known(count) or 0.0)
+        for reason, count in (report.get("rejects_by_reason") or {}).items()
+    ]
     if not counts and not rejects and not more:
         return tag("p", "No image was rejected.")
     drawn = [
         (
             text(reason),
             count,
-            number(count) + (tag("span", f" ({number(100 * count / total)}%)", class_="dim") if total else ""),
+            number(count)
+            + (tag("span", f" ({number(100 * count / total)}%)", class_="dim") if total else ""),
             "s0",
         )
         for reason, count in sorted(counts, key=lambda pair: -pair[1])
     ]
     shown = tag("ul", *map(_reject, rejects), class_="rows") if rejects else ""
-    return bars(drawn) + shown + (tag("p", f"and {number(more)} further, in rejects.parquet", class_="dim") if more else "")
+    return (
+        bars(drawn)
+        + shown
+        + (
+            tag("p", f"and {number(more)} further, in rejects.parquet", class_="dim")
+            if more
+            else ""
+        )
+    )
 
 
 def _reject(row: dict) -> str:
@@ -218,9 +309,26 @@ def _reject(row: dict) -> str:
     data = row.get("thumbnail")
     picture = tag("span", "no picture", class_="no")
     if data:
-        picture = tag("img", alt=f"thumbnail of {name}", src=f"data:image/jpeg;base64,{b64encode(data).decode()}")
-    lines = [tag("span", text(row[key]), class_="dim", dir="auto") for key in ("uri", "detail") if row.get(key)]
-    return tag("li", picture, tag("div", tag("b", text(name), dir="auto"), tag("em", text(row.get("reason") or DASH)), *lines))
+        picture = tag(
+            "img",
+            alt=f"thumbnail of {name}",
+            src=f"data:image/jpeg;base64,{b64encode(data).decode()}",
+        )
+    lines = [
+        tag("span", text(row[key]), class_="dim", dir="auto")
+        for key in ("uri", "detail")
+        if row.get(key)
+    ]
+    return tag(
+        "li",
+        picture,
+        tag(
+            "div",
+            tag("b", text(name), dir="auto"),
+            tag("em", text(row.get("reason") or DASH)),
+            *lines,
+        ),
+    )
 
 
 def facts(title: str, known_facts: dict | None) -> str:
@@ -231,7 +339,9 @@ def facts(title: str, known_facts: dict | None) -> str:
             return DASH
         if key.endswith("_bytes") and known(value) is not None:
             return bytes_of(value)
-        return text(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
+        return text(
+            value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+        )
 
     rows = [[text(key), shown(str(key), value)] for key, value in (known_facts or {}).items()]
     return tag("details", tag("summary", title), table([], rows, title)) if rows else ""

@@ -15,7 +15,11 @@ from rich.text import Text
 
 from raypipe.insight.markup import ARROW, DASH, bytes_of, duration, known, number, printable, share
 
-STATES = (("busy", "\N{FULL BLOCK}", "green"), ("starved", "\N{MIDDLE DOT}", "blue"), ("blocked", "\N{MEDIUM SHADE}", "yellow"))
+STATES = (
+    ("busy", "\N{FULL BLOCK}", "green"),
+    ("starved", "\N{MIDDLE DOT}", "blue"),
+    ("blocked", "\N{MEDIUM SHADE}", "yellow"),
+)
 """What an actor's time goes into: a glyph each, so that the bars can be read without colour."""
 
 LEVELS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
@@ -33,7 +37,14 @@ KEYS = "\u2191 \u2193 Tab  select a stage   + -  scale it by one   q  quit (the 
 
 _ASCII = str.maketrans(
     dict(zip(LEVELS, "__..--^#", strict=True))
-    | {DASH: "-", ARROW: ">", SELECTED: ">", "\u2191": "^", "\u2193": "v", "\N{HORIZONTAL ELLIPSIS}": "~"}
+    | {
+        DASH: "-",
+        ARROW: ">",
+        SELECTED: ">",
+        "\u2191": "^",
+        "\u2193": "v",
+        "\N{HORIZONTAL ELLIPSIS}": "~",
+    }
     | {"\N{FULL BLOCK}": "#", "\N{MIDDLE DOT}": ".", "\N{MEDIUM SHADE}": "x"}
 )
 """One cell for one cell, so that translating what is laid out already does not shift it."""
@@ -51,7 +62,9 @@ class Looking:
     """What became of the last key."""
 
 
-def remember(history: Iterable[tuple[float, float | None]], record: dict) -> tuple[tuple[float, float | None], ...]:
+def remember(
+    history: Iterable[tuple[float, float | None]], record: dict
+) -> tuple[tuple[float, float | None], ...]:
     """`history` and what `record` adds to it, less what is older than HISTORY_S."""
     longer = (*history, (record["at_s"], record["images_per_s"]))
     return tuple((at, rate) for at, rate in longer if at > record["at_s"] - HISTORY_S)
@@ -106,7 +119,11 @@ def _actors(stage: dict, images: int) -> str:
     """How many actors run, and how many are wanted where that differs. Of a stage that has done all `images`, what is left counts no more."""
     if stage["images"] >= images > 0 and not stage["queued"] and not stage["images_per_s"]:
         return "done"
-    return f"{stage['actors']}" if stage["actors"] == stage["wanted"] else f"{stage['actors']} {ARROW} {stage['wanted']}"
+    return (
+        f"{stage['actors']}"
+        if stage["actors"] == stage["wanted"]
+        else f"{stage['actors']} {ARROW} {stage['wanted']}"
+    )
 
 
 def _percent(value: object) -> str:
@@ -123,15 +140,24 @@ def _labelled(rows: Iterable[tuple[str, RenderableType]]) -> Table:
 
 
 def _places(record: dict) -> str:
-    output = ", nothing written" if record["output"] is None else f" {ARROW} {printable(record['output'])}"
+    output = (
+        ", nothing written"
+        if record["output"] is None
+        else f" {ARROW} {printable(record['output'])}"
+    )
     return printable(record["input"]) + output
 
 
 def _title(record: dict) -> Table:
     grid = Table.grid(expand=True, padding=(0, 2, 0, 0))
     grid.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
-    grid.add_column(no_wrap=True, overflow="ellipsis", justify="right", max_width=30)  # not to push the run's name away
-    grid.add_row(Text(f"run {printable(record['run_id'])}", style="bold"), Text(duration(int(record["at_s"]))))
+    grid.add_column(
+        no_wrap=True, overflow="ellipsis", justify="right", max_width=30
+    )  # not to push the run's name away
+    grid.add_row(
+        Text(f"run {printable(record['run_id'])}", style="bold"),
+        Text(duration(int(record["at_s"]))),
+    )
     how = printable(f"{record['recipe']}, {record['backend']}")
     grid.add_row(Text(_places(record), style="dim"), Text(how, style="dim"))
     return grid
@@ -139,14 +165,21 @@ def _title(record: dict) -> Table:
 
 def _totals(record: dict, looking: Looking, width: int) -> Table:
     done = record["done"] / record["images"] if record["images"] else None
-    left = "" if known(record["eta_s"]) is None else f", about {duration(int(record['eta_s']))} left"
-    images = bar([(done, "\N{FULL BLOCK}", "green"), (1 - (done or 0.0), "\N{MIDDLE DOT}", "dim")], max(width - 70, 10))
+    left = (
+        "" if known(record["eta_s"]) is None else f", about {duration(int(record['eta_s']))} left"
+    )
+    images = bar(
+        [(done, "\N{FULL BLOCK}", "green"), (1 - (done or 0.0), "\N{MIDDLE DOT}", "dim")],
+        max(width - 70, 10),
+    )
     images += Text(f"  {record['done']:,} of {record['images']:,}, {share(done)}{left}")
     if record["rejected"]:
         images += Text(f", {record['rejected']:,} rejected", style="yellow")
     rate = Text(f"{number(record['images_per_s'])}", style="bold") + Text(" images/s")
     if looking.history:
-        rate += Text(f"  {sparkline(looking.history, record['at_s'], 30)}", style="cyan") + Text("  last minute", style="dim")
+        rate += Text(f"  {sparkline(looking.history, record['at_s'], 30)}", style="cyan") + Text(
+            "  last minute", style="dim"
+        )
     machine = f"{_percent(record['cpu_percent'])} of {record['cores']:g} cores, room for {record['actors_at_most']} actors, "
     machine += "sized automatically" if record["auto"] else "sized by hand"
     return _labelled([("images", images), ("rate", rate), ("machine", Text(machine))])
@@ -166,10 +199,21 @@ def _figures(stage: dict, *, gpu: bool, wide: bool) -> list[str]:
 def _stages(record: dict, looking: Looking, width: int) -> Table:
     stages = record["stages"]
     gpu = any(known(stage["gpu_percent"]) is not None for stage in stages)
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim", show_edge=False, expand=True)
+    table = Table(
+        box=None,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+        header_style="dim",
+        show_edge=False,
+        expand=True,
+    )
     table.add_column("", width=1)
     table.add_column("stage", no_wrap=True, overflow="ellipsis", min_width=10, max_width=14)
-    widths = {"actors": 7, "images/s": 8, "CPU": 4, "memory": 7} | ({"GPU": 4} if gpu else {}) | {"queue": 5}
+    widths = (
+        {"actors": 7, "images/s": 8, "CPU": 4, "memory": 7}
+        | ({"GPU": 4} if gpu else {})
+        | {"queue": 5}
+    )
     for name, least in widths.items():  # so that nothing jumps from one update to the next
         table.add_column(name, justify="right", no_wrap=True, min_width=least)
     for name in [name for name, _, _ in STATES] if width >= WIDE else []:
@@ -192,7 +236,10 @@ def _stages(record: dict, looking: Looking, width: int) -> Table:
 
 def _legend() -> Text:
     meaning = {"busy": "busy", "starved": "starved (no input)", "blocked": "blocked (output full)"}
-    parts = [Text(f"{glyph * 2} ", style=colour) + Text(meaning[state], style="dim") for state, glyph, colour in STATES]
+    parts = [
+        Text(f"{glyph * 2} ", style=colour) + Text(meaning[state], style="dim")
+        for state, glyph, colour in STATES
+    ]
     return Text("   ").join(parts)
 
 
@@ -206,7 +253,15 @@ def _verdict(record: dict) -> list[tuple[str, RenderableType]]:
         best = max(choice, key=lambda advice: advice["predicted_images_per_s"], default=None)
         if best is not None and best["predicted_images_per_s"] > 1.02 * shown:
             shown = best["predicted_images_per_s"]
-            rows.append(("", Text(f"{printable(best['change'])}: about {number(shown)} images/s expected", style="cyan")))
+            rows.append(
+                (
+                    "",
+                    Text(
+                        f"{printable(best['change'])}: about {number(shown)} images/s expected",
+                        style="cyan",
+                    ),
+                )
+            )
     return rows
 
 
@@ -222,8 +277,18 @@ def _events(record: dict, most: int) -> list[tuple[str, RenderableType]]:
 
 def view(record: dict, looking: Looking, *, width: int) -> RenderableType:
     """All of it, most important first, for a terminal of `width` columns (made for 80 and more)."""
-    parts: list[RenderableType] = [_title(record), "", _totals(record, looking, width), "", _stages(record, looking, width)]
-    parts += [Padding(_legend(), (0, 0, 0, 3)), "", _labelled([*_verdict(record), *_events(record, EVENTS)])]
+    parts: list[RenderableType] = [
+        _title(record),
+        "",
+        _totals(record, looking, width),
+        "",
+        _stages(record, looking, width),
+    ]
+    parts += [
+        Padding(_legend(), (0, 0, 0, 3)),
+        "",
+        _labelled([*_verdict(record), *_events(record, EVENTS)]),
+    ]
     return _Plain(Group(*parts))
 
 
@@ -234,7 +299,10 @@ def screen(record: dict, looking: Looking, *, width: int) -> RenderableType:
     whole.split_column(
         Layout(view(record, looking, width=width)),
         # Rows of its own, so that a long refusal does not push the keys off the screen; words wrap, so they fill less than a row.
-        Layout(Text(message or " ", style="bold yellow"), size=1 + min(len(message) // max(width - 10, 1), 3)),
+        Layout(
+            Text(message or " ", style="bold yellow"),
+            size=1 + min(len(message) // max(width - 10, 1), 3),
+        ),
         Layout(Text(KEYS, style="dim", no_wrap=True), size=1),
     )
     return _Plain(whole)
@@ -251,7 +319,11 @@ def listing(records: Sequence[dict]) -> RenderableType:
         images = f"{record['done']:,} of {record['images']:,}"
         actors = " + ".join(_actors(stage, record["images"]) for stage in record["stages"])
         figures = [duration(int(record["at_s"])), images, number(record["images_per_s"]), actors]
-        table.add_row(Text(printable(record["run_id"])), *(Text(figure) for figure in figures), Text(_places(record)))
+        table.add_row(
+            Text(printable(record["run_id"])),
+            *(Text(figure) for figure in figures),
+            Text(_places(record)),
+        )
     return _Plain(table)
 
 

@@ -9,7 +9,9 @@ ARROW = "\N{RIGHTWARDS ARROW}"
 
 def printable(value: object) -> str:
     """`value` in one line: newlines, escapes to the terminal, bidi overrides, lone surrogates and their like are spelled out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value)
+    )
 
 
 def text(value: object) -> str:
@@ -19,8 +21,13 @@ def text(value: object) -> str:
 
 def tag(element: str, /, *inner: str, **attributes: object) -> str:
     """An element. `inner` is HTML, attributes are escaped here; class_ stands for class, text_anchor for text-anchor."""
-    written = "".join(f' {name.rstrip("_").replace("_", "-")}="{text(value)}"' for name, value in attributes.items())
-    return f"<{element}{written}>" + ("" if element in ("meta", "img") else f"{''.join(inner)}</{element}>")
+    written = "".join(
+        f' {name.rstrip("_").replace("_", "-")}="{text(value)}"'
+        for name, value in attributes.items()
+    )
+    return f"<{element}{written}>" + (
+        "" if element in ("meta", "img") else f"{''.join(inner)}</{element}>"
+    )
 
 
 def known(value: object) -> float | None:
@@ -40,7 +47,10 @@ def number(value: object, unit: str = "", scale: float = 1.0) -> str:
 
 
 def bytes_unit(largest: float) -> tuple[float, str]:
-    return next((unit for unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")) if largest >= unit[0]), (1e3, "kB"))
+    return next(
+        (unit for unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")) if largest >= unit[0]),
+        (1e3, "kB"),
+    )
 
 
 def bytes_of(value: object) -> str:
@@ -69,5 +79,15 @@ def swatch(name: object, colour: str) -> str:
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], name: str) -> str:
     """`head` and `rows` are HTML. The first cell of a row names it. Scrolls in its own box, by keyboard too."""
     top = tag("thead", tag("tr", *(tag("th", cell, scope="col") for cell in head))) if head else ""
-    body = (tag("tr", tag("th", row[0], scope="row"), *(tag("td", cell) for cell in row[1:])) for row in rows)
-    return tag("div", tag("table", top, tag("tbody", *body)), class_="scroll", tabindex=0, role="region", aria_label=name)
+    body = (
+        tag("tr", tag("th", row[0], scope="row"), *(tag("td", cell) for cell in row[1:]))
+        for row in rows
+    )
+    return tag(
+        "div",
+        tag("table", top, tag("tbody", *body)),
+        class_="scroll",
+        tabindex=0,
+        role="region",
+        aria_label=name,
+    )

@@ -74,10 +74,14 @@ class Machine:
 def bound(stages: Sequence[StageCost], machine: Machine) -> tuple[float, str]:
     """The model's throughput in images/s, and what limits it: a stage's name, or CORES."""
     at_most = _by_cores(stages, machine)
-    bounds = [(_rate(stage, stage.actors, at_most), stage.name) for stage in stages if stage.busy_s > 0]
+    bounds = [
+        (_rate(stage, stage.actors, at_most), stage.name) for stage in stages if stage.busy_s > 0
+    ]
     rate, slowest = min(bounds, default=(0.0, CORES))
     # Where actors are enough, and also in a tie, it is the cores: "more actors" would be bad advice.
-    by_actors = min((stage.actors / stage.busy_s for stage in stages if stage.busy_s > 0), default=math.inf)
+    by_actors = min(
+        (stage.actors / stage.busy_s for stage in stages if stage.busy_s > 0), default=math.inf
+    )
     return machine.reached * rate, slowest if by_actors < at_most else CORES
 
 
@@ -128,11 +132,19 @@ def uncontended(stages: Sequence[StageCost], cores: float) -> list[StageCost]:
             return stage.busy_s - stage.core_wait_s
         return min(stage.cpu_s, stage.busy_s) if full else stage.busy_s
 
-    return [replace(stage, busy_s=max(free(stage), 1e-9) if stage.busy_s > 0 else 0.0, core_wait_s=None) for stage in stages]
+    return [
+        replace(stage, busy_s=max(free(stage), 1e-9) if stage.busy_s > 0 else 0.0, core_wait_s=None)
+        for stage in stages
+    ]
 
 
 def best(
-    stages: Sequence[StageCost], machine: Machine, *, fixed: Collection[str] = (), images: float = math.inf, start_s: float = 0.0
+    stages: Sequence[StageCost],
+    machine: Machine,
+    *,
+    fixed: Collection[str] = (),
+    images: float = math.inf,
+    start_s: float = 0.0,
 ) -> dict[str, int]:
     """The fewest actors of each stage that reach the model's highest throughput; or, with `images`, that are done with these soonest.
 
@@ -148,18 +160,32 @@ def best(
     at_most = _by_cores(stages, machine)
     found: list[tuple[float, dict[str, int]]] = []
     while True:
-        rates = [(_rate(stage, counts[stage.name], at_most), stage.name) for stage in stages if stage.busy_s > 0]
+        rates = [
+            (_rate(stage, counts[stage.name], at_most), stage.name)
+            for stage in stages
+            if stage.busy_s > 0
+        ]
         rate, slowest = min(rates, default=(math.inf, ""))
-        took_s = images / min(rate, at_most) + sum(counts.values()) * start_s / machine.cores if images < math.inf else -rate
+        took_s = (
+            images / min(rate, at_most) + sum(counts.values()) * start_s / machine.cores
+            if images < math.inf
+            else -rate
+        )
         found.append((took_s, dict(counts)))
         on_cpu = sum(count for name, count in counts.items() if name not in on_gpu)
-        full = counts[slowest] >= (machine.gpus or 0) if slowest in on_gpu else on_cpu >= machine.actors
+        full = (
+            counts[slowest] >= (machine.gpus or 0)
+            if slowest in on_gpu
+            else on_cpu >= machine.actors
+        )
         if math.isinf(rate) or rate >= ENOUGH * at_most or slowest in kept or full:
             return min(found, key=lambda pair: pair[0])[1]
         counts[slowest] += 1
 
 
-def better(stages: Sequence[StageCost], machine: Machine, *, fixed: Collection[str] = ()) -> dict[str, int] | None:
+def better(
+    stages: Sequence[StageCost], machine: Machine, *, fixed: Collection[str] = ()
+) -> dict[str, int] | None:
     """Counts that are worth changing to, by the costs as measured with those there are; None: what there is will do.
 
     Stages that must give some up for others do; actors that only wait are left alone, as they cost memory and no time.
@@ -171,7 +197,11 @@ def better(stages: Sequence[StageCost], machine: Machine, *, fixed: Collection[s
     if not now or then < WORTH * now:
         return None
     most = {stage.name: max(counts[stage.name], stage.actors) for stage in free}
-    return most if sum(most[stage.name] for stage in free if not stage.on_gpu) <= machine.actors else counts
+    return (
+        most
+        if sum(most[stage.name] for stage in free if not stage.on_gpu) <= machine.actors
+        else counts
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,11 +232,23 @@ def changes(stages: Sequence[StageCost], machine: Machine, measured: float) -> l
     wider = replace(machine, cores=machine.cores + 1)
     cores = f"cores {machine.cores:g} -> {wider.cores:g}"
     options.append((cores, base, wider))
-    options.append((f"{cores} and an actor more of each stage", [replace(s, actors=s.actors + 1) for s in base], wider))
-    found = [Change(change=text, predicted_images_per_s=measured * bound(then, on)[0] / now) for text, then, on in options]
+    options.append(
+        (
+            f"{cores} and an actor more of each stage",
+            [replace(s, actors=s.actors + 1) for s in base],
+            wider,
+        )
+    )
+    found = [
+        Change(change=text, predicted_images_per_s=measured * bound(then, on)[0] / now)
+        for text, then, on in options
+    ]
     distinct: list[Change] = []
     for change in found:  # what costs more and brings no more is no advice
-        if all(abs(change.predicted_images_per_s / other.predicted_images_per_s - 1) > 0.02 for other in distinct):
+        if all(
+            abs(change.predicted_images_per_s / other.predicted_images_per_s - 1) > 0.02
+            for other in distinct
+        ):
             distinct.append(change)
     return sorted(distinct, key=lambda change: -change.predicted_images_per_s)
 
@@ -245,7 +287,9 @@ def of_report(report: Mapping[str, Any]) -> tuple[list[StageCost], Machine]:
     """
     costs = costs_of(report["stages"])
     if not costs:
-        raise ValueError("no stage has finished a shard, so nothing is known of what an image costs")
+        raise ValueError(
+            "no stage has finished a shard, so nothing is known of what an image costs"
+        )
     cores = report["hardware"]["cores"]
     machine = Machine(
         cores=cores,
@@ -262,7 +306,9 @@ def _reached(report: Mapping[str, Any], limit: str) -> float:
     if limit == CORES:
         busy = (report.get("work_cpu_percent") or 100.0) / 100
     else:
-        busy = next(stage.get("busy") for stage in report["stages"] if stage["name"] == limit) or 1.0
+        busy = (
+            next(stage.get("busy") for stage in report["stages"] if stage["name"] == limit) or 1.0
+        )
     return min(max(busy, LEAST_REACHED), 1.0)
 
 
@@ -277,7 +323,9 @@ class Outlook:
     gains: tuple[tuple[str, float], ...]
 
 
-def outlook(stages: Sequence[StageCost], machine: Machine, counts: Mapping[str, int] | None = None) -> Outlook:
+def outlook(
+    stages: Sequence[StageCost], machine: Machine, counts: Mapping[str, int] | None = None
+) -> Outlook:
     """The best allocation on `machine` (or `counts`), its throughput and limit, and what one more actor, core or GPU would bring.
 
     Args:
@@ -297,8 +345,12 @@ def outlook(stages: Sequence[StageCost], machine: Machine, counts: Mapping[str, 
     gains.append(("one more core, and the best actors for it", rate(best(stages, wider), wider)))
     if machine.gpus is not None and any(stage.on_gpu for stage in stages):
         richer = replace(machine, gpus=machine.gpus + 1)
-        gains.append(("one more GPU, and the best actors for it", rate(best(stages, richer), richer)))
-    return Outlook(machine=machine, counts=chosen, images_per_s=images_per_s, limit=limit, gains=tuple(gains))
+        gains.append(
+            ("one more GPU, and the best actors for it", rate(best(stages, richer), richer))
+        )
+    return Outlook(
+        machine=machine, counts=chosen, images_per_s=images_per_s, limit=limit, gains=tuple(gains)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -338,7 +390,11 @@ def designs(
     """
     trains = [train] if train is not None else []
     first = [preprocess, write]
-    counts = best(first, replace(machine, actors=max(machine.actors, preprocess.actors + 1)), fixed={preprocess.name})
+    counts = best(
+        first,
+        replace(machine, actors=max(machine.actors, preprocess.actors + 1)),
+        fixed={preprocess.name},
+    )
 
     def seconds(stages: Sequence[StageCost]) -> float:
         return images / bound(stages, machine)[0]

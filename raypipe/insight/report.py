@@ -46,9 +46,13 @@ class Counts:
     before: int = 0
     unread: int = 0
     damaged_kept: int | None = 0
-    skipped: dict[str, int] = field(default_factory=dict)  # files that the listing left out, by suffix
+    skipped: dict[str, int] = field(
+        default_factory=dict
+    )  # files that the listing left out, by suffix
     boxes_dropped: int | None = 0  # boxes of delivered images that could not be used
-    boxes_from: dict[str, int] = field(default_factory=dict)  # images whose boxes were drawn in another frame, by which
+    boxes_from: dict[str, int] = field(
+        default_factory=dict
+    )  # images whose boxes were drawn in another frame, by which
 
     @property
     def rejected(self) -> int:
@@ -117,7 +121,12 @@ def _stage(name: str, snapshot: dict, cores: float, *, on_gpu: bool) -> dict[str
         "rss_peak_bytes": snapshot["rss_peak_by_stage"].get(name),
         "gpu_percent": _ratio(100 * sum(actor["gpu_busy_s"] for actor in actors), gpu_seen_s),
         "gpu_memory_peak_bytes": max(
-            (actor["gpu_memory_peak_bytes"] for actor in actors if actor["gpu_memory_peak_bytes"] is not None), default=None
+            (
+                actor["gpu_memory_peak_bytes"]
+                for actor in actors
+                if actor["gpu_memory_peak_bytes"] is not None
+            ),
+            default=None,
         ),
         "bytes_in": sum(actor["bytes_in"] for actor in actors),
         "bytes_out": sum(actor["bytes_out"] for actor in actors),
@@ -142,20 +151,34 @@ class _Work:
 def _work(snapshot: dict, clock: Clock) -> _Work:
     began = []
     for stage in {sample["stage"] for sample in snapshot["first"]}:
-        ready = sorted((sample for sample in snapshot["first"] if sample["stage"] == stage), key=lambda sample: sample["at"])
+        ready = sorted(
+            (sample for sample in snapshot["first"] if sample["stage"] == stage),
+            key=lambda sample: sample["at"],
+        )
         began += ready[: PoolView(**snapshot["pools"].get(stage, {})).start or None]
     if not began or not clock.outputs:
         return _Work()
     work_s = clock.outputs[-1][0] - (max(sample["at"] for sample in began) - snapshot["started"])
     used = total = cores = 0.0
     for node in {sample["node"] for sample in began}:
-        first = max((sample for sample in began if sample["node"] == node), key=lambda sample: sample["at"])
-        last = max((sample for sample in snapshot["actors"] if sample["node"] == node), key=lambda sample: sample["at"])
+        first = max(
+            (sample for sample in began if sample["node"] == node), key=lambda sample: sample["at"]
+        )
+        last = max(
+            (sample for sample in snapshot["actors"] if sample["node"] == node),
+            key=lambda sample: sample["at"],
+        )
         if last["at"] > first["at"]:
             used += last["node_cpu_busy_s"] - first["node_cpu_busy_s"]
             total += last["node_cpu_total_s"] - first["node_cpu_total_s"]
-            cores += (last["node_cpu_total_s"] - first["node_cpu_total_s"]) / (last["at"] - first["at"])
-    return _Work(seconds=work_s if work_s > 0 else None, cpu_percent=100 * used / total if total > 0 else None, cores=cores)
+            cores += (last["node_cpu_total_s"] - first["node_cpu_total_s"]) / (
+                last["at"] - first["at"]
+            )
+    return _Work(
+        seconds=work_s if work_s > 0 else None,
+        cpu_percent=100 * used / total if total > 0 else None,
+        cores=cores,
+    )
 
 
 def _held_by_others(snapshot: dict, work: _Work, driver_cpu_s: float) -> float:
@@ -310,7 +333,9 @@ _WAITS_FOR = {"preprocess": "the input", "write": "the store"}
 """What a stage waits for where an image keeps it longer than its CPU does: a disk or a network."""
 
 
-def verdict(stages: list[dict], cores: float, measured: float, *, held: float = 0.0, overhead_s: float = 0.0) -> dict[str, Any]:
+def verdict(
+    stages: list[dict], cores: float, measured: float, *, held: float = 0.0, overhead_s: float = 0.0
+) -> dict[str, Any]:
     """Which stage limits, why, and what a change would bring.
 
     Args:
@@ -322,7 +347,11 @@ def verdict(stages: list[dict], cores: float, measured: float, *, held: float = 
     """
     costs = planner.costs_of(stages)
     if not costs:
-        return {"stage": None, "reason": "No stage has finished a shard, so nothing is known of what they cost.", "advice": []}
+        return {
+            "stage": None,
+            "reason": "No stage has finished a shard, so nothing is known of what they cost.",
+            "advice": [],
+        }
     if max(s["busy"] or 0.0 for s in stages) < 0.5:
         most = max(costs, key=lambda cost: cost.busy_s / cost.actors)
         reason = "Too short a run to tell what limits: no stage was busy for even half of the time that its actors were there."
@@ -354,7 +383,9 @@ def verdict(stages: list[dict], cores: float, measured: float, *, held: float = 
         )
         idle = 1 - (stage.cpu_s + (stage.core_wait_s or 0.0)) / stage.busy_s
         if limit in _WAITS_FOR and idle > 0.5:
-            reason += f" {100 * idle:.0f}% of that it waited for {_WAITS_FOR[limit]}, not for a core."
+            reason += (
+                f" {100 * idle:.0f}% of that it waited for {_WAITS_FOR[limit]}, not for a core."
+            )
     if held > planner.TOLD:
         reason += f" Other programs held about {held:.0f}% of the machine's CPU meanwhile: the figures are of what they left."
     advice = [asdict(change) for change in planner.changes(costs, machine, measured)]
@@ -368,7 +399,11 @@ def _number(value: float | None, form: str, scale: float = 1.0) -> str:
 _ROWS: tuple[tuple[str, Callable[[dict], str]], ...] = (
     (
         "actors",
-        lambda s: str(s["actors"]["max"]) if s["actors"]["min"] == s["actors"]["max"] else "{min} to {max}".format(**s["actors"]),
+        lambda s: (
+            str(s["actors"]["max"])
+            if s["actors"]["min"] == s["actors"]["max"]
+            else "{min} to {max}".format(**s["actors"])
+        ),
     ),
     ("images", lambda s: str(s["images"])),
     ("CPU ms an image", lambda s: _number(s["cpu_s_per_image"], ".2f", 1000)),
@@ -397,7 +432,9 @@ def outlook(report: dict, *, cpus: int | None = None, gpus: int | None = None) -
     ran = planner.outlook(costs, here, {cost.name: cost.actors for cost in costs})
     # A machine of one's own may have more actors than cores, where they wait; a number of CPUs asked for is a budget.
     room = max(here.actors, int(here.cores)) if cpus is None else cpus
-    there = replace(here, cores=cpus or here.cores, actors=room, gpus=here.gpus if gpus is None else gpus)
+    there = replace(
+        here, cores=cpus or here.cores, actors=room, gpus=here.gpus if gpus is None else gpus
+    )
     best = planner.outlook(costs, there)
     measured = report.get("steady_images_per_s")
     table = Table("", "images/s", "limited by", header_style="bold", box=box.SIMPLE_HEAD)
@@ -407,10 +444,14 @@ def outlook(report: dict, *, cpus: int | None = None, gpus: int | None = None) -
     def row(name: str, seen: planner.Outlook, rate: float | None = None) -> None:
         limit = "cores" if seen.limit == planner.CORES else seen.limit
         counts = [str(seen.counts[cost.name]) for cost in costs]
-        table.add_row(name, _number(seen.images_per_s if rate is None else rate, ".0f"), limit, *counts)
+        table.add_row(
+            name, _number(seen.images_per_s if rate is None else rate, ".0f"), limit, *counts
+        )
 
     machine = f"{there.cores:g} CPUs" + (
-        f", {there.gpus} GPU{'s' if there.gpus > 1 else ''}" if there.gpus and any(cost.on_gpu for cost in costs) else ""
+        f", {there.gpus} GPU{'s' if there.gpus > 1 else ''}"
+        if there.gpus and any(cost.on_gpu for cost in costs)
+        else ""
     )
     if measured:
         row("measured", ran, measured)
@@ -420,7 +461,9 @@ def outlook(report: dict, *, cpus: int | None = None, gpus: int | None = None) -
     for what, rate in best.gains:
         gain = 100 * (rate / best.images_per_s - 1) if best.images_per_s else 0.0
         gains.add_row(what, f"{rate:.0f}", "none" if gain < 1 else f"{gain:+.0f}%")
-    millis = ", ".join(f"{cost.name} {1000 * cost.busy_s:.2f} busy, {1000 * cost.cpu_s:.2f} CPU" for cost in costs)
+    millis = ", ".join(
+        f"{cost.name} {1000 * cost.busy_s:.2f} busy, {1000 * cost.cpu_s:.2f} CPU" for cost in costs
+    )
     lines = [f"ms an image: {millis}; Ray itself {1000 * here.overhead_s:.2f} CPU"]
     return Group(*(Text(line) for line in lines), table, gains)
 
@@ -429,17 +472,28 @@ def notes(report: dict) -> list[str]:
     """What a person should know of the images and boxes of a run beside their numbers, a sentence each."""
     lines = []
     if report.get("images_damaged_kept"):
-        lines.append(f"{report['images_damaged_kept']} of those out are damaged, and were kept (--damaged keep)")
+        lines.append(
+            f"{report['images_damaged_kept']} of those out are damaged, and were kept (--damaged keep)"
+        )
     if report.get("skipped"):
         left_out = sorted(report["skipped"].items(), key=lambda item: -item[1])
-        lines.append("left out of the listing: " + ", ".join(f"{count} {suffix}" for suffix, count in left_out))
+        lines.append(
+            "left out of the listing: "
+            + ", ".join(f"{count} {suffix}" for suffix, count in left_out)
+        )
     if report.get("boxes_dropped"):
-        lines.append(f"{report['boxes_dropped']} boxes could not be used and were dropped (boxes_dropped.parquet)")
+        lines.append(
+            f"{report['boxes_dropped']} boxes could not be used and were dropped (boxes_dropped.parquet)"
+        )
     frames = report.get("boxes_from") or {}
     if moved := sum(count for kind, count in frames.items() if kind != "unclear"):
-        lines.append(f"the boxes of {moved} images were drawn in another frame than the picture's, and moved")
+        lines.append(
+            f"the boxes of {moved} images were drawn in another frame than the picture's, and moved"
+        )
     if "unclear" in frames:
-        lines.append(f"the boxes of {frames['unclear']} images are taken as upright: sizes cannot tell whether they are")
+        lines.append(
+            f"the boxes of {frames['unclear']} images are taken as upright: sizes cannot tell whether they are"
+        )
     return lines
 
 
@@ -450,7 +504,11 @@ def terminal(report: dict) -> Group:
         table.add_column(stage["name"], justify="right")
     for label, cell in _ROWS:
         table.add_row(label, *(cell(stage) for stage in report["stages"]))
-    before = f" ({report['images_done_before']} of them by an earlier run)" if report["images_done_before"] else ""
+    before = (
+        f" ({report['images_done_before']} of them by an earlier run)"
+        if report["images_done_before"]
+        else ""
+    )
     unread = f" + {report['images_unread']} not read" if report.get("images_unread") else ""
     lines = [
         f"{report['images_in']} images in = {report['images_out']} out + {report['images_rejected']} rejected{unread}{before}",
@@ -463,9 +521,19 @@ def terminal(report: dict) -> Group:
         reasons = sorted(report["rejects_by_reason"].items(), key=lambda item: -item[1])
         lines.append("rejected: " + ", ".join(f"{count} {reason}" for reason, count in reasons))
     lines += notes(report)
-    verdict_text = Text("verdict: ", style="bold") + Text(report["verdict"]["reason"], style="not bold")
+    verdict_text = Text("verdict: ", style="bold") + Text(
+        report["verdict"]["reason"], style="not bold"
+    )
     measured = report["steady_images_per_s"] or report["images_per_s"] or 0.0
-    gains = [a for a in report["verdict"]["advice"] if a["predicted_images_per_s"] > 1.02 * measured][:2]
-    advice = [Text(f"  {a['change']}: about {a['predicted_images_per_s']:.0f} images/s expected", style="dim") for a in gains]
+    gains = [
+        a for a in report["verdict"]["advice"] if a["predicted_images_per_s"] > 1.02 * measured
+    ][:2]
+    advice = [
+        Text(
+            f"  {a['change']}: about {a['predicted_images_per_s']:.0f} images/s expected",
+            style="dim",
+        )
+        for a in gains
+    ]
     stages = [table] if report["stages"] else []
     return Group(*(Text(line) for line in lines), *stages, verdict_text, *advice)

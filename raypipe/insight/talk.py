@@ -21,18 +21,38 @@ HOLDS = {"yes": "holds", "no": "does not hold", "cannot": "cannot be shown here"
 
 def delays(where: Where) -> str:
     """What was made slower on purpose, as every figure is to say; empty if nothing was."""
-    said = [f"{ms:g} ms longer to {what}" for what, ms in (("read", where.read_ms), ("write", where.store_ms)) if ms]
+    said = [
+        f"{ms:g} ms longer to {what}"
+        for what, ms in (("read", where.read_ms), ("write", where.store_ms))
+        if ms
+    ]
     return f"Every image takes {' and '.join(said)}, as from a slow store." if said else ""
 
 
-def _series(spots: Sequence[Spot], key: str, backend: str, where: Where, *, name: str = "", scale: float = 1.0) -> Series | None:
+def _series(
+    spots: Sequence[Spot],
+    key: str,
+    backend: str,
+    where: Where,
+    *,
+    name: str = "",
+    scale: float = 1.0,
+) -> Series | None:
     """A line of medians, from the lowest to the highest repeat."""
     points = []
     for spot in spots:
         values = [scale * value for value in spot.values(key)]
         if values:
-            points.append((float(spot.count), scale * (spot.median(key) or 0.0), min(values), max(values)))
-    return Series(name=name or NAMES[backend], colour=COLOURS[backend], points=points, beyond=where.cores) if points else None
+            points.append(
+                (float(spot.count), scale * (spot.median(key) or 0.0), min(values), max(values))
+            )
+    return (
+        Series(
+            name=name or NAMES[backend], colour=COLOURS[backend], points=points, beyond=where.cores
+        )
+        if points
+        else None
+    )
 
 
 def _mark(where: Where) -> tuple[float, str]:
@@ -47,7 +67,9 @@ def _span(lines: Sequence[Series]) -> tuple[float, float] | None:
 
 def _time_span(records: Sequence[Record], where: Where) -> tuple[float, float]:
     """The same for all figures of time without training, so that they can be compared."""
-    times = [time for r in records if r["kind"] == "preprocess" and (time := known(r.get("time_s")))]
+    times = [
+        time for r in records if r["kind"] == "preprocess" and (time := known(r.get("time_s")))
+    ]
     for backend in BACKENDS if times else ():
         times += [time for _, time in claims.ideal(curve(records, backend=backend), where.cores)]
     return (0.98 * min(times), 1.02 * max(times)) if times else (1.0, 2.0)
@@ -60,13 +82,26 @@ def _time(records: Sequence[Record], where: Where, writing: str, title: str, alo
         line = _series(spots, "time_s", backend, where)
         if line is not None:
             lines.append(line)
-            best = [(float(count), time_s, time_s, time_s) for count, time_s in claims.ideal(spots, where.cores)]
+            best = [
+                (float(count), time_s, time_s, time_s)
+                for count, time_s in claims.ideal(spots, where.cores)
+            ]
             if len(best) > 1:
-                lines.append(Series(name="ideal", colour=COLOURS[backend], points=best, dashed=True))
+                lines.append(
+                    Series(name="ideal", colour=COLOURS[backend], points=best, dashed=True)
+                )
     return chart(title, "s", lines, along=along, span=_time_span(records, where), mark=_mark(where))
 
 
-def _cpu(records: Sequence[Record], where: Where, writing: str, title: str, along: str, *, beside: bool = False) -> str:
+def _cpu(
+    records: Sequence[Record],
+    where: Where,
+    writing: str,
+    title: str,
+    along: str,
+    *,
+    beside: bool = False,
+) -> str:
     """CPU use; `beside`: that of preprocessing only as a yardstick."""
     lines = []
     for backend in BACKENDS:
@@ -75,9 +110,17 @@ def _cpu(records: Sequence[Record], where: Where, writing: str, title: str, alon
         if line is None:
             continue
         lines.append(line)
-        alone = _series(curve(records, backend=backend), "cpu_percent", backend, where, name="preprocessing only")
+        alone = _series(
+            curve(records, backend=backend),
+            "cpu_percent",
+            backend,
+            where,
+            name="preprocessing only",
+        )
         if beside and alone is not None and len(alone.points) > 1:
-            lines.append(Series(name=alone.name, colour=alone.colour, points=alone.points, dashed=True))
+            lines.append(
+                Series(name=alone.name, colour=alone.colour, points=alone.points, dashed=True)
+            )
     return chart(title, "% of all cores", lines, along=along, top=100, mark=_mark(where))
 
 
@@ -89,7 +132,13 @@ def _threads(records: Sequence[Record], where: Where) -> str:
     for place, threads in enumerate(counts if len(counts) > 1 else []):
         for backend in BACKENDS:
             name = f"{NAMES[backend]}, {threads} thread{'s' if threads > 1 else ''}"
-            line = _series(curve(only, backend=backend, threads=threads), "cpu_percent", backend, where, name=name)
+            line = _series(
+                curve(only, backend=backend, threads=threads),
+                "cpu_percent",
+                backend,
+                where,
+                name=name,
+            )
             if line is not None:
                 lines.append(
                     Series(
@@ -99,7 +148,14 @@ def _threads(records: Sequence[Record], where: Where) -> str:
                         beyond=line.beyond,
                     )
                 )
-    return chart("CPU by threads an actor", "% of all cores", lines, along="preprocess actors", top=100, mark=_mark(where))
+    return chart(
+        "CPU by threads an actor",
+        "% of all cores",
+        lines,
+        along="preprocess actors",
+        top=100,
+        mark=_mark(where),
+    )
 
 
 def _blocked(records: Sequence[Record], where: Where) -> str:
@@ -107,27 +163,65 @@ def _blocked(records: Sequence[Record], where: Where) -> str:
     records = [{**record, "held_up": claims.held_up(record)} for record in records]
     for backend in BACKENDS:
         spots = curve(records, backend=backend, writing="one")
-        busy = _series(spots, "write_busy", backend, where, name=f"{NAMES[backend]}: the writer is busy", scale=100)
-        held = _series(spots, "held_up", backend, where, name=f"{NAMES[backend]}: actors are held up", scale=100)
+        busy = _series(
+            spots,
+            "write_busy",
+            backend,
+            where,
+            name=f"{NAMES[backend]}: the writer is busy",
+            scale=100,
+        )
+        held = _series(
+            spots,
+            "held_up",
+            backend,
+            where,
+            name=f"{NAMES[backend]}: actors are held up",
+            scale=100,
+        )
         lines += [held] if held else []
         if busy is not None and len(busy.points) > 1:
-            lines.append(Series(name=busy.name, colour=busy.colour, points=busy.points, dashed=True))
-    return chart("One writer: who waits for whom", "% of their time", lines, along="preprocess actors", top=100, mark=_mark(where))
+            lines.append(
+                Series(name=busy.name, colour=busy.colour, points=busy.points, dashed=True)
+            )
+    return chart(
+        "One writer: who waits for whom",
+        "% of their time",
+        lines,
+        along="preprocess actors",
+        top=100,
+        mark=_mark(where),
+    )
 
 
 def _three(records: Sequence[Record]) -> str:
     rows = []
     for backend in BACKENDS:
         spots = claims.three(records, backend)
-        names = {"one": "1 writer", "same": f"{spots['same'].count} writers" if spots else "", "none": "nothing written"}
+        names = {
+            "one": "1 writer",
+            "same": f"{spots['same'].count} writers" if spots else "",
+            "none": "nothing written",
+        }
         for writing, spot in spots.items():
             time_s = spot.median("time_s")
-            rows.append((text(f"{NAMES[backend]}, {names[writing]}"), time_s or 0.0, number(time_s, " s"), COLOURS[backend]))
+            rows.append(
+                (
+                    text(f"{NAMES[backend]}, {names[writing]}"),
+                    time_s or 0.0,
+                    number(time_s, " s"),
+                    COLOURS[backend],
+                )
+            )
     if not rows:
         return ""
-    count = next(iter(claims.three(records, b) for b in BACKENDS if claims.three(records, b)))["same"].count
+    count = next(iter(claims.three(records, b) for b in BACKENDS if claims.three(records, b)))[
+        "same"
+    ].count
     caption = tag(
-        "figcaption", tag("h3", f"One writer, {count} writers, none"), tag("span", f"s, with {count} actors", class_="unit")
+        "figcaption",
+        tag("h3", f"One writer, {count} writers, none"),
+        tag("span", f"s, with {count} actors", class_="unit"),
     )
     return tag("figure", caption, bars(rows))
 
@@ -136,27 +230,61 @@ def _budgets(records: Sequence[Record], where: Where) -> str:
     lines = []
     chosen = claims.choices(records, where, writing=False)
     for backend in BACKENDS:
-        points = [(float(c.cores), c.images_per_s, c.images_per_s, c.images_per_s) for c in chosen if c.backend == backend]
+        points = [
+            (float(c.cores), c.images_per_s, c.images_per_s, c.images_per_s)
+            for c in chosen
+            if c.backend == backend
+        ]
         if points:
             lines.append(Series(name=NAMES[backend], colour=COLOURS[backend], points=points))
-    return chart("Expected of cores, nothing written", "images/s", lines, along="cores", span=_span(lines), mark=_mark(where))
+    return chart(
+        "Expected of cores, nothing written",
+        "images/s",
+        lines,
+        along="cores",
+        span=_span(lines),
+        mark=_mark(where),
+    )
 
 
 def _trained(
-    records: Sequence[Record], where: Where, *, over: str, fixed: str, keys: Mapping[str, str], title: str, unit: str
+    records: Sequence[Record],
+    where: Where,
+    *,
+    over: str,
+    fixed: str,
+    keys: Mapping[str, str],
+    title: str,
+    unit: str,
 ) -> str:
     """Training by actors or workers, those on GPUs if there are any; `keys`: of a record, and what to call it beside the backend."""
     devices = {r["device"] for r in records if r["kind"] == "train"}
     device = "gpu" if "gpu" in devices else "cpu"
     lines = []
     for backend in BACKENDS:
-        spots = curve(records, backend=backend, kind="train", over=over, where=lambda r: r["device"] == device and r[fixed] == 1)
+        spots = curve(
+            records,
+            backend=backend,
+            kind="train",
+            over=over,
+            where=lambda r: r["device"] == device and r[fixed] == 1,
+        )
         for place, (key, called) in enumerate(keys.items()):
             name = f"{NAMES[backend]}{called}"
             line = _series(spots, key, backend, where, name=name)
             if line is not None:
-                lines.append(Series(name=name, colour=line.colour, points=line.points, beyond=line.beyond, dashed=place > 0))
-    along = "preprocess actors" if over == "actors" else f"training workers, a {device.upper()} each"
+                lines.append(
+                    Series(
+                        name=name,
+                        colour=line.colour,
+                        points=line.points,
+                        beyond=line.beyond,
+                        dashed=place > 0,
+                    )
+                )
+    along = (
+        "preprocess actors" if over == "actors" else f"training workers, a {device.upper()} each"
+    )
     on = f", on {device.upper()}"
     if unit == "s":
         return chart(title + on, "s", lines, along=along, span=_span(lines), mark=_mark(where))
@@ -179,9 +307,19 @@ def figures(records: Sequence[Record], where: Where) -> dict[str, str]:
         "blocked": _blocked(records, where),
         "same": _time(records, where, "same", "As many writers as actors: time", both),
         "three": _three(records),
-        "same-cpu": _cpu(records, where, "same", "As many writers as actors: CPU", both, beside=True),
+        "same-cpu": _cpu(
+            records, where, "same", "As many writers as actors: CPU", both, beside=True
+        ),
         "budgets": _budgets(records, where),
-        "train": _trained(records, where, over="actors", fixed="workers", keys={"time_s": ""}, title="Training: time", unit="s"),
+        "train": _trained(
+            records,
+            where,
+            over="actors",
+            fixed="workers",
+            keys={"time_s": ""},
+            title="Training: time",
+            unit="s",
+        ),
         "train-use": _trained(
             records,
             where,
@@ -192,7 +330,13 @@ def figures(records: Sequence[Record], where: Where) -> dict[str, str]:
             unit="% of GPU, of all cores",
         ),
         "workers": _trained(
-            records, where, over="workers", fixed="actors", keys={"time_s": ""}, title="1 actor, more workers: time", unit="s"
+            records,
+            where,
+            over="workers",
+            fixed="actors",
+            keys={"time_s": ""},
+            title="1 actor, more workers: time",
+            unit="s",
         ),
     }
     note = delays(where)
@@ -203,11 +347,20 @@ def figures(records: Sequence[Record], where: Where) -> dict[str, str]:
 SECTIONS = ("Preprocessing", "Which library, and how many of what", "Training")
 
 SHOWN: tuple[tuple[str, str, tuple[int, ...]], ...] = (
-    *((SECTIONS[0], name, of) for name, of in (("alone", (5,)), ("alone-cpu", (6,)), ("threads", (6,)), ("one", (7,)))),
-    *((SECTIONS[0], name, of) for name, of in (("one-cpu", (8,)), ("blocked", (9,)), ("same", (10,)), ("three", (11,)))),
+    *(
+        (SECTIONS[0], name, of)
+        for name, of in (("alone", (5,)), ("alone-cpu", (6,)), ("threads", (6,)), ("one", (7,)))
+    ),
+    *(
+        (SECTIONS[0], name, of)
+        for name, of in (("one-cpu", (8,)), ("blocked", (9,)), ("same", (10,)), ("three", (11,)))
+    ),
     (SECTIONS[0], "same-cpu", (12, 13)),
     (SECTIONS[1], "budgets", (14,)),
-    *((SECTIONS[2], name, of) for name, of in (("train", (17,)), ("train-use", (18,)), ("workers", (19, 20)))),
+    *(
+        (SECTIONS[2], name, of)
+        for name, of in (("train", (17,)), ("train-use", (18,)), ("workers", (19, 20)))
+    ),
 )
 """Section, figure, and the claims that it shows."""
 
@@ -221,7 +374,10 @@ def _shown(found: Mapping[int, Finding], drawn: Mapping[str, str], title: str) -
     parts = []
     for of, name, numbers in SHOWN:
         if of == title and name in drawn:
-            said = [tag("p", tag("b", f"{n}. "), text(found[n].statement), " ", _pill(found[n])) for n in numbers]
+            said = [
+                tag("p", tag("b", f"{n}. "), text(found[n].statement), " ", _pill(found[n]))
+                for n in numbers
+            ]
             parts.append(tag("div", drawn[name], *said, class_="shown"))
     return tag("div", *parts, class_="figures") if parts else ""
 
@@ -231,13 +387,23 @@ def _claims(found: Sequence[Finding]) -> str:
     for finding in found:
         why = tag("span", text(finding.why), class_="dim")
         measured = text(finding.measured) + ("<br>" if finding.measured else "") + why
-        rows.append([f"{finding.claim}", tag("span", finding.at, class_="dim"), text(finding.statement), measured, _pill(finding)])
+        rows.append(
+            [
+                f"{finding.claim}",
+                tag("span", finding.at, class_="dim"),
+                text(finding.statement),
+                measured,
+                _pill(finding),
+            ]
+        )
     listed = table(["", "at", "the talk", "measured here", ""], rows, "Claims")
     return tag("div", listed, class_="claims")
 
 
 def _choices(records: Sequence[Record], where: Where) -> str:
-    chosen = claims.choices(records, where, writing=True) or claims.choices(records, where, writing=False)
+    chosen = claims.choices(records, where, writing=True) or claims.choices(
+        records, where, writing=False
+    )
     rows = []
     for cores in claims.BUDGETS:
         of = {c.backend: c for c in chosen if c.cores == cores}
@@ -251,14 +417,28 @@ def _choices(records: Sequence[Record], where: Where) -> str:
             for b in BACKENDS
         ]
         rows.append([f"{cores}", tag("b", NAMES[best.backend]), *cells])
-    listed = table(["cores", "better", *(f"{NAMES[b]}, images/s" for b in BACKENDS)], rows, "Advice by cores") if rows else ""
+    listed = (
+        table(
+            ["cores", "better", *(f"{NAMES[b]}, images/s" for b in BACKENDS)],
+            rows,
+            "Advice by cores",
+        )
+        if rows
+        else ""
+    )
     said = "By the planner, from what an image was measured to cost here with one actor: the fewest actors and writers that use the cores."
     return (tag("p", said, class_="dim") + listed) if listed else ""
 
 
 def _gpus(records: Sequence[Record], where: Where) -> str:
     rows = [
-        [NAMES[gpu.backend], number(gpu.now), number(gpu.training), number(gpu.preprocessing), number(gpu.ops)]
+        [
+            NAMES[gpu.backend],
+            number(gpu.now),
+            number(gpu.training),
+            number(gpu.preprocessing),
+            number(gpu.ops),
+        ]
         for gpu in claims.gpus(records, where)
     ]
     head = [
@@ -274,8 +454,15 @@ def _gpus(records: Sequence[Record], where: Where) -> str:
 def _designs(records: Sequence[Record], where: Where) -> str:
     rows = []
     for design in claims.designs(records, where):
-        trained = "as fast as data comes" if design.trainer is None else f"{number(design.trainer)} images/s"
-        rates = [number(1 / seconds) for seconds in (design.clock.continuous_s, design.clock.once_s, design.clock.stored_s)]
+        trained = (
+            "as fast as data comes"
+            if design.trainer is None
+            else f"{number(design.trainer)} images/s"
+        )
+        rates = [
+            number(1 / seconds)
+            for seconds in (design.clock.continuous_s, design.clock.once_s, design.clock.stored_s)
+        ]
         epochs = [claims.epochs_from(of.break_even_epochs) for of in (design.clock, design.cpu)]
         rows.append([NAMES[design.backend], trained, *rates, *epochs])
     if not rows:
@@ -348,9 +535,16 @@ def page(records: Sequence[Record], where: Where, about: Mapping[str, Any]) -> s
         f"{len(records):,} measurements on {number(hardware.get('cores'))} cores of {hardware.get('processor') or 'unknown'}"
         f"{f', {where.gpus} GPU' if where.gpus else ', no GPU'}. {delays(where)}"
     )
-    below: dict[str, Callable[[Sequence[Record], Where], str]] = {SECTIONS[1]: _choices, SECTIONS[2]: _gpus}
+    below: dict[str, Callable[[Sequence[Record], Where], str]] = {
+        SECTIONS[1]: _choices,
+        SECTIONS[2]: _gpus,
+    }
     shown = [
-        section(name, _shown(by_number, drawn, name) + (below[name](records, where) if name in below else "")) for name in SECTIONS
+        section(
+            name,
+            _shown(by_number, drawn, name) + (below[name](records, where) if name in below else ""),
+        )
+        for name in SECTIONS
     ]
     body = [
         tag("p", text(title), class_="run"),
@@ -359,7 +553,9 @@ def page(records: Sequence[Record], where: Where, about: Mapping[str, Any]) -> s
             f"{count['yes']} of the talk's {len(found)} claims hold here, {count['no']} do not, {count['cannot']} cannot be shown.",
         ),
         tag("p", text(lead), class_="lead"),
-        tag("p", tag("strong", text(warned), class_="bad")) if (warned := disturbed(records, where)) else "",
+        tag("p", tag("strong", text(warned), class_="bad"))
+        if (warned := disturbed(records, where))
+        else "",
         section("Claims", _claims(found)),
         *shown,
         section("Once, or in every epoch", _designs(records, where)),
@@ -368,7 +564,10 @@ def page(records: Sequence[Record], where: Where, about: Mapping[str, Any]) -> s
             "How it was measured",
             tag("p", MEASURED)
             + tag("p", tag("code", text(about.get("command") or "")))
-            + "".join(facts(name, about.get(name.lower())) for name in ("Settings", "Versions", "Hardware")),
+            + "".join(
+                facts(name, about.get(name.lower()))
+                for name in ("Settings", "Versions", "Hardware")
+            ),
         ),
     ]
     return document(title, body)
@@ -381,6 +580,9 @@ def terminal(found: Sequence[Finding]) -> Table:
     for finding in found:
         measured = Text(finding.measured or finding.why)
         listed.add_row(
-            f"{finding.claim}", Text(finding.statement), measured, Text(HOLDS[finding.holds], style=colours[finding.holds])
+            f"{finding.claim}",
+            Text(finding.statement),
+            measured,
+            Text(HOLDS[finding.holds], style=colours[finding.holds]),
         )
     return listed

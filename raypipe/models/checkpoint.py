@@ -44,11 +44,21 @@ class Progress:
     step: int = 0
     rows: int = 0  # accounted for: trained on or rejected
     images: int = 0  # trained on
-    damaged: int = 0  # of these, images that a decoder or a checksum says are damaged (--damaged keep)
-    rejects: list[dict[str, str]] = field(default_factory=list)  # a row an image: image_id, uri, reason, detail
-    epochs: list[dict[str, Any]] = field(default_factory=list)  # what was reported of each complete epoch
-    dropped: list[dict[str, Any]] = field(default_factory=list)  # boxes that could not be used, each once: journal.Dropped
-    boxes_from: dict[str, int] = field(default_factory=dict)  # of how many images the boxes were drawn in which frame
+    damaged: int = (
+        0  # of these, images that a decoder or a checksum says are damaged (--damaged keep)
+    )
+    rejects: list[dict[str, str]] = field(
+        default_factory=list
+    )  # a row an image: image_id, uri, reason, detail
+    epochs: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # what was reported of each complete epoch
+    dropped: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # boxes that could not be used, each once: journal.Dropped
+    boxes_from: dict[str, int] = field(
+        default_factory=dict
+    )  # of how many images the boxes were drawn in which frame
 
     @property
     def rejected(self) -> int:
@@ -75,13 +85,18 @@ def save(folder: str, checkpoint: Checkpoint) -> None:
     state = io.BytesIO()
     torch.save(checkpoint.state, state)
     consumed = pa.table(
-        {"epoch": pa.array([checkpoint.progress.epoch] * len(checkpoint.consumed), pa.int32()), "image_id": checkpoint.consumed},
+        {
+            "epoch": pa.array([checkpoint.progress.epoch] * len(checkpoint.consumed), pa.int32()),
+            "image_id": checkpoint.consumed,
+        },
         schema=CONSUMED,
     )
     rows = pa.BufferOutputStream()
     pq.write_table(consumed, rows, compression="zstd")
     files = {"state.pt": state.getbuffer(), "consumed.parquet": memoryview(rows.getvalue())}
-    location.delete(location.join(folder, "about.json"))  # of an earlier one, whose other files are now replaced
+    location.delete(
+        location.join(folder, "about.json")
+    )  # of an earlier one, whose other files are now replaced
     for name, data in files.items():
         location.write(folder, name, data, tmp="")
     about = {
@@ -115,7 +130,9 @@ def about(folder: str) -> dict[str, Any] | None:
         place.at = "settings"
         found["settings"].keys()
         place.at = "bytes"
-        found["bytes"] = {name: whole(found["bytes"][name]) for name in ("state.pt", "consumed.parquet")}
+        found["bytes"] = {
+            name: whole(found["bytes"][name]) for name in ("state.pt", "consumed.parquet")
+        }
         place.at = "progress"
         _progress(found)
     return found
@@ -135,7 +152,14 @@ def _progress(about: Mapping[str, Any]) -> Progress:
     if not all(isinstance(count, int) for count in progress.boxes_from.values()):
         raise TypeError("its boxes_from are numbers by name")
     epoch, step, rows = whole(progress.epoch), whole(progress.step), whole(progress.rows)
-    return replace(progress, epoch=epoch, step=step, rows=rows, images=whole(progress.images), damaged=whole(progress.damaged))
+    return replace(
+        progress,
+        epoch=epoch,
+        step=step,
+        rows=rows,
+        images=whole(progress.images),
+        damaged=whole(progress.damaged),
+    )
 
 
 def load(folder: str, *, trusted: Collection[str] = ()) -> Checkpoint:
@@ -150,7 +174,9 @@ def load(folder: str, *, trusted: Collection[str] = ()) -> Checkpoint:
     """
     found = about(folder)
     if found is None:
-        raise UsageError(f"{folder!r} is no checkpoint: there is no about.json in it. Give the folder of one.")
+        raise UsageError(
+            f"{folder!r} is no checkpoint: there is no about.json in it. Give the folder of one."
+        )
     data = {}
     for name in _FILES[1:]:
         size = found["bytes"].get(name)
@@ -163,7 +189,9 @@ def load(folder: str, *, trusted: Collection[str] = ()) -> Checkpoint:
                 f"{location.join(folder, name)} has {len(data[name])} bytes, {size} were written: it is damaged. Delete {folder} to go on from "
                 f"the checkpoint before it."
             )
-    consumed = read_table(data["consumed.parquet"], CONSUMED, location.join(folder, "consumed.parquet"), remedy=_OTHER)
+    consumed = read_table(
+        data["consumed.parquet"], CONSUMED, location.join(folder, "consumed.parquet"), remedy=_OTHER
+    )
     return Checkpoint(
         settings=found["settings"],
         progress=_progress(found),
@@ -184,7 +212,9 @@ def _state(data: bytes, where: str, trusted: Collection[str]) -> dict[str, Any]:
     except UsageError:
         raise
     except Exception as error:  # pickle's and zip's many
-        raise UsageError(f"{where} cannot be loaded safely: {words(error)}. Use another checkpoint.") from error
+        raise UsageError(
+            f"{where} cannot be loaded safely: {words(error)}. Use another checkpoint."
+        ) from error
 
 
 def check_trusted(settings: Mapping[str, Any], folder: str, trusted: Collection[str]) -> None:

@@ -79,17 +79,24 @@ class AsGiven(GeneralizedRCNNTransform):
     """
 
     def __init__(self, size_divisible: int) -> None:
-        super().__init__(min_size=1, max_size=1, image_mean=[], image_std=[], size_divisible=size_divisible)
+        super().__init__(
+            min_size=1, max_size=1, image_mean=[], image_std=[], size_divisible=size_divisible
+        )
 
     def normalize(self, image: Tensor) -> Tensor:
         return image
 
-    def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
+    def resize(
+        self, image: Tensor, target: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor] | None]:
         return image, target
 
     def batch_images(self, images: list[Tensor], size_divisible: int = 32) -> Tensor:
         """One tensor (n, 3, height, width) whose memory is channels last, as the finish left it and as GPUs want it."""
-        height, width = (math.ceil(max(image.shape[side] for image in images) / size_divisible) * size_divisible for side in (1, 2))
+        height, width = (
+            math.ceil(max(image.shape[side] for image in images) / size_divisible) * size_divisible
+            for side in (1, 2)
+        )
         batch = images[0].new_zeros((len(images), height, width, 3)).permute(0, 3, 1, 2)
         for image, place in zip(images, batch, strict=True):
             place[:, : image.shape[1], : image.shape[2]].copy_(image)
@@ -101,7 +108,9 @@ class _Tiny(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Sequential(_conv(3, 16), _conv(16, 32), _conv(32, 64), _conv(64, 64, stride=1))
+        self.stem = nn.Sequential(
+            _conv(3, 16), _conv(16, 32), _conv(32, 64), _conv(64, 64, stride=1)
+        )
         self.deeper = nn.ModuleList([_conv(64, 96), _conv(96, 128), _conv(128, 128)])
         self.out_channels = [64, 96, 128, 128]
 
@@ -114,11 +123,19 @@ class _Tiny(nn.Module):
 
 def _conv(before: int, after: int, stride: int = 2) -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU(inplace=True)
+        nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False),
+        nn.BatchNorm2d(after),
+        nn.ReLU(inplace=True),
     )
 
 
-def ssd_tiny(*, num_classes: int, score_thresh: float = 0.01, nms_thresh: float = 0.45, detections_per_img: int = 200) -> SSD:
+def ssd_tiny(
+    *,
+    num_classes: int,
+    score_thresh: float = 0.01,
+    nms_thresh: float = 0.45,
+    detections_per_img: int = 200,
+) -> SSD:
     """An SSD with 0.5 million parameters that a CPU trains: for trying out, and for tests. Any size of image from 64x64."""
     # Scales are shares of the image's side: objects from 5% of it on.
     anchors = DefaultBoxGenerator([[2], [2], [2], [2]], scales=[0.08, 0.16, 0.32, 0.5, 0.75])
@@ -135,7 +152,9 @@ def ssd_tiny(*, num_classes: int, score_thresh: float = 0.01, nms_thresh: float 
 
 def _torchvision(name: str) -> Callable[..., nn.Module]:
     def make(*, num_classes: int, **arguments: Any) -> nn.Module:
-        return getattr(detection, name)(weights=None, weights_backbone=None, num_classes=num_classes, **arguments)
+        return getattr(detection, name)(
+            weights=None, weights_backbone=None, num_classes=num_classes, **arguments
+        )
 
     return make
 
@@ -194,7 +213,9 @@ def maker(name: str, *, trusted: Collection[str] | None = None) -> Callable[...,
     if name in MODELS:
         return MODELS[name]
     if ":" not in name:
-        raise UsageError(f"unknown model {name!r}{did_you_mean(name, MODELS)}; own ones are written module:function")
+        raise UsageError(
+            f"unknown model {name!r}{did_you_mean(name, MODELS)}; own ones are written module:function"
+        )
     found = imported(name, what="own model" if trusted is None else "the model", trusted=trusted)
     if not callable(found):
         raise UsageError(
@@ -224,9 +245,13 @@ def build(
     try:
         model = make(num_classes=num_classes, **(arguments or {}))
     except TypeError as error:
-        raise UsageError(f"--model {name} does not take the arguments {dict(arguments or {})}: {error}") from error
+        raise UsageError(
+            f"--model {name} does not take the arguments {dict(arguments or {})}: {error}"
+        ) from error
     if not isinstance(model, nn.Module):
-        raise UsageError(f"own model {name!r} gives a {type(model).__name__}; it must return a torch.nn.Module")
+        raise UsageError(
+            f"own model {name!r} gives a {type(model).__name__}; it must return a torch.nn.Module"
+        )
     transform = getattr(model, "transform", None)
     if isinstance(transform, GeneralizedRCNNTransform):
         model.transform = AsGiven(transform.size_divisible)
@@ -250,7 +275,9 @@ def _keep_boxes_exact(model: nn.Module) -> None:
             module.box_predictor.register_forward_hook(_float32)
 
 
-def _for_float32_anchors(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _for_float32_anchors(
+    _: nn.Module, given: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Instead of the feature maps, of which anchors have the sizes, the device and the type: such of float32 that take no memory."""
 
     def stand_in(maps: list[Tensor]) -> list[Tensor]:
@@ -266,7 +293,11 @@ def _float32(_: nn.Module, given: Any, out: Any) -> Any:
         return out.float()
     if type(out) in (list, tuple):
         return type(out)(_float32(_, given, each) for each in out)
-    return {name: _float32(_, given, each) for name, each in out.items()} if isinstance(out, dict) else out
+    return (
+        {name: _float32(_, given, each) for name, each in out.items()}
+        if isinstance(out, dict)
+        else out
+    )
 
 
 def finish_of(recipe: Recipe) -> Finish:

@@ -45,7 +45,12 @@ def mean_average_precision(truths: Sequence[Truth], found: Sequence[Found]) -> P
     Labels that are in no truth do not count, as in COCO: there is nothing to find, so nothing is known of how well.
     """
     labels = sorted(
-        {int(label) for truth in truths for label, crowd in zip(truth.labels, _crowds(truth), strict=True) if not crowd}
+        {
+            int(label)
+            for truth in truths
+            for label, crowd in zip(truth.labels, _crowds(truth), strict=True)
+            if not crowd
+        }
     )
     if not labels:
         return None
@@ -53,7 +58,9 @@ def mean_average_precision(truths: Sequence[Truth], found: Sequence[Found]) -> P
     if not len(detections):
         return Precision(map=0.0, map50=0.0, map75=0.0, by_label=dict.fromkeys(labels, 0.0))
     coco = COCO(_dataset(truths, labels), print_function=_silent)
-    evaluation = COCOeval_faster(coco, coco.loadRes(detections), iouType="bbox", print_function=_silent)
+    evaluation = COCOeval_faster(
+        coco, coco.loadRes(detections), iouType="bbox", print_function=_silent
+    )
     evaluation.evaluate()
     evaluation.accumulate()
     # IoU thresholds x recalls x labels, of all areas and of 100 detections. -1: nothing to find.
@@ -108,6 +115,11 @@ def _detections(found: Sequence[Found], labels: list[int]) -> np.ndarray:
     for image, one in enumerate(found):
         kept = np.isin(one.labels, labels)
         boxes = np.asarray(one.boxes, np.float64).reshape(-1, 4)[kept]
-        columns = (boxes[:, :2], boxes[:, 2:] - boxes[:, :2], one.scores[kept, None], one.labels[kept, None])
+        columns = (
+            boxes[:, :2],
+            boxes[:, 2:] - boxes[:, :2],
+            one.scores[kept, None],
+            one.labels[kept, None],
+        )
         rows.append(np.concatenate([np.full((len(boxes), 1), image), *columns], axis=1))
     return np.concatenate(rows) if rows else np.empty((0, 7))

@@ -49,7 +49,9 @@ def cause_of(error: BaseException) -> str:
     """Why an execution ended, in one line of words: the innermost cause, with the file or host that it names."""
     chain = list(causes(error))
     for one in reversed(chain):
-        if not isinstance(one, RayError | SystemException | ExecutionTimeoutError | ray.train.TrainingFailedError):
+        if not isinstance(
+            one, RayError | SystemException | ExecutionTimeoutError | ray.train.TrainingFailedError
+        ):
             return _words(one)
     # What an actor raised comes as the text of its traceback: its own causes are lost on the way.
     for one in reversed(chain):
@@ -63,7 +65,10 @@ def cause_of(error: BaseException) -> str:
         (NodeDiedError, "a node of the cluster was lost"),
         (ObjectLostError, "a block was lost with the node or the process that had it"),
         (WorkerCrashedError, "a worker process was killed, from outside or for want of memory"),
-        (RayActorError, "an actor was killed, from outside or for want of memory, more often than it is started again"),
+        (
+            RayActorError,
+            "an actor was killed, from outside or for want of memory, more often than it is started again",
+        ),
     )
     for of, words in kinds:
         for one in reversed(chain):
@@ -79,7 +84,10 @@ def _words(error: BaseException) -> str:
     return text if isinstance(error, OSError | UsageError) else f"{type(error).__name__}: {text}"
 
 
-_RAISED = re.compile(r"^(?:[a-zA-Z_]\w*\.)*([A-Z]\w*(?:Error|Exception|Lost|Exit|Interrupt|Reject)): (.+)$", re.MULTILINE)
+_RAISED = re.compile(
+    r"^(?:[a-zA-Z_]\w*\.)*([A-Z]\w*(?:Error|Exception|Lost|Exit|Interrupt|Reject)): (.+)$",
+    re.MULTILINE,
+)
 _PLAIN = (
     "OSError",
     "IOError",
@@ -111,7 +119,14 @@ def _first_line(error: BaseException) -> str:
     return type(error).__name__
 
 
-_LOGS = ("dashboard_agent.log", "runtime_env_agent.log", "dashboard.log", "monitor.err", "raylet.err", "gcs_server.err")
+_LOGS = (
+    "dashboard_agent.log",
+    "runtime_env_agent.log",
+    "dashboard.log",
+    "monitor.err",
+    "raylet.err",
+    "gcs_server.err",
+)
 
 
 def raised_in_logs() -> str | None:

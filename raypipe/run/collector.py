@@ -127,7 +127,9 @@ class _Bucket:
 class Collector:
     """The actor, named raypipe-RUN_ID in the namespace `raypipe`, without a CPU of its own."""
 
-    def __init__(self, run_id: str, facts: Facts | None = None, clock: Callable[[], float] = time.time):
+    def __init__(
+        self, run_id: str, facts: Facts | None = None, clock: Callable[[], float] = time.time
+    ):
         self._run_id = run_id
         self._facts = facts or Facts()
         self._clock = clock
@@ -170,7 +172,11 @@ class Collector:
             return
         self._latest[sample.actor] = sample
         self._heard[sample.actor] = self._clock()
-        together = sum(s.rss_bytes for s in self._latest.values() if s.stage == sample.stage and self._there(s.actor))
+        together = sum(
+            s.rss_bytes
+            for s in self._latest.values()
+            if s.stage == sample.stage and self._there(s.actor)
+        )
         self._peak_by_stage[sample.stage] = max(self._peak_by_stage.get(sample.stage, 0), together)
         for bucket, share in self._between(before.at, sample.at, sample.stage):
             bucket.images += share * (sample.images - before.images)
@@ -187,7 +193,10 @@ class Collector:
     def _between(self, since: float, until: float, stage: str) -> list[tuple[_Bucket, float]]:
         """The stretches of the timeline between two moments, each with its share of the time: totals say nothing of the way there."""
         last = self._bucket(until, stage)  # first, as it may change the width
-        seconds = range(int((since - self._started) // self._width), int((until - self._started) // self._width) + 1)
+        seconds = range(
+            int((since - self._started) // self._width),
+            int((until - self._started) // self._width) + 1,
+        )
         if until <= since or len(seconds) < 2:
             return [(last, 1.0)]
         parts = []
@@ -270,7 +279,9 @@ class Collector:
         while len(recent) > 2 and recent[1].at < now - WINDOW_AT_MOST_S:
             recent.popleft()
 
-    def _window(self, stage: str, *, calls: int = 0, since: float = 0.0) -> tuple[_Totals, _Totals] | None:
+    def _window(
+        self, stage: str, *, calls: int = 0, since: float = 0.0
+    ) -> tuple[_Totals, _Totals] | None:
         """The last WINDOW_S seconds of a stage, or as many as it takes for so many calls, but none before `since`."""
         recent = [totals for totals in self._recent.get(stage, ()) if totals.at >= since]
         if len(recent) < 2:
@@ -311,7 +322,13 @@ class Collector:
         now = self._clock()
         for stage, count in counts.items():
             if count != self._wanted[stage]:
-                event = {"t_s": max(now - self._started, 0.0), "stage": stage, "from": self._wanted[stage], "to": count, "by": by}
+                event = {
+                    "t_s": max(now - self._started, 0.0),
+                    "stage": stage,
+                    "from": self._wanted[stage],
+                    "to": count,
+                    "by": by,
+                }
                 self._events.append(event)
         self._wanted = self._wanted | counts
         self._settled_at = now + SETTLE_S
@@ -327,7 +344,9 @@ class Collector:
         if costs is None or self._left_s() < WORTH_STARTING_S:
             return
         fixed = {cost.name for cost in costs} - auto
-        machine = planner.Machine(cores=self._facts.cores, actors=self._facts.at_most, gpus=self._facts.gpus or None)
+        machine = planner.Machine(
+            cores=self._facts.cores, actors=self._facts.at_most, gpus=self._facts.gpus or None
+        )
         counts = planner.better(costs, machine, fixed=fixed)
         if counts is not None:
             self._change(counts, "auto")
@@ -344,7 +363,11 @@ class Collector:
                 return None
             first, last = window
             images = last.images - first.images
-            wait_s = None if first.core_wait_s is None or last.core_wait_s is None else last.core_wait_s - first.core_wait_s
+            wait_s = (
+                None
+                if first.core_wait_s is None or last.core_wait_s is None
+                else last.core_wait_s - first.core_wait_s
+            )
             costs.append(
                 planner.StageCost(
                     name=stage,
@@ -401,18 +424,32 @@ class Collector:
         samples = [s for s in self._latest.values() if s.stage == stage]
         window = self._window(stage)
         took = window[1].at - window[0].at if window else 0.0
-        record: dict[str, Any] = dict.fromkeys(("images_per_s", "cpu_percent", "gpu_percent", "busy", "starved", "blocked"))
+        record: dict[str, Any] = dict.fromkeys(
+            ("images_per_s", "cpu_percent", "gpu_percent", "busy", "starved", "blocked")
+        )
         if window and took > 0:
             first, last = window
             actor_s = last.actor_s - first.actor_s
             record["images_per_s"] = (last.images - first.images) / took
             record["cpu_percent"] = 100 * (last.cpu_s - first.cpu_s) / took / self._facts.cores
             if last.gpu_seen_s > first.gpu_seen_s:
-                record["gpu_percent"] = 100 * (last.gpu_busy_s - first.gpu_busy_s) / (last.gpu_seen_s - first.gpu_seen_s)
+                record["gpu_percent"] = (
+                    100
+                    * (last.gpu_busy_s - first.gpu_busy_s)
+                    / (last.gpu_seen_s - first.gpu_seen_s)
+                )
             if actor_s > 0:
                 busy = min((last.spent_s - first.spent_s) / actor_s, 1.0)
-                starved = 1 - busy if stage in LAST else min((last.starved_s - first.starved_s) / actor_s, 1 - busy)
-                record |= {"busy": max(busy, 0.0), "starved": max(starved, 0.0), "blocked": max(1 - busy - starved, 0.0)}
+                starved = (
+                    1 - busy
+                    if stage in LAST
+                    else min((last.starved_s - first.starved_s) / actor_s, 1 - busy)
+                )
+                record |= {
+                    "busy": max(busy, 0.0),
+                    "starved": max(starved, 0.0),
+                    "blocked": max(1 - busy - starved, 0.0),
+                }
         return {
             "name": stage,
             "actors": pool.running,
@@ -464,8 +501,10 @@ class Collector:
             "scale_events": list(self._events),
             "nodes": {
                 node: {
-                    "cpu_busy_s": max(s.node_cpu_busy_s for s in samples) - min(s.node_cpu_busy_s for s in samples),
-                    "cpu_total_s": max(s.node_cpu_total_s for s in samples) - min(s.node_cpu_total_s for s in samples),
+                    "cpu_busy_s": max(s.node_cpu_busy_s for s in samples)
+                    - min(s.node_cpu_busy_s for s in samples),
+                    "cpu_total_s": max(s.node_cpu_total_s for s in samples)
+                    - min(s.node_cpu_total_s for s in samples),
                 }
                 for node, samples in nodes.items()
             },
@@ -485,7 +524,11 @@ def collecting(run_id: str, facts: Facts) -> Iterator[ray.actor.ActorHandle]:
     """
     options = beside_driver() | {"name": f"raypipe-{run_id}", "namespace": NAMESPACE}
     # A lost message is made good by the next: totals are sent, not differences.
-    collector = ray.remote(Collector).options(**options, max_restarts=0, max_task_retries=0).remote(run_id, facts)
+    collector = (
+        ray.remote(Collector)
+        .options(**options, max_restarts=0, max_task_retries=0)
+        .remote(run_id, facts)
+    )
     try:
         yield collector
     finally:

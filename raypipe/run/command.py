@@ -62,6 +62,8 @@ def goes_on(*, resume: bool) -> str:
 def _trace(error: BaseException) -> str:
     """The file that now has the whole trace of an error, which runs over pages."""
     text = "".join(traceback.format_exception(error))
-    with tempfile.NamedTemporaryFile("w", prefix="raypipe-error-", suffix=".log", delete=False, errors="backslashreplace") as file:
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="raypipe-error-", suffix=".log", delete=False, errors="backslashreplace"
+    ) as file:
         file.write(text)
     return file.name

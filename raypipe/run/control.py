@@ -44,7 +44,9 @@ def connect(address: str) -> None:
     try:
         check_answers(address)
         with without_rays_lines():
-            ray.init(address=address, namespace=NAMESPACE, logging_level="ERROR", log_to_driver=False)
+            ray.init(
+                address=address, namespace=NAMESPACE, logging_level="ERROR", log_to_driver=False
+            )
     except (OSError, ValueError, RuntimeError) as error:
         if address == "auto":
             raise UsageError(
@@ -68,7 +70,9 @@ def names() -> list[str]:
     """The ids of the runs of the cluster that this process is in."""
     found = ray.util.list_named_actors(all_namespaces=True)
     return sorted(
-        actor["name"].removeprefix(_NAME) for actor in found if actor["namespace"] == NAMESPACE and actor["name"].startswith(_NAME)
+        actor["name"].removeprefix(_NAME)
+        for actor in found
+        if actor["namespace"] == NAMESPACE and actor["name"].startswith(_NAME)
     )
 
 
@@ -108,7 +112,12 @@ def runs(address: str | None = None) -> list[dict[str, Any]]:
     return sorted(records, key=lambda record: record["at_s"])
 
 
-def attach(run_id: str | None = None, *, address: str | None = None, waiting: Callable[[], None] | None = None) -> "Control":
+def attach(
+    run_id: str | None = None,
+    *,
+    address: str | None = None,
+    waiting: Callable[[], None] | None = None,
+) -> "Control":
     """The run of that id; without one the only run that goes on.
 
     Args:
@@ -129,12 +138,18 @@ def attach(run_id: str | None = None, *, address: str | None = None, waiting: Ca
         while not places(address):
             time.sleep(1)
         time.sleep(1)  # its collector may still start
-    there = "".join(f"\n  {place.run_id}{f', into {place.output}' if place.output else ''}" for place in found)
+    there = "".join(
+        f"\n  {place.run_id}{f', into {place.output}' if place.output else ''}" for place in found
+    )
     if not found:
-        raise UsageError("No run is under way here. Start one (python jobs/preprocess.py ...), then try again.")
+        raise UsageError(
+            "No run is under way here. Start one (python jobs/preprocess.py ...), then try again."
+        )
     if run_id is not None:
         raise UsageError(f"No run {run_id!r} is under way; there are:{there}\nGive one of these.")
-    raise UsageError(f"{len(found)} runs are under way:{there}\nNothing was changed. Say which, by its id.")
+    raise UsageError(
+        f"{len(found)} runs are under way:{there}\nNothing was changed. Say which, by its id."
+    )
 
 
 def _at(place: Place) -> "Control":
@@ -173,7 +188,9 @@ class Control:
         answer = self._ask("scale", dict(counts))
         if isinstance(answer, str):
             asked = " ".join(f"{stage}={count}" for stage, count in counts.items())
-            raise UsageError(f"{asked}: {answer}. Nothing was changed; the run {self.run_id} goes on.")
+            raise UsageError(
+                f"{asked}: {answer}. Nothing was changed; the run {self.run_id} goes on."
+            )
         return answer
 
     def _ask(self, question: str, *given: Any) -> Any:
@@ -191,4 +208,6 @@ class Control:
         except RayError as error:
             raise gone from error
         except AttributeError as error:
-            raise UsageError(f"The run {self.run_id} is one of another version of raypipe, which cannot be asked.") from error
+            raise UsageError(
+                f"The run {self.run_id} is one of another version of raypipe, which cannot be asked."
+            ) from error

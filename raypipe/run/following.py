@@ -25,7 +25,9 @@ class Watch:
     before: tuple[int, int]  # rows and rejects of earlier runs
     rows: int  # done by now
     outputs: list[tuple[float, int]] = field(default_factory=list)
-    workers: list[list[dict[str, Any]]] = field(default_factory=list)  # of each attempt, what its workers last said
+    workers: list[list[dict[str, Any]]] = field(
+        default_factory=list
+    )  # of each attempt, what its workers last said
     began: float | None = None  # when the first step did, time.time()
     _seen: int = 0
     _said: float = 0.0
@@ -55,7 +57,9 @@ class Watch:
             if record["rows"] > self.rows:
                 self.outputs.append((record["at"] - self.begun_at, record["rows"] - self.rows))
                 self.rows = record["rows"]
-                self.collector.progress.remote(record["at"], self.rows - self.before[0], record["rejected"] - self.before[1])
+                self.collector.progress.remote(
+                    record["at"], self.rows - self.before[0], record["rejected"] - self.before[1]
+                )
             if record["kind"] == "epoch":
                 self.workers[-1] = record["workers"]
                 say(self.console, _epoch_line(record))
@@ -65,7 +69,9 @@ class Watch:
 
 
 def _epoch_line(record: dict[str, Any]) -> str:
-    judged = "" if record["map"] is None else f", mAP {record['map']:.3f} (at .50 {record['map50']:.3f})"
+    judged = (
+        "" if record["map"] is None else f", mAP {record['map']:.3f} (at .50 {record['map50']:.3f})"
+    )
     loss = "no image" if record["loss"] is None else f"loss {record['loss']:.3f}"
     return (
         f"epoch {record['epoch']} done: {loss}{judged}, {record['images']} images in {record['seconds']:.1f} s, "

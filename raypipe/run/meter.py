@@ -34,7 +34,9 @@ class Sample:
     bytes_out: int
     busy_s: float
     under_way_s: float  # of busy_s, in a call that is not finished: its images are not counted yet
-    core_wait_s: float | None  # of busy_s, ready to run and waiting for a core; None where the system does not tell
+    core_wait_s: (
+        float | None
+    )  # of busy_s, ready to run and waiting for a core; None where the system does not tell
     cpu_s: float
     rss_bytes: int
     rss_peak_bytes: int
@@ -115,7 +117,11 @@ class Meter:
             with self._lock:
                 self._busy += now - self._entered
                 if self._core_wait is not None:
-                    self._core_wait = None if in_all is None or waited is None else self._core_wait + in_all - waited
+                    self._core_wait = (
+                        None
+                        if in_all is None or waited is None
+                        else self._core_wait + in_all - waited
+                    )
                 self._entered = None
                 self._calls += 1
             self._left, self._cpu_left = now, time.process_time()
@@ -137,9 +143,15 @@ class Meter:
         if not self._loops:
             under_way = now - self._entered if self._entered is not None else 0.0
             return self._busy + under_way, under_way, self._core_wait, None
-        starved = self._starved + (now - self._waits_since if self._waits_since is not None else 0.0)
+        starved = self._starved + (
+            now - self._waits_since if self._waits_since is not None else 0.0
+        )
         in_all = core_wait_s(self._thread)
-        waited = None if in_all is None or self._core_wait_before is None else in_all - self._core_wait_before
+        waited = (
+            None
+            if in_all is None or self._core_wait_before is None
+            else in_all - self._core_wait_before
+        )
         return now - self._began - starved, 0.0, waited, starved
 
     def count(self, *, images: int, bytes_in: int, bytes_out: int) -> None:

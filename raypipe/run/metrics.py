@@ -35,8 +35,12 @@ class Places:
     """From actors' running totals to what happens where."""
 
     def __init__(self) -> None:
-        self._totals: deque[tuple[float, dict[Place, int], dict[Place, float]]] = deque()  # when; images and CPU seconds by then
-        self._seen: dict[str, tuple[float, float]] = {}  # actor -> when its latest sample was taken, by its clock and by ours
+        self._totals: deque[tuple[float, dict[Place, int], dict[Place, float]]] = (
+            deque()
+        )  # when; images and CPU seconds by then
+        self._seen: dict[
+            str, tuple[float, float]
+        ] = {}  # actor -> when its latest sample was taken, by its clock and by ours
 
     def look(self, now: float, samples: Iterable[Sample]) -> dict[Place, Share]:
         """Every place that ever had an actor.
@@ -86,18 +90,42 @@ class Metrics:
         self._places = Places()
         self._counted: dict[tuple, float] = defaultdict(float)
         self._actors = Gauge("raypipe_stage_actors", "Actors of the stage that run.", _BY_NODE)
-        self._wanted = Gauge("raypipe_stage_actors_wanted", "Actors that the stage is to have.", _BY_STAGE)
-        self._images = Counter("raypipe_stage_images_total", "Images that the stage has done.", _BY_NODE)
-        self._rate = Gauge("raypipe_stage_images_per_second", "Images a second, mean of the last 10 s.", _BY_NODE)
-        self._cpu = Gauge("raypipe_stage_cpu_cores", "Cores that the stage's actors kept busy, mean of the last 10 s.", _BY_NODE)
-        self._rss = Gauge("raypipe_stage_rss_bytes", "Resident memory of the stage's actors.", _BY_NODE)
+        self._wanted = Gauge(
+            "raypipe_stage_actors_wanted", "Actors that the stage is to have.", _BY_STAGE
+        )
+        self._images = Counter(
+            "raypipe_stage_images_total", "Images that the stage has done.", _BY_NODE
+        )
+        self._rate = Gauge(
+            "raypipe_stage_images_per_second", "Images a second, mean of the last 10 s.", _BY_NODE
+        )
+        self._cpu = Gauge(
+            "raypipe_stage_cpu_cores",
+            "Cores that the stage's actors kept busy, mean of the last 10 s.",
+            _BY_NODE,
+        )
+        self._rss = Gauge(
+            "raypipe_stage_rss_bytes", "Resident memory of the stage's actors.", _BY_NODE
+        )
         self._ratios = {
-            state: Gauge(f"raypipe_stage_{state}_ratio", f"Share of its time that an actor of the stage {meaning}.", _BY_STAGE)
-            for state, meaning in (("busy", "works"), ("starved", "has no input"), ("blocked", "waits for the next stage"))
+            state: Gauge(
+                f"raypipe_stage_{state}_ratio",
+                f"Share of its time that an actor of the stage {meaning}.",
+                _BY_STAGE,
+            )
+            for state, meaning in (
+                ("busy", "works"),
+                ("starved", "has no input"),
+                ("blocked", "waits for the next stage"),
+            )
         }
-        self._queued = Gauge("raypipe_stage_queued_blocks", "Blocks that wait for the stage.", _BY_STAGE)
+        self._queued = Gauge(
+            "raypipe_stage_queued_blocks", "Blocks that wait for the stage.", _BY_STAGE
+        )
         self._todo = Gauge("raypipe_run_images", "Images that the run has to do.", ("run",))
-        self._done = Counter("raypipe_run_images_done_total", "Images done, rejected ones included.", ("run",))
+        self._done = Counter(
+            "raypipe_run_images_done_total", "Images done, rejected ones included.", ("run",)
+        )
         self._rejected = Counter("raypipe_run_images_rejected_total", "Images rejected.", ("run",))
 
     def record(self, live: dict, samples: Iterable[Sample]) -> None:

@@ -24,7 +24,14 @@ from ray.data import ActorPoolStrategy
 from ray.exceptions import RayError
 from ray.util.annotations import RayDeprecationWarning
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from raypipe import UsageError
 from raypipe.data import journal, location, sizes
@@ -34,7 +41,17 @@ from raypipe.data.reader import Reading
 from raypipe.data.shapes import Placement, placement
 from raypipe.data.sinks import Sink, annotations_of, write_annotations
 from raypipe.data.tables import frames_of
-from raypipe.data.work import extend, make_work, named_as_before, remaining, renewed, requeued, shards, unlist, wanted_by
+from raypipe.data.work import (
+    extend,
+    make_work,
+    named_as_before,
+    remaining,
+    renewed,
+    requeued,
+    shards,
+    unlist,
+    wanted_by,
+)
 from raypipe.images import backend as backend_module
 from raypipe.images import catalog
 from raypipe.images.decode import Reject
@@ -49,9 +66,27 @@ from raypipe.run.command import say
 from raypipe.run.control import Control
 from raypipe.run.meter import Meter, busy_cpu_s
 from raypipe.run.registry import registered
-from raypipe.run.result import Became, Outcome, became, check_report, covers, leave_report, ranges, shown
+from raypipe.run.result import (
+    Became,
+    Outcome,
+    became,
+    check_report,
+    covers,
+    leave_report,
+    ranges,
+    shown,
+)
 from raypipe.run.scaling import steer
-from raypipe.run.session import Pools, Session, check_shared, hardware, ray_session, seated, size_pools, versions
+from raypipe.run.session import (
+    Pools,
+    Session,
+    check_shared,
+    hardware,
+    ray_session,
+    seated,
+    size_pools,
+    versions,
+)
 from raypipe.run.settings import (
     Settings,
     check_apart,
@@ -108,7 +143,11 @@ def preprocessed(
     height, width = settings.done_here.fixed_size or (0, 0)
     if collector is not None:
         actors = {"preprocess": Preprocess} | ({after.name: after.actor} if after else {})
-        steer(context, collector=collector, stages={f"MapBatches({actor.__name__})": name for name, actor in actors.items()})
+        steer(
+            context,
+            collector=collector,
+            stages={f"MapBatches({actor.__name__})": name for name, actor in actors.items()},
+        )
     # Ray would repeat the task of an actor that dies for ever. Each image of a shard may kill it TRIES times, then it is left out.
     # Ray 2.60 deprecates passing these through, before it has another way (docs of map_batches, "ray_remote_args").
     warnings.filterwarnings("ignore", message=".*ray_remote_args.*", category=RayDeprecationWarning)
@@ -126,7 +165,9 @@ def preprocessed(
         },
         batch_size=None,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(size=pools.actors, max_tasks_in_flight_per_actor=4 if largest < SHORT else 2),
+        compute=ActorPoolStrategy(
+            size=pools.actors, max_tasks_in_flight_per_actor=4 if largest < SHORT else 2
+        ),
         num_cpus=cpus_each,
         **again,
     )
@@ -180,12 +221,22 @@ def plan(settings: Settings) -> Todo:
     check_apart(settings)
     recipe = catalog.get(settings.recipe)
     backend_module(settings.backend).check(recipe)
-    listed = look(settings.input, annotations=settings.annotations, limit=settings.limit, seed=settings.seed)
-    source = wanted_by(listed.rows, needs_boxes=recipe.needs_boxes, drops_crowds=recipe.drops_crowds)
+    listed = look(
+        settings.input, annotations=settings.annotations, limit=settings.limit, seed=settings.seed
+    )
+    source = wanted_by(
+        listed.rows, needs_boxes=recipe.needs_boxes, drops_crowds=recipe.drops_crowds
+    )
     if not source.num_rows:
-        raise UsageError(f"No image of {settings.input!r} has boxes, which recipe {recipe.name} needs. Give --annotations.")
+        raise UsageError(
+            f"No image of {settings.input!r} has boxes, which recipe {recipe.name} needs. Give --annotations."
+        )
     check_cache_names(settings, source)
-    annotations = (annotations_of(settings.annotations),) if settings.annotations is not None and _annotates(settings) else ()
+    annotations = (
+        (annotations_of(settings.annotations),)
+        if settings.annotations is not None and _annotates(settings)
+        else ()
+    )
     if annotations and settings.output is not None:
         check_annotation_ids(source, str(settings.annotations))
     return left_to_do(
@@ -240,7 +291,13 @@ def left_to_do(
         work = make_work(source, **cut)
         ids = source.column("image_id")
         return Todo(
-            recipe=recipe, work=work, left=work, image_ids=ids, endings=endings, shard_bytes=shape.need, skipped=skipped or {}
+            recipe=recipe,
+            work=work,
+            left=work,
+            image_ids=ids,
+            endings=endings,
+            shard_bytes=shape.need,
+            skipped=skipped or {},
         )
     found = journal.look(root, decides, resume=settings.resume)
     stored, done = found.work, found.done
@@ -251,8 +308,12 @@ def left_to_do(
         source = named_as_before(source, stored)
         stored = requeued(stored, found.waiting, **cut)
         work = extend(renewed(stored, source, done), source, **cut)
-        here = work.filter(pc.is_in(work.column("image_id"), source.column("image_id").combine_chunks()))
-        fresh = work.filter(pc.invert(pc.is_in(work.column("image_id"), stored.column("image_id").combine_chunks())))
+        here = work.filter(
+            pc.is_in(work.column("image_id"), source.column("image_id").combine_chunks())
+        )
+        fresh = work.filter(
+            pc.invert(pc.is_in(work.column("image_id"), stored.column("image_id").combine_chunks()))
+        )
         wanted = [*journal.named(results, fresh)]
     check_free(root, wanted, ours=set(journal.owned(root)[0]) if found.clearing else set())
     claim = journal.Claim(
@@ -293,7 +354,9 @@ class Job:
     @property
     def auto(self) -> tuple[str, ...]:
         """The stages whose actor count is left to the planner."""
-        counts = {"preprocess": self.settings.actors} | ({self.after.name: self.after.actors} if self.after else {})
+        counts = {"preprocess": self.settings.actors} | (
+            {self.after.name: self.after.actors} if self.after else {}
+        )
         return tuple(stage for stage, count in counts.items() if count == "auto")
 
     @property
@@ -326,13 +389,17 @@ def preprocessing(settings: Settings) -> Job:
             return {}
         rows = ((w.image_id, w.file, w.height, w.width, w.boxes, w.annotation_ids) for w in written)
         placed = dict(_placed(settings, todo, written))
-        kept = write_annotations(settings.annotations, after.sink.root, rows, folder=after.sink.folder, placed=placed)
+        kept = write_annotations(
+            settings.annotations, after.sink.root, rows, folder=after.sink.folder, placed=placed
+        )
         return {"shapes_dropped": kept.shapes_dropped}
 
     return Job(settings=settings, given=asdict(settings), todo=todo, after=after, conclude=conclude)
 
 
-def _placed(settings: Settings, todo: Todo, written: Iterable[journal.Written]) -> Iterator[tuple[str, Placement]]:
+def _placed(
+    settings: Settings, todo: Todo, written: Iterable[journal.Written]
+) -> Iterator[tuple[str, Placement]]:
     """Where the recipe put each image, for the shapes of its annotations. Left out: where that cannot be told again."""
     ids = todo.work.column("image_id").to_pylist()
     known = zip(unlist(todo.work.column("boxes")), frames_of(todo.work).tolist(), strict=True)
@@ -344,12 +411,18 @@ def _placed(settings: Settings, todo: Todo, written: Iterable[journal.Written]) 
         of, frame = boxes[image.image_id]
         try:
             of, _ = into_picture(of, (frame[0], frame[1]), size, image.orientation)
-            plan = todo.recipe.plan(seed=settings.seed, epoch=0, image_id=image.image_id, size=size, boxes=of)
+            plan = todo.recipe.plan(
+                seed=settings.seed, epoch=0, image_id=image.image_id, size=size, boxes=of
+            )
             place = placement(plan.ops, size, image.orientation)
         except (Reject, UsageError):
             continue
-        same = len(plan.boxes) == len(image.boxes) and np.allclose(plan.boxes, image.boxes, atol=0.01)
-        if same or not todo.recipe.random:  # what is drawn may depend on the boxes, which may have been moved before
+        same = len(plan.boxes) == len(image.boxes) and np.allclose(
+            plan.boxes, image.boxes, atol=0.01
+        )
+        if (
+            same or not todo.recipe.random
+        ):  # what is drawn may depend on the boxes, which may have been moved before
             yield image.image_id, place
 
 
@@ -400,8 +473,14 @@ class _Tally:
 
     def count(self, block: pa.Table, at_s: float) -> None:
         if "image" in block.column_names:
-            bad = block.filter(pc.is_valid(block.column("reason"))).select(journal.REJECTS.names).to_pylist()
-            self.became.dropped.extend(dropped_of(block.select(("image_id", "uri", "boxes_dropped")).to_pylist()))
+            bad = (
+                block.filter(pc.is_valid(block.column("reason")))
+                .select(journal.REJECTS.names)
+                .to_pylist()
+            )
+            self.became.dropped.extend(
+                dropped_of(block.select(("image_id", "uri", "boxes_dropped")).to_pylist())
+            )
             self.became.boxes_from.update(block.column("boxes_from").drop_null().to_pylist())
             rejects, waiting = rejected_of(bad), unread_of(bad)
             self.became.rejected.extend(rejects)
@@ -409,7 +488,9 @@ class _Tally:
             images, rejected, unread = block.num_rows, len(rejects), len(waiting)
             self.damaged += block.num_rows - block.column("detail").null_count - rejected - unread
         else:
-            images, rejected, unread = (pc.sum(block.column(name)).as_py() for name in ("images", "rejected", "unread"))
+            images, rejected, unread = (
+                pc.sum(block.column(name)).as_py() for name in ("images", "rejected", "unread")
+            )
         self.unread += unread
         self.images += images
         self.rejected += rejected
@@ -510,14 +591,22 @@ def _nothing_left(job: Job, run_id: str, *, console: Console, touch: Callable[[]
             f"Writing its report from the journal ...",
         )
     if covered and all(location.exists(location.join(root, file)) for file in todo.endings):
-        return Outcome(report=None, rejected=of_journal.rejected, unread=of_journal.unread, rows=total)
+        return Outcome(
+            report=None, rejected=of_journal.rejected, unread=of_journal.unread, rows=total
+        )
     assert todo.claim is not None
-    with journal.claimed(todo.claim, run_id=run_id, tell=partial(say, console), check=lambda file: touch()):
+    with journal.claimed(
+        todo.claim, run_id=run_id, tell=partial(say, console), check=lambda file: touch()
+    ):
         if covered:
             job.conclude(of_journal.written)
-            return Outcome(report=None, rejected=of_journal.rejected, unread=of_journal.unread, rows=total)
+            return Outcome(
+                report=None, rejected=of_journal.rejected, unread=of_journal.unread, rows=total
+            )
         counts = of_journal.counts(rows=total, before=total, skipped=todo.skipped)
-        report = reports.unmeasured(run_id=run_id, settings=job.given, versions=versions(), counts=counts)
+        report = reports.unmeasured(
+            run_id=run_id, settings=job.given, versions=versions(), counts=counts
+        )
         return _conclude(job, report, of_journal)
 
 
@@ -579,7 +668,12 @@ class Run:
         return self._control
 
 
-def start(settings: Settings, *, consume: Callable[[pa.Table], None] | None = None, console: Console | None = None) -> Run:
+def start(
+    settings: Settings,
+    *,
+    consume: Callable[[pa.Table], None] | None = None,
+    console: Console | None = None,
+) -> Run:
     """Begin a run in the background; the arguments are those of `run`."""
     return Run(partial(run, settings, consume=consume, console=console))
 
@@ -623,7 +717,9 @@ def _execute(
         "read_ms": settings.read_ms,
         "store_ms": settings.store_ms,
     }
-    probe = probes.Probe(rows=todo.left, settings=job.pixels, after=after, **how) if job.auto else None
+    probe = (
+        probes.Probe(rows=todo.left, settings=job.pixels, after=after, **how) if job.auto else None
+    )
     timing = probes.start(probe) if probe else None
     say(console, "Starting Ray ..." if not os.environ.get("RAY_ADDRESS") else "Joining Ray ...")
     try:
@@ -649,18 +745,26 @@ def _execute(
                 registered(run_id, address=session.address, output=settings.output),
                 collecting(run_id, facts) as collector,
             ):
-                dataset = preprocessed(todo.left, job.pixels, pools=pools, collector=collector, **how)
+                dataset = preprocessed(
+                    todo.left, job.pixels, pools=pools, collector=collector, **how
+                )
                 say(console, _opening(run_id, job, after, session, pools))
                 say(console, watching(run_id, session))
                 machine = psutil.cpu_times()
-                begun, begun_at, driver_cpu_s = time.perf_counter(), time.time(), time.process_time()
+                begun, begun_at, driver_cpu_s = (
+                    time.perf_counter(),
+                    time.time(),
+                    time.process_time(),
+                )
                 collector.begin.remote(begun_at)
                 began(Control(run_id, collector))
                 tally = _Tally()
                 # Fetching ahead is for blocks of other nodes: here it would only hand each block on a block later.
                 ahead = 1 if session.nodes > 1 and after is None else 0
                 with tracks(run_id), _progress(console, left) as show:
-                    for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=ahead):
+                    for block in dataset.iter_batches(
+                        batch_size=None, batch_format="pyarrow", prefetch_batches=ahead
+                    ):
                         tally.count(block, time.perf_counter() - begun)
                         tally.tell(collector)
                         show(tally)
@@ -669,7 +773,10 @@ def _execute(
                         if stop.is_set():
                             raise KeyboardInterrupt
                         held()
-                wall_s, driver_cpu_s = time.perf_counter() - begun, time.process_time() - driver_cpu_s
+                wall_s, driver_cpu_s = (
+                    time.perf_counter() - begun,
+                    time.process_time() - driver_cpu_s,
+                )
                 snapshot, cpu_percent = collected(collector, since=machine)
                 executed = _Executed(
                     session=session,
@@ -710,11 +817,19 @@ def _claimed(
         yield lease.check
 
 
-def _predicted(costs: list[planner.StageCost] | None, pools: Pools, session: Session, after: After | None) -> float | None:
+def _predicted(
+    costs: list[planner.StageCost] | None, pools: Pools, session: Session, after: After | None
+) -> float | None:
     counts = {"preprocess": pools.actors} | ({after.name: pools.after} if after else {})
-    if costs is None or counts.keys() != {cost.name for cost in costs} or (after is not None and after.gpu):
+    if (
+        costs is None
+        or counts.keys() != {cost.name for cost in costs}
+        or (after is not None and after.gpu)
+    ):
         return None
-    return planner.bound(planner.with_actors(costs, counts), planner.Machine(cores=session.cores))[0]
+    return planner.bound(planner.with_actors(costs, counts), planner.Machine(cores=session.cores))[
+        0
+    ]
 
 
 def _account(job: Job, run_id: str, executed: _Executed, *, setup_s: float) -> Outcome:
@@ -729,11 +844,18 @@ def _account(job: Job, run_id: str, executed: _Executed, *, setup_s: float) -> O
         settings=job.given,
         versions=versions(),
         hardware=hardware(executed.session),
-        counts=rows.counts(rows=total, before=total - todo.left.num_rows, out=out, damaged=tally.damaged, skipped=todo.skipped),
+        counts=rows.counts(
+            rows=total,
+            before=total - todo.left.num_rows,
+            out=out,
+            damaged=tally.damaged,
+            skipped=todo.skipped,
+        ),
         clock=reports.Clock(
             wall_s=executed.wall_s,
             setup_s=setup_s,
-            ready_s=_ready_at(snapshot, executed.pools.actors, default=executed.begun_at) - executed.begun_at,
+            ready_s=_ready_at(snapshot, executed.pools.actors, default=executed.begun_at)
+            - executed.begun_at,
             outputs=tally.outputs,
         ),
         cpu_percent=executed.cpu_percent,
@@ -750,7 +872,9 @@ def _conclude(job: Job, report: dict[str, Any], rows: Became) -> Outcome:
     """Write what a run leaves at its end, the report last: it says which shards all of it covers."""
     settings, todo, after = job.settings, job.todo, job.after
     dropped = rows.dropped
-    pictures = shown(todo.work, rows.rejected) if after is not None or settings.report is not None else []
+    pictures = (
+        shown(todo.work, rows.rejected) if after is not None or settings.report is not None else []
+    )
     if after is not None:
         extra = job.conclude(rows.written)
         dropped = extra.pop("dropped", dropped)
@@ -760,11 +884,17 @@ def _conclude(job: Job, report: dict[str, Any], rows: Became) -> Outcome:
         leave_report(after.sink.root, f"{journal.STATE}/", report, rows.rejected, pictures, dropped)
     if settings.report is not None:
         leave_report(settings.report, "", report, rows.rejected, pictures, dropped)
-    return Outcome(report=report, rejected=rows.rejected, unread=rows.unread, rows=todo.work.num_rows)
+    return Outcome(
+        report=report, rejected=rows.rejected, unread=rows.unread, rows=todo.work.num_rows
+    )
 
 
 def _opening(run_id: str, job: Job, after: After | None, session: Session, pools: Pools) -> str:
-    then = f", {pools.after} {after.doing}{' on GPU' if after.gpu else ''}" if after else ", nothing written"
+    then = (
+        f", {pools.after} {after.doing}{' on GPU' if after.gpu else ''}"
+        if after
+        else ", nothing written"
+    )
     dashboard = f"; Ray dashboard: http://{session.dashboard}" if session.dashboard else ""
     return (
         f"Run {run_id}: {job.todo.left.num_rows} images, recipe {job.todo.recipe.name}, {job.settings.backend}; "
@@ -780,17 +910,23 @@ def watching(run_id: str, session: Session) -> str:
 
 def _ready_at(snapshot: dict[str, Any], actors: int, *, default: float) -> float:
     """The mean moment at which the preprocess actors that the run began with could begin: they start one after the other."""
-    ready = sorted(sample["at"] for sample in snapshot["first"] if sample["stage"] == "preprocess")[:actors]
+    ready = sorted(sample["at"] for sample in snapshot["first"] if sample["stage"] == "preprocess")[
+        :actors
+    ]
     return sum(ready) / len(ready) if ready else default
 
 
-def collected(collector: ray.actor.ActorHandle, *, since: Any) -> tuple[dict[str, Any], float | None]:
+def collected(
+    collector: ray.actor.ActorHandle, *, since: Any
+) -> tuple[dict[str, Any], float | None]:
     """What the collector knows: its snapshot, and the mean use of all cores, 0 to 100, since `since` (psutil.cpu_times() of this node)."""
     try:
         snapshot = ray.get(collector.snapshot.remote(), timeout=SNAPSHOT_AT_MOST_S)
         here = ray.get_runtime_context().get_node_id()
         others = [seen for node, seen in snapshot["nodes"].items() if node != here]
-    except RayError:  # it was killed, or its node: what the stages cost died with it, and nothing else
+    except (
+        RayError
+    ):  # it was killed, or its node: what the stages cost died with it, and nothing else
         snapshot, others = dict(reports.NOTHING_SEEN), []
     cpu_percent = _cpu_percent(since, psutil.cpu_times(), others)
     return snapshot, cpu_percent
@@ -854,6 +990,12 @@ def _progress(console: Console, total: int) -> Iterator[Callable[[_Tally], None]
         task = progress.add_task("starting actors", total=total, rate="-", rejected=0)
 
         def bar(tally: _Tally) -> None:
-            progress.update(task, description="images", completed=tally.images, rate=tally.rate, rejected=tally.rejected)
+            progress.update(
+                task,
+                description="images",
+                completed=tally.images,
+                rate=tally.rate,
+                rejected=tally.rejected,
+            )
 
         yield bar

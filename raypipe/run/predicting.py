@@ -153,7 +153,9 @@ class Settings:
 
 def run(settings: Settings, *, console: Console | None = None, **how: Any) -> Outcome:
     """Do what `settings` say, to the end; `how` (began, stop) and what is raised are those of `pipeline.run`."""
-    return pipeline.carry_out(lambda: predicting(settings), source=settings.input, console=console, **how)
+    return pipeline.carry_out(
+        lambda: predicting(settings), source=settings.input, console=console, **how
+    )
 
 
 def start(settings: Settings, *, console: Console | None = None) -> Run:
@@ -182,11 +184,21 @@ def predicting(settings: Settings) -> Job:
     settings.preprocessing.check()
     check_apart(settings.preprocessing)
     recipe = _recipe(trained, folder, settings)
-    load(folder, torch.device("cpu"), trusted=settings.trust)  # what is wrong with it is said before anything starts
-    listed = look(settings.input, annotations=settings.annotations, limit=settings.limit, seed=settings.seed)
+    load(
+        folder, torch.device("cpu"), trusted=settings.trust
+    )  # what is wrong with it is said before anything starts
+    listed = look(
+        settings.input, annotations=settings.annotations, limit=settings.limit, seed=settings.seed
+    )
     source = listed.rows
     coco = read_coco(settings.annotations) if settings.annotations is not None else {}
-    names = _names(coco) if coco else dict(enumerate(demo.CLASSES, 1)) if settings.input.startswith("demo") else {}
+    names = (
+        _names(coco)
+        if coco
+        else dict(enumerate(demo.CLASSES, 1))
+        if settings.input.startswith("demo")
+        else {}
+    )
     what = Predicting(
         checkpoint=folder,
         recipe=recipe,
@@ -232,23 +244,44 @@ def predicting(settings: Settings) -> Job:
             "boxes_from": result.frames_told(truths.boxes_from),
             "predict": {
                 "checkpoint": {"folder": folder, "model": trained["model"]["name"], **identity},
-                "boxes": sum(pc.sum(pc.list_value_length(table.column("boxes"))).as_py() or 0 for table in tables),
+                "boxes": sum(
+                    pc.sum(pc.list_value_length(table.column("boxes"))).as_py() or 0
+                    for table in tables
+                ),
                 "images_of_another_size": truths.strangers,
                 "map": precision and precision.map,
                 "map50": precision and precision.map50,
                 "map75": precision and precision.map75,
-                "map_by_label": precision and {names.get(label, str(label)): value for label, value in precision.by_label.items()},
+                "map_by_label": precision
+                and {
+                    names.get(label, str(label)): value
+                    for label, value in precision.by_label.items()
+                },
             },
         }
 
-    return Job(settings=settings.preprocessing, given=asdict(settings), todo=todo, after=after, conclude=conclude)
+    return Job(
+        settings=settings.preprocessing,
+        given=asdict(settings),
+        todo=todo,
+        after=after,
+        conclude=conclude,
+    )
 
 
 def _names(coco: dict[str, Any]) -> dict[int, str]:
     """What the categories of a COCO JSON are called, by their ids."""
-    with foreign("the categories of the annotations", remedy="Each needs an id, a whole number, and a name."):
-        categories = (category for category in coco.get("categories") or () if isinstance(category, dict))
-        return {whole(category["id"]): str(category["name"]) for category in categories if {"id", "name"} <= category.keys()}
+    with foreign(
+        "the categories of the annotations", remedy="Each needs an id, a whole number, and a name."
+    ):
+        categories = (
+            category for category in coco.get("categories") or () if isinstance(category, dict)
+        )
+        return {
+            whole(category["id"]): str(category["name"])
+            for category in categories
+            if {"id", "name"} <= category.keys()
+        }
 
 
 def _recipe(trained: dict[str, Any], folder: str, settings: Settings) -> Recipe:
@@ -264,7 +297,9 @@ def _recipe(trained: dict[str, Any], folder: str, settings: Settings) -> Recipe:
             for op in recipe.ops:
                 back(op, (1, 1))
     except UsageError as error:
-        raise UsageError(f"The recipe in the checkpoint {folder} cannot be followed: {error}") from error
+        raise UsageError(
+            f"The recipe in the checkpoint {folder} cannot be followed: {error}"
+        ) from error
     return recipe
 
 
@@ -273,10 +308,22 @@ def deciding(settings: Settings, identity: dict[str, Any]) -> dict[str, Any]:
 
     Also the batch size: models that pad images to the largest of a batch see it.
     """
-    names = ("backend", "max_pixels", "actor_memory", "image_seconds", "decoder", "damaged", "min_score", "batch_size", "seed")
+    names = (
+        "backend",
+        "max_pixels",
+        "actor_memory",
+        "image_seconds",
+        "decoder",
+        "damaged",
+        "min_score",
+        "batch_size",
+        "seed",
+    )
     return {
         "checkpoint": identity,
-        "input": settings.input if settings.input.startswith("demo") else location.absolute(settings.input),
+        "input": settings.input
+        if settings.input.startswith("demo")
+        else location.absolute(settings.input),
         "annotations": settings.annotations and location.absolute(settings.annotations),
         "draw": settings.draw_score if settings.draw else None,
         **{name: getattr(settings, name) for name in names},
@@ -297,7 +344,9 @@ def _stored(output: str, written: Sequence[journal.Written]) -> Iterator[pa.Tabl
     for part in dict.fromkeys(row.file for row in written):
         place = location.join(output, part)
         remedy = "--no-resume predicts again."
-        table = read_table(location.read(place), PREDICTIONS, f"the predictions {place}", remedy=remedy)
+        table = read_table(
+            location.read(place), PREDICTIONS, f"the predictions {place}", remedy=remedy
+        )
         yield table.filter(pc.is_in(table.column("image_id"), wanted))
 
 
@@ -309,11 +358,20 @@ def coco_results(tables: Sequence[pa.Table], ids: dict[str, Any]) -> bytes:
     lines = []
     for table in tables:
         found = (unlist(table.column(name)) for name in ("boxes", "labels", "scores"))
-        for image_id, boxes, labels, scores in zip(table.column("image_id").to_pylist(), *found, strict=True):
-            for (x1, y1, x2, y2), label, score in zip(boxes.astype(float).tolist(), labels.tolist(), scores.tolist(), strict=True):
+        for image_id, boxes, labels, scores in zip(
+            table.column("image_id").to_pylist(), *found, strict=True
+        ):
+            for (x1, y1, x2, y2), label, score in zip(
+                boxes.astype(float).tolist(), labels.tolist(), scores.tolist(), strict=True
+            ):
                 # Four and eight decimals: what float32 holds of a pixel and of a share.
                 box = [round(value, 4) for value in (x1, y1, x2 - x1, y2 - y1)]
-                one = {"image_id": ids.get(image_id, image_id), "category_id": label, "bbox": box, "score": round(score, 8)}
+                one = {
+                    "image_id": ids.get(image_id, image_id),
+                    "category_id": label,
+                    "bbox": box,
+                    "score": round(score, 8),
+                }
                 lines.append(json.dumps(one))
     return ("[" + ",\n".join(lines) + "]\n").encode()
 
@@ -334,11 +392,19 @@ class Truths:
 
 def truths_of(source: pa.Table, tables: Sequence[pa.Table]) -> Truths:
     """What `source` (schema SOURCE) says of the images of `tables` (schema PREDICTIONS)."""
-    known = [unlist(source.column(name)) for name in ("boxes", "labels", "crowds", "annotation_ids")]
+    known = [
+        unlist(source.column(name)) for name in ("boxes", "labels", "crowds", "annotation_ids")
+    ]
     found = Truths(by_image={}, dropped=[], boxes_from=Counter(), strangers=0)
     if any(len(boxes) != len(labels) for boxes, labels in zip(*known[:2], strict=True)):
         return replace(found, by_image=None)
-    rows = dict(zip(source.column("image_id").to_pylist(), zip(frames_of(source).tolist(), *known, strict=True), strict=True))
+    rows = dict(
+        zip(
+            source.column("image_id").to_pylist(),
+            zip(frames_of(source).tolist(), *known, strict=True),
+            strict=True,
+        )
+    )
     names = ("image_id", "uri", "height", "width", "orientation")
     for row in (row for table in tables for row in table.select(names).to_pylist()):
         frame, boxes, labels, crowds, ids = rows[row["image_id"]]
@@ -353,9 +419,19 @@ def truths_of(source: pa.Table, tables: Sequence[pa.Table]) -> Truths:
         for at, why in bad:
             identity = int(ids[at]) if len(ids) == len(boxes) else None
             box = boxes[at].tolist()
-            found.dropped.append(Dropped(image_id=row["image_id"], uri=row["uri"], box=box, annotation_id=identity, reason=why))
+            found.dropped.append(
+                Dropped(
+                    image_id=row["image_id"],
+                    uri=row["uri"],
+                    box=box,
+                    annotation_id=identity,
+                    reason=why,
+                )
+            )
         assert found.by_image is not None
-        found.by_image[row["image_id"]] = Truth(boxes=good, labels=labels[keep], crowds=crowds[keep] if len(crowds) else crowds)
+        found.by_image[row["image_id"]] = Truth(
+            boxes=good, labels=labels[keep], crowds=crowds[keep] if len(crowds) else crowds
+        )
     return found
 
 
@@ -366,7 +442,9 @@ def precision_of(truths: Truths, tables: Sequence[pa.Table]) -> Precision | None
     of, found = [], []
     for table in tables:
         columns = (unlist(table.column(name)) for name in ("boxes", "labels", "scores"))
-        for image_id, boxes, labels, scores in zip(table.column("image_id").to_pylist(), *columns, strict=True):
+        for image_id, boxes, labels, scores in zip(
+            table.column("image_id").to_pylist(), *columns, strict=True
+        ):
             if image_id in truths.by_image:
                 of.append(truths.by_image[image_id])
                 found.append(Found(boxes=np.asarray(boxes), labels=labels, scores=scores))

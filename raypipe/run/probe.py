@@ -67,7 +67,9 @@ def start(probe: Probe) -> subprocess.Popen[bytes]:
     """Begin timing; `end` is for whatever happens meanwhile."""
     _ = probe.makes_root
     # Own ops live in modules that this process finds.
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)
+    }
     process = subprocess.Popen(
         [sys.executable, "-m", "raypipe.run.probe"],
         stdin=subprocess.PIPE,
@@ -124,7 +126,11 @@ def time_stages(probe: Probe) -> list[StageCost]:
     keep_freed_memory()
     backend_module(probe.settings.backend).setup(probe.threads)
     reader = replace(probe.reading, patience_s=0.0).reader()
-    after = {} if probe.after is None or _may_be_on_gpu(probe.after) else {probe.after.name: _actor(probe)}
+    after = (
+        {}
+        if probe.after is None or _may_be_on_gpu(probe.after)
+        else {probe.after.name: _actor(probe)}
+    )
     # The first image pays for libraries that load, and for memory that is new.
     block, _ = preprocess_shard(probe.rows.slice(0, 1), probe.settings, reader=reader)
     for store in after.values():
@@ -147,7 +153,9 @@ def time_stages(probe: Probe) -> list[StageCost]:
             break
     if not images:
         return []
-    waits = {name: (probe.read_ms if name == "preprocess" else probe.store_ms) / 1000 for name in spent}
+    waits = {
+        name: (probe.read_ms if name == "preprocess" else probe.store_ms) / 1000 for name in spent
+    }
     costs = [
         StageCost(name=name, actors=1, busy_s=busy_s / images + waits[name], cpu_s=cpu_s / images)
         for name, (busy_s, cpu_s) in spent.items()
@@ -163,7 +171,9 @@ def _time_stored(folder: str, settings: Preprocessing, reader: Reader) -> StageC
         times = _now()
         preprocess_shard(rows, settings, reader=reader)
         busy_s, cpu_s = _add((0.0, 0.0), times)
-    return StageCost(name="stored", actors=1, busy_s=busy_s / rows.num_rows, cpu_s=cpu_s / rows.num_rows)
+    return StageCost(
+        name="stored", actors=1, busy_s=busy_s / rows.num_rows, cpu_s=cpu_s / rows.num_rows
+    )
 
 
 class _Unmeasured:
@@ -185,7 +195,9 @@ def _actor(probe: Probe) -> Callable[[pa.Table], pa.Table]:
     after = probe.after
     assert after is not None
     sink = replace(after.sink, root=probe.folder)
-    return after.actor(sink=sink, threads=probe.threads, wait_ms=0.0, meter=_Unmeasured(), **after.arguments)
+    return after.actor(
+        sink=sink, threads=probe.threads, wait_ms=0.0, meter=_Unmeasured(), **after.arguments
+    )
 
 
 def _may_be_on_gpu(after: After) -> bool:
@@ -201,7 +213,11 @@ def _tidy(probe: Probe) -> None:
     assert probe.after is not None
     location.delete_folder(probe.folder)
     root, tmp = probe.after.sink.root, probe.after.sink.tmp
-    for folder in (location.join(root, tmp), location.join(root, tmp.partition("/")[0]), *[root] * probe.makes_root):
+    for folder in (
+        location.join(root, tmp),
+        location.join(root, tmp.partition("/")[0]),
+        *[root] * probe.makes_root,
+    ):
         location.delete_empty(folder)
 
 
@@ -222,7 +238,14 @@ def main(stdin: BinaryIO) -> None:
     finally:
         if probe.after is not None:
             _tidy(probe)
-    print(json.dumps([{"name": c.name, "actors": c.actors, "busy_s": c.busy_s, "cpu_s": c.cpu_s} for c in costs]))
+    print(
+        json.dumps(
+            [
+                {"name": c.name, "actors": c.actors, "busy_s": c.busy_s, "cpu_s": c.cpu_s}
+                for c in costs
+            ]
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -71,7 +71,9 @@ def entries() -> list[Entry]:
             data = path.read_bytes()
             with foreign(str(path), remedy=""):
                 entry = Entry(**json.loads(data))
-                alive = entry.boot != here or lease.is_alive(int(entry.pid), float(entry.process_started))
+                alive = entry.boot != here or lease.is_alive(
+                    int(entry.pid), float(entry.process_started)
+                )
         except (OSError, UsageError):  # it ended between the two looks, or is no entry
             continue
         if alive:

@@ -72,7 +72,9 @@ class Became:
             skipped=dict(skipped or {}),
             boxes_dropped=len(self.dropped),
             boxes_from=frames_told(
-                self.boxes_from if out is not None else Counter(row.boxes_from for row in self.written if row.boxes_from)
+                self.boxes_from
+                if out is not None
+                else Counter(row.boxes_from for row in self.written if row.boxes_from)
             ),
         )
 
@@ -87,7 +89,12 @@ def became(root: str, work: pa.Table) -> Became:
     wanted = set(zip(shards, ids, strict=True))
     entries = list(journal.read_entries(root, sorted(set(shards) & journal.done_shards(root))))
     written, rejected, unread, dropped = (
-        [row for entry in entries for row in getattr(entry, name) if (entry.shard, row.image_id) in wanted]
+        [
+            row
+            for entry in entries
+            for row in getattr(entry, name)
+            if (entry.shard, row.image_id) in wanted
+        ]
         for name in ("written", "rejected", "unread", "dropped")
     )
     return Became(written=written, rejected=rejected, unread=unread, dropped=dropped)
@@ -123,7 +130,9 @@ def is_report(folder: str) -> bool:
     """Whether the report.json in `folder` is one of raypipe."""
     try:
         found = json.loads(location.read(location.join(folder, "report.json")))
-        return isinstance(found, dict) and {"run_id", "stages", "verdict", "versions"} <= found.keys()
+        return (
+            isinstance(found, dict) and {"run_id", "stages", "verdict", "versions"} <= found.keys()
+        )
     except Exception:
         return False
 
@@ -132,8 +141,14 @@ def check_report(folder: str | None) -> None:
     """Raise UsageError where a report in `folder`, given as --report, would overwrite what is none."""
     if folder is None:
         return
-    if not location.is_remote(folder) and os.path.exists(path := location.local_path(folder)) and not os.path.isdir(path):
-        raise UsageError(f"--report {folder!r} is a file. Nothing was started. Give a folder for the report.")
+    if (
+        not location.is_remote(folder)
+        and os.path.exists(path := location.local_path(folder))
+        and not os.path.isdir(path)
+    ):
+        raise UsageError(
+            f"--report {folder!r} is a file. Nothing was started. Give a folder for the report."
+        )
     taken = [name for name in FILES if location.exists(location.join(folder, name))]
     if taken and not is_report(folder):
         raise UsageError(
@@ -167,7 +182,12 @@ def leave_report(
 
 
 SHOWN_PER_REASON, SHOWN = 3, 12
-_HARMFUL = ("kills its process", "takes too long", "too many pixels", "too large for --actor-memory")
+_HARMFUL = (
+    "kills its process",
+    "takes too long",
+    "too many pixels",
+    "too large for --actor-memory",
+)
 """Reasons of images that would do to the driver what they did to an actor, or were kept from doing."""
 
 
@@ -182,7 +202,11 @@ def shown(work: pa.Table, rejected: list[Rejected]) -> list[dict[str, Any]]:
     harmless = pa.array([row.image_id for row in rows if row.reason not in _HARMFUL], pa.string())
     work = work.filter(pc.is_in(work.column("image_id"), harmless))
     data = Reader(threads=0, patience_s=0).read(work)
-    seen = {i: thumbnail(d) for i, d in zip(work.column("image_id").to_pylist(), data, strict=True) if isinstance(d, bytes)}
+    seen = {
+        i: thumbnail(d)
+        for i, d in zip(work.column("image_id").to_pylist(), data, strict=True)
+        if isinstance(d, bytes)
+    }
     return [{**asdict(row), "thumbnail": seen.get(row.image_id)} for row in rows]
 
 
@@ -190,7 +214,12 @@ def verdict_on(outcome: Outcome, settings: Settings) -> str | None:
     """Why a finished run counts as failed: rows lost or unread, or too many rejected. None: it does not."""
     report = outcome.report
     if report is not None:
-        lost = report["images_in"] - report["images_out"] - report["images_rejected"] - report["images_unread"]
+        lost = (
+            report["images_in"]
+            - report["images_out"]
+            - report["images_rejected"]
+            - report["images_unread"]
+        )
         if lost:
             return (
                 f"{lost} of {report['images_in']} images are unaccounted for: {report['images_out']} came out and "
@@ -199,7 +228,9 @@ def verdict_on(outcome: Outcome, settings: Settings) -> str | None:
     if outcome.unread:
         causes = Counter(row.detail for row in outcome.unread)
         again = (
-            "the same command tries them again" if settings.output else "nothing was kept, so they are tried when it is run again"
+            "the same command tries them again"
+            if settings.output
+            else "nothing was kept, so they are tried when it is run again"
         )
         without = "" if settings.resume else " without --no-resume"
         return (
@@ -208,11 +239,19 @@ def verdict_on(outcome: Outcome, settings: Settings) -> str | None:
         )
     share = len(outcome.rejected) / outcome.rows
     if share > settings.max_reject_fraction:
-        where = " or ".join(f for f in (settings.output and f"{settings.output}/{journal.STATE}", settings.report) if f)
+        where = " or ".join(
+            f
+            for f in (settings.output and f"{settings.output}/{journal.STATE}", settings.report)
+            if f
+        )
         first = outcome.rejected[0]
         return (
             f"{len(outcome.rejected)} of {outcome.rows} images were rejected ({100 * share:.1f}%), more than --max-reject-fraction "
             f"{settings.max_reject_fraction:g} allows; what was good is kept. The first: {first.uri}: {first.reason} ({first.detail}). "
-            + (f"All are in {where}/rejects.parquet." if where else "Give --report FOLDER to get them all.")
+            + (
+                f"All are in {where}/rejects.parquet."
+                if where
+                else "Give --report FOLDER to get them all."
+            )
         )
     return None

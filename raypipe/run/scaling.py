@@ -13,7 +13,10 @@ from typing import Any
 
 import ray
 from ray.data import DataContext, Dataset
-from ray.data._internal.actor_autoscaler.autoscaling_actor_pool import ActorPoolScalingRequest, AutoscalingActorConfig
+from ray.data._internal.actor_autoscaler.autoscaling_actor_pool import (
+    ActorPoolScalingRequest,
+    AutoscalingActorConfig,
+)
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data._internal.execution.operators.actor_pool_map_operator import _ActorPool
 
@@ -28,27 +31,55 @@ SEND_EVERY_S = 0.5
 def check() -> list[str]:
     """What of Ray's internals is not as this file needs it; empty: all of it is."""
     wanted: tuple[tuple[Any, Iterable[str]], ...] = (
-        (ExecutionCallback, ("on_execution_step", "after_execution_succeeds", "after_execution_fails")),
+        (
+            ExecutionCallback,
+            ("on_execution_step", "after_execution_succeeds", "after_execution_fails"),
+        ),
         (
             _ActorPool,
             (
-                *("num_running_actors", "num_active_actors", "num_pending_actors", "current_size", "scale", "refresh_actor_state"),
+                *(
+                    "num_running_actors",
+                    "num_active_actors",
+                    "num_pending_actors",
+                    "current_size",
+                    "scale",
+                    "refresh_actor_state",
+                ),
                 *("_update_rank", "_release_running_actor", "_try_remove_pending_actor"),
             ),
         ),
         (ActorPoolScalingRequest, ("upscale",)),
         (DataContext, ("set_config", "get_config")),
-        (Dataset, ("map_batches_internal",)),  # of pipeline.py: public to developers, so it may go too
+        (
+            Dataset,
+            ("map_batches_internal",),
+        ),  # of pipeline.py: public to developers, so it may go too
     )
-    missing = [f"{owner.__name__}.{name}" for owner, names in wanted for name in names if not hasattr(owner, name)]
-    named = {field.name for field in fields(AutoscalingActorConfig)} if is_dataclass(AutoscalingActorConfig) else set()
-    missing += [f"AutoscalingActorConfig.{name}" for name in ("min_size", "max_size", "initial_size") if name not in named]
+    missing = [
+        f"{owner.__name__}.{name}"
+        for owner, names in wanted
+        for name in names
+        if not hasattr(owner, name)
+    ]
+    named = (
+        {field.name for field in fields(AutoscalingActorConfig)}
+        if is_dataclass(AutoscalingActorConfig)
+        else set()
+    )
+    missing += [
+        f"AutoscalingActorConfig.{name}"
+        for name in ("min_size", "max_size", "initial_size")
+        if name not in named
+    ]
     if "custom_execution_callback_classes" not in {field.name for field in fields(DataContext)}:
         missing.append("DataContext.custom_execution_callback_classes")
     return missing
 
 
-def steer(context: DataContext, *, collector: ray.actor.ActorHandle, stages: dict[str, str]) -> None:
+def steer(
+    context: DataContext, *, collector: ray.actor.ActorHandle, stages: dict[str, str]
+) -> None:
     """Have executions under `context` tell `collector` of their actor pools, and give these the sizes that it wants.
 
     Args:
@@ -70,7 +101,9 @@ class _Steering(ExecutionCallback):
 
     def on_execution_step(self, executor) -> None:
         now = time.perf_counter()
-        if self._seen is None:  # what went before was no work: an execution that is told to may have waited for all its actors
+        if (
+            self._seen is None
+        ):  # what went before was no work: an execution that is told to may have waited for all its actors
             self._seen = self._sent = now
         if now - self._seen < LOOK_EVERY_S:
             return
@@ -111,7 +144,9 @@ class _Steering(ExecutionCallback):
                 continue
             if operator.has_completed():
                 if stage in self._views:
-                    self._views[stage] = replace(self._views[stage], running=0, pending=0, draining=0, queued=0, done=True)
+                    self._views[stage] = replace(
+                        self._views[stage], running=0, pending=0, draining=0, queued=0, done=True
+                    )
                 continue
             for of_ray in operator.get_autoscaling_actor_pools():
                 if stage not in self._pools:
@@ -152,7 +187,9 @@ class _Pool:
         self._count = of_ray.min_size()  # pools begin with a fixed size
         self.draining: set[ray.actor.ActorHandle] = set()
         self._rank = of_ray._update_rank
-        of_ray._update_rank = self._update_rank  # refresh_actor_state calls it for every actor, before every dispatch
+        of_ray._update_rank = (
+            self._update_rank
+        )  # refresh_actor_state calls it for every actor, before every dispatch
 
     def _update_rank(self, actor: ray.actor.ActorHandle, state: Any, died: bool) -> None:
         self._rank(actor=actor, state=state, died=died or actor in self.draining)
@@ -176,7 +213,9 @@ class _Pool:
             excess -= 1
         if excess > 0:
             # Those with the least to finish go first.
-            running = sorted(pool._running_actors.items(), key=lambda item: item[1].num_tasks_in_flight)
+            running = sorted(
+                pool._running_actors.items(), key=lambda item: item[1].num_tasks_in_flight
+            )
             free = [actor for actor, _ in running if actor not in self.draining]
             self.draining.update(free[:excess])
         pool.refresh_actor_state()
@@ -195,4 +234,6 @@ class _Pool:
                 self.draining.discard(actor)
         config, most = self._of_ray._config, self._count + len(self.draining)
         if (config.min_size, config.max_size) != (self._count, most):
-            self._of_ray._config = replace(config, min_size=self._count, max_size=most, initial_size=self._count)
+            self._of_ray._config = replace(
+                config, min_size=self._count, max_size=most, initial_size=self._count
+            )

@@ -54,7 +54,9 @@ def versions() -> dict[str, str]:
     for name in names:
         try:
             found[name] = version(name)
-        except ImportError:  # PackageNotFoundError: raypipe itself, when only its source travels with a job
+        except (
+            ImportError
+        ):  # PackageNotFoundError: raypipe itself, when only its source travels with a job
             found[name] = "source" if name == "raypipe" else "missing"
     return found
 
@@ -112,8 +114,13 @@ def room_here(settings: Settings, after: After | None = None, *, shard_bytes: in
         UsageError: it has not for as many as asked for.
     """
     memory = psutil.virtual_memory().total
-    stages = [(settings.actors, settings.backend)] + ([(after.actors, after.libraries)] if after else [])
-    each = max(ACTOR_BYTES[settings.backend] + shard_bytes, *(ACTOR_BYTES[libraries] for _, libraries in stages))
+    stages = [(settings.actors, settings.backend)] + (
+        [(after.actors, after.libraries)] if after else []
+    )
+    each = max(
+        ACTOR_BYTES[settings.backend] + shard_bytes,
+        *(ACTOR_BYTES[libraries] for _, libraries in stages),
+    )
     room = max(int(ROOM * memory / each), 2)
     asked = [(count, libraries) for count, libraries in stages if count != "auto"]
     needed = memory_for(asked) + (shard_bytes * settings.actors if settings.actors != "auto" else 0)
@@ -178,13 +185,22 @@ def size_pools(
     cpus = int(session.cores)
     wanted = {"preprocess": settings.actors} | ({after.name: after.actors} if after else {})
     fixed = {name: count for name, count in wanted.items() if count != "auto"}
-    seats = fixed[after.name] if after is not None and after.gpu else 0  # on GPUs, which take no CPU
+    seats = (
+        fixed[after.name] if after is not None and after.gpu else 0
+    )  # on GPUs, which take no CPU
     room = session.at_most + seats
     # What was timed of a stage that turns out to be on GPUs was timed on a CPU.
-    known = [replace(c, actors=fixed.get(c.name, 1)) for c in costs or () if not seats or after is None or c.name != after.name]
+    known = [
+        replace(c, actors=fixed.get(c.name, 1))
+        for c in costs or ()
+        if not seats or after is None or c.name != after.name
+    ]
     free = wanted.keys() - fixed.keys()
     if free and free <= {cost.name for cost in known}:
-        start_s = max(START_S[libraries] for libraries in (settings.backend, *([after.libraries] if after else [])))
+        start_s = max(
+            START_S[libraries]
+            for libraries in (settings.backend, *([after.libraries] if after else []))
+        )
         machine = planner.Machine(cores=session.cores, actors=session.at_most)
         counts = planner.best(known, machine, fixed=fixed, images=images, start_s=start_s)
     else:
@@ -207,7 +223,10 @@ def check_shared(file: str, *, option: str) -> None:
     sees = ray.remote(num_cpus=0)(os.path.exists)
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
     where = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
-    blind = sum(not seen for seen in ray.get([sees.options(scheduling_strategy=on).remote(file) for on in where]))
+    blind = sum(
+        not seen
+        for seen in ray.get([sees.options(scheduling_strategy=on).remote(file) for on in where])
+    )
     if blind:
         raise UsageError(
             f"{option} is a folder of this node, and {blind} of the cluster's {len(nodes)} nodes do not see it: what they wrote would stay with them, "
@@ -233,7 +252,9 @@ _OPENING = threading.Lock()
 
 
 @contextmanager
-def ray_session(settings: Settings, *, after: After | None = None, beside: int = 0, shard_bytes: int = 0) -> Iterator[Session]:
+def ray_session(
+    settings: Settings, *, after: After | None = None, beside: int = 0, shard_bytes: int = 0
+) -> Iterator[Session]:
     """Join the cluster that RAY_ADDRESS names, use the Ray that this process has already, or start one for this run alone.
 
     Within another ray_session it is that one, with its room: several runs then share what was opened once, for the largest of them.
@@ -294,7 +315,11 @@ each takes memory that is new to the actor that stores it: 25 to 60 ms a block, 
 def ray_here(*, num_cpus: int, **options: Any) -> Any:
     """Start a Ray on this machine that is this process's own; the arguments, and what is returned, are those of ray.init."""
     # 0 would free at once, but have Ray no longer look whether its store is full enough to spill.
-    own = {} if "RAY_free_objects_period_milliseconds" in os.environ else {"free_objects_period_milliseconds": FREE_EVERY_MS}
+    own = (
+        {}
+        if "RAY_free_objects_period_milliseconds" in os.environ
+        else {"free_objects_period_milliseconds": FREE_EVERY_MS}
+    )
     return ray.init(address="local", num_cpus=num_cpus, _system_config=own, **options)
 
 
@@ -319,7 +344,9 @@ def _opened(settings: Settings, after: After | None, beside: int, shard_bytes: i
                 f"RAY_ADDRESS to run on this machine alone."
             ) from error
         except Exception as error:
-            if type(error) is not Exception:  # Ray has no class of its own for a node that does not come up
+            if (
+                type(error) is not Exception
+            ):  # Ray has no class of its own for a node that does not come up
                 raise
             cause = raised_in_logs()
             raise TimeoutError(
@@ -412,7 +439,13 @@ def hardware(session: Session) -> dict[str, Any]:
 def processor() -> str:
     """What this machine's processor is called."""
     try:
-        named = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        named = [
+            line
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ]
     except OSError:
         named = []
-    return named[0].partition(":")[2].strip() if named else platform.processor() or platform.machine()
+    return (
+        named[0].partition(":")[2].strip() if named else platform.processor() or platform.machine()
+    )

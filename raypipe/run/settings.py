@@ -92,18 +92,29 @@ class Settings:
 
     def check(self) -> None:
         """Raises UsageError for a value that no run can use."""
-        positive = {"limit": self.limit, "actors": self.actors, "writers": self.writers, "threads": self.threads}
+        positive = {
+            "limit": self.limit,
+            "actors": self.actors,
+            "writers": self.writers,
+            "threads": self.threads,
+        }
         positive |= {"shard-rows": self.shard_rows, "max-pixels": self.max_pixels}
         for name, value in positive.items():
             if isinstance(value, int) and value < 1:
                 raise UsageError(f"--{name} is {value}; it must be at least 1.")
         for name, delay in (("read-ms", self.read_ms), ("store-ms", self.store_ms)):
             if not 0 <= delay < 3_600_000:
-                raise UsageError(f"--{name} is {delay}; it is milliseconds an image, from 0 to an hour's.")
+                raise UsageError(
+                    f"--{name} is {delay}; it is milliseconds an image, from 0 to an hour's."
+                )
         if not 0 <= self.read_patience < 86_400:
-            raise UsageError(f"--read-patience is {self.read_patience}; it is seconds, from 0 to a day's.")
+            raise UsageError(
+                f"--read-patience is {self.read_patience}; it is seconds, from 0 to a day's."
+            )
         if not 0 < self.image_seconds < math.inf:
-            raise UsageError(f"--image-seconds is {self.image_seconds}; it is seconds of CPU, more than 0.")
+            raise UsageError(
+                f"--image-seconds is {self.image_seconds}; it is seconds of CPU, more than 0."
+            )
         if not LEAST_MEMORY <= self.memory < 2**50:
             least = (ACTOR_BYTES[self.backend] + LEAST_MEMORY) / 1e9
             raise UsageError(
@@ -111,25 +122,37 @@ class Settings:
             )
         for name, given in {"layout": self.layout, "mlperf-cache": self.mlperf_cache}.items():
             if given is not None and self.format != "npy":
-                raise UsageError(f"--{name} {given} is for --format npy; this run writes {self.format}.")
-        if self.mlperf_cache is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.mlperf_cache):
+                raise UsageError(
+                    f"--{name} {given} is for --format npy; this run writes {self.format}."
+                )
+        if self.mlperf_cache is not None and not re.fullmatch(
+            r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.mlperf_cache
+        ):
             raise UsageError(
                 f"--mlperf-cache is {self.mlperf_cache!r}; it is the name of one of MLPerf's data sets, such as coco-300."
             )
         if not 1 <= self.quality <= 100:
             raise UsageError(f"--quality is {self.quality}; JPEG quality goes from 1 to 100.")
         if not 0 <= self.max_reject_fraction <= 1:
-            raise UsageError(f"--max-reject-fraction is {self.max_reject_fraction}; it is a share, from 0 to 1.")
+            raise UsageError(
+                f"--max-reject-fraction is {self.max_reject_fraction}; it is a share, from 0 to 1."
+            )
         if self.seed < 0:
             raise UsageError(f"--seed is {self.seed}; it must not be negative.")
-        if self.run_id is not None and not all(c.isalnum() or c in "-_." for c in self.run_id or "/"):
-            raise UsageError(f"--run-id is {self.run_id!r}; use letters, digits, '-', '_' and '.' only.")
+        if self.run_id is not None and not all(
+            c.isalnum() or c in "-_." for c in self.run_id or "/"
+        ):
+            raise UsageError(
+                f"--run-id is {self.run_id!r}; use letters, digits, '-', '_' and '.' only."
+            )
 
 
 def reading(settings: Settings) -> Reading:
     """How preprocess actors read the input."""
     # One reads ahead of the decoder, where reading waits; more only contend for the interpreter, unless each waits for a network.
-    local = not location.is_remote(settings.input) and os.path.isdir(root := location.local_path(settings.input))
+    local = not location.is_remote(settings.input) and os.path.isdir(
+        root := location.local_path(settings.input)
+    )
     threads = 8 if location.is_remote(settings.input) else 1
     return Reading(threads=threads, patience_s=settings.read_patience, root=root if local else None)
 
@@ -141,7 +164,9 @@ LEAST_MEMORY = 100_000_000
 def gpu_or_cpu(*, gpu: bool, cpu: bool) -> bool | None:
     """What --gpu and --cpu say of GPUs: they must be taken, must not, or (None) where there are enough. Raises UsageError if both were given."""
     if gpu and cpu:
-        raise UsageError("--gpu and --cpu were both given, but a model is on one of them. Leave one out.")
+        raise UsageError(
+            "--gpu and --cpu were both given, but a model is on one of them. Leave one out."
+        )
     return True if gpu else False if cpu else None
 
 
@@ -149,14 +174,18 @@ def check_trust(trust: tuple[str, ...]) -> None:
     """Raises UsageError for a --trust that names no attribute of a module."""
     for name in trust:
         if not all(name.partition(":")):
-            raise UsageError(f"--trust is {name!r}; it is module:name, as the checkpoint writes it, such as mymodels:make.")
+            raise UsageError(
+                f"--trust is {name!r}; it is module:name, as the checkpoint writes it, such as mymodels:make."
+            )
 
 
 def deciding(settings: Settings, recipe: Recipe) -> dict[str, Any]:
     """The settings that decide the results of a run, as JSON types: what an output directory must agree with."""
     quality = settings.quality if settings.format in ("jpeg", "webdataset") else None
     return {
-        "input": settings.input if settings.input.startswith("demo") else location.absolute(settings.input),
+        "input": settings.input
+        if settings.input.startswith("demo")
+        else location.absolute(settings.input),
         "annotations": settings.annotations and location.absolute(settings.annotations),
         "recipe": {key: value for key, value in to_json(recipe).items() if key != "description"},
         "backend": settings.backend,
@@ -186,7 +215,9 @@ def check_apart(settings: Settings) -> None:
 
 def result_names(settings: Settings) -> tuple[str, ...]:
     """What the results are called, relative to the output (`raypipe.data.journal.Made`)."""
-    one = {"webdataset": "shard-{shard}.tar", "parquet": "part-{shard}.parquet"}.get(settings.format)
+    one = {"webdataset": "shard-{shard}.tar", "parquet": "part-{shard}.parquet"}.get(
+        settings.format
+    )
     extension = {"jpeg": ".jpg", "png": ".png", "npy": ".npy"}.get(settings.format)
     if settings.mlperf_cache is not None:
         return (os.path.join(image_folder(settings), "{name}{suffix}.npy"),)
@@ -208,9 +239,13 @@ def check_cache_names(settings: Settings, work: pa.Table) -> None:
     """Raises UsageError where a file of --mlperf-cache would not have the name by which MLPerf looks for it."""
     if settings.mlperf_cache is None:
         return
-    for name, uri in zip(work.column("name").to_pylist(), work.column("uri").to_pylist(), strict=True):
+    for name, uri in zip(
+        work.column("name").to_pylist(), work.column("uri").to_pylist(), strict=True
+    ):
         path = location.path_of(uri)
-        if location.suffix(uri).lower() in CONTAINERS or not path.endswith(f"/{name}{location.suffix(uri)}"):
+        if location.suffix(uri).lower() in CONTAINERS or not path.endswith(
+            f"/{name}{location.suffix(uri)}"
+        ):
             raise UsageError(
                 f"--mlperf-cache names a file by its image file, and {uri!r} would become {name!r}: images of tars and Parquet files have no file "
                 f"of their own, and names that are taken or unsafe are changed. Leave out --mlperf-cache, or rename the image."
@@ -248,4 +283,8 @@ def image_folder(settings: Settings) -> str:
         # MLPerf's COCO loader puts this before the JSON's file names; the others take these as they are.
         images = ("val2017",) if settings.mlperf_cache.startswith("coco") else ()
         return "/".join(("preprocessed", settings.mlperf_cache, shape, *images))
-    return os.path.basename(location.path_of(location.absolute(settings.input)).rstrip("/")) if settings.annotations else ""
+    return (
+        os.path.basename(location.path_of(location.absolute(settings.input)).rstrip("/"))
+        if settings.annotations
+        else ""
+    )

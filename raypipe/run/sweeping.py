@@ -26,7 +26,14 @@ import pyarrow.parquet as pq
 import torch
 from ray.data import DataContext
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from raypipe import UsageError
 from raypipe.data import journal, lease, location
@@ -37,7 +44,15 @@ from raypipe.insight import planner, talk
 from raypipe.insight.claims import STAGES, Finding, Where, findings
 from raypipe.run import pipeline, result, training
 from raypipe.run.causes import Untouched
-from raypipe.run.session import Session, cores_here, joins, memory_for, processor, ray_session, versions
+from raypipe.run.session import (
+    Session,
+    cores_here,
+    joins,
+    memory_for,
+    processor,
+    ray_session,
+    versions,
+)
 from raypipe.run.settings import Settings as Preprocess
 from raypipe.run.settings import check_apart
 
@@ -55,7 +70,11 @@ START_AT_MOST_S = 600
 """Actors that are not there by then never will be."""
 
 _OF_STAGE = (
-    *(("busy_s", "busy_s_per_image"), ("cpu_s", "cpu_s_per_image"), ("core_wait_s", "core_wait_s_per_image")),
+    *(
+        ("busy_s", "busy_s_per_image"),
+        ("cpu_s", "cpu_s_per_image"),
+        ("core_wait_s", "core_wait_s_per_image"),
+    ),
     *((name, name) for name in ("busy", "starved", "blocked", "cpu_percent")),
 )
 """Columns of each stage, and where a report has them: seconds an image, shares of its actors' time, percent of all cores."""
@@ -150,19 +169,30 @@ class Settings:
 
     def check(self) -> None:
         """Raises UsageError for a value that no sweep can use."""
-        lists: dict[str, Sequence[int] | None] = {"actors": self.actors, "threads": self.threads, "workers": self.workers}
+        lists: dict[str, Sequence[int] | None] = {
+            "actors": self.actors,
+            "threads": self.threads,
+            "workers": self.workers,
+        }
         for name, counts in (lists | {"train-actors": self.train_actors}).items():
             if counts is not None and (not counts or min(counts) < 1):
-                raise UsageError(f"--{name} is {' '.join(map(str, counts)) or 'empty'}; each number must be at least 1.")
+                raise UsageError(
+                    f"--{name} is {' '.join(map(str, counts)) or 'empty'}; each number must be at least 1."
+                )
         for name, chosen in (("writers", self.writers), ("backends", self.backends)):
             if not chosen:
-                raise UsageError(f"--{name} is empty, so there would be nothing to measure. Give one or more.")
+                raise UsageError(
+                    f"--{name} is empty, so there would be nothing to measure. Give one or more."
+                )
         if self.repeats < 1:
             raise UsageError(f"--repeats is {self.repeats}; it must be at least 1.")
-        self.preprocess(Point(kind="preprocess", backend=self.backends[0], actors=1, threads=1)).check()
+        self.preprocess(
+            Point(kind="preprocess", backend=self.backends[0], actors=1, threads=1)
+        ).check()
         if self.train:
             self.training(
-                Point(kind="train", backend=self.backends[0], actors=1, threads=1, workers=1), storage=self.output
+                Point(kind="train", backend=self.backends[0], actors=1, threads=1, workers=1),
+                storage=self.output,
             ).check()
 
     @property
@@ -249,7 +279,10 @@ class Point:
             parts.append(several(self.writers, "writer") if self.writers else "nothing written")
         if self.threads > 1:
             parts.append(several(self.threads, "thread"))
-        return ", ".join(parts) + {"stored": ", stored once and read back", "ops": ", ops on the GPU"}.get(self.kind, "")
+        return ", ".join(parts) + {
+            "stored": ", stored once and read back",
+            "ops": ", ops on the GPU",
+        }.get(self.kind, "")
 
 
 def _writers(writing: str, actors: int) -> int:
@@ -266,18 +299,48 @@ def grid(settings: Settings, *, cores: float, gpus: int) -> list[Point]:
             for writing in settings.writers:
                 writers = _writers(writing, actors)
                 for threads in settings.threads if writing == "none" else (base,):
-                    found[Point(kind="preprocess", backend=backend, actors=actors, writers=writers, threads=threads)] = None
+                    found[
+                        Point(
+                            kind="preprocess",
+                            backend=backend,
+                            actors=actors,
+                            writers=writers,
+                            threads=threads,
+                        )
+                    ] = None
         if settings.writers != ("none",):
             few = max((n for n in settings.actors if n <= cores), default=min(settings.actors))
-            found[Point(kind="stored", backend=backend, actors=few, writers=few, threads=base)] = None
+            found[Point(kind="stored", backend=backend, actors=few, writers=few, threads=base)] = (
+                None
+            )
         if settings.train:
             device = "gpu" if gpus else "cpu"
             several = settings.workers or tuple(range(1, gpus + 1)) or (1, 2)
             if gpus:
-                found[Point(kind="ops", backend=backend, actors=1, workers=1, device=device, threads=base)] = None
-            pairs = [(actors, 1) for actors in settings.train_actors] + [(1, workers) for workers in several]
+                found[
+                    Point(
+                        kind="ops",
+                        backend=backend,
+                        actors=1,
+                        workers=1,
+                        device=device,
+                        threads=base,
+                    )
+                ] = None
+            pairs = [(actors, 1) for actors in settings.train_actors] + [
+                (1, workers) for workers in several
+            ]
             for actors, workers in pairs:
-                found[Point(kind="train", backend=backend, actors=actors, workers=workers, device=device, threads=base)] = None
+                found[
+                    Point(
+                        kind="train",
+                        backend=backend,
+                        actors=actors,
+                        workers=workers,
+                        device=device,
+                        threads=base,
+                    )
+                ] = None
     ordered = []
     for repeat in range(settings.repeats):
         points = [replace(point, repeat=repeat) for point in found]
@@ -298,7 +361,11 @@ def record(point: Point, report: Mapping[str, Any], *, kind: str) -> dict[str, A
         _, limit = planner.bound(*planner.of_report(report))
     except ValueError:
         limit = ""
-    of_stages = {f"{name}_{column}": stages[name][key] if name in stages else None for name in STAGES for column, key in _OF_STAGE}
+    of_stages = {
+        f"{name}_{column}": stages[name][key] if name in stages else None
+        for name in STAGES
+        for column, key in _OF_STAGE
+    }
     return {
         "kind": kind,
         "backend": point.backend,
@@ -356,7 +423,9 @@ def measure(point: Point, settings: Settings) -> list[dict[str, Any]]:
             first = replace(settings.preprocess(point, output=scratch), format="parquet")
             again = replace(first, input=scratch, output=None, annotations=None)
             return [run(first, "store"), run(again, "stored")]
-        return [run(settings.preprocess(point, output=scratch if point.writers else None), "preprocess")]
+        return [
+            run(settings.preprocess(point, output=scratch if point.writers else None), "preprocess")
+        ]
     finally:
         location.delete_folder(scratch)
 
@@ -387,8 +456,12 @@ def read_results(output: str) -> list[dict[str, Any]]:
         data = location.read(place)
     except FileNotFoundError:
         return []
-    remedy = "It is unknown what was measured. Remove it to measure again, or give another --output."
-    return read_table(data, RESULTS, f"the table of a sweep's results {place}", remedy=remedy).to_pylist()
+    remedy = (
+        "It is unknown what was measured. Remove it to measure again, or give another --output."
+    )
+    return read_table(
+        data, RESULTS, f"the table of a sweep's results {place}", remedy=remedy
+    ).to_pylist()
 
 
 def put_results(output: str, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -423,7 +496,10 @@ def deciding(settings: Settings) -> dict[str, Any]:
 def deciding_training(settings: Settings) -> dict[str, Any]:
     """What the rows of training share besides: kept apart, so that training can be measured later."""
     names = ("train_recipe", "model", "epochs", "batch_size")
-    return {"train_input": _absolute(settings.train_input), **{name: getattr(settings, name) for name in names}}
+    return {
+        "train_input": _absolute(settings.train_input),
+        **{name: getattr(settings, name) for name in names},
+    }
 
 
 def _absolute(place: str | None) -> str | None:
@@ -456,7 +532,9 @@ def _parts(settings: Settings) -> dict[str, dict[str, Any]]:
     """What decides the rows, by where it is noted: training apart, so that it can be added later."""
     parts = {settings.output: deciding(settings)}
     if settings.train:
-        parts[location.join(settings.output, f"{journal.STATE}/training")] = deciding_training(settings)
+        parts[location.join(settings.output, f"{journal.STATE}/training")] = deciding_training(
+            settings
+        )
     return parts
 
 
@@ -469,7 +547,11 @@ def look(settings: Settings) -> tuple[list[dict[str, Any]], bool]:
     root = settings.output
     lease.check(root, option="--output")
     clears = not settings.resume or journal.is_clearing(root)
-    ours = journal.read_made(root) is not None if not clears else location.exists(location.join(root, f"{journal.STATE}/run.json"))
+    ours = (
+        journal.read_made(root) is not None
+        if not clears
+        else location.exists(location.join(root, f"{journal.STATE}/run.json"))
+    )
     taken = [name for name in RESULT_FILES if location.exists(location.join(root, name))]
     if taken and not ours and not journal.is_clearing(root):
         raise UsageError(
@@ -478,7 +560,9 @@ def look(settings: Settings) -> tuple[list[dict[str, Any]], bool]:
         )
     if clears:
         return [], True
-    there = {place: journal.check_settings(place, wanted) for place, wanted in _parts(settings).items()}
+    there = {
+        place: journal.check_settings(place, wanted) for place, wanted in _parts(settings).items()
+    }
     return (read_results(root) if there[root] else []), False
 
 
@@ -492,10 +576,17 @@ def claim(settings: Settings, *, clears: bool) -> None:
 
 
 def leave(
-    settings: Settings, rows: Sequence[Mapping[str, Any]], *, gpus: int, command: str, left_out: Sequence[str] = ()
+    settings: Settings,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    gpus: int,
+    command: str,
+    left_out: Sequence[str] = (),
 ) -> list[Finding]:
     """Write the table and the page of what was measured so far."""
-    where = Where(cores=rows[0]["cores"], gpus=gpus, read_ms=settings.read_ms, store_ms=settings.store_ms)
+    where = Where(
+        cores=rows[0]["cores"], gpus=gpus, read_ms=settings.read_ms, store_ms=settings.store_ms
+    )
     days = sorted({row["at"][:10] for row in rows})
     about = {
         "command": command,
@@ -535,11 +626,16 @@ def run(settings: Settings, *, console: Console) -> Swept:
         backend_module(backend).check(looked.recipe)
     if settings.train:
         training.plan(
-            settings.training(Point(kind="train", backend="opencv", actors=1, threads=1, workers=1), storage=settings.output)
+            settings.training(
+                Point(kind="train", backend="opencv", actors=1, threads=1, workers=1),
+                storage=settings.output,
+            )
         )
     rows, clears = look(settings)
     command = shlex.join(["python", *sys.argv])
-    beside = max(settings.workers or (2,)) if settings.train and not torch.cuda.is_available() else 0
+    beside = (
+        max(settings.workers or (2,)) if settings.train and not torch.cuda.is_available() else 0
+    )
     console.print("Starting Ray ...", highlight=False)
     writing = pipeline.writing(largest, looked.recipe)
     with contextlib.ExitStack() as stack:
@@ -550,16 +646,25 @@ def run(settings: Settings, *, console: Console) -> Swept:
         if joined:
             _check_room(settings, session)
         tell = partial(console.print, markup=False, highlight=False)
-        held = stack.enter_context(lease.hold(settings.output, run_id="sweep", option="--output", tell=tell))
+        held = stack.enter_context(
+            lease.hold(settings.output, run_id="sweep", option="--output", tell=tell)
+        )
         claim(settings, clears=clears)
-        left_out = [] if joined else [str(point) for point in points if not point.repeat and not _fits(point)]
+        left_out = (
+            []
+            if joined
+            else [str(point) for point in points if not point.repeat and not _fits(point)]
+        )
         if left_out:
             points = [point for point in points if _fits(point)]
             console.print(f"Left out for want of memory: {'; '.join(left_out)}.", highlight=False)
         done = {_is_of(row) for row in rows}
         left = [point for point in points if point not in done]
         if len(left) < len(points):
-            console.print(f"{len(points) - len(left)} of {len(points)} points are measured already.", highlight=False)
+            console.print(
+                f"{len(points) - len(left)} of {len(points)} points are measured already.",
+                highlight=False,
+            )
         # Once before, so that no point is the one that reads from a cold disk.
         for _ in Reader(threads=8).read(looked.work):
             pass
@@ -577,21 +682,31 @@ def run(settings: Settings, *, console: Console) -> Swept:
         except Untouched as error:  # of the run of one point: the sweep has rows all the same
             raise KeyboardInterrupt from error
         finally:
-            found = leave(settings, rows, gpus=gpus, command=command, left_out=left_out) if rows else []
+            found = (
+                leave(settings, rows, gpus=gpus, command=command, left_out=left_out) if rows else []
+            )
     warning = talk.disturbed(rows, Where(cores=session.cores))
     return Swept(findings=found, warning=warning, failure=failure)
 
 
 def _largest(settings: Settings, *, joined: bool) -> Point:
     """The point with the most actors, of those that this machine has the memory for; of a cluster that is joined this is not known."""
-    counts = [(actors, _writers(writing, actors)) for actors in settings.actors for writing in settings.writers]
+    counts = [
+        (actors, _writers(writing, actors))
+        for actors in settings.actors
+        for writing in settings.writers
+    ]
     counts += [(actors, 0) for actors in settings.train_actors] if settings.train else []
     points = [
         Point(kind="preprocess", backend=backend, actors=actors, writers=also, threads=1)
         for backend in settings.backends
         for actors, also in counts
     ]
-    return max((point for point in points if joined or _fits(point)), default=min(points, key=_actors), key=_actors)
+    return max(
+        (point for point in points if joined or _fits(point)),
+        default=min(points, key=_actors),
+        key=_actors,
+    )
 
 
 def _actors(point: Point) -> int:
@@ -624,7 +739,9 @@ def _progress(console: Console, total: int) -> Iterator[Callable[[Point, Mapping
         TimeRemainingColumn(),
     )
     # Points take from seconds to a minute: of the last few alone the estimate would jump.
-    with Progress(*columns, console=console, speed_estimate_period=1e9, disable=not console.is_terminal) as progress:
+    with Progress(
+        *columns, console=console, speed_estimate_period=1e9, disable=not console.is_terminal
+    ) as progress:
         task = progress.add_task("points", total=total)
         done = 0
 
@@ -632,10 +749,25 @@ def _progress(console: Console, total: int) -> Iterator[Callable[[Point, Mapping
             nonlocal done
             done += 1
             progress.update(task, completed=done)
-            took = "no time known" if row["time_s"] is None else f"{row['time_s']:.2f} s, {row['images_per_s']:.0f} images/s"
+            took = (
+                "no time known"
+                if row["time_s"] is None
+                else f"{row['time_s']:.2f} s, {row['images_per_s']:.0f} images/s"
+            )
             cpu = "" if row["cpu_percent"] is None else f", CPU {row['cpu_percent']:.0f}%"
             left_s = (time.perf_counter() - begun) / done * (total - done)
-            left = "" if console.is_terminal else f"; {left_s / 60:.0f} min left" if left_s >= 60 else f"; {left_s:.0f} s left"
-            console.print(f"{done}/{total} {point}: {took}{cpu}{left}", markup=False, highlight=False, soft_wrap=True)
+            left = (
+                ""
+                if console.is_terminal
+                else f"; {left_s / 60:.0f} min left"
+                if left_s >= 60
+                else f"; {left_s:.0f} s left"
+            )
+            console.print(
+                f"{done}/{total} {point}: {took}{cpu}{left}",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
 
         yield show

@@ -39,7 +39,10 @@ class Uneven(ray.train.DataConfig):
     """Hands each block to the worker with the fewest rows so far. Ray Train's own way would drop rows to make the numbers equal."""
 
     def configure(self, datasets, world_size, worker_handles, worker_node_ids, **kwargs):
-        splits = {name: dataset.streaming_split(world_size, equal=False) for name, dataset in datasets.items()}
+        splits = {
+            name: dataset.streaming_split(world_size, equal=False)
+            for name, dataset in datasets.items()
+        }
         return [{name: parts[rank] for name, parts in splits.items()} for rank in range(world_size)]
 
 

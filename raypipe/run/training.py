@@ -190,15 +190,25 @@ class Settings:
             "workers": self.workers,
             "keep": self.keep,
         }
-        positive |= {"worker-threads": self.worker_threads, "checkpoint-every": self.checkpoint_every}
+        positive |= {
+            "worker-threads": self.worker_threads,
+            "checkpoint-every": self.checkpoint_every,
+        }
         for name, value in positive.items():
             if value is not None and value < 1:
                 raise UsageError(f"--{name} is {value}; it must be at least 1.")
         above_zero = {"lr": self.lr}
-        not_negative = {"momentum": self.momentum, "weight-decay": self.weight_decay, "clip": self.clip, "retries": self.retries}
+        not_negative = {
+            "momentum": self.momentum,
+            "weight-decay": self.weight_decay,
+            "clip": self.clip,
+            "retries": self.retries,
+        }
         for name, number in (above_zero | not_negative).items():
             if not np.isfinite(number) or number < 0 or (name in above_zero and number == 0):
-                raise UsageError(f"--{name} is {number}; it must be {'above 0' if name in above_zero else 'at least 0'}.")
+                raise UsageError(
+                    f"--{name} is {number}; it must be {'above 0' if name in above_zero else 'at least 0'}."
+                )
         for name, share in {"holdout": self.holdout, "warmup": self.warmup}.items():
             if not 0 <= share < 1:
                 raise UsageError(f"--{name} is {share}; it is a share, from 0 to less than 1.")
@@ -236,7 +246,9 @@ class Settings:
             "shard_rows",
         )
         return Preprocess(
-            **{name: getattr(self, name) for name in names}, max_reject_fraction=self.max_reject_fraction, run_id=self.run_id
+            **{name: getattr(self, name) for name in names},
+            max_reject_fraction=self.max_reject_fraction,
+            run_id=self.run_id,
         )
 
     @property
@@ -245,9 +257,13 @@ class Settings:
         try:
             found = json.loads(self.model_arguments)
         except ValueError as error:
-            raise UsageError(f"--model-arguments {self.model_arguments!r} is not JSON: {error}") from error
+            raise UsageError(
+                f"--model-arguments {self.model_arguments!r} is not JSON: {error}"
+            ) from error
         if not isinstance(found, dict):
-            raise UsageError(f'--model-arguments {self.model_arguments!r} must be an object, like {{"detections_per_img": 50}}')
+            raise UsageError(
+                f'--model-arguments {self.model_arguments!r} must be an object, like {{"detections_per_img": 50}}'
+            )
         return found
 
 
@@ -282,12 +298,18 @@ def plan(settings: Settings) -> Todo:
     recipe = catalog.get(settings.recipe)
     on_device = settings.ops_on == "device"
     backend_module("torchvision" if on_device else settings.backend).check(recipe)
-    backend_module(settings.backend).check(for_evaluation(recipe))  # which actors make what is judged on with
+    backend_module(settings.backend).check(
+        for_evaluation(recipe)
+    )  # which actors make what is judged on with
     detection.check(settings.model, recipe.fixed_size)
-    found = look(settings.input, annotations=settings.annotations, limit=settings.limit, seed=settings.seed)
+    found = look(
+        settings.input, annotations=settings.annotations, limit=settings.limit, seed=settings.seed
+    )
     listed = found.rows
     if settings.holdout_input is not None:
-        held = list_images(settings.holdout_input, annotations=settings.holdout_annotations, seed=settings.seed)
+        held = list_images(
+            settings.holdout_input, annotations=settings.holdout_annotations, seed=settings.seed
+        )
     else:
         listed, held = split(listed, share=settings.holdout, seed=settings.seed)
     source = wanted_by(listed, needs_boxes=recipe.needs_boxes, drops_crowds=recipe.drops_crowds)
@@ -315,7 +337,9 @@ def plan(settings: Settings) -> Todo:
         **{name: getattr(settings, name) for name in _PASSED_ON},
     )
     deciding = {
-        "input": settings.input if settings.input.startswith("demo") else location.absolute(settings.input),
+        "input": settings.input
+        if settings.input.startswith("demo")
+        else location.absolute(settings.input),
         "images": _told_apart(source),
         "holdout": _told_apart(held),
         "recipe": {key: value for key, value in to_json(recipe).items() if key != "description"},
@@ -355,7 +379,18 @@ _DECIDING = (
     *("warmup", "clip", "amp"),
 )
 _PASSED_ON = (
-    *("epochs", "batch_size", "optimizer", "lr", "momentum", "weight_decay", "schedule", "warmup", "amp", "compile"),
+    *(
+        "epochs",
+        "batch_size",
+        "optimizer",
+        "lr",
+        "momentum",
+        "weight_decay",
+        "schedule",
+        "warmup",
+        "amp",
+        "compile",
+    ),
     *("seed", "checkpoint_every", "trust"),
 )
 
@@ -363,7 +398,10 @@ _PASSED_ON = (
 def _told_apart(source: pa.Table) -> dict[str, Any]:
     """What tells one list of images from another: their number, and a digest of their ids in order."""
     ids = "\n".join(source.column("image_id").to_pylist())
-    return {"count": source.num_rows, "digest": blake2b(ids.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()}
+    return {
+        "count": source.num_rows,
+        "digest": blake2b(ids.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest(),
+    }
 
 
 def check_learnable(source: pa.Table, listed: pa.Table, input: str) -> None:
@@ -375,7 +413,9 @@ def check_learnable(source: pa.Table, listed: pa.Table, input: str) -> None:
         return
     counts = _boxes_of(listed)
     if not counts["boxes"]:
-        raise UsageError(f"No image of {input!r} has labelled boxes, so there is nothing to learn. Give --annotations.")
+        raise UsageError(
+            f"No image of {input!r} has labelled boxes, so there is nothing to learn. Give --annotations."
+        )
     raise UsageError(
         f"The {counts['boxes']} boxes of {input!r} leave nothing to learn: {counts['crowds']} are crowds (iscrowd), and "
         f"{counts['without an area']} have no area or are no numbers. Nothing was started. Annotate single objects, or mend the boxes."
@@ -392,7 +432,9 @@ def _boxes_of(source: pa.Table) -> Counter[str]:
         counts["boxes"] += len(boxes)
         counts["crowds"] += int(crowd.sum())
         counts["without an area"] += int((~good & ~crowd).sum())
-        counts["learnable"] += int((good & ~crowd).sum()) if len(labels) == len(boxes) else len(boxes)
+        counts["learnable"] += (
+            int((good & ~crowd).sum()) if len(labels) == len(boxes) else len(boxes)
+        )
     return counts
 
 
@@ -432,7 +474,9 @@ def run(settings: Settings, *, console: Console | None = None) -> Outcome:
         raise
 
 
-def _run(settings: Settings, console: Console, *, started: float, touch: Callable[[], None]) -> Outcome:
+def _run(
+    settings: Settings, console: Console, *, started: float, touch: Callable[[], None]
+) -> Outcome:
     storage = location.absolute(settings.storage)
     say(console, f"Listing {settings.input} ...")
     todo = plan(settings)
@@ -445,20 +489,50 @@ def _run(settings: Settings, console: Console, *, started: float, touch: Callabl
     run_id = settings.run_id or f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
     if folder is not None and progress.epoch == settings.epochs:
         skipped = todo.skipped
-        return _nothing_left(settings, storage, progress, folder, console=console, run_id=run_id, total=total, skipped=skipped)
+        return _nothing_left(
+            settings,
+            storage,
+            progress,
+            folder,
+            console=console,
+            run_id=run_id,
+            total=total,
+            skipped=skipped,
+        )
     if folder is not None:
-        say(console, f"Going on from {folder}: {progress.rows} of {total} rows are done, in {progress.step} steps.")
+        say(
+            console,
+            f"Going on from {folder}: {progress.rows} of {total} rows are done, in {progress.step} steps.",
+        )
     before = progress.rows
     say(console, "Starting Ray ..." if not os.environ.get("RAY_ADDRESS") else "Joining Ray ...")
-    alone = ray_session(_sized(settings), beside=_cpus_for_workers(settings), shard_bytes=todo.shard_bytes)
+    alone = ray_session(
+        _sized(settings), beside=_cpus_for_workers(settings), shard_bytes=todo.shard_bytes
+    )
     with probes.started(_probe(settings, todo)) as timing, alone as session:
-        on_gpu = on_gpus(settings.workers, "workers", must=gpu_or_cpu(gpu=settings.gpu, cpu=settings.cpu), session=session)
+        on_gpu = on_gpus(
+            settings.workers,
+            "workers",
+            must=gpu_or_cpu(gpu=settings.gpu, cpu=settings.cpu),
+            session=session,
+        )
         timed = probes.finish(timing)
         pools = size_pools(_sized(settings), None, session, images=total)
         with (
-            _claimed(settings, storage, run_id, session, clears=clears, seen=folder, console=console, touch=touch) as check,
+            _claimed(
+                settings,
+                storage,
+                run_id,
+                session,
+                clears=clears,
+                seen=folder,
+                console=console,
+                touch=touch,
+            ) as check,
             registered(run_id, address=session.address, output=settings.storage),
-            collecting(run_id, _facts(settings, todo, session, rows=total - before, on_gpu=on_gpu)) as collector,
+            collecting(
+                run_id, _facts(settings, todo, session, rows=total - before, on_gpu=on_gpu)
+            ) as collector,
         ):
             board = ray.remote(Board).options(**beside_driver()).remote()
             say(console, _opening(run_id, settings, todo, session, pools, on_gpu))
@@ -467,7 +541,14 @@ def _run(settings: Settings, console: Console, *, started: float, touch: Callabl
             begun, begun_at = time.perf_counter(), time.time()
             collector.begin.remote(begun_at)
             held = _held_out(todo, settings, pools, session, run_id)
-            watch = Watch(console, total, collector, begun_at=begun_at, before=(before, progress.rejected), rows=before)
+            watch = Watch(
+                console,
+                total,
+                collector,
+                begun_at=begun_at,
+                before=(before, progress.rejected),
+                rows=before,
+            )
             failures = attempt = 0
             said: str | None = None
             while True:
@@ -557,8 +638,17 @@ def _nothing_left(
             boxes_dropped=len(progress.dropped),
             boxes_from=result.frames_told(progress.boxes_from),
         )
-        report = reports.unmeasured(run_id=run_id, settings=asdict(settings), versions=versions(), counts=counts)
-        unknown = ("attempts", "workers", "accelerator_utilisation", "wait_share", "break_even", "holdout_rejected")
+        report = reports.unmeasured(
+            run_id=run_id, settings=asdict(settings), versions=versions(), counts=counts
+        )
+        unknown = (
+            "attempts",
+            "workers",
+            "accelerator_utilisation",
+            "wait_share",
+            "break_even",
+            "holdout_rejected",
+        )
         report["train"] = dict.fromkeys(unknown) | {
             "epochs": progress.epochs,
             "steps": progress.step,
@@ -583,7 +673,9 @@ def _claimed(
     """The storage for this run alone, cleared where that is asked for. Yields what raises LeaseLost once it is not."""
     with lease.hold(storage, run_id=run_id, option="--storage", tell=partial(say, console)) as held:
         if session.nodes > 1 and not location.is_remote(storage):
-            check_shared(location.join(storage, lease.FILE), option=f"--storage {settings.storage!r}")
+            check_shared(
+                location.join(storage, lease.FILE), option=f"--storage {settings.storage!r}"
+            )
         there = checkpoints.all_in(storage)
         if not clears and (there[-1] if there else None) != seen:
             raise UsageError(
@@ -605,7 +697,9 @@ def _check_row_log(folder: str | None) -> None:
     if folder is None or not os.path.exists(folder):
         return
     if not os.path.isdir(folder):
-        raise UsageError(f"--row-log {folder!r} is a file. Nothing was started. Give a folder for the logs.")
+        raise UsageError(
+            f"--row-log {folder!r} is a file. Nothing was started. Give a folder for the logs."
+        )
     for path in sorted(Path(folder).glob("*.jsonl")):
         try:
             with path.open() as file:
@@ -654,10 +748,14 @@ def _facts(settings: Settings, todo: Todo, session: Session, *, rows: int, on_gp
 
 def _cpus_for_workers(settings: Settings) -> int:
     """Logical CPUs that the training workers take: one each, none where they are on GPUs."""
-    return 0 if settings.gpu or (not settings.cpu and torch.cuda.is_available()) else settings.workers
+    return (
+        0 if settings.gpu or (not settings.cpu and torch.cuda.is_available()) else settings.workers
+    )
 
 
-def _opening(run_id: str, settings: Settings, todo: Todo, session: Session, pools: Pools, on_gpu: bool) -> str:
+def _opening(
+    run_id: str, settings: Settings, todo: Todo, session: Session, pools: Pools, on_gpu: bool
+) -> str:
     images = todo.work.num_rows // settings.epochs
     dashboard = f"; Ray dashboard: http://{session.dashboard}" if session.dashboard else ""
     return (
@@ -677,7 +775,9 @@ class HeldOut:
     dropped: Sequence[dict[str, Any]] = ()
 
 
-def _held_out(todo: Todo, settings: Settings, pools: Pools, session: Session, run_id: str) -> HeldOut:
+def _held_out(
+    todo: Todo, settings: Settings, pools: Pools, session: Session, run_id: str
+) -> HeldOut:
     """Make the blocks to judge on, once: without chance they are the same in each epoch."""
     if not todo.holdout.num_rows:
         return HeldOut()
@@ -697,9 +797,14 @@ def _held_out(todo: Todo, settings: Settings, pools: Pools, session: Session, ru
         made = dataset.materialize()
     refs = made.to_arrow_refs()
     rejected, dropped = 0, list[dict[str, Any]]()
-    for block in made.select_columns([*journal.REJECTS.names, "boxes_dropped"]).iter_batches(batch_format="pyarrow"):
+    for block in made.select_columns([*journal.REJECTS.names, "boxes_dropped"]).iter_batches(
+        batch_format="pyarrow"
+    ):
         for row in block.to_pylist():
-            dropped += [{"image_id": row["image_id"], "uri": row["uri"], **box} for box in row.pop("boxes_dropped") or ()]
+            dropped += [
+                {"image_id": row["image_id"], "uri": row["uri"], **box}
+                for box in row.pop("boxes_dropped") or ()
+            ]
             if row["reason"] is not None:
                 check_read(row)
                 rejected += 1
@@ -708,22 +813,37 @@ def _held_out(todo: Todo, settings: Settings, pools: Pools, session: Session, ru
 
 def _probe(settings: Settings, todo: Todo) -> probes.Probe:
     """Times what storing preprocessed images and reading them again would cost, for the report's break-even."""
-    after = pipeline.writing(replace(settings.preprocessing, output=settings.storage, format="parquet"), todo.recipe)
-    how: dict[str, Any] = {"threads": settings.threads, "reading": reading(settings.preprocessing), "read_ms": settings.read_ms}
+    after = pipeline.writing(
+        replace(settings.preprocessing, output=settings.storage, format="parquet"), todo.recipe
+    )
+    how: dict[str, Any] = {
+        "threads": settings.threads,
+        "reading": reading(settings.preprocessing),
+        "read_ms": settings.read_ms,
+    }
     pixels = replace(_pixels(todo, settings), decode_only=False)
-    return probes.Probe(rows=todo.work, settings=pixels, after=after, store_ms=0.0, stored=True, **how)
+    return probes.Probe(
+        rows=todo.work, settings=pixels, after=after, store_ms=0.0, stored=True, **how
+    )
 
 
-def _break_even(report: dict[str, Any], timed: list[planner.StageCost], todo: Todo) -> dict[str, Any]:
+def _break_even(
+    report: dict[str, Any], timed: list[planner.StageCost], todo: Todo
+) -> dict[str, Any]:
     """What the report says of the two designs: preprocessing continuously, or once into a store and training from there."""
     if todo.recipe.random:
         why = "The recipe draws anew in each epoch, which stored images cannot: only continuous preprocessing gives these."
         return {"epochs": None, "reason": why}
     if todo.training.left is not None:
-        return {"epochs": None, "reason": "The recipe's ops are done on the training device: there is nothing to store."}
+        return {
+            "epochs": None,
+            "reason": "The recipe's ops are done on the training device: there is nothing to store.",
+        }
     try:
         measured, machine = planner.of_report(report)
-        costs = {cost.name: cost for cost in [*timed, *measured]}  # what the run itself measured counts more
+        costs = {
+            cost.name: cost for cost in [*timed, *measured]
+        }  # what the run itself measured counts more
         stages = {name: costs[name] for name in ("preprocess", "write", "stored", "train")}
     except (ValueError, KeyError):
         return {"epochs": None, "reason": "Too little was measured to tell."}
@@ -778,7 +898,9 @@ def _attempt(
     left = todo.work
     if resume is not None:
         at = checkpoints.load(resume, trusted=settings.trust)
-        left = untouched(left, epoch=at.progress.epoch, image_ids=pa.array(at.consumed, pa.string()))
+        left = untouched(
+            left, epoch=at.progress.epoch, image_ids=pa.array(at.consumed, pa.string())
+        )
     datasets = {}
     if left.num_rows:
         datasets["train"] = preprocessed(
@@ -854,7 +976,9 @@ def _fit(trainer: TorchTrainer, check: Callable[[], None]) -> None:
         raise ended[0]
 
 
-def _give_up(error: ray.train.TrainingFailedError, failures: int, settings: Settings, *, before: str | None) -> None:
+def _give_up(
+    error: ray.train.TrainingFailedError, failures: int, settings: Settings, *, before: str | None
+) -> None:
     """Raises what ends the run: what the user must change, a failure too often repeated, or an error of the code's own that came twice."""
     chain = list(causes(error))
     for cause in chain:
@@ -886,15 +1010,27 @@ def _report(
     timed: list[planner.StageCost],
 ) -> dict[str, Any]:
     workers = [worker for attempt in watch.workers for worker in attempt]
-    spent = {what: sum(worker[what] for worker in workers) for what in ("wait", "step", "evaluate", "checkpoint", "wall")}
+    spent = {
+        what: sum(worker[what] for worker in workers)
+        for what in ("wait", "step", "evaluate", "checkpoint", "wall")
+    }
     busy = spent["step"] + spent["evaluate"] + spent["checkpoint"]
     count = settings.workers
     if snapshot != reports.NOTHING_SEEN:
         snapshot["pools"]["train"] = asdict(
-            PoolView(start=count, min=count, max=count, end=count, actor_s=spent["wall"], starved_s=spent["wait"])
+            PoolView(
+                start=count,
+                min=count,
+                max=count,
+                end=count,
+                actor_s=spent["wall"],
+                starved_s=spent["wait"],
+            )
         )
     mine = [actor for actor in snapshot["actors"] if actor["stage"] == "train"]
-    for actor in mine:  # the meter counts what the feeding thread does meanwhile; the workers know better
+    for (
+        actor
+    ) in mine:  # the meter counts what the feeding thread does meanwhile; the workers know better
         actor["busy_s"] = busy / len(mine)
     reasons = Counter(row["reason"] for row in progress.rejects)
     report = reports.build(

@@ -49,7 +49,10 @@ class Tracks:
         with path.open("r+b") as file:
             self._at = mmap.mmap(file.fileno(), self._POSITION.size)
         self._limit_s = image_seconds
-        self._since: tuple[int, float] = (-1, 0.0)  # the row, and the process's CPU seconds when it began
+        self._since: tuple[int, float] = (
+            -1,
+            0.0,
+        )  # the row, and the process's CPU seconds when it began
         if math.isfinite(image_seconds):
             threading.Thread(target=self._watch, name="raypipe-image-seconds", daemon=True).start()
 
@@ -75,9 +78,15 @@ class Tracks:
             if at == shard:
                 deaths[row] += 1
                 late |= {row} if took_too_long else set()
-        killing = Reject("kills its process", f"the preprocess actor died {TRIES} times while at this image")
+        killing = Reject(
+            "kills its process", f"the preprocess actor died {TRIES} times while at this image"
+        )
         slow = Reject("takes too long", f"more than --image-seconds {self._limit_s:g} of CPU")
-        return {row: slow if row in late else killing for row, count in deaths.items() if count >= TRIES or row in late}
+        return {
+            row: slow if row in late else killing
+            for row, count in deaths.items()
+            if count >= TRIES or row in late
+        }
 
     def mark(self, shard: int, row: int) -> None:
         """This process is now at `row` of `shard`; -1, -1: at none."""

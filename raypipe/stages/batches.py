@@ -54,16 +54,25 @@ def rows_of(block: pa.Table) -> Iterator[Row]:
     """The rows of a block (schema BLOCK), their pixels as views of it."""
     boxes, labels, crowds = (unlist(block.column(name)) for name in ("boxes", "labels", "crowds"))
     names = ("epoch", "image_id", "uri", "reason", "detail", "boxes_dropped", "boxes_from")
-    for at, (row, image) in enumerate(zip(block.select(names).to_pylist(), images_of(block), strict=True)):
+    for at, (row, image) in enumerate(
+        zip(block.select(names).to_pylist(), images_of(block), strict=True)
+    ):
         yield Row(
             epoch=row["epoch"],
             image_id=row["image_id"],
             pixels=image,
             boxes=boxes[at],
-            labels=labels[at] if len(boxes[at]) else labels[at][:0],  # of the whole image: nothing that a detector learns
+            labels=labels[at]
+            if len(boxes[at])
+            else labels[at][:0],  # of the whole image: nothing that a detector learns
             crowds=crowds[at],
-            reject=None if image is not None else {name: row[name] or "" for name in ("image_id", "uri", "reason", "detail")},
-            dropped=[{"image_id": row["image_id"], "uri": row["uri"], **box} for box in row["boxes_dropped"] or ()],
+            reject=None
+            if image is not None
+            else {name: row[name] or "" for name in ("image_id", "uri", "reason", "detail")},
+            dropped=[
+                {"image_id": row["image_id"], "uri": row["uri"], **box}
+                for box in row["boxes_dropped"] or ()
+            ],
             boxes_from=row["boxes_from"],
             damaged=image is not None and row["detail"] is not None,
         )
@@ -72,7 +81,9 @@ def rows_of(block: pa.Table) -> Iterator[Row]:
 def check_read(reject: Mapping[str, str]) -> None:
     """Raise StoreError where a row without pixels is none that was rejected, but one that no store gave."""
     if reject["reason"] == UNREAD:
-        raise StoreError(f"{reject['uri']} could not be read ({reject['detail']}), and without it a row would be missed")
+        raise StoreError(
+            f"{reject['uri']} could not be read ({reject['detail']}), and without it a row would be missed"
+        )
 
 
 def batches(blocks: Iterable[pa.Table], size: int) -> Iterator[Batch]:
@@ -122,7 +133,15 @@ class Placer:
             would have. None: blocks are as the recipe makes them.
     """
 
-    def __init__(self, device: torch.device, finish: Finish, classes: Classes, *, left: Recipe | None = None, seed: int = 0):
+    def __init__(
+        self,
+        device: torch.device,
+        finish: Finish,
+        classes: Classes,
+        *,
+        left: Recipe | None = None,
+        seed: int = 0,
+    ):
         self._device = device
         # The models want channels first and float32; autocast makes bf16 of it where that is wanted.
         self._finish = replace(finish, layout="chw", dtype="float32")
@@ -146,7 +165,10 @@ class Placer:
             return
         stream = torch.cuda.current_stream(self._device)
         stream.wait_event(placed.ready)
-        for tensor in [*placed.images, *(tensor for target in placed.targets for tensor in target.values())]:
+        for tensor in [
+            *placed.images,
+            *(tensor for target in placed.targets for tensor in target.values()),
+        ]:
             tensor.record_stream(stream)
 
     def _made(self, batch: Batch) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
@@ -156,7 +178,11 @@ class Placer:
         if self._left is None:
             sizes = {row.pixels.shape for row in rows if row.pixels is not None}
             pixels = [row.pixels for row in rows if row.pixels is not None]
-            images = self._sent(pixels) if len(sizes) == 1 else [self._sent([image])[0] for image in pixels]
+            images = (
+                self._sent(pixels)
+                if len(sizes) == 1
+                else [self._sent([image])[0] for image in pixels]
+            )
         else:
             rows, images = self._executed(rows, self._left)
         return self._finished(images), self._targets(rows)
@@ -168,8 +194,13 @@ class Placer:
         for at, row in enumerate(rows):
             assert row.pixels is not None
             size = row.pixels.shape[:2]
-            plan = recipe.plan(seed=self._seed, epoch=row.epoch, image_id=row.image_id, size=size, boxes=row.boxes)
-            labels, crowds = (left_of(values, plan.keep, boxes=len(row.boxes)) for values in (row.labels, row.crowds))
+            plan = recipe.plan(
+                seed=self._seed, epoch=row.epoch, image_id=row.image_id, size=size, boxes=row.boxes
+            )
+            labels, crowds = (
+                left_of(values, plan.keep, boxes=len(row.boxes))
+                for values in (row.labels, row.crowds)
+            )
             pixels.append(row.pixels)
             planned.append(replace(row, boxes=plan.boxes, labels=labels, crowds=crowds))
             alike.setdefault((size, plan.ops), []).append(at)
@@ -180,7 +211,9 @@ class Placer:
                 together = on_torch.apply(op, together)
             images |= dict(zip(members, together.permute(0, 2, 3, 1), strict=True))
         in_order = [images[at] for at in range(len(rows))]
-        return planned, torch.stack(in_order) if len({image.shape for image in in_order}) == 1 else in_order
+        return planned, torch.stack(in_order) if len(
+            {image.shape for image in in_order}
+        ) == 1 else in_order
 
     def _finished(self, images: Tensor | list[Tensor]) -> list[Tensor]:
         if isinstance(images, Tensor):
@@ -188,11 +221,15 @@ class Placer:
         if self._finish.pad_multiple is None:  # the model pads
             return [on_torch.finish(image[None], self._finish)[0] for image in images]
         padded = on_torch.finish(images, self._finish)
-        return [image[:, : of.shape[0], : of.shape[1]] for image, of in zip(padded, images, strict=True)]
+        return [
+            image[:, : of.shape[0], : of.shape[1]] for image, of in zip(padded, images, strict=True)
+        ]
 
     def _sent(self, pixels: Sequence[np.ndarray]) -> Tensor:
         """uint8 (n, height, width, 3) on the device, from images of one size."""
-        together = torch.empty((len(pixels), *pixels[0].shape), dtype=torch.uint8, pin_memory=self._stream is not None)
+        together = torch.empty(
+            (len(pixels), *pixels[0].shape), dtype=torch.uint8, pin_memory=self._stream is not None
+        )
         np.stack(pixels, out=together.numpy())
         return together.to(self._device, non_blocking=True)
 
@@ -203,7 +240,9 @@ class Placer:
             classes = self._classes.of(labels)
             targets.append(
                 {
-                    "boxes": torch.from_numpy(np.ascontiguousarray(boxes, np.float32)).to(self._device, non_blocking=True),
+                    "boxes": torch.from_numpy(np.ascontiguousarray(boxes, np.float32)).to(
+                        self._device, non_blocking=True
+                    ),
                     "labels": torch.from_numpy(classes).to(self._device, non_blocking=True),
                 }
             )
@@ -225,13 +264,23 @@ def trainable(row: Row) -> tuple[np.ndarray, np.ndarray]:
 
 def uses_bf16(amp: str, device: torch.device) -> bool:
     """Whether the model computes in bfloat16 on `device`, by a training's setting: on, off, or auto, where a GPU has it."""
-    return amp == "on" or (amp == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
+    return amp == "on" or (
+        amp == "auto"
+        and device.type == "cuda"
+        and torch.cuda.is_bf16_supported(including_emulation=False)
+    )
 
 
 # Not inference_mode: anchors that a model keeps between calls would then be tensors that training must not touch.
 @torch.no_grad()
 def found_in(
-    model: nn.Module, blocks: Iterable[pa.Table], *, placer: Placer, classes: Classes, batch_size: int, amp: bool
+    model: nn.Module,
+    blocks: Iterable[pa.Table],
+    *,
+    placer: Placer,
+    classes: Classes,
+    batch_size: int,
+    amp: bool,
 ) -> Iterator[tuple[Row, Found]]:
     """The good images of `blocks` in order, each with what the model finds there, by the data set's category ids. Leaves it in eval mode."""
     model.eval()
@@ -254,8 +303,16 @@ def found_in(
 
 
 def evaluate(
-    model: nn.Module, blocks: Iterable[pa.Table], *, placer: Placer, classes: Classes, batch_size: int, amp: bool
+    model: nn.Module,
+    blocks: Iterable[pa.Table],
+    *,
+    placer: Placer,
+    classes: Classes,
+    batch_size: int,
+    amp: bool,
 ) -> list[tuple[Truth, Found]]:
     """What is in the good images of `blocks`, and what the model finds there, by the data set's category ids. Leaves it in eval mode."""
     found = found_in(model, blocks, placer=placer, classes=classes, batch_size=batch_size, amp=amp)
-    return [(Truth(boxes=row.boxes, labels=row.labels, crowds=row.crowds), seen) for row, seen in found]
+    return [
+        (Truth(boxes=row.boxes, labels=row.labels, crowds=row.crowds), seen) for row, seen in found
+    ]

@@ -43,6 +43,8 @@ def _handle(device: torch.device):
         import pynvml
 
         pynvml.nvmlInit()
-        return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        return pynvml.nvmlDeviceGetHandleByUUID(
+            f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        )
     except Exception:  # no NVML, a container without it, a partition that has no such handle: the figure is None then
         return None

@@ -67,7 +67,9 @@ class Predicting:
     trusted: tuple[str, ...] = ()
 
 
-def load(folder: str, device: torch.device, *, trusted: Collection[str] = ()) -> tuple[nn.Module, Classes, str]:
+def load(
+    folder: str, device: torch.device, *, trusted: Collection[str] = ()
+) -> tuple[nn.Module, Classes, str]:
     """The model of a checkpoint on `device`, its classes, and whether it was trained with bfloat16 (on, off or auto).
 
     Args:
@@ -78,13 +80,19 @@ def load(folder: str, device: torch.device, *, trusted: Collection[str] = ()) ->
     """
     kept = checkpoints.load(folder, trusted=trusted)
     with foreign(
-        f"the checkpoint {folder}", remedy="Use the code it was trained with, another checkpoint, or train again."
+        f"the checkpoint {folder}",
+        remedy="Use the code it was trained with, another checkpoint, or train again.",
     ) as place:
         place.at = "settings"
         classes = Classes(tuple(map(whole, kept.settings["classes"])))
         named, amp = kept.settings["model"], kept.settings["amp"]
         place.at = ("the model", named["name"])
-        model = detection.build(named["name"], num_classes=len(classes) + 1, arguments=named["arguments"], trusted=trusted)
+        model = detection.build(
+            named["name"],
+            num_classes=len(classes) + 1,
+            arguments=named["arguments"],
+            trusted=trusted,
+        )
         try:
             model.load_state_dict(kept.state["model"])
         except RuntimeError as error:
@@ -116,7 +124,10 @@ class Predictor:
     def __call__(self, block: pa.Table) -> pa.Table:
         """The good rows of `block` (schema BLOCK, without boxes) in order, with what the model finds there (schema PREDICTIONS)."""
         rows = [row for row in block.select(_OF_THE_SOURCE).to_pylist() if row["reason"] is None]
-        found = [self._placed(row, one) for row, (_, one) in zip(rows, self._found_in([block]), strict=True)]
+        found = [
+            self._placed(row, one)
+            for row, (_, one) in zip(rows, self._found_in([block]), strict=True)
+        ]
         columns = {
             **{name: [row[name] for row in rows] for name in ("image_id", "uri")},
             "height": [row["source_height"] for row in rows],
@@ -124,14 +135,20 @@ class Predictor:
             "orientation": [row["orientation"] for row in rows],
         }
         for name in ("boxes", "labels", "scores"):
-            columns[name] = lists([getattr(one, name) for one in found], PREDICTIONS.field(name).type)
+            columns[name] = lists(
+                [getattr(one, name) for one in found], PREDICTIONS.field(name).type
+            )
         return pa.table(columns, schema=PREDICTIONS)
 
     def _placed(self, row: dict[str, Any], found: Found) -> Found:
         """What was found with enough certainty, its boxes in pixels of the original image."""
-        boxes, kept = boxes_back(self.predicting.recipe, found.boxes, (row["source_height"], row["source_width"]))
+        boxes, kept = boxes_back(
+            self.predicting.recipe, found.boxes, (row["source_height"], row["source_width"])
+        )
         sure = found.scores[kept] >= self.predicting.min_score
-        return Found(boxes=boxes[sure], labels=found.labels[kept][sure], scores=found.scores[kept][sure])
+        return Found(
+            boxes=boxes[sure], labels=found.labels[kept][sure], scores=found.scores[kept][sure]
+        )
 
 
 _OF_THE_SOURCE = [
@@ -203,7 +220,12 @@ def predict_block(block: pa.Table, predictor: Predictor, sink: Sink, *, reader: 
 
 
 def _files(
-    shard: int, rows: pa.Table, predictions: pa.Table, predicting: Predicting, sink: Sink, reader: Reader
+    shard: int,
+    rows: pa.Table,
+    predictions: pa.Table,
+    predicting: Predicting,
+    sink: Sink,
+    reader: Reader,
 ) -> Iterator[tuple[str, bytes | memoryview]]:
     """What a shard's results are, one file after the other."""
     if not predictions.num_rows:
@@ -215,10 +237,13 @@ def _files(
         return
     good = rows.filter(pc.is_null(rows.column("reason")))
     found = (unlist(predictions.column(name)) for name in ("boxes", "labels", "scores"))
-    for row, data, boxes, labels, scores in zip(good.to_pylist(), reader.read(good), *found, strict=True):
+    for row, data, boxes, labels, scores in zip(
+        good.to_pylist(), reader.read(good), *found, strict=True
+    ):
         sure = np.flatnonzero(scores >= predicting.draw_score)[::-1]  # the surest on top
         texts = [
-            f"{predicting.names.get(label, label)} {score:.2f}" for label, score in zip(labels[sure], scores[sure], strict=True)
+            f"{predicting.names.get(label, label)} {score:.2f}"
+            for label, score in zip(labels[sure], scores[sure], strict=True)
         ]
         drawn = draw_boxes(_original(row, data), boxes[sure], labels[sure], texts)
         yield drawing_of(row["name"]), opencv.encode(drawn, "jpeg", sink.quality)
@@ -229,9 +254,15 @@ def _original(row: dict[str, Any], data: bytes | Reject) -> np.ndarray:
     try:
         if isinstance(data, Reject):
             raise data
-        return opencv.decode(data, read_header(data, max_pixels=row["source_height"] * row["source_width"]), strict=False)
+        return opencv.decode(
+            data,
+            read_header(data, max_pixels=row["source_height"] * row["source_width"]),
+            strict=False,
+        )
     except Reject as reject:
-        raise OSError(f"{row['uri']} could be read to predict on it, but not again to draw on it: {reject}") from reject
+        raise OSError(
+            f"{row['uri']} could be read to predict on it, but not again to draw on it: {reject}"
+        ) from reject
 
 
 class Predict:

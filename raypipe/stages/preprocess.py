@@ -92,7 +92,9 @@ def preprocess_shard(
     backend = backend_module(settings.backend)
     boxes = unlist(shard.column("boxes"))
     labels = unlist(shard.column("labels"))
-    planned: Iterator[_Planned | Reject] = _plan(shard, settings, boxes, labels, reader=reader, killers=killers, mark=mark)
+    planned: Iterator[_Planned | Reject] = _plan(
+        shard, settings, boxes, labels, reader=reader, killers=killers, mark=mark
+    )
     recipe = settings.done_here
     fixed = recipe.fixed_size
     if fixed is not None:
@@ -101,7 +103,9 @@ def preprocess_shard(
     else:
         # Sizes are known before decoding, from the headers: one buffer all the same, for the price of reading all rows first.
         planned = iter(known := list(planned))
-        pixels = memory(sum(p.plan.size[0] * p.plan.size[1] * 3 for p in known if isinstance(p, _Planned)))
+        pixels = memory(
+            sum(p.plan.size[0] * p.plan.size[1] * 3 for p in known if isinstance(p, _Planned))
+        )
 
     end = 0
     bytes_in = 0
@@ -149,16 +153,30 @@ def preprocess_shard(
 
     null = np.array([plan is None for plan in plans], dtype=bool)
     keep = [np.empty(0, np.int64) if plan is None else plan.keep for plan in plans]
-    columns = {name: shard.column(name) for name in ("epoch", "shard", "image_id", "name", "uri", "offset", "length")}
+    columns = {
+        name: shard.column(name)
+        for name in ("epoch", "shard", "image_id", "name", "uri", "offset", "length")
+    }
     columns |= {
         "source_height": pa.array(sizes[:, 0], mask=null),
         "source_width": pa.array(sizes[:, 1], mask=null),
         "height": pa.array(sizes[:, 2], mask=null),
         "width": pa.array(sizes[:, 3], mask=null),
         "image": _binary(pixels[:end], offsets, null),
-        "reason": pa.array([rejects[row].reason if row in rejects else None for row in range(len(plans))], pa.string()),
-        "detail": pa.array([rejects[row].detail if row in rejects else details.get(row) for row in range(len(plans))], pa.string()),
-        "boxes": lists([np.empty((0, 4)) if p is None else p.boxes for p in plans], BLOCK.field("boxes").type),
+        "reason": pa.array(
+            [rejects[row].reason if row in rejects else None for row in range(len(plans))],
+            pa.string(),
+        ),
+        "detail": pa.array(
+            [
+                rejects[row].detail if row in rejects else details.get(row)
+                for row in range(len(plans))
+            ],
+            pa.string(),
+        ),
+        "boxes": lists(
+            [np.empty((0, 4)) if p is None else p.boxes for p in plans], BLOCK.field("boxes").type
+        ),
         "orientation": pa.array([orientation for orientation, _ in origins], pa.int8()),
         "boxes_from": pa.array([boxes_from for _, boxes_from in origins], pa.string()),
         "boxes_dropped": _dropped(shard, plans, boxes),
@@ -170,7 +188,9 @@ def preprocess_shard(
     return pa.table(columns, schema=BLOCK), bytes_in
 
 
-def _dropped(shard: pa.Table, plans: Sequence[Plan | None], boxes: Sequence[np.ndarray]) -> pa.Array:
+def _dropped(
+    shard: pa.Table, plans: Sequence[Plan | None], boxes: Sequence[np.ndarray]
+) -> pa.Array:
     """The column boxes_dropped (schema BLOCK)."""
     if not any(plan is not None and plan.dropped for plan in plans):
         return pa.array([[]] * len(plans), BLOCK.field("boxes_dropped").type)
@@ -179,19 +199,30 @@ def _dropped(shard: pa.Table, plans: Sequence[Plan | None], boxes: Sequence[np.n
         bad = () if plan is None else plan.dropped
         known = len(ids) == len(of)
         column.append(
-            [{"box": of[at].tolist(), "annotation_id": int(ids[at]) if known else None, "reason": why} for at, why in bad]
+            [
+                {
+                    "box": of[at].tolist(),
+                    "annotation_id": int(ids[at]) if known else None,
+                    "reason": why,
+                }
+                for at, why in bad
+            ]
         )
     return pa.array(column, BLOCK.field("boxes_dropped").type)
 
 
-def _decoded(backend: ModuleType, item: _Planned, reduce: int, settings: Preprocessing) -> tuple[Any, str | None]:
+def _decoded(
+    backend: ModuleType, item: _Planned, reduce: int, settings: Preprocessing
+) -> tuple[Any, str | None]:
     """The image, as the backend has it; and what is damaged in it, where it is delivered all the same."""
     try:
         return backend.decode(item.data, item.header, reduce, decoder=settings.decoder), None
     except Reject as reject:
         if reject.reason != "damaged" or settings.damaged != "keep":
             raise
-        return backend.decode(item.data, item.header, reduce, decoder=settings.decoder, strict=False), reject.detail
+        return backend.decode(
+            item.data, item.header, reduce, decoder=settings.decoder, strict=False
+        ), reject.detail
 
 
 class _Room:
@@ -210,11 +241,17 @@ class _Room:
         """
         kept = len(data) + plan.size[0] * plan.size[1] * 3 if keep else 0
         if self._held + kept + len(data) + MOST * plan.largest > self._settings.memory:
-            decoded = header if self._settings.decoder == "simplejpeg" else replace(header, native=False)
+            decoded = (
+                header if self._settings.decoder == "simplejpeg" else replace(header, native=False)
+            )
             reduce = self._settings.done_here.reduce((header.height, header.width))
             most = needed(decoded, plan.ops, self._scratch, reduce=reduce) + len(data) * (not keep)
             if self._held + kept + most > self._settings.memory:
-                others = f", and others of its shard {self._held / 1e9:.2f} GB" if self._held > 5_000_000 else ""
+                others = (
+                    f", and others of its shard {self._held / 1e9:.2f} GB"
+                    if self._held > 5_000_000
+                    else ""
+                )
                 raise Reject(
                     "too large for --actor-memory",
                     f"{header.width}x{header.height} pixels ({header.format}) take {(kept + most) / 1e9:.2f} GB to decode and "
@@ -232,7 +269,9 @@ def _plan(shard, settings, boxes, labels, *, reader, killers, mark) -> Iterator[
     room = _Room(settings, 0 if fixed is None else shard.num_rows * fixed[0] * fixed[1] * 3)
     random, boxed = recipe.random, any(len(of) for of in boxes)
     frames = frames_of(shard).tolist() if boxed else []
-    plans: dict[tuple[int, int], Plan] = {}  # of sizes seen, where nothing else decides: a plan takes 20 us, 1% of a small image
+    plans: dict[
+        tuple[int, int], Plan
+    ] = {}  # of sizes seen, where nothing else decides: a plan takes 20 us, 1% of a small image
     for row, data in enumerate(reader.read(shard)):
         if row in killers:
             yield killers[row]
@@ -248,7 +287,9 @@ def _plan(shard, settings, boxes, labels, *, reader, killers, mark) -> Iterator[
             size = header.height, header.width
             of_row, boxes_from = boxes[row], None
             if len(of_row):
-                of_row, boxes_from = into_picture(of_row, tuple(frames[row]), size, header.orientation)
+                of_row, boxes_from = into_picture(
+                    of_row, tuple(frames[row]), size, header.orientation
+                )
             plan = plans.get(size)
             if plan is None:
                 of_image = {
@@ -290,7 +331,10 @@ def _binary(pixels: np.ndarray, offsets: np.ndarray, null: np.ndarray) -> pa.Arr
     """`pixels` as an Arrow binary array, without a copy."""
     validity = pa.py_buffer(np.packbits(~null, bitorder="little")) if null.any() else None
     return pa.Array.from_buffers(
-        pa.large_binary(), len(null), [validity, pa.py_buffer(offsets), pa.py_buffer(pixels)], null_count=int(null.sum())
+        pa.large_binary(),
+        len(null),
+        [validity, pa.py_buffer(offsets), pa.py_buffer(pixels)],
+        null_count=int(null.sum()),
     )
 
 
@@ -300,10 +344,18 @@ def pixels(block: pa.Table) -> np.ndarray:
     Raises:
         ValueError: the images differ in size.
     """
-    good = block.filter(pa.compute.is_valid(block.column("image"))) if block.column("image").null_count else block
-    sizes = set(zip(good.column("height").to_pylist(), good.column("width").to_pylist(), strict=True))
+    good = (
+        block.filter(pa.compute.is_valid(block.column("image")))
+        if block.column("image").null_count
+        else block
+    )
+    sizes = set(
+        zip(good.column("height").to_pylist(), good.column("width").to_pylist(), strict=True)
+    )
     if len(sizes) > 1:
-        raise ValueError(f"the images of this block have {len(sizes)} sizes, such as {sorted(sizes)[:2]}; they are no one array")
+        raise ValueError(
+            f"the images of this block have {len(sizes)} sizes, such as {sorted(sizes)[:2]}; they are no one array"
+        )
     if not sizes:
         return np.empty((0, 0, 0, 3), np.uint8)
     column = image_column(good)
@@ -322,7 +374,11 @@ def keep_freed_memory() -> None:
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 64 * 2**20)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+        for parameter, value in (
+            (-4, 0),
+            (-1, 2**31 - 1),
+            (-2, 64 * 2**20),
+        ):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
             mallopt(parameter, value)
 
 

@@ -96,7 +96,9 @@ class Assignment:
     board: Tell
     meter: Meter
     row_log: str | None = None
-    dropped: Sequence[dict[str, Any]] = ()  # boxes of the hold-out that could not be used (journal.Dropped)
+    dropped: Sequence[
+        dict[str, Any]
+    ] = ()  # boxes of the hold-out that could not be used (journal.Dropped)
 
 
 # --- batches ahead -------------------------------------------------------------------------------------------------------
@@ -105,20 +107,30 @@ class Assignment:
 class Feed:
     """Prepares items ahead in a thread; what goes wrong there is raised here."""
 
-    def __init__(self, items: Iterator[Batch], prepare: Callable[[Batch], Placed], device: torch.device):
+    def __init__(
+        self, items: Iterator[Batch], prepare: Callable[[Batch], Placed], device: torch.device
+    ):
         self._queue: queue.Queue[Placed | BaseException | None] = queue.Queue(PREFETCHED)
         self._next: Placed | None = None
         self._ended = self._closed = False
-        self._thread = threading.Thread(target=self._fill, args=(items, prepare, device), daemon=True, name="raypipe-feed")
+        self._thread = threading.Thread(
+            target=self._fill, args=(items, prepare, device), daemon=True, name="raypipe-feed"
+        )
         self._thread.start()
 
-    def _fill(self, items: Iterator[Batch], prepare: Callable[[Batch], Placed], device: torch.device) -> None:
+    def _fill(
+        self, items: Iterator[Batch], prepare: Callable[[Batch], Placed], device: torch.device
+    ) -> None:
         try:
             if device.type == "cuda":
-                torch.cuda.set_device(device)  # which is of the thread: else every rank would have a context on the first GPU too
+                torch.cuda.set_device(
+                    device
+                )  # which is of the thread: else every rank would have a context on the first GPU too
             for item in items:
                 self._queue.put(prepare(item))
-                if self._closed:  # else it would hold batches, and the execution behind them, for ever
+                if (
+                    self._closed
+                ):  # else it would hold batches, and the execution behind them, for ever
                     return
             self._queue.put(None)
         except BaseException as error:
@@ -192,7 +204,16 @@ class _Loss(nn.Module):
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> Tensor:
         if not images:
             # Zero, but it depends on every parameter: DDP gets a gradient of zeros for each, and batch norms see nothing.
-            return torch.stack([parameter.sum() for parameter in self.model.parameters() if parameter.requires_grad]).sum() * 0.0
+            return (
+                torch.stack(
+                    [
+                        parameter.sum()
+                        for parameter in self.model.parameters()
+                        if parameter.requires_grad
+                    ]
+                ).sum()
+                * 0.0
+            )
         with _settled_norms(self.model) if len(images) == 1 else contextlib.nullcontext():
             return detection.total(self.model(images, targets))
 
@@ -200,7 +221,11 @@ class _Loss(nn.Module):
 @contextlib.contextmanager
 def _settled_norms(model: nn.Module) -> Iterator[None]:
     """Batch norms use what they know of other batches: one image alone has no statistics where its feature map is 1x1, and torch raises."""
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training]
+    norms = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
+    ]
     for norm in norms:
         norm.eval()
     try:
@@ -287,14 +312,16 @@ class Worker:
         self._device, self._peers, self._holdout, self._report = device, peers, holdout, report
         torch.set_num_threads(training.threads)
         torch.manual_seed(training.seed)
-        self._model = detection.build(training.model, num_classes=len(training.classes) + 1, arguments=training.arguments).to(
-            device
-        )
+        self._model = detection.build(
+            training.model, num_classes=len(training.classes) + 1, arguments=training.arguments
+        ).to(device)
         if device.type == "cuda":
             self._model = self._model.to(memory_format=torch.channels_last)
         self._optimizer = optimizer_for(self._model, training)
         self._progress = Progress(dropped=list(assignment.dropped))
-        self._consumed: list[str] = []  # of all ranks, on rank 0 alone; of this rank since the last checkpoint elsewhere
+        self._consumed: list[
+            str
+        ] = []  # of all ranks, on rank 0 alone; of this rank since the last checkpoint elsewhere
         self._new: list[str] = []
         self._rejects: list[dict[str, str]] = []
         self._dropped: list[dict[str, Any]] = []
@@ -312,9 +339,15 @@ class Worker:
         loss = _Loss(self._model)
         self._loss: nn.Module = loss
         if peers.size > 1:
-            self._loss = DistributedDataParallel(loss, device_ids=[device] if device.type == "cuda" else None)
-        self._train_placer = Placer(device, training.finish, training.classes, left=training.left, seed=training.seed)
-        self._placer = Placer(device, training.finish, training.classes)  # of what is judged on, which actors have done whole
+            self._loss = DistributedDataParallel(
+                loss, device_ids=[device] if device.type == "cuda" else None
+            )
+        self._train_placer = Placer(
+            device, training.finish, training.classes, left=training.left, seed=training.seed
+        )
+        self._placer = Placer(
+            device, training.finish, training.classes
+        )  # of what is judged on, which actors have done whole
         share = training.batch_size // peers.size + (peers.rank < training.batch_size % peers.size)
         self._share = max(share, 1)
         self._feed = Feed(batches(blocks, self._share), self._train_placer, device)
@@ -324,14 +357,18 @@ class Worker:
         self._clock = Clock(device)
         self._begun = False
         self._log = _RowLog(assignment.row_log, assignment.attempt, peers.rank)
-        self._lost = torch.zeros((), device=device)  # sum over this epoch's images of this rank of the loss
+        self._lost = torch.zeros(
+            (), device=device
+        )  # sum over this epoch's images of this rank of the loss
         self._images = 0
         self._epoch_begun = (time.perf_counter(), self._progress.images, self._clock.read())
         self._told = time.perf_counter()
         self._told_images = self._progress.images
 
     def _seed_rank(self) -> None:
-        key = np.random.SeedSequence([self._training.seed, self._peers.rank, self._progress.step]).generate_state(1, np.uint64)
+        key = np.random.SeedSequence(
+            [self._training.seed, self._peers.rank, self._progress.step]
+        ).generate_state(1, np.uint64)
         torch.manual_seed(int(key[0] >> np.uint64(1)))
 
     def _restore(self, before: Checkpoint) -> None:
@@ -342,7 +379,9 @@ class Worker:
         self._consumed = list(before.consumed) if self._peers.rank == 0 else []
         random = before.state["random"]
         self._seed_rank()
-        if len(random) == self._peers.size:  # with another number of workers there is nothing to go on with
+        if (
+            len(random) == self._peers.size
+        ):  # with another number of workers there is nothing to go on with
             mine = random[self._peers.rank]
             torch.set_rng_state(mine["cpu"].cpu())
             if self._device.type == "cuda" and "cuda" in mine:
@@ -366,7 +405,9 @@ class Worker:
             with self._clock.on("wait"), self._assignment.meter.wait():
                 placed = self._feed.peek()
                 batch = placed.batch if placed else None
-                table = self._peers.gather(*((batch.epoch, len(batch.good), len(batch.rows)) if batch else (epochs, 0, 0)))
+                table = self._peers.gather(
+                    *((batch.epoch, len(batch.good), len(batch.rows)) if batch else (epochs, 0, 0))
+                )
             if not self._begun:  # until here actors were starting
                 self._begun = True
                 self._clock.start()
@@ -394,7 +435,12 @@ class Worker:
             with self._clock.on("step"), self._assignment.meter.call():
                 self._optimize(placed, images)
         step = self._progress.step + 1
-        self._progress = replace(self._progress, step=step, rows=self._progress.rows + rows, images=self._progress.images + images)
+        self._progress = replace(
+            self._progress,
+            step=step,
+            rows=self._progress.rows + rows,
+            images=self._progress.images + images,
+        )
         if placed is None:
             return
         good, taken = placed.batch.good, placed.batch.rows
@@ -412,7 +458,9 @@ class Worker:
         training = self._training
         done = self._progress.rows / training.rows
         for group in self._optimizer.param_groups:
-            group["lr"] = training.lr * lr_factor(done, schedule=training.schedule, warmup=training.warmup)
+            group["lr"] = training.lr * lr_factor(
+                done, schedule=training.schedule, warmup=training.warmup
+            )
         mine: list[Tensor] = []
         targets: list[dict[str, Tensor]] = []
         if placed is not None:
@@ -471,14 +519,18 @@ class Worker:
                 "map": precision.map if precision else None,
                 "map50": precision.map50 if precision else None,
                 "map75": precision.map75 if precision else None,
-                "map_by_label": {str(k): v for k, v in precision.by_label.items()} if precision else None,
+                "map_by_label": {str(k): v for k, v in precision.by_label.items()}
+                if precision
+                else None,
                 "images": progress.images - images_before,
                 "seconds": took,
                 "images_per_s": (progress.images - images_before) / took,
                 "wait_share": (mine["wait"] - clock_before["wait"]) / took,
             }
         self._progress = replace(
-            progress, epoch=progress.epoch + 1, epochs=[*progress.epochs, record] if record else progress.epochs
+            progress,
+            epoch=progress.epoch + 1,
+            epochs=[*progress.epochs, record] if record else progress.epochs,
         )
         self._checkpoint(ended=progress.epoch)
         if record:
@@ -498,9 +550,16 @@ class Worker:
         self._epoch_begun = (time.perf_counter(), self._progress.images, self._clock.read())
 
     def _evaluate(self) -> Precision | None:
-        self._peers.agree(self._model.buffers())  # batch norms' running means differ; judged is what is kept, rank 0's
+        self._peers.agree(
+            self._model.buffers()
+        )  # batch norms' running means differ; judged is what is kept, rank 0's
         found_and_true = evaluate(
-            self._model, self._holdout, placer=self._placer, classes=self._training.classes, batch_size=self._share, amp=self._amp
+            self._model,
+            self._holdout,
+            placer=self._placer,
+            classes=self._training.classes,
+            batch_size=self._share,
+            amp=self._amp,
         )
         self._model.train()
         everybody = self._peers.collect(found_and_true)
@@ -518,17 +577,37 @@ class Worker:
                 random["cuda"] = torch.cuda.get_rng_state(self._device)
             everybody = self._peers.collect((self._new, self._rejects, random))
             told = self._peers.collect((self._dropped, self._boxes_from, self._damaged))
-            self._new, self._rejects, self._dropped, self._boxes_from, self._damaged = [], [], [], Counter(), 0
+            self._new, self._rejects, self._dropped, self._boxes_from, self._damaged = (
+                [],
+                [],
+                [],
+                Counter(),
+                0,
+            )
             name = checkpoints.name_of(self._progress)
             if self._peers.rank == 0:
-                self._consumed = [] if ended is not None else self._consumed + [i for ids, _, _ in everybody for i in ids]
+                self._consumed = (
+                    []
+                    if ended is not None
+                    else self._consumed + [i for ids, _, _ in everybody for i in ids]
+                )
                 known = {row["image_id"] for row in self._progress.rejects}
-                fresh = [row for _, rejects, _ in everybody for row in rejects if row["image_id"] not in known]
+                fresh = [
+                    row
+                    for _, rejects, _ in everybody
+                    for row in rejects
+                    if row["image_id"] not in known
+                ]
                 self._progress = replace(
                     self._progress,
                     rejects=[*self._progress.rejects, *fresh],
-                    dropped=[*self._progress.dropped, *(box for boxes, _, _ in told for box in boxes)],
-                    boxes_from=dict(sum((kinds for _, kinds, _ in told), Counter(self._progress.boxes_from))),
+                    dropped=[
+                        *self._progress.dropped,
+                        *(box for boxes, _, _ in told for box in boxes),
+                    ],
+                    boxes_from=dict(
+                        sum((kinds for _, kinds, _ in told), Counter(self._progress.boxes_from))
+                    ),
                     damaged=self._progress.damaged + sum(damaged for _, _, damaged in told),
                 )
                 checkpoints.save(
@@ -545,7 +624,10 @@ class Worker:
                     ),
                 )
             record = self._progress.epochs[-1] if self._progress.epochs else {}
-            self._report({"step": self._progress.step, "map": record.get("map")}, name if self._peers.rank == 0 else None)
+            self._report(
+                {"step": self._progress.step, "map": record.get("map")},
+                name if self._peers.rank == 0 else None,
+            )
 
     def _tell_step(self) -> None:
         now = time.perf_counter()
@@ -576,7 +658,9 @@ def optimizer_for(model: nn.Module, training: Training) -> torch.optim.Optimizer
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if training.optimizer == "adamw":
         return torch.optim.AdamW(trained, lr=training.lr, weight_decay=training.weight_decay)
-    return torch.optim.SGD(trained, lr=training.lr, momentum=training.momentum, weight_decay=training.weight_decay)
+    return torch.optim.SGD(
+        trained, lr=training.lr, momentum=training.momentum, weight_decay=training.weight_decay
+    )
 
 
 class _RowLog:
@@ -592,7 +676,9 @@ class _RowLog:
     def write(self, step: int, batch: Batch) -> None:
         if self._file is not None:
             ids = [row.image_id for row in batch.rows]
-            self._file.write(json.dumps({"step": step, "epoch": batch.epoch, "image_ids": ids}) + "\n")
+            self._file.write(
+                json.dumps({"step": step, "epoch": batch.epoch, "image_ids": ids}) + "\n"
+            )
 
 
 def work(assignment: Assignment) -> None:
@@ -601,14 +687,20 @@ def work(assignment: Assignment) -> None:
     rank, size = context.get_world_rank(), context.get_world_size()
     blocks: Iterable[pa.Table] = ()
     if assignment.has_rows:
-        blocks = ray.train.get_dataset_shard("train").iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+        blocks = ray.train.get_dataset_shard("train").iter_batches(
+            batch_size=None, batch_format="pyarrow", prefetch_batches=2
+        )
     storage = context.get_storage()
 
     def report(metrics: dict[str, Any], name: str | None) -> None:
         kept = None
         if name is not None:
-            kept = ray.train.Checkpoint(f"{storage.experiment_fs_path}/{name}", filesystem=storage.storage_filesystem)
-        ray.train.report(metrics, kept, checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD)
+            kept = ray.train.Checkpoint(
+                f"{storage.experiment_fs_path}/{name}", filesystem=storage.storage_filesystem
+            )
+        ray.train.report(
+            metrics, kept, checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD
+        )
 
     Worker(
         assignment,

@@ -31,7 +31,12 @@ def write_block(block: pa.Table, sink: Sink, *, backend: str, finish: Finish | N
     """
     if sink.format in ("jpeg", "webdataset"):
         block = _within(block, JPEG_SIDE)
-    written = write_shard(sink, block, encode=backend_module(backend).encode, finish=partial(_finished, finish) if finish else None)
+    written = write_shard(
+        sink,
+        block,
+        encode=backend_module(backend).encode,
+        finish=partial(_finished, finish) if finish else None,
+    )
     rows = block.select(_TOLD).to_pylist()
     good = [row for row in rows if row["reason"] is None]
     files = written.files if len(written.files) == len(good) else written.files * len(good)
@@ -71,9 +76,15 @@ def _within(block: pa.Table, side: int) -> pa.Table:
     if (pc.max(longest).as_py() or 0) <= side:
         return block
     long = pc.fill_null(pc.greater(longest, side), False)
-    for name, value in (("image", None), ("reason", "too many pixels"), ("detail", f"a JPEG has at most {side} pixels a side")):
+    for name, value in (
+        ("image", None),
+        ("reason", "too many pixels"),
+        ("detail", f"a JPEG has at most {side} pixels a side"),
+    ):
         column = block.column_names.index(name)
-        values = pc.if_else(long, pa.scalar(value, block.schema.field(name).type), block.column(name))
+        values = pc.if_else(
+            long, pa.scalar(value, block.schema.field(name).type), block.column(name)
+        )
         block = block.set_column(column, block.schema.field(name), values)
     return block
 
@@ -100,7 +111,12 @@ _TOLD = [
 def rejected_of(rows: Iterable[dict[str, Any]]) -> list[Rejected]:
     """Those of a block's rows that have no pixels for good, and why."""
     return [
-        Rejected(image_id=row["image_id"], uri=row["uri"], reason=row["reason"], detail=row["detail"] or "")
+        Rejected(
+            image_id=row["image_id"],
+            uri=row["uri"],
+            reason=row["reason"],
+            detail=row["detail"] or "",
+        )
         for row in rows
         if row["reason"] not in (None, UNREAD)
     ]
@@ -108,19 +124,29 @@ def rejected_of(rows: Iterable[dict[str, Any]]) -> list[Rejected]:
 
 def unread_of(rows: Iterable[dict[str, Any]]) -> list[Unread]:
     """Those of a block's rows that no store gave."""
-    return [Unread(image_id=row["image_id"], uri=row["uri"], detail=row["detail"] or "") for row in rows if row["reason"] == UNREAD]
+    return [
+        Unread(image_id=row["image_id"], uri=row["uri"], detail=row["detail"] or "")
+        for row in rows
+        if row["reason"] == UNREAD
+    ]
 
 
 def dropped_of(rows: Iterable[dict[str, Any]]) -> list[Dropped]:
     """The boxes of a block's good rows that could not be used."""
-    return [Dropped(image_id=row["image_id"], uri=row["uri"], **box) for row in rows for box in row["boxes_dropped"] or ()]
+    return [
+        Dropped(image_id=row["image_id"], uri=row["uri"], **box)
+        for row in rows
+        for box in row["boxes_dropped"] or ()
+    ]
 
 
 def put_done(root: str, entry: Entry) -> pa.Table:
     """Have the journal below `root` say that the shard is done, and say so (schema DONE)."""
     put_entry(root, entry)
     counts = (entry.shard, entry.images, len(entry.rejected), len(entry.unread))
-    return pa.table({name: [count] for name, count in zip(DONE.names, counts, strict=True)}, schema=DONE)
+    return pa.table(
+        {name: [count] for name, count in zip(DONE.names, counts, strict=True)}, schema=DONE
+    )
 
 
 def _finished(finish: Finish, image: np.ndarray) -> np.ndarray:

@@ -14,7 +14,9 @@ from raypipe.data.listing import list_images
 from tests.conftest import files, photo
 
 
-def cut_out(path: Path, colour: tuple[int, int, int], *, whole: bool = False, size: int = 90) -> None:
+def cut_out(
+    path: Path, colour: tuple[int, int, int], *, whole: bool = False, size: int = 90
+) -> None:
     """A disc of one colour in the middle of a transparent PNG; or a square that is transparent nowhere."""
     image = np.zeros((size, size + 30, 4), np.uint8)
     cv2.circle(image, (size // 2, size // 2), size // 3, (*colour[::-1], 255), cv2.FILLED)
@@ -26,7 +28,9 @@ def cut_out(path: Path, colour: tuple[int, int, int], *, whole: bool = False, si
 
 @pytest.fixture
 def material(tmp_path) -> Path:
-    for index, (name, colour) in enumerate({"reds": (250, 0, 0), "deep/blues": (0, 0, 250), "greens": (0, 250, 0)}.items()):
+    for index, (name, colour) in enumerate(
+        {"reds": (250, 0, 0), "deep/blues": (0, 0, 250), "greens": (0, 250, 0)}.items()
+    ):
         for number in range(4 - index):
             cut_out(tmp_path / "cut" / name / f"{number}.png", colour)
     cut_out(tmp_path / "cut/squares/a.png", (9, 9, 9), whole=True)
@@ -73,7 +77,9 @@ def test_the_command_makes_an_input_with_boxes(material, capsys):
     assert main([*arguments, "--output", str(material / "out")]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "7 pictures, 7 cut-outs of 2 classes (deep/blues, reds) on 2 photos" in said
-    table = list_images(str(material / "out/images"), annotations=str(material / "out/annotations.json"))
+    table = list_images(
+        str(material / "out/images"), annotations=str(material / "out/annotations.json")
+    )
     assert table.num_rows == 7
     assert {label for labels in table["labels"].to_pylist() for label in labels} == {1, 2}
     coco = json.loads((material / "out/annotations.json").read_text())
@@ -87,12 +93,18 @@ def test_the_command_makes_an_input_with_boxes(material, capsys):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"classes": 4}, r"3 folders .* have images with a transparent background \(deep/blues, greens, reds\)"),
+        (
+            {"classes": 4},
+            r"3 folders .* have images with a transparent background \(deep/blues, greens, reds\)",
+        ),
         ({"photos": "cut/none"}, "There is no photo"),
         ({"count": 0}, "--count is 0"),
     ],
 )
 def test_what_cannot_be_made_is_said(material, given, words):
-    places = {"cutouts": str(material / "cut"), "photos": str(material / given.pop("photos", "photos"))}
+    places = {
+        "cutouts": str(material / "cut"),
+        "photos": str(material / given.pop("photos", "photos")),
+    }
     with pytest.raises(UsageError, match=words):
         paste(**places, output=str(material / "out"), **({"count": 3, "classes": 3} | given))

@@ -23,19 +23,33 @@ def cache(tmp_path, monkeypatch):
 def test_listing_and_reading():
     table = list_images("demo:12")
     assert table.schema == SOURCE
-    assert table["image_id"].to_pylist() == table["name"].to_pylist() == [f"demo-0-{i:06d}" for i in range(12)]
+    assert (
+        table["image_id"].to_pylist()
+        == table["name"].to_pylist()
+        == [f"demo-0-{i:06d}" for i in range(12)]
+    )
     with contextlib.closing(Reader()) as reader:
         for data, boxes, labels, index in zip(
-            reader.read(table), table["boxes"].to_pylist(), table["labels"].to_pylist(), range(12), strict=True
+            reader.read(table),
+            table["boxes"].to_pylist(),
+            table["labels"].to_pylist(),
+            range(12),
+            strict=True,
         ):
             picture = demo.layout(0, index)
             header = read_header(data)
-            assert header.format == "jpeg" and header.native and (header.height, header.width) == picture.size
+            assert (
+                header.format == "jpeg"
+                and header.native
+                and (header.height, header.width) == picture.size
+            )
             np.testing.assert_array_equal(np.array(boxes, np.float32).reshape(-1, 4), picture.boxes)
             assert labels == picture.labels.tolist()
             assert 30_000 < len(data) < 150_000
             # The JPEG is the picture: what quality 88 loses of it is its noise.
-            assert np.abs(opencv.decode(data, header).astype(int) - demo.render(0, index)).mean() < 6
+            assert (
+                np.abs(opencv.decode(data, header).astype(int) - demo.render(0, index)).mean() < 6
+            )
     numbers = table["annotation_ids"].combine_chunks().flatten().to_pylist()
     assert len(set(numbers)) == len(numbers) == len(table["labels"].combine_chunks().flatten())
 
@@ -53,7 +67,9 @@ def test_how_many():
 
 def test_pictures_are_functions_of_seed_and_index():
     np.testing.assert_array_equal(demo.render(3, 5), demo.render(3, 5))
-    assert demo.layout(3, 5).size != demo.layout(3, 6).size or not np.array_equal(demo.render(3, 5), demo.render(3, 6))
+    assert demo.layout(3, 5).size != demo.layout(3, 6).size or not np.array_equal(
+        demo.render(3, 5), demo.render(3, 6)
+    )
     first, other = list_images("demo:5"), list_images("demo:5", seed=1)
     assert not set(first["uri"].to_pylist()) & set(other["uri"].to_pylist())
     assert first["boxes"] != other["boxes"]
@@ -69,9 +85,18 @@ def test_what_is_in_the_pictures():
     for one in layouts:
         height, width = one.size
         assert 480 <= height <= 800 and 480 <= width <= 800
-        assert len(one.labels) == len(one.boxes) >= 1 and one.boxes.dtype == np.float32 and one.labels.dtype == np.int64
+        assert (
+            len(one.labels) == len(one.boxes) >= 1
+            and one.boxes.dtype == np.float32
+            and one.labels.dtype == np.int64
+        )
         left, top, right, bottom = one.boxes.T
-        assert (left >= 0).all() and (top >= 0).all() and (right <= width).all() and (bottom <= height).all()
+        assert (
+            (left >= 0).all()
+            and (top >= 0).all()
+            and (right <= width).all()
+            and (bottom <= height).all()
+        )
         assert (right - left > 12).all() and (bottom - top > 12).all()
 
 
@@ -95,15 +120,21 @@ def test_classes_can_be_told_apart():
         vectors, labels = [], []
         for index in range(count):
             image, picture = demo.render(seed, index), demo.layout(seed, index)
-            for (left, top, right, bottom), label in zip(picture.boxes.round().astype(int), picture.labels, strict=True):
-                crop = cv2.resize(image[top:bottom, left:right], (8, 8), interpolation=cv2.INTER_AREA).astype(np.float32)
+            for (left, top, right, bottom), label in zip(
+                picture.boxes.round().astype(int), picture.labels, strict=True
+            ):
+                crop = cv2.resize(
+                    image[top:bottom, left:right], (8, 8), interpolation=cv2.INTER_AREA
+                ).astype(np.float32)
                 vectors.append(crop.ravel())
                 labels.append(label)
         return np.array(vectors), np.array(labels)
 
     known, known_labels = features(0, 60)
     asked, asked_labels = features(1, 40)
-    means = np.stack([known[known_labels == label].mean(axis=0) for label in range(1, len(demo.CLASSES) + 1)])
+    means = np.stack(
+        [known[known_labels == label].mean(axis=0) for label in range(1, len(demo.CLASSES) + 1)]
+    )
     guesses = 1 + np.argmin(((asked[:, None] - means[None]) ** 2).sum(axis=2), axis=1)
     assert (guesses == asked_labels).mean() > 0.8  # by chance: 0.17
 
@@ -123,7 +154,9 @@ def test_listing_makes_only_what_is_missing(cache, monkeypatch):
     list_images("demo:4")
     rendered = []
     original = demo.render
-    monkeypatch.setattr(demo, "render", lambda seed, index: rendered.append(index) or original(seed, index))
+    monkeypatch.setattr(
+        demo, "render", lambda seed, index: rendered.append(index) or original(seed, index)
+    )
     list_images("demo:6")
     list_images("demo:6")
     assert sorted(rendered) == [4, 5]

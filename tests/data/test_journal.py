@@ -13,7 +13,16 @@ def entry(shard: int) -> Entry:
     return Entry(
         epoch=0,
         shard=shard,
-        written=[Written(image_id="a", file="a.jpg", height=3, width=4, boxes=[[0.0, 0.0, 1.5, 2.0]], annotation_ids=[9])],
+        written=[
+            Written(
+                image_id="a",
+                file="a.jpg",
+                height=3,
+                width=4,
+                boxes=[[0.0, 0.0, 1.5, 2.0]],
+                annotation_ids=[9],
+            )
+        ],
         rejected=[Rejected(image_id="b", uri="/b\n.jpg", reason="empty", detail="0 bytes")],
         files=["a.jpg"],
         bytes=17,
@@ -35,7 +44,9 @@ def test_a_damaged_entry_is_named_with_the_remedy(tmp_path):
     journal.put_entry(str(tmp_path), entry(3))
     path = tmp_path / "_raypipe/journal/000000003.json"
     path.write_text(path.read_text()[:-5])
-    with pytest.raises(UsageError, match=r"cannot read the journal entry .*000000003\.json: .* Delete that file"):
+    with pytest.raises(
+        UsageError, match=r"cannot read the journal entry .*000000003\.json: .* Delete that file"
+    ):
         list(journal.read_entries(str(tmp_path), [3]))
 
 
@@ -62,11 +73,19 @@ def test_clear_deletes_what_the_journal_names_and_nothing_else(tmp_path):
 
 
 def test_rejects_are_a_parquet_file_even_when_there_are_none():
-    none, some = (pq.read_table(pa.BufferReader(journal.rejects_parquet(rows))) for rows in ([], entry(1).rejected))
+    none, some = (
+        pq.read_table(pa.BufferReader(journal.rejects_parquet(rows)))
+        for rows in ([], entry(1).rejected)
+    )
     assert none.schema.names == ["image_id", "uri", "reason", "detail"] and not none.num_rows
-    assert some.to_pylist() == [{"image_id": "b", "uri": "/b\n.jpg", "reason": "empty", "detail": "0 bytes"}]
+    assert some.to_pylist() == [
+        {"image_id": "b", "uri": "/b\n.jpg", "reason": "empty", "detail": "0 bytes"}
+    ]
 
 
 def test_entries_are_plain_json(tmp_path):
     journal.put_entry(str(tmp_path), entry(3))
-    assert json.loads((tmp_path / "_raypipe/journal/000000003.json").read_text())["written"][0]["file"] == "a.jpg"
+    assert (
+        json.loads((tmp_path / "_raypipe/journal/000000003.json").read_text())["written"][0]["file"]
+        == "a.jpg"
+    )

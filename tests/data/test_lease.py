@@ -23,7 +23,9 @@ HOLD = (
 @pytest.fixture
 def other(root):
     """Another process, which has the lease of `root`."""
-    process = subprocess.Popen([sys.executable, "-c", HOLD, root], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, root], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
     assert process.stdout is not None and process.stdout.readline() == "held\n"
     yield process
     process.kill()
@@ -32,12 +34,21 @@ def other(root):
 
 @pytest.fixture(params=["local", "s3"])
 def root(request, tmp_path):
-    return str(tmp_path / "out") if request.param == "local" else request.getfixturevalue("bucket")("out")
+    return (
+        str(tmp_path / "out")
+        if request.param == "local"
+        else request.getfixturevalue("bucket")("out")
+    )
 
 
 def test_a_second_driver_is_refused_with_who_has_it(root, other):
-    for attempt in (lambda: hold(root, run_id="mine", option="--output").__enter__(), lambda: lease.check(root, option="--output")):
-        with pytest.raises(UsageError, match=rf"run other of process {other.pid} on .*, started 20.* Two would mix"):
+    for attempt in (
+        lambda: hold(root, run_id="mine", option="--output").__enter__(),
+        lambda: lease.check(root, option="--output"),
+    ):
+        with pytest.raises(
+            UsageError, match=rf"run other of process {other.pid} on .*, started 20.* Two would mix"
+        ):
             attempt()
 
 

@@ -13,11 +13,39 @@ from tests.data.conftest import ids, names, put, read, reasons, tar
 
 
 def test_directory_lists_images_by_path_components(tmp_path):
-    contents = put(tmp_path, "b.jpg", "a/z.PNG", "a/b.JpEg", "a-1/c.webp", "a/sub/deep/x.bmp", "t.tif", "u.tiff", "v.npy")
-    put(tmp_path, "notes.txt", ".hidden.jpg", ".git/x.jpg", "_raypipe/tmp/y.jpg", "a/_raypipe/z.jpg", "noextension", "jpg")
+    contents = put(
+        tmp_path,
+        "b.jpg",
+        "a/z.PNG",
+        "a/b.JpEg",
+        "a-1/c.webp",
+        "a/sub/deep/x.bmp",
+        "t.tif",
+        "u.tiff",
+        "v.npy",
+    )
+    put(
+        tmp_path,
+        "notes.txt",
+        ".hidden.jpg",
+        ".git/x.jpg",
+        "_raypipe/tmp/y.jpg",
+        "a/_raypipe/z.jpg",
+        "noextension",
+        "jpg",
+    )
     table = list_images(str(tmp_path))
     assert table.schema == SOURCE
-    assert ids(table) == ["a/b.JpEg", "a/sub/deep/x.bmp", "a/z.PNG", "a-1/c.webp", "b.jpg", "t.tif", "u.tiff", "v.npy"]
+    assert ids(table) == [
+        "a/b.JpEg",
+        "a/sub/deep/x.bmp",
+        "a/z.PNG",
+        "a-1/c.webp",
+        "b.jpg",
+        "t.tif",
+        "u.tiff",
+        "v.npy",
+    ]
     assert names(table) == ["a/b", "a/sub/deep/x", "a/z", "a-1/c", "b", "t", "u", "v"]
     assert table["uri"].to_pylist() == [str(tmp_path / one) for one in ids(table)]
     assert read(table) == [contents[one] for one in ids(table)]
@@ -59,7 +87,10 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     table = list_images(str(tmp_path))
     assert {"a/x.jpg", "b/a/x.jpg", "b/y.jpg", "c.jpg"} <= set(ids(table))
     assert table.num_rows < 20
-    assert ids(table)[-2:] == ["c.jpg", "d.jpg"] and reasons(read(table))[-2:] == ["unreadable", "unreadable"]
+    assert ids(table)[-2:] == ["c.jpg", "d.jpg"] and reasons(read(table))[-2:] == [
+        "unreadable",
+        "unreadable",
+    ]
 
 
 def test_names_that_are_not_utf8(tmp_path):
@@ -76,7 +107,17 @@ def test_names_that_are_not_utf8(tmp_path):
 
 
 def test_strange_but_legal_names_can_be_read(tmp_path):
-    strange = ["new\nline.jpg", "100%.jpg", "a?b#c.jpg", "ü/ß.jpg", "[x].jpg", "{0..1}.jpg", "s p a c e.jpg", "a:b.jpg", '"q".jpg']
+    strange = [
+        "new\nline.jpg",
+        "100%.jpg",
+        "a?b#c.jpg",
+        "ü/ß.jpg",
+        "[x].jpg",
+        "{0..1}.jpg",
+        "s p a c e.jpg",
+        "a:b.jpg",
+        '"q".jpg',
+    ]
     contents = put(tmp_path, *strange)
     table = list_images(str(tmp_path))
     assert sorted(ids(table)) == sorted(strange)
@@ -90,7 +131,13 @@ def test_globs(tmp_path):
     assert ids(list_images(f"{tmp_path}/*/1.jpg")) == ["a/1.jpg", "b/1.jpg"]
     assert ids(list_images(f"{tmp_path}/**/1.jpg")) == ["a/1.jpg", "b/1.jpg", "b/deep/1.jpg"]
     assert ids(list_images(f"{tmp_path}/a/[12].*")) == ["1.jpg", "2.png"]
-    assert ids(list_images(f"{tmp_path}/**")) == ["a/1.jpg", "a/2.png", "b/1.jpg", "b/deep/1.jpg", "c.jpg"]
+    assert ids(list_images(f"{tmp_path}/**")) == [
+        "a/1.jpg",
+        "a/2.png",
+        "b/1.jpg",
+        "b/deep/1.jpg",
+        "c.jpg",
+    ]
     assert ids(list_images(f"{tmp_path}/**/*.jpg", limit=2)) == ["a/1.jpg", "b/1.jpg"]
     assert ids(list_images(f"{tmp_path}/{{b,a}}/*.jpg")) == ["1.jpg", "1.jpg#2"]
     with pytest.raises(UsageError, match=r"no images in .*\*\*"):
@@ -108,25 +155,51 @@ def test_deep_globs_have_the_guards_of_directories(tmp_path, monkeypatch):
         list_images(f"{tmp_path}/*/*.parquet")
     # Folders that the pattern excludes are not looked into.
     walk = files._entries
-    monkeypatch.setattr(files, "_entries", lambda folder: [][1] if folder.endswith("/closed") else walk(folder))
+    monkeypatch.setattr(
+        files, "_entries", lambda folder: [][1] if folder.endswith("/closed") else walk(folder)
+    )
     put(tmp_path, "closed/z.jpg", "open-1/deep/x.jpg", "open-2/.thumbs/t.jpg")
     assert ids(list_images(f"{tmp_path}/open-*/**/*.jpg")) == ["open-1/deep/x.jpg"]
     assert ids(list_images(f"{tmp_path}/*/.thumbs/**/*.jpg")) == ["open-2/.thumbs/t.jpg"]
 
 
 @pytest.mark.parametrize(
-    "pattern", ["*.jpg", "**/*.jpg", "a/**/x.jpg", "**", "a/*/*.jpg", "[ab]/?.jpg", "[!a]/*.jpg", "**/b/*", "a**/x.jpg"]
+    "pattern",
+    [
+        "*.jpg",
+        "**/*.jpg",
+        "a/**/x.jpg",
+        "**",
+        "a/*/*.jpg",
+        "[ab]/?.jpg",
+        "[!a]/*.jpg",
+        "**/b/*",
+        "a**/x.jpg",
+    ],
 )
 def test_remote_globs_match_what_local_ones_do(tmp_path, pattern):
-    paths = ["x.jpg", "a/x.jpg", "a/b/x.jpg", "a/b/c/x.jpg", "b/y.jpg", "c/z.jpg", "ab/x.jpg", "a/b/c.d/x.jpg"]
+    paths = [
+        "x.jpg",
+        "a/x.jpg",
+        "a/b/x.jpg",
+        "a/b/c/x.jpg",
+        "b/y.jpg",
+        "c/z.jpg",
+        "ab/x.jpg",
+        "a/b/c.d/x.jpg",
+    ]
     put(tmp_path, *paths)
-    fixed = os.path.dirname(f"{tmp_path}/{pattern[: min(i for i in map(pattern.find, '*[?') if i >= 0)]}x")
+    fixed = os.path.dirname(
+        f"{tmp_path}/{pattern[: min(i for i in map(pattern.find, '*[?') if i >= 0)]}x"
+    )
     found = glob.glob(f"{tmp_path}/{pattern}", recursive=True)
     expected = {os.path.relpath(path, fixed) for path in found if path.endswith(".jpg")}
     assert set(ids(list_images(f"{tmp_path}/{pattern}"))) == expected
     base = pattern[: min(i for i in map(pattern.find, "*[?") if i >= 0)].rpartition("/")[0]
     regex = files._glob_regex(pattern.replace("?", "[!/]"))
-    assert {os.path.relpath(file, base or ".") for file in paths if regex.fullmatch(file)} == expected
+    assert {
+        os.path.relpath(file, base or ".") for file in paths if regex.fullmatch(file)
+    } == expected
 
 
 def test_inputs_that_hold_nothing(tmp_path):
@@ -162,25 +235,77 @@ def test_unlistable_directory_is_an_error_and_not_a_hole(tmp_path, monkeypatch):
 
 
 def test_ids_that_occur_again_are_numbered():
-    assert listing._number_repeats(["a", "b", "a", "a", "a#2", "b"]) == ["a", "b", "a#2", "a#3", "a#2#2", "b#2"]
+    assert listing._number_repeats(["a", "b", "a", "a", "a#2", "b"]) == [
+        "a",
+        "b",
+        "a#2",
+        "a#3",
+        "a#2#2",
+        "b#2",
+    ]
 
 
 # --- what is left out --------------------------------------------------------------------------------------------------------
 
 
 def test_what_is_left_out_is_counted_by_suffix_and_said_in_one_line(tmp_path, caplog):
-    put(tmp_path, "a.jpg", "b.JFIF", "c.jpe", "d.gif", "e.avif", "f.HEIC", "g.heif", "h.pjpeg", "i.dib", "j.apng")
-    put(tmp_path, "x.cr2", "x/y.CR2", "notes.txt", "x/README", "z.tar.gz", "s/z.tgz", "t.tar", "p.parquet", ".hidden", "_raypipe/x")
+    put(
+        tmp_path,
+        "a.jpg",
+        "b.JFIF",
+        "c.jpe",
+        "d.gif",
+        "e.avif",
+        "f.HEIC",
+        "g.heif",
+        "h.pjpeg",
+        "i.dib",
+        "j.apng",
+    )
+    put(
+        tmp_path,
+        "x.cr2",
+        "x/y.CR2",
+        "notes.txt",
+        "x/README",
+        "z.tar.gz",
+        "s/z.tgz",
+        "t.tar",
+        "p.parquet",
+        ".hidden",
+        "_raypipe/x",
+    )
     found = look(str(tmp_path))
     assert [i[0] for i in ids(found.rows)] == list("abcdefghij")
-    assert found.skipped == {".cr2": 2, ".txt": 1, "(no suffix)": 1, ".tar.gz": 1, ".tgz": 1, ".tar": 1, ".parquet": 1}
+    assert found.skipped == {
+        ".cr2": 2,
+        ".txt": 1,
+        "(no suffix)": 1,
+        ".tar.gz": 1,
+        ".tgz": 1,
+        ".tar": 1,
+        ".parquet": 1,
+    }
     assert len(caplog.records) == 1
-    for part in ("8 files are left out", "2 .cr2", "1 .tar.gz", "unpack compressed tars first, with gunzip -k FILE"):
+    for part in (
+        "8 files are left out",
+        "2 .cr2",
+        "1 .tar.gz",
+        "unpack compressed tars first, with gunzip -k FILE",
+    ):
         assert part in caplog.text
 
 
 def test_what_is_left_out_of_tars_is_counted_too(tmp_path, caplog):
-    tar(tmp_path / "0.tar", ("0.jpg", b"0"), ("0.txt", b"caption"), ("1.gif", b"1"), ("2.jfif", b"2"), ("3.nef", b"3"), (".x", b""))
+    tar(
+        tmp_path / "0.tar",
+        ("0.jpg", b"0"),
+        ("0.txt", b"caption"),
+        ("1.gif", b"1"),
+        ("2.jfif", b"2"),
+        ("3.nef", b"3"),
+        (".x", b""),
+    )
     (tmp_path / "1.tar.gz").write_bytes(gzip.compress((tmp_path / "0.tar").read_bytes()))
     found = look(str(tmp_path))
     assert ids(found.rows) == ["0", "1", "2"]
@@ -189,9 +314,17 @@ def test_what_is_left_out_of_tars_is_counted_too(tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-    ("name", "command"), [("a.tar.gz", "gunzip -k"), ("a.TGZ", "gunzip -k"), ("a.tar.zst", "unzstd"), ("a.tar.xz", "unxz -k")]
+    ("name", "command"),
+    [
+        ("a.tar.gz", "gunzip -k"),
+        ("a.TGZ", "gunzip -k"),
+        ("a.tar.zst", "unzstd"),
+        ("a.tar.xz", "unxz -k"),
+    ],
 )
-def test_only_compressed_tars_are_refused_with_the_command_that_unpacks_them(tmp_path, name, command):
+def test_only_compressed_tars_are_refused_with_the_command_that_unpacks_them(
+    tmp_path, name, command
+):
     put(tmp_path, name)
     for input, file in ((tmp_path, "FILE"), (tmp_path / name, name)):
         with pytest.raises(UsageError, match=f"{command} {file}"):
@@ -201,4 +334,8 @@ def test_only_compressed_tars_are_refused_with_the_command_that_unpacks_them(tmp
 def test_many_suffixes_are_told_together(tmp_path):
     put(tmp_path, "a.jpg", *(f"x.s{i:02d}" for i in range(30)), *(f"{i}.txt" for i in range(3)))
     found = look(str(tmp_path))
-    assert found.skipped[".txt"] == 3 and found.skipped["(others)"] == 11 and found.skipped.total() == 33
+    assert (
+        found.skipped[".txt"] == 3
+        and found.skipped["(others)"] == 11
+        and found.skipped.total() == 33
+    )

@@ -12,7 +12,13 @@ def folded(name: str) -> str:
 
 
 def test_unique_names_keep_what_is_fine():
-    assert unique_names(["set/a.jpg", "b.v1.png", "c", "ü ö/ß.jpeg", "v1.5"]) == ["set/a", "b.v1", "c", "ü ö/ß", "v1.5"]
+    assert unique_names(["set/a.jpg", "b.v1.png", "c", "ü ö/ß.jpeg", "v1.5"]) == [
+        "set/a",
+        "b.v1",
+        "c",
+        "ü ö/ß",
+        "v1.5",
+    ]
 
 
 def test_unique_names_of_clashes():
@@ -42,7 +48,10 @@ def test_hostile_names_become_safe_files(tmp_path):
     result = unique_names(HOSTILE)
     assert len({folded(name) for name in result}) == len(HOSTILE)
     for name in result:
-        for extension in (".jpg", ".npy"):  # each can be created, below the root, beside all the others
+        for extension in (
+            ".jpg",
+            ".npy",
+        ):  # each can be created, below the root, beside all the others
             path = tmp_path / extension[1:] / (name + extension)
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "xb"):
@@ -60,7 +69,22 @@ def test_hostile_names_become_safe_files(tmp_path):
 
 def test_unique_names_are_unique_whatever_comes():
     rng = np.random.default_rng(0)
-    atoms = ["a", "A", "b", ".jpg", ".png", "-2", "-3", "/", "..", ".", "é", "e\u0301", "\n", "a.jpg"]
+    atoms = [
+        "a",
+        "A",
+        "b",
+        ".jpg",
+        ".png",
+        "-2",
+        "-3",
+        "/",
+        "..",
+        ".",
+        "é",
+        "e\u0301",
+        "\n",
+        "a.jpg",
+    ]
     for _ in range(300):
         wanted = ["".join(rng.choice(atoms, rng.integers(1, 5))) for _ in range(30)]
         first, second = unique_names(wanted[:20]), unique_names(wanted)

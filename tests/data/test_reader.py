@@ -64,7 +64,11 @@ def test_what_cannot_be_read_is_a_reject_in_its_place(tmp_path, threads):
             assert result == good[index], index
         else:
             assert isinstance(result, Reject), index
-            assert result.reason == ("empty" if index in (1, 12) else "unreadable"), (index, result.reason, result.detail)
+            assert result.reason == ("empty" if index in (1, 12) else "unreadable"), (
+                index,
+                result.reason,
+                result.detail,
+            )
             assert result.detail
     assert "vanished.jpg" in results[4].detail
 
@@ -82,7 +86,9 @@ def test_read_ahead_is_bounded_in_rows(tmp_path, monkeypatch):
     put(tmp_path, *(f"{i:04d}.jpg" for i in range(1000)))
     opened = []
     original = reader._read_local
-    monkeypatch.setattr(reader, "_read_local", lambda path, group: opened.append(path) or original(path, group))
+    monkeypatch.setattr(
+        reader, "_read_local", lambda path, group: opened.append(path) or original(path, group)
+    )
     with contextlib.closing(Reader(2)) as one:
         stream = one.read(list_images(str(tmp_path)))
         next(stream)
@@ -93,7 +99,9 @@ def test_read_ahead_is_bounded_in_rows(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["", "a.tar"])
-def test_one_thread_reads_ahead_where_reading_waits_and_stays_out_of_the_way_where_it_does_not(tmp_path, monkeypatch, name):
+def test_one_thread_reads_ahead_where_reading_waits_and_stays_out_of_the_way_where_it_does_not(
+    tmp_path, monkeypatch, name
+):
     if name:
         packed(tmp_path / name, 100)
     else:
@@ -138,7 +146,9 @@ def test_waiting_is_told_from_working_and_from_being_kept_from_it():
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(cores)})
     try:
-        others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]  # on the same core
+        others = [
+            subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)
+        ]  # on the same core
         before, began, ran = reader._off_s(), time.perf_counter(), time.thread_time()
         while (took := time.perf_counter() - began) < 1 + 1.5 * (time.thread_time() - ran):
             assert took < 60, "nobody was in the way"
@@ -181,7 +191,9 @@ def test_few_rows_are_shared_by_all_threads(tmp_path, monkeypatch):
     contents = put(tmp_path, *(f"{i:02d}.jpg" for i in range(16)))
     together = threading.Barrier(4, timeout=20)
     original = reader._read_local
-    monkeypatch.setattr(reader, "_read_local", lambda path, group: together.wait() >= 0 and original(path, group))
+    monkeypatch.setattr(
+        reader, "_read_local", lambda path, group: together.wait() >= 0 and original(path, group)
+    )
     assert read(list_images(str(tmp_path)), threads=4) == list(contents.values())
 
 
@@ -189,7 +201,10 @@ def test_read_ahead_is_bounded_in_bytes_for_parquet_too(tmp_path):
     pictures = [bytes([i]) * (3 << 20) for i in range(20)]
     pq.write_table(pa.table({"image": pictures}), tmp_path / "a.parquet", row_group_size=5)
     with contextlib.closing(ParquetReader()) as files:
-        assert files.read(str(tmp_path / "a.parquet"), list(range(20)), most=reader.CHUNK_BYTES) == pictures[:2]
+        assert (
+            files.read(str(tmp_path / "a.parquet"), list(range(20)), most=reader.CHUNK_BYTES)
+            == pictures[:2]
+        )
     assert read(list_images(str(tmp_path)), threads=2) == pictures
 
 
@@ -262,7 +277,11 @@ def test_what_a_store_answers_is_final_after_one_more_try(store, status, words):
 
 
 def test_an_object_that_is_shorter_than_its_range_is_never_taken_for_whole(store):
-    ranges = rows((store.uri("7.jpg"), 100, 300), (store.uri("8.jpg"), 400, 200), (store.uri("9.jpg"), 900, 10))
+    ranges = rows(
+        (store.uri("7.jpg"), 100, 300),
+        (store.uri("8.jpg"), 400, 200),
+        (store.uri("9.jpg"), 900, 10),
+    )
     whole, short, beyond = read(ranges, threads=0)
     assert whole == store.contents["7.jpg"][100:400]
     assert reasons([short, beyond]) == ["unreadable"] * 2 and "cut short" in short.detail
@@ -273,7 +292,9 @@ def test_a_file_that_appears_late_is_read(tmp_path):
     table = list_images(str(tmp_path))
     for late in ("3.jpg", "7.jpg"):
         (tmp_path / late).rename(tmp_path / f"{late}.hidden")
-    threading.Timer(0.5, lambda: [(p.rename(p.with_suffix(""))) for p in tmp_path.glob("*.hidden")]).start()
+    threading.Timer(
+        0.5, lambda: [(p.rename(p.with_suffix(""))) for p in tmp_path.glob("*.hidden")]
+    ).start()
     assert read(table, threads=1) == list(contents.values())
 
 

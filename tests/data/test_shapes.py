@@ -39,7 +39,10 @@ def test_polygons_go_where_the_pixels_go(name):
     plan = PLANS[name]
     place = placement(plan, SOURCE)
     moved = moved_segmentation([POLYGON, [0, 0, 5, 0, 5, 5, 0, 5]], place)
-    shown, expected = filled(moved, place.size), executed(filled([POLYGON, [0, 0, 5, 0, 5, 5, 0, 5]], SOURCE), plan, place.size)
+    shown, expected = (
+        filled(moved, place.size),
+        executed(filled([POLYGON, [0, 0, 5, 0, 5, 5, 0, 5]], SOURCE), plan, place.size),
+    )
     assert np.abs(shown.astype(int) - expected).mean() < 6
     points = np.concatenate([np.array(polygon).reshape(-1, 2) for polygon in moved])
     assert (points >= 0).all() and (points <= place.size[::-1]).all()
@@ -57,7 +60,9 @@ def test_run_lengths_do_too_and_stay_of_their_kind(name, kind):
         flat = pixels.reshape(-1, order="F")
         value["counts"] = np.diff([0, *(np.flatnonzero(np.diff(flat)) + 1), len(flat)]).tolist()
     moved = moved_segmentation(value, place)
-    assert isinstance(moved["counts"], str if kind == "text" else list) and moved["size"] == list(place.size)
+    assert isinstance(moved["counts"], str if kind == "text" else list) and moved["size"] == list(
+        place.size
+    )
     found = mask.decode(moved if kind == "text" else mask.frPyObjects(moved, *place.size))
     expected = executed(pixels * 255, plan, place.size) > 127
     assert (found != expected).mean() < 0.02 and found.any()
@@ -65,13 +70,17 @@ def test_run_lengths_do_too_and_stay_of_their_kind(name, kind):
 
 def test_mlperfs_upscaling_multiplies_polygons():
     place = placement((Resize(height=1200, width=1200),), (480, 640))
-    assert moved_segmentation([[10, 20, 30.5, 20, 30, 48]], place) == [[18.75, 50, 57.1875, 50, 56.25, 120]]
+    assert moved_segmentation([[10, 20, 30.5, 20, 30, 48]], place) == [
+        [18.75, 50, 57.1875, 50, 56.25, 120]
+    ]
 
 
 def test_what_is_cut_off_is_left_out():
     place = placement((Crop(top=0, left=0, height=20, width=20),), SOURCE)
     assert moved_segmentation([[30, 30, 50, 30, 50, 50]], place) is None
-    assert moved_segmentation([[10, 10, 30, 10, 30, 30, 10, 30]], place) == [[10, 20, 10, 10, 20, 10, 20, 20]]
+    assert moved_segmentation([[10, 10, 30, 10, 30, 30, 10, 30]], place) == [
+        [10, 20, 10, 10, 20, 10, 20, 20]
+    ]
 
 
 def test_keypoints():
@@ -86,9 +95,16 @@ def test_keypoints():
 
 
 def test_shapes_on_an_image_that_was_resized_after_annotation_are_scaled():
-    place = Placement(source=(200, 400), size=(200, 400), matrix=(1, 0, 0, 0, 1, 0)).of_frame((100, 200))
+    place = Placement(source=(200, 400), size=(200, 400), matrix=(1, 0, 0, 0, 1, 0)).of_frame(
+        (100, 200)
+    )
     assert moved_segmentation([[10, 20, 30, 20, 30, 40]], place) == [[20, 40, 60, 40, 60, 80]]
-    assert Placement(source=(200, 400), size=(200, 400), matrix=(1, 0, 0, 0, 1, 0)).of_frame((400, 200)) is None
+    assert (
+        Placement(source=(200, 400), size=(200, 400), matrix=(1, 0, 0, 0, 1, 0)).of_frame(
+            (400, 200)
+        )
+        is None
+    )
 
 
 @pytest.mark.parametrize(
@@ -116,9 +132,13 @@ def test_shapes_drawn_in_the_frame_of_boxes_move_as_these_do(orientation, scale)
     upright = stored if orientation < 5 else stored[::-1]
     frame = stored[0] * scale, stored[1] * scale
     x1, y1, x2, y2 = (scale * box[0]).tolist()
-    went = Placement(source=upright, size=upright, matrix=(1, 0, 0, 0, 1, 0), orientation=orientation).of_frame(frame)
+    went = Placement(
+        source=upright, size=upright, matrix=(1, 0, 0, 0, 1, 0), orientation=orientation
+    ).of_frame(frame)
     (polygon,) = moved_segmentation([[x1, y1, x2, y1, x2, y2, x1, y2]], went)
     corners = np.array(polygon).reshape(-1, 2)
     expected, _ = into_picture(box * scale, frame, upright, orientation)
     np.testing.assert_allclose([*corners.min(axis=0), *corners.max(axis=0)], expected[0], atol=1e-3)
-    assert Placement(source=upright, size=upright, matrix=(1, 0, 0, 0, 1, 0)).of_frame((7, 90)) is None
+    assert (
+        Placement(source=upright, size=upright, matrix=(1, 0, 0, 0, 1, 0)).of_frame((7, 90)) is None
+    )

@@ -23,17 +23,29 @@ from raypipe.data.work import BLOCK
 from raypipe.images import opencv
 from raypipe.images.decode import Reject, read_header
 
-PHOTOS = pathlib.Path("/usr/share/doc/opencv-doc/examples/data")  # Debian's opencv-doc, where it is installed
+PHOTOS = pathlib.Path(
+    "/usr/share/doc/opencv-doc/examples/data"
+)  # Debian's opencv-doc, where it is installed
 
 
 def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
     """Like a photo: smooth in the large, some texture in the small."""
     rng = np.random.default_rng(seed)
-    large = cv2.resize(rng.uniform(0, 255, (4, 5, 3)).astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC)
+    large = cv2.resize(
+        rng.uniform(0, 255, (4, 5, 3)).astype(np.float32),
+        (width, height),
+        interpolation=cv2.INTER_CUBIC,
+    )
     return np.clip(large + rng.normal(0, 4, (height, width, 1)), 0, 255).astype(np.uint8)
 
 
-def block(images: list[np.ndarray | None], *, names: list[str] | None = None, epoch: int = 0, shard: int = 12) -> pa.Table:
+def block(
+    images: list[np.ndarray | None],
+    *,
+    names: list[str] | None = None,
+    epoch: int = 0,
+    shard: int = 12,
+) -> pa.Table:
     rows = []
     for i, image in enumerate(images):
         rows.append(
@@ -64,7 +76,11 @@ write_block = functools.partial(write_shard, encode=opencv.encode)
 
 
 def files(root: pathlib.Path) -> dict[str, bytes]:
-    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(root)): path.read_bytes()
+        for path in sorted(root.rglob("*"))
+        if path.is_file()
+    }
 
 
 def pictures(table: pa.Table) -> list[np.ndarray]:
@@ -114,8 +130,12 @@ def test_writing_a_shard_again_changes_nothing(tmp_path, format):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_shard_of_rejects_writes_nothing(tmp_path, format):
-    assert write_block(Sink(format=format, root=str(tmp_path)), block([None, None])) == Written(files=[], bytes=0)
-    assert write_block(Sink(format=format, root=str(tmp_path)), BLOCK.empty_table()) == Written(files=[], bytes=0)
+    assert write_block(Sink(format=format, root=str(tmp_path)), block([None, None])) == Written(
+        files=[], bytes=0
+    )
+    assert write_block(Sink(format=format, root=str(tmp_path)), BLOCK.empty_table()) == Written(
+        files=[], bytes=0
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -161,14 +181,20 @@ def test_a_failing_encoder_or_disk_leaves_only_whole_files(tmp_path, format, mon
 
 
 def test_photos_of_this_machine(tmp_path):
-    images = [image[..., ::-1] for path in sorted(PHOTOS.glob("*.jpg"))[:4] if (image := cv2.imread(str(path))) is not None]
+    images = [
+        image[..., ::-1]
+        for path in sorted(PHOTOS.glob("*.jpg"))[:4]
+        if (image := cv2.imread(str(path))) is not None
+    ]
     if not images:
         pytest.skip("opencv-doc is not installed")
     for format in FORMATS:
         root = tmp_path / format
         write_block(Sink(format=format, root=str(root)), block(images))
         for found, image in zip(pictures(list_images(str(root))), images, strict=True):
-            assert np.abs(found.astype(int) - image).mean() < (4 if format in ("jpeg", "webdataset") else 1e-9)
+            assert np.abs(found.astype(int) - image).mean() < (
+                4 if format in ("jpeg", "webdataset") else 1e-9
+            )
 
 
 # --- image files -----------------------------------------------------------------------------------------------------------
@@ -177,20 +203,31 @@ def test_photos_of_this_machine(tmp_path):
 def test_names_and_folders_of_image_files(tmp_path):
     names = ["a.b.c", "deep/er/x", "ü ö"]
     content = block(IMAGES[:3], names=names)
-    assert write_block(Sink(format="jpeg", root=str(tmp_path), folder="val2017"), content).files == [
+    assert write_block(
+        Sink(format="jpeg", root=str(tmp_path), folder="val2017"), content
+    ).files == [
         "val2017/a.b.c.jpg",
         "val2017/deep/er/x.jpg",
         "val2017/ü ö.jpg",
     ]
-    assert write_block(Sink(format="png", root=str(tmp_path)), content).files == ["a.b.c.png", "deep/er/x.png", "ü ö.png"]
+    assert write_block(Sink(format="png", root=str(tmp_path)), content).files == [
+        "a.b.c.png",
+        "deep/er/x.png",
+        "ü ö.png",
+    ]
     later = block(IMAGES[:3], names=names, epoch=1)
-    assert write_block(Sink(format="npy", root=str(tmp_path), folder="v/"), later).files[0] == "epoch-001/v/a.b.c.npy"
+    assert (
+        write_block(Sink(format="npy", root=str(tmp_path), folder="v/"), later).files[0]
+        == "epoch-001/v/a.b.c.npy"
+    )
 
 
 def test_quality_reaches_the_encoder(tmp_path):
     sizes = {}
     for quality in (50, 95):
-        sizes[quality] = write_block(Sink(format="jpeg", root=str(tmp_path), quality=quality), block(IMAGES)).bytes
+        sizes[quality] = write_block(
+            Sink(format="jpeg", root=str(tmp_path), quality=quality), block(IMAGES)
+        ).bytes
     assert sizes[50] < 0.8 * sizes[95]
 
 
@@ -228,14 +265,18 @@ def test_webdataset_layout(tmp_path):
     content = block(IMAGES[:3], names=["a/x.1", "100%", "c"])
     rows = content.to_pylist()
     rows[2] |= {"boxes": [], "labels": [9], "crowds": [], "annotation_ids": []}
-    written = write_block(Sink(format="webdataset", root=str(tmp_path)), pa.Table.from_pylist(rows, schema=BLOCK))
+    written = write_block(
+        Sink(format="webdataset", root=str(tmp_path)), pa.Table.from_pylist(rows, schema=BLOCK)
+    )
     assert written.files == ["shard-000012.tar"]
     with tarfile.open(tmp_path / "shard-000012.tar") as archive:
         members = archive.getmembers()
         assert [one.name for one in members] == [
             "a/x%2E1.jpg", "a/x%2E1.json", "100%25.jpg", "100%25.json", "c.jpg", "c.json", "c.cls",
         ]  # fmt: skip
-        assert {(one.mtime, one.uid, one.gid, one.uname, one.gname, one.mode) for one in members} == {(0, 0, 0, "", "", 0o644)}
+        assert {
+            (one.mtime, one.uid, one.gid, one.uname, one.gname, one.mode) for one in members
+        } == {(0, 0, 0, "", "", 0o644)}
         sidecar = json.load(archive.extractfile("100%25.json"))  # type: ignore[arg-type]
         assert archive.extractfile("c.cls").read() == b"9"  # type: ignore[union-attr]
     assert sidecar == {
@@ -259,8 +300,13 @@ def test_parquet_is_readable_by_anyone(tmp_path):
         "image_id", "name", "height", "width", "image", "boxes", "labels", "crowds", "annotation_ids",
     ]  # fmt: skip
     for row, image in zip(table.to_pylist(), IMAGES, strict=True):
-        np.testing.assert_array_equal(np.frombuffer(row["image"], np.uint8).reshape(row["height"], row["width"], 3), image)
-    assert os.path.getsize(tmp_path / "part-000012.parquet") < sum(image.nbytes for image in IMAGES) + 20_000
+        np.testing.assert_array_equal(
+            np.frombuffer(row["image"], np.uint8).reshape(row["height"], row["width"], 3), image
+        )
+    assert (
+        os.path.getsize(tmp_path / "part-000012.parquet")
+        < sum(image.nbytes for image in IMAGES) + 20_000
+    )
 
 
 def test_parquet_pixels_that_begin_like_a_jpeg(tmp_path):
@@ -316,7 +362,9 @@ def _write_for_ever(root: str) -> None:
 
 def test_a_killed_writer_leaves_only_whole_images(tmp_path):
     root = tmp_path / "out"
-    process = multiprocessing.get_context("spawn").Process(target=_write_for_ever, args=(str(root),), daemon=True)
+    process = multiprocessing.get_context("spawn").Process(
+        target=_write_for_ever, args=(str(root),), daemon=True
+    )
     process.start()
     while not list(root.glob("set/*.png")):
         assert process.is_alive()
@@ -371,9 +419,19 @@ def test_annotations_of_written_images(tmp_path):
     # From 100x200 to 300x300: x is stretched 1.5 times, y 3 times. Annotation 2 was dropped by the recipe.
     rows = [
         ("9", "val/sub/empty.jpg", 30, 30, np.empty((0, 4), np.float32), []),
-        ("5", "val/a.jpg", 300, 300, np.array([[0, 0, 300, 300], [30, 30, 90, 90]], np.float32), [7, 1]),
+        (
+            "5",
+            "val/a.jpg",
+            300,
+            300,
+            np.array([[0, 0, 300, 300], [30, 30, 90, 90]], np.float32),
+            [7, 1],
+        ),
     ]
-    assert write_annotations(str(path), str(root), rows, folder="val").file == "annotations/instances_val.json"
+    assert (
+        write_annotations(str(path), str(root), rows, folder="val").file
+        == "annotations/instances_val.json"
+    )
     assert files(root).keys() == {"annotations/instances_val.json"}
     result = json.loads((root / "annotations/instances_val.json").read_text())
     assert result == source | {
@@ -382,8 +440,23 @@ def test_annotations_of_written_images(tmp_path):
             {"id": 9, "file_name": "sub/empty.jpg", "height": 30, "width": 30},
         ],
         "annotations": [
-            {"id": 1, "image_id": 5, "category_id": 18, "bbox": [30, 30, 60, 60], "area": 1800, "iscrowd": 0, "score": 0.5},
-            {"id": 7, "image_id": 5, "category_id": 18, "bbox": [0, 0, 300, 300], "area": 90000, "iscrowd": 1},
+            {
+                "id": 1,
+                "image_id": 5,
+                "category_id": 18,
+                "bbox": [30, 30, 60, 60],
+                "area": 1800,
+                "iscrowd": 0,
+                "score": 0.5,
+            },
+            {
+                "id": 7,
+                "image_id": 5,
+                "category_id": 18,
+                "bbox": [0, 0, 300, 300],
+                "area": 90000,
+                "iscrowd": 1,
+            },
         ],
     }
     (root / "val").mkdir()
@@ -393,7 +466,11 @@ def test_annotations_of_written_images(tmp_path):
 
 def test_annotations_whose_ids_are_unique_within_their_image_only_and_odd_values(tmp_path):
     source = {
-        "images": [{"id": 1, "file_name": "a.jpg"}, {"id": 2, "file_name": "b.jpg"}, {"id": 3, "file_name": "left-out.jpg"}],
+        "images": [
+            {"id": 1, "file_name": "a.jpg"},
+            {"id": 2, "file_name": "b.jpg"},
+            {"id": 3, "file_name": "left-out.jpg"},
+        ],
         "annotations": [
             {"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 10, 10], "area": None},
             {"id": 1, "image_id": 2, "category_id": 1, "bbox": ["5", "5", "10", "20"], "area": 200},
@@ -406,7 +483,14 @@ def test_annotations_whose_ids_are_unique_within_their_image_only_and_odd_values
     path.write_text(json.dumps(source))
     listed = list_images(str(tmp_path), annotations=str(path)).slice(0, 2).to_pylist()
     rows = [
-        (row["image_id"], f"{row['name']}.jpg", 20, 20, [[2 * v for v in box] for box in row["boxes"]], row["annotation_ids"])
+        (
+            row["image_id"],
+            f"{row['name']}.jpg",
+            20,
+            20,
+            [[2 * v for v in box] for box in row["boxes"]],
+            row["annotation_ids"],
+        )
         for row in listed
     ]
     write_annotations(str(path), str(tmp_path / "out"), rows)
@@ -431,30 +515,55 @@ def test_annotations_from_something_else(tmp_path):
 @pytest.mark.parametrize("format", FORMATS)
 def test_s3_round_trip(bucket, format):
     sink = Sink(format=format, root=bucket("out put/ü"))
-    written = write_block(sink, block(WITH_REJECTS, names=[f"s et/#{i}%25?" for i in range(len(WITH_REJECTS))]))
+    written = write_block(
+        sink, block(WITH_REJECTS, names=[f"s et/#{i}%25?" for i in range(len(WITH_REJECTS))])
+    )
     table = list_images(sink.root)
     assert table.num_rows == len(IMAGES)
-    assert all(uri.startswith("s3://") and "endpoint_override=" in uri for uri in table["uri"].to_pylist())
+    assert all(
+        uri.startswith("s3://") and "endpoint_override=" in uri for uri in table["uri"].to_pylist()
+    )
     for found, image in zip(pictures(table), IMAGES, strict=True):
-        assert np.abs(found.astype(int) - image).mean() < (3 if format in ("jpeg", "webdataset") else 1e-9)
+        assert np.abs(found.astype(int) - image).mean() < (
+            3 if format in ("jpeg", "webdataset") else 1e-9
+        )
     for file in written.files:  # there is nothing else, and each file alone is an input too
-        assert list_images(location.join(sink.root, file)).num_rows == (1 if len(written.files) > 1 else len(IMAGES))
+        assert list_images(location.join(sink.root, file)).num_rows == (
+            1 if len(written.files) > 1 else len(IMAGES)
+        )
     folder, _, _ = written.files[0].rpartition("/")
     assert sorted(location.names(location.join(sink.root, folder))) == sorted(
         file[len(folder) :].strip("/") for file in written.files
     )
     for pattern in ("/*", "//*.*", "/**"):
-        assert list_images(location.join(sink.root, folder).replace("?", pattern + "?", 1)).num_rows == len(IMAGES)
+        assert list_images(
+            location.join(sink.root, folder).replace("?", pattern + "?", 1)
+        ).num_rows == len(IMAGES)
 
 
 def test_s3_listing(bucket):
     root = bucket("data")
-    for file in ("a/1.jpg", "a/2.PNG", "b/c/3.jpg", "_raypipe/x.jpg", ".h/x.jpg", "b/notes.txt", "z 1.jpg"):
+    for file in (
+        "a/1.jpg",
+        "a/2.PNG",
+        "b/c/3.jpg",
+        "_raypipe/x.jpg",
+        ".h/x.jpg",
+        "b/notes.txt",
+        "z 1.jpg",
+    ):
         location.write(root, file, file.encode())
     table = list_images(root)
     assert table["image_id"].to_pylist() == ["a/1.jpg", "a/2.PNG", "b/c/3.jpg", "z 1.jpg"]
-    assert list_images(bucket("data/**/*.jpg"))["image_id"].to_pylist() == ["a/1.jpg", "b/c/3.jpg", "z 1.jpg"]
-    assert list_images(bucket("data/{b,a}/**"), limit=2)["image_id"].to_pylist() == ["c/3.jpg", "1.jpg"]
+    assert list_images(bucket("data/**/*.jpg"))["image_id"].to_pylist() == [
+        "a/1.jpg",
+        "b/c/3.jpg",
+        "z 1.jpg",
+    ]
+    assert list_images(bucket("data/{b,a}/**"), limit=2)["image_id"].to_pylist() == [
+        "c/3.jpg",
+        "1.jpg",
+    ]
     assert list_images(bucket("data/z 1.jpg"))["image_id"].to_pylist() == ["z 1.jpg"]
     assert list_images(bucket("data/"), limit=2)["uri"].to_pylist() == table["uri"].to_pylist()[:2]
     for file in ("run[2]/x.jpg", "run2/y.jpg"):
@@ -480,13 +589,28 @@ def test_s3_coco(bucket, tmp_path):
     assert table["boxes"].to_pylist() == [[[1, 1, 3, 3]], []]
     with contextlib.closing(Reader()) as reader:
         first, second = reader.read(table)
-    assert first == b"one" and isinstance(second, Reject) and second.reason == "unreadable" and "gone.jpg" in second.detail
-    file = write_annotations(bucket("set/annotations.json"), bucket("out"), [("1", "one.jpg", 4, 4, [[0, 0, 1, 1]], [1])]).file
-    assert json.loads(location.read(location.join(bucket("out"), file)))["annotations"][0]["bbox"] == [0, 0, 1, 1]
+    assert (
+        first == b"one"
+        and isinstance(second, Reject)
+        and second.reason == "unreadable"
+        and "gone.jpg" in second.detail
+    )
+    file = write_annotations(
+        bucket("set/annotations.json"), bucket("out"), [("1", "one.jpg", 4, 4, [[0, 0, 1, 1]], [1])]
+    ).file
+    assert json.loads(location.read(location.join(bucket("out"), file)))["annotations"][0][
+        "bbox"
+    ] == [0, 0, 1, 1]
 
 
 def test_an_empty_s3_object_beside_keys_below_its_name_stands_for_a_folder(bucket):
-    for key, data in (("photos", b""), ("photos/a.jpg", b"a"), ("photos/sub", b""), ("photos/sub/b.jpg", b"b"), ("alone.jpg", b"")):
+    for key, data in (
+        ("photos", b""),
+        ("photos/a.jpg", b"a"),
+        ("photos/sub", b""),
+        ("photos/sub/b.jpg", b"b"),
+        ("alone.jpg", b""),
+    ):
         location.write(bucket(""), key, data)
     found = look(bucket("photos"))
     assert found.rows["image_id"].to_pylist() == ["a.jpg", "sub/b.jpg"] and not found.skipped
@@ -497,10 +621,18 @@ def test_an_empty_s3_object_beside_keys_below_its_name_stands_for_a_folder(bucke
 def test_s3_failures_while_reading_are_rejects(bucket):
     write_block(Sink(format="webdataset", root=bucket("out")), block(IMAGES))
     table = list_images(bucket("out"))
-    location.write(bucket("out"), "shard-000012.tar", location.read(location.join(bucket("out"), "shard-000012.tar"))[:6000])
+    location.write(
+        bucket("out"),
+        "shard-000012.tar",
+        location.read(location.join(bucket("out"), "shard-000012.tar"))[:6000],
+    )
     with contextlib.closing(Reader(patience_s=5.0)) as reader:
         results = list(reader.read(table))
-        assert isinstance(results[0], bytes) and isinstance(results[-1], Reject) and results[-1].reason == "unreadable"
+        assert (
+            isinstance(results[0], bytes)
+            and isinstance(results[-1], Reject)
+            and results[-1].reason == "unreadable"
+        )
     location.delete(table["uri"][0].as_py())
     with contextlib.closing(Reader(patience_s=1.0)) as reader:
         assert {one.reason for one in reader.read(table) if isinstance(one, Reject)} == {"unread"}
@@ -512,23 +644,41 @@ def test_s3_parquet_with_a_damaged_row_group(bucket, monkeypatch):
 
     def parquet(pictures: list[bytes]) -> bytes:
         buffer = io.BytesIO()
-        pq.write_table(pa.table({"image": pictures}), buffer, row_group_size=4, use_dictionary=False, compression="gzip")
+        pq.write_table(
+            pa.table({"image": pictures}),
+            buffer,
+            row_group_size=4,
+            use_dictionary=False,
+            compression="gzip",
+        )
         return buffer.getvalue()
 
     first = parquet(contents[:12])
     location.write(bucket("set"), "a.parquet", first)
     location.write(bucket("set"), "b.parquet", parquet(contents[12:]))
     table = list_images(bucket("set"))
-    location.write(bucket("set"), "a.parquet", first[:45000] + bytes(600) + first[45600:])  # its last row group
-    for threads in (0, 1, 4):  # with 0 and 1, one thread reads the end of the first file and the start of the second
+    location.write(
+        bucket("set"), "a.parquet", first[:45000] + bytes(600) + first[45600:]
+    )  # its last row group
+    for threads in (
+        0,
+        1,
+        4,
+    ):  # with 0 and 1, one thread reads the end of the first file and the start of the second
         with contextlib.closing(Reader(threads)) as reader:
             results = list(reader.read(table))
         assert results[:8] == contents[:8] and results[12:] == contents[12:]
-        assert [one.reason for one in results[8:12] if isinstance(one, Reject)] == ["unreadable"] * 4
+        assert [one.reason for one in results[8:12] if isinstance(one, Reject)] == [
+            "unreadable"
+        ] * 4
 
 
 def test_s3_write_that_fails_leaves_nothing(bucket):
-    root = bucket("out").replace("s3://", "s3://no-such-").replace("allow_bucket_creation=true", "allow_bucket_creation=false")
+    root = (
+        bucket("out")
+        .replace("s3://", "s3://no-such-")
+        .replace("allow_bucket_creation=true", "allow_bucket_creation=false")
+    )
     with pytest.raises(OSError, match=r"NoSuchBucket|bucket does not exist"):
         write_block(Sink(format="png", root=root), block(IMAGES))
 
@@ -542,6 +692,8 @@ def test_s3_deletes(bucket):
     assert location.names(location.join(root, "a")) == ["2"]
     location.delete_folder(location.join(root, "a"))
     location.delete_folder(location.join(root, "nowhere"))
-    assert location.names(location.join(root, "a")) == [] and location.names(location.join(root, "b")) == ["3"]
+    assert location.names(location.join(root, "a")) == [] and location.names(
+        location.join(root, "b")
+    ) == ["3"]
     with pytest.raises(FileNotFoundError):
         location.read(location.join(root, "a/2"))

@@ -23,10 +23,14 @@ def encoded(side: int, extension: str) -> bytes:
     return cv2.imencode(extension, np.full((side, side, 3), side % 256, np.uint8))[1].tobytes()
 
 
-def parts(input: str, *, memory: int, rows: int | None = None, recipe: Recipe = FLIP) -> list[list[str]]:
+def parts(
+    input: str, *, memory: int, rows: int | None = None, recipe: Recipe = FLIP
+) -> list[list[str]]:
     source = list_images(input)
     cut = sizes.cut(recipe, images=source.num_rows, rows=rows, scratch=SCRATCH, memory=memory)
-    return [shard.column("image_id").to_pylist() for shard in shards(make_work(source, **cut.arguments))]
+    return [
+        shard.column("image_id").to_pylist() for shard in shards(make_work(source, **cut.arguments))
+    ]
 
 
 def folder(tmp_path, extension: str) -> str:
@@ -80,7 +84,9 @@ def test_encoded_bytes_of_which_no_more_is_known_count_twenty_bytes_each(tmp_pat
     data = cv2.imencode(".jpg", noise)[1].tobytes()
     pq.write_table(pa.table({"image": [data] * 100}), tmp_path / "a.parquet")
     each = 20 * len(data)
-    lengths = [len(shard) for shard in parts(str(tmp_path / "a.parquet"), memory=24 * each, rows=100)]
+    lengths = [
+        len(shard) for shard in parts(str(tmp_path / "a.parquet"), memory=24 * each, rows=100)
+    ]
     assert set(lengths[:-1]) <= {18, 19, 20, 21}, lengths
 
 
@@ -90,7 +96,10 @@ def test_recipes_of_one_size_are_cut_by_it_and_refused_where_one_result_is_too_m
     cut = sizes.cut(large, images=1000, rows=None, scratch=SCRATCH, memory=1_750_000_000)
     assert cut.rows == 11 and cut.need == 11 * 75_000_000
     assert sizes.cut(large, images=1000, rows=500, scratch=SCRATCH, memory=1_750_000_000).rows == 11
-    with pytest.raises(UsageError, match=r"large makes images of 5000x5000, 0\.07 GB each, and an actor has 0\.10 GB"):
+    with pytest.raises(
+        UsageError,
+        match=r"large makes images of 5000x5000, 0\.07 GB each, and an actor has 0\.10 GB",
+    ):
         sizes.cut(large, images=1000, rows=None, scratch=SCRATCH, memory=100_000_000)
 
 
@@ -98,6 +107,9 @@ def test_random_recipes_are_cut_for_the_largest_that_may_be_drawn(tmp_path):
     (tmp_path / "in").mkdir()
     for number in range(40):
         (tmp_path / "in" / f"{number}.png").write_bytes(encoded(500, ".png"))
-    assert len(parts(str(tmp_path / "in"), memory=10**10, rows=100, recipe=get("torchvision-ssd"))) == 1
+    assert (
+        len(parts(str(tmp_path / "in"), memory=10**10, rows=100, recipe=get("torchvision-ssd")))
+        == 1
+    )
     tight = parts(str(tmp_path / "in"), memory=400_000_000, rows=100, recipe=get("torchvision-ssd"))
     assert max(map(len, tight)) <= 400_000_000 // (16 * 3 * 500**2) and len(tight) < 40

@@ -45,14 +45,19 @@ def test_every_row_is_in_exactly_one_shard_and_shards_are_full_but_the_last():
     assert work.schema == WORK
     parts = list(shards(work))
     assert [part.num_rows for part in parts] == [4, 4, 2]
-    assert pa.concat_tables(parts).column("image_id").to_pylist() == work.column("image_id").to_pylist()
+    assert (
+        pa.concat_tables(parts).column("image_id").to_pylist()
+        == work.column("image_id").to_pylist()
+    )
     assert [set(part.column("shard").to_pylist()) for part in parts] == [{0}, {1}, {2}]
 
 
 def test_all_epochs_are_one_table_and_no_shard_spans_two():
     work = make_work(source(*names(5)), rows_per_shard=2, epochs=3)
     parts = list(shards(work))
-    assert [set(part.column("epoch").to_pylist()) for part in parts] == [{0}] * 3 + [{1}] * 3 + [{2}] * 3
+    assert [set(part.column("epoch").to_pylist()) for part in parts] == [{0}] * 3 + [{1}] * 3 + [
+        {2}
+    ] * 3
     assert [part.column("shard")[0].as_py() for part in parts] == list(range(9))
 
 
@@ -72,33 +77,57 @@ def at(*places: tuple[str, str, int]) -> pa.Table:
     """A source of images with these ids, URIs and offsets."""
     rows = source(*(image_id for image_id, _, _ in places))
     for name, values in zip(("image_id", "uri", "offset"), zip(*places, strict=True), strict=True):
-        rows = rows.set_column(rows.column_names.index(name), SOURCE.field(name), pa.array(values, SOURCE.field(name).type))
+        rows = rows.set_column(
+            rows.column_names.index(name),
+            SOURCE.field(name),
+            pa.array(values, SOURCE.field(name).type),
+        )
     return rows
 
 
 def test_an_image_keeps_its_id_when_another_of_its_name_comes_before_it():
-    work = make_work(at(("b.jpg", "/val/b.jpg", 0), ("b.jpg#2", "/val/sub/b.jpg", 0)), rows_per_shard=2)
+    work = make_work(
+        at(("b.jpg", "/val/b.jpg", 0), ("b.jpg#2", "/val/sub/b.jpg", 0)), rows_per_shard=2
+    )
     grown = at(
-        ("b.jpg", "/train/b.jpg", 0), ("b.jpg#2", "/val/b.jpg", 0), ("b.jpg#3", "/val/sub/b.jpg", 0), ("c.jpg", "/val/c.jpg", 0)
+        ("b.jpg", "/train/b.jpg", 0),
+        ("b.jpg#2", "/val/b.jpg", 0),
+        ("b.jpg#3", "/val/sub/b.jpg", 0),
+        ("c.jpg", "/val/c.jpg", 0),
     )
     named = named_as_before(grown, work)
     assert named.column("image_id").to_pylist() == ["b.jpg#3", "b.jpg", "b.jpg#2", "c.jpg"]
-    assert extend(work, named, rows_per_shard=2).column("uri").to_pylist()[2:] == ["/train/b.jpg", "/val/c.jpg"]
+    assert extend(work, named, rows_per_shard=2).column("uri").to_pylist()[2:] == [
+        "/train/b.jpg",
+        "/val/c.jpg",
+    ]
     assert named_as_before(work.select(SOURCE.names), work).equals(work.select(SOURCE.names))
     twice = at(("b.jpg", "/new", 0), ("b.jpg#2", "/val/b.jpg", 0), ("b.jpg#3", "/val/b.jpg", 0))
-    assert named_as_before(twice, work).column("image_id").to_pylist() == ["b.jpg#3", "b.jpg", "b.jpg#4"]
+    assert named_as_before(twice, work).column("image_id").to_pylist() == [
+        "b.jpg#3",
+        "b.jpg",
+        "b.jpg#4",
+    ]
     first = make_work(at(("b.jpg", "/val/b.jpg", 0)), rows_per_shard=2)
-    assert named_as_before(grown.slice(0, 2), first).column("image_id").to_pylist() == ["b.jpg#2", "b.jpg"]
+    assert named_as_before(grown.slice(0, 2), first).column("image_id").to_pylist() == [
+        "b.jpg#2",
+        "b.jpg",
+    ]
 
 
 def test_ids_that_images_bring_along_are_theirs_wherever_these_are():
-    work = make_work(at(("7", "/old/a.jpg", 0), ("9#1", "/x.tar", 512), ("a.parquet#0", "/a.parquet", 0)), rows_per_shard=2)
+    work = make_work(
+        at(("7", "/old/a.jpg", 0), ("9#1", "/x.tar", 512), ("a.parquet#0", "/a.parquet", 0)),
+        rows_per_shard=2,
+    )
     moved = at(("7", "/new/a.jpg", 0), ("9#1", "/x.tar", 4096), ("a.parquet#0", "/a.parquet", 1))
     assert named_as_before(moved, work).equals(moved)
 
 
 def test_what_is_still_to_do_is_as_the_source_has_it_now_and_what_is_done_stays():
-    work = make_work(at(*((name, f"/old/{name}", 0) for name in "abcdef")), rows_per_shard=2)  # shards ab, cd, ef
+    work = make_work(
+        at(*((name, f"/old/{name}", 0) for name in "abcdef")), rows_per_shard=2
+    )  # shards ab, cd, ef
     now = at(("f", "/new/f", 9), ("d", "/new/d", 5), ("a", "/new/a", 7), ("g", "/new/g", 1))
     after = renewed(work, now, {0})
     assert after.schema == WORK
@@ -150,12 +179,20 @@ def test_shard_rows(rows, row_bytes, expected):
 
 
 def test_lists_and_back():
-    boxes = [np.arange(8, dtype=np.float32).reshape(2, 4), np.empty((0, 4), np.float32), np.ones((1, 4), np.float32)]
+    boxes = [
+        np.arange(8, dtype=np.float32).reshape(2, 4),
+        np.empty((0, 4), np.float32),
+        np.ones((1, 4), np.float32),
+    ]
     column = lists(boxes, SOURCE.field("boxes").type)
     assert column.to_pylist() == [b.tolist() for b in boxes]
     for got, want in zip(unlist(column), boxes, strict=True):
         np.testing.assert_array_equal(got, want)
-    assert lists([], SOURCE.field("labels").type).to_pylist() == [] == unlist(lists([], SOURCE.field("labels").type))
+    assert (
+        lists([], SOURCE.field("labels").type).to_pylist()
+        == []
+        == unlist(lists([], SOURCE.field("labels").type))
+    )
 
 
 def test_unlist_reads_slices_and_nulls():
@@ -165,12 +202,19 @@ def test_unlist_reads_slices_and_nulls():
 
 def test_crowds_are_left_out_before_images_without_boxes():
     rows = source("a", "b", "c").to_pylist()
-    rows[0] |= {"boxes": [[0, 0, 1, 1], [2, 2, 3, 3]], "labels": [5, 6], "crowds": [True, False], "annotation_ids": [1, 2]}
+    rows[0] |= {
+        "boxes": [[0, 0, 1, 1], [2, 2, 3, 3]],
+        "labels": [5, 6],
+        "crowds": [True, False],
+        "annotation_ids": [1, 2],
+    }
     rows[1] |= {"crowds": [True]}
     rows[2] |= {"boxes": [], "labels": [], "crowds": [], "annotation_ids": []}
     table = pa.Table.from_pylist(rows, schema=SOURCE)
     kept = wanted_by(table, needs_boxes=True, drops_crowds=True).to_pylist()
-    assert [(r["name"], r["boxes"], r["labels"], r["annotation_ids"]) for r in kept] == [("a", [[2, 2, 3, 3]], [6], [2])]
+    assert [(r["name"], r["boxes"], r["labels"], r["annotation_ids"]) for r in kept] == [
+        ("a", [[2, 2, 3, 3]], [6], [2])
+    ]
     assert wanted_by(table, needs_boxes=True, drops_crowds=False).num_rows == 2
     assert wanted_by(table, needs_boxes=False, drops_crowds=False).equals(table)
 
@@ -178,9 +222,15 @@ def test_crowds_are_left_out_before_images_without_boxes():
 def test_what_was_consumed_of_an_unfinished_epoch_comes_off_and_later_epochs_stay_whole():
     work = make_work(source(*names(6)), rows_per_shard=2, epochs=3, shuffle_seed=1)
     left = untouched(work, epoch=1, image_ids=pa.array(["n001.jpg", "n004.jpg"]))
-    rows = list(zip(left.column("epoch").to_pylist(), left.column("image_id").to_pylist(), strict=True))
-    both = list(zip(work.column("epoch").to_pylist(), work.column("image_id").to_pylist(), strict=True))
-    assert rows == [row for row in both if row[0] > 0 and row not in [(1, "n001.jpg"), (1, "n004.jpg")]]
+    rows = list(
+        zip(left.column("epoch").to_pylist(), left.column("image_id").to_pylist(), strict=True)
+    )
+    both = list(
+        zip(work.column("epoch").to_pylist(), work.column("image_id").to_pylist(), strict=True)
+    )
+    assert rows == [
+        row for row in both if row[0] > 0 and row not in [(1, "n001.jpg"), (1, "n004.jpg")]
+    ]
     assert sum(part.num_rows for part in shards(left)) == 10
     assert untouched(work, epoch=3, image_ids=pa.array([], pa.string())).num_rows == 0
     assert untouched(work, epoch=0, image_ids=pa.array([], pa.string())).equals(work)

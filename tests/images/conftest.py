@@ -6,7 +6,9 @@ import pytest
 
 from raypipe.images import opencv, torchvision
 
-_DEBIAN = Path("/usr/share/doc/opencv-doc/examples/data")  # Debian's opencv-doc; used where it is installed
+_DEBIAN = Path(
+    "/usr/share/doc/opencv-doc/examples/data"
+)  # Debian's opencv-doc; used where it is installed
 _REAL = [name for name in ("fruits.jpg", "messi5.jpg") if (_DEBIAN / name).is_file()]
 _MADE = ["texture", "edges", "noise", "grey"]
 
@@ -21,10 +23,16 @@ def make_photo(kind: str) -> np.ndarray:
         image = np.full((height, width, 3), (200, 30, 90), np.uint8)
         for _ in range(60):
             x1, y1, x2, y2 = rng.integers(0, 500, 4).tolist()
-            cv2.line(image, (x1, y1), (x2, y2), rng.integers(0, 256, 3).tolist(), int(rng.integers(1, 9)))
+            cv2.line(
+                image, (x1, y1), (x2, y2), rng.integers(0, 256, 3).tolist(), int(rng.integers(1, 9))
+            )
         return image
-    octaves = [rng.normal(0, 90 / 2**k, (4 * 2**k, 5 * 2**k, 3)).astype(np.float32) for k in range(6)]
-    texture = sum(cv2.resize(octave, (width, height), interpolation=cv2.INTER_CUBIC) for octave in octaves)
+    octaves = [
+        rng.normal(0, 90 / 2**k, (4 * 2**k, 5 * 2**k, 3)).astype(np.float32) for k in range(6)
+    ]
+    texture = sum(
+        cv2.resize(octave, (width, height), interpolation=cv2.INTER_CUBIC) for octave in octaves
+    )
     sky = np.linspace(170, 70, height, dtype=np.float32)[:, None, None]
     image = np.clip(sky + texture * 0.5, 0, 255)
     if kind == "grey":

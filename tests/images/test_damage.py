@@ -18,8 +18,12 @@ def photos(count: int) -> list[np.ndarray]:
     rng, made = np.random.default_rng(3), []
     for _ in range(count):
         height, width = int(rng.integers(240, 700)), int(rng.integers(240, 900))
-        octaves = [rng.normal(0, 90 / 2**k, (4 * 2**k, 5 * 2**k, 3)).astype(np.float32) for k in range(7)]
-        texture = sum(cv2.resize(octave, (width, height), interpolation=cv2.INTER_CUBIC) for octave in octaves)
+        octaves = [
+            rng.normal(0, 90 / 2**k, (4 * 2**k, 5 * 2**k, 3)).astype(np.float32) for k in range(7)
+        ]
+        texture = sum(
+            cv2.resize(octave, (width, height), interpolation=cv2.INTER_CUBIC) for octave in octaves
+        )
         made.append(np.clip(128 + texture * 0.6, 0, 255).astype(np.uint8))
     return made
 
@@ -32,9 +36,20 @@ def encoded(image: np.ndarray, format: str, **options) -> bytes:
 
 PHOTOS = photos(3)
 JPEGS = [
-    encoded(image if options.pop("colour", True) else image[..., 1], "JPEG", **{"quality": 90, **options})
+    encoded(
+        image if options.pop("colour", True) else image[..., 1],
+        "JPEG",
+        **{"quality": 90, **options},
+    )
     for image in PHOTOS
-    for options in ({}, {"subsampling": 0}, {"progressive": True}, {"quality": 50}, {"restart_marker_rows": 2}, {"colour": False})
+    for options in (
+        {},
+        {"subsampling": 0},
+        {"progressive": True},
+        {"quality": 50},
+        {"restart_marker_rows": 2},
+        {"colour": False},
+    )
 ]
 OTHERS = {
     "png": [encoded(image, "PNG") for image in PHOTOS],
@@ -63,7 +78,11 @@ def damaged(data: bytes, kind: str, others: list[bytes], rng: np.random.Generato
     if kind == "cut":
         return data[:at] + b"\xff\xd9"
     other = others[int(rng.integers(len(others)))]
-    new = {"zeros": bytes(size), "foreign": other[1000 : 1000 + size].ljust(size, b"\1"), "noise": rng.bytes(size)}[kind]
+    new = {
+        "zeros": bytes(size),
+        "foreign": other[1000 : 1000 + size].ljust(size, b"\1"),
+        "noise": rng.bytes(size),
+    }[kind]
     return data[:at] + new + data[at + size :]
 
 
@@ -75,7 +94,9 @@ def outcome(data: bytes) -> str:
     return "delivered"
 
 
-def trial(files: list[bytes], count: int, *, seed: int, kinds: tuple[str, ...]) -> Counter[tuple[str, str]]:
+def trial(
+    files: list[bytes], count: int, *, seed: int, kinds: tuple[str, ...]
+) -> Counter[tuple[str, str]]:
     rng = np.random.default_rng(seed)
     seen: Counter[tuple[str, str]] = Counter()
     for number in range(count):
@@ -120,7 +141,9 @@ def test_libjpegs_words_are_the_detail():
 def test_padding_before_the_end_mark_is_no_damage(padding, count):
     for data in JPEGS:
         padded = data[:-2] + padding * count + data[-2:]
-        np.testing.assert_array_equal(decode(padded, read_header(padded)), decode(data, read_header(data)))
+        np.testing.assert_array_equal(
+            decode(padded, read_header(padded)), decode(data, read_header(data))
+        )
 
 
 def test_other_bytes_before_the_end_mark_are():
@@ -130,7 +153,9 @@ def test_other_bytes_before_the_end_mark_are():
 @pytest.mark.parametrize("count", [64, 200, 3000])
 def test_zeros_in_place_of_the_last_pixels_are_no_padding(count):
     """They decode to pixels, and what of them is left looks like padding."""
-    assert {rejected(data[: -2 - count] + bytes(count) + data[-2:]).reason for data in JPEGS} == {"damaged"}
+    assert {rejected(data[: -2 - count] + bytes(count) + data[-2:]).reason for data in JPEGS} == {
+        "damaged"
+    }
 
 
 def test_a_progressive_jpeg_cut_between_scans():
@@ -148,13 +173,17 @@ _ICC = b"\xff\xe2" + (2 + 14 + 20).to_bytes(2, "big") + b"ICC_PROFILE\0\x05\x02"
 _ADOBE = b"\xff\xee\x00\x0eAdobe\0\x64\0\0\0\0\x07"
 
 
-@pytest.mark.parametrize("extra", [_ICC, _ADOBE, _ICC + _ADOBE], ids=["profile", "transform", "both"])
+@pytest.mark.parametrize(
+    "extra", [_ICC, _ADOBE, _ICC + _ADOBE], ids=["profile", "transform", "both"]
+)
 @pytest.mark.parametrize("version", [b"\1\1", b"\3\1"], ids=["JFIF 1", "JFIF 3"])
 def test_metadata_that_libjpeg_does_not_know_is_no_damage(extra, version):
     data = JPEGS[0]
     at = data.index(b"JFIF\0") + 5
     strange = data[:2] + extra + data[2:at] + version + data[at + 2 : -2] + bytes(50) + data[-2:]
-    np.testing.assert_array_equal(decode(strange, read_header(strange)), decode(data, read_header(data)))
+    np.testing.assert_array_equal(
+        decode(strange, read_header(strange)), decode(data, read_header(data))
+    )
     assert rejected(strange[:20_000] + b"\xff\xd9").reason == "damaged"
 
 
@@ -170,7 +199,9 @@ def test_a_cmyk_jpeg():
 def test_what_is_kept_is_what_libjpeg_makes_of_it():
     data = JPEGS[0][:20_000] + b"\xff\xd9"
     image = decode(data, read_header(data), strict=False)
-    np.testing.assert_array_equal(image, cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB))
+    np.testing.assert_array_equal(
+        image, cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+    )
 
 
 def test_a_png_with_a_wrong_checksum_is_kept_too():
@@ -180,7 +211,9 @@ def test_a_png_with_a_wrong_checksum_is_kept_too():
     reject = rejected(bytes(data))
     assert reject.reason == "damaged" and "checksum of its chunk IDAT" in reject.detail
     whole = OTHERS["png"][0]
-    np.testing.assert_array_equal(decode(bytes(data), read_header(whole), strict=False), decode(whole, read_header(whole)))
+    np.testing.assert_array_equal(
+        decode(bytes(data), read_header(whole), strict=False), decode(whole, read_header(whole))
+    )
 
 
 if __name__ == "__main__":

@@ -14,9 +14,13 @@ from raypipe.images.decode import REASONS, Header, Reject, orient, read_header
 from raypipe.images.decode import decode as decode_any
 from raypipe.images.orientation import upright
 
-RGB = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 256, (37, 53, 3), dtype=np.uint8), (5, 5), 1)
+RGB = cv2.GaussianBlur(
+    np.random.default_rng(0).integers(0, 256, (37, 53, 3), dtype=np.uint8), (5, 5), 1
+)
 PICTURE = Image.fromarray(RGB)
-RGB16 = (RGB.astype(np.uint16) << 8) | 200  # low bytes that would round up: 16 bits must keep the high byte
+RGB16 = (
+    RGB.astype(np.uint16) << 8
+) | 200  # low bytes that would round up: 16 bits must keep the high byte
 
 
 def pillow(image: Image.Image, format: str, **options) -> bytes:
@@ -55,15 +59,24 @@ LOSSLESS = {
     "png alpha is dropped, not blended": (pillow(Image.fromarray(ALPHA), "PNG"), RGB),
     "png grey": (pillow(PICTURE.convert("L"), "PNG"), GREY),
     "png grey alpha": (pillow(PICTURE.convert("LA"), "PNG"), GREY),
-    "png palette": (pillow(PICTURE.convert("P"), "PNG"), np.asarray(PICTURE.convert("P").convert("RGB"))),
+    "png palette": (
+        pillow(PICTURE.convert("P"), "PNG"),
+        np.asarray(PICTURE.convert("P").convert("RGB")),
+    ),
     "png palette with transparency": (
         pillow(PICTURE.convert("P"), "PNG", transparency=bytes(range(256))),
         np.asarray(PICTURE.convert("P").convert("RGB")),
     ),
-    "png 1 bit": (pillow(PICTURE.convert("1"), "PNG"), np.asarray(PICTURE.convert("1").convert("RGB"))),
+    "png 1 bit": (
+        pillow(PICTURE.convert("1"), "PNG"),
+        np.asarray(PICTURE.convert("1").convert("RGB")),
+    ),
     "png 16 bit": (opencv_file(".png", RGB16), RGB),
     "png 16 bit alpha": (opencv_file(".png", np.dstack([RGB16, RGB16[..., :1]])), RGB),
-    "png 16 bit grey": (pillow(Image.fromarray(RGB16[..., 0]), "PNG"), RGB[..., :1].repeat(3, axis=2)),
+    "png 16 bit grey": (
+        pillow(Image.fromarray(RGB16[..., 0]), "PNG"),
+        RGB[..., :1].repeat(3, axis=2),
+    ),
     "webp": (pillow(PICTURE, "WEBP", lossless=True), RGB),
     "bmp": (pillow(PICTURE, "BMP"), RGB),
     "gif": (pillow(PICTURE.convert("P"), "GIF"), np.asarray(PICTURE.convert("P").convert("RGB"))),
@@ -73,9 +86,15 @@ LOSSLESS = {
     ),
     "tiff": (pillow(PICTURE, "TIFF"), RGB),
     "tiff lzw": (pillow(PICTURE, "TIFF", compression="tiff_lzw"), RGB),
-    "tiff pages: the first": (pillow(PICTURE, "TIFF", save_all=True, append_images=[PICTURE.convert("L")]), RGB),
+    "tiff pages: the first": (
+        pillow(PICTURE, "TIFF", save_all=True, append_images=[PICTURE.convert("L")]),
+        RGB,
+    ),
     "tiff 16 bit": (opencv_file(".tiff", RGB16), RGB),
-    "tiff 16 bit grey": (pillow(Image.fromarray(RGB16[..., 0]), "TIFF"), RGB[..., :1].repeat(3, axis=2)),
+    "tiff 16 bit grey": (
+        pillow(Image.fromarray(RGB16[..., 0]), "TIFF"),
+        RGB[..., :1].repeat(3, axis=2),
+    ),
     "npy": (npy(RGB), RGB),
     "npy fortran order": (npy(np.asfortranarray(RGB)), RGB),
 }
@@ -108,10 +127,14 @@ def test_jpegs_are_decoded_natively_and_equally_at_any_scale(name, reduce, orien
     assert (header.height, header.width) == ((37, 53) if orientation == 1 else (53, 37))
     image = opencv.decode(data, header, reduce)
     assert image.shape == (-(-header.height // reduce), -(-header.width // reduce), 3)
-    np.testing.assert_array_equal(torchvision.decode(data, header, reduce).permute(1, 2, 0).numpy(), image)
+    np.testing.assert_array_equal(
+        torchvision.decode(data, header, reduce).permute(1, 2, 0).numpy(), image
+    )
     for backend in (opencv, torchvision):  # with their own decoders too
         own = backend.decode(data, header, reduce, decoder="own")
-        np.testing.assert_array_equal(own if backend is opencv else own.permute(1, 2, 0).numpy(), image)
+        np.testing.assert_array_equal(
+            own if backend is opencv else own.permute(1, 2, 0).numpy(), image
+        )
 
 
 def test_cmyk_jpeg_goes_through_pillow():
@@ -135,7 +158,9 @@ def test_exif_orientation_is_applied(format, orientation):
 @pytest.mark.parametrize("orientation", range(10))
 @pytest.mark.parametrize("order", ["<", ">"])
 def test_exif_parser(orientation, order):
-    block = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(order + "IHHHIHH", 8, 1, 0x0112, 3, 1, orientation, 0)
+    block = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(
+        order + "IHHHIHH", 8, 1, 0x0112, 3, 1, orientation, 0
+    )
     expected = orientation if 1 <= orientation <= 8 else 1
     assert upright(b"Exif\0\0" + block) == expected
     for length in range(len(block)):
@@ -160,7 +185,14 @@ def reason(data: bytes, decoder: str = "simplejpeg", **options) -> str:
     for backend in (opencv, torchvision):
         try:
             image = backend.decode(data, header, decoder=decoder)
-            reasons.append(("", np.asarray(image).tobytes() if backend is opencv else image.permute(1, 2, 0).numpy().tobytes()))
+            reasons.append(
+                (
+                    "",
+                    np.asarray(image).tobytes()
+                    if backend is opencv
+                    else image.permute(1, 2, 0).numpy().tobytes(),
+                )
+            )
         except Reject as reject:
             reasons.append((reject.reason, None))
     assert reasons[0] == reasons[1]
@@ -170,10 +202,17 @@ def reason(data: bytes, decoder: str = "simplejpeg", **options) -> str:
 
 def png_of_size(width: int, height: int) -> bytes:
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+        + chunk(b"IEND", b"")
+    )
 
 
 @pytest.mark.parametrize(
@@ -225,7 +264,11 @@ def test_trailing_bytes_are_no_damage():
 
 def test_reject_survives_pickling():
     reject = pickle.loads(pickle.dumps(Reject("truncated", "no end")))
-    assert (reject.reason, reject.detail, str(reject)) == ("truncated", "no end", "truncated: no end")
+    assert (reject.reason, reject.detail, str(reject)) == (
+        "truncated",
+        "no end",
+        "truncated: no end",
+    )
 
 
 def test_a_decoder_that_disagrees_with_the_header_is_caught():
@@ -234,7 +277,18 @@ def test_a_decoder_that_disagrees_with_the_header_is_caught():
 
 
 FUZZED = {"jpeg": JPEGS["colour"], "progressive": JPEGS["progressive"]} | {
-    name: LOSSLESS[name][0] for name in ("png", "png palette", "webp", "bmp", "gif", "tiff", "tiff lzw", "tiff 16 bit", "npy")
+    name: LOSSLESS[name][0]
+    for name in (
+        "png",
+        "png palette",
+        "webp",
+        "bmp",
+        "gif",
+        "tiff",
+        "tiff lzw",
+        "tiff 16 bit",
+        "npy",
+    )
 }
 
 
@@ -243,7 +297,9 @@ def quiet(capfd):
     """Fails the test if anything is printed, by C code too, or warned about."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", module=r"PIL\.")  # as raypipe.images.decode sets it; pytest resets it
+        warnings.filterwarnings(
+            "ignore", module=r"PIL\."
+        )  # as raypipe.images.decode sets it; pytest resets it
         yield
     assert capfd.readouterr() == ("", "")
 
@@ -254,7 +310,9 @@ def test_cut_anywhere_it_is_rejected_or_whole(name, quiet):
     for length in range(0, len(data), max(1, len(data) // 150)):
         why = reason(data[:length])
         # Formats that end with their pixels, or with nothing that matters, may be complete before their last byte.
-        assert why or (length > len(data) * 0.8 and name not in ("jpeg", "progressive", "bmp", "npy")), length
+        assert why or (
+            length > len(data) * 0.8 and name not in ("jpeg", "progressive", "bmp", "npy")
+        ), length
 
 
 @pytest.mark.parametrize("name", FUZZED)

@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from raypipe.images.frames import SCALED, STORED, STORED_SCALED, UNCLEAR, UPRIGHT, into_picture, sound
+from raypipe.images.frames import (
+    SCALED,
+    STORED,
+    STORED_SCALED,
+    UNCLEAR,
+    UPRIGHT,
+    into_picture,
+    sound,
+)
 from raypipe.images.header import Reject
 
 BOX = (30, 20, 110, 60)
@@ -24,7 +32,9 @@ def red(picture: np.ndarray) -> list[int]:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("scale", [1.0, 0.5, 3.0])
-def test_boxes_drawn_on_the_stored_picture_are_where_the_thing_is_once_it_is_upright(orientation, scale):
+def test_boxes_drawn_on_the_stored_picture_are_where_the_thing_is_once_it_is_upright(
+    orientation, scale
+):
     stored = painted(100, 200, BOX)
     file = io.BytesIO()
     exif = Image.Exif()
@@ -62,7 +72,9 @@ def test_boxes_drawn_on_the_stored_picture_are_where_the_thing_is_once_it_is_upr
 def test_frames_by_their_sizes(frame, size, orientation, kind, expected):
     boxes = np.array([[10, 20, 30, 40]], np.float32)
     if expected is None:
-        with pytest.raises(Reject, match=f"bad boxes: .*{frame[0]}x{frame[1]} .*{size[0]}x{size[1]}"):
+        with pytest.raises(
+            Reject, match=f"bad boxes: .*{frame[0]}x{frame[1]} .*{size[0]}x{size[1]}"
+        ):
             into_picture(boxes, frame, size, orientation)
         return
     moved, found = into_picture(boxes, frame, size, orientation)
@@ -76,10 +88,24 @@ def test_an_image_without_boxes_is_never_rejected_for_its_frame():
 
 def test_sound_boxes_keep_their_numbers_and_the_others_have_reasons():
     given = np.array(
-        [[1, 1, 2, 2], [np.nan, 0, 1, 1], [-5, -5, 3, 3], [1e30, 0, 2e30, 5], [5, 5, 4, 9], [3, 3, 3, 9], [0, 0, np.inf, 5]],
+        [
+            [1, 1, 2, 2],
+            [np.nan, 0, 1, 1],
+            [-5, -5, 3, 3],
+            [1e30, 0, 2e30, 5],
+            [5, 5, 4, 9],
+            [3, 3, 3, 9],
+            [0, 0, np.inf, 5],
+        ],
         np.float32,
     )
     boxes, keep, dropped = sound(given, (10, 10))
     assert boxes.tolist() == [[1, 1, 2, 2], [0, 0, 3, 3]] and keep.tolist() == [0, 2]
-    assert dict(dropped) == {1: "not finite", 3: "outside the image", 4: "corners swapped", 5: "no area", 6: "not finite"}
+    assert dict(dropped) == {
+        1: "not finite",
+        3: "outside the image",
+        4: "corners swapped",
+        5: "no area",
+        6: "not finite",
+    }
     assert given[2, 0] == -5

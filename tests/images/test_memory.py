@@ -64,6 +64,8 @@ print(json.dumps(found))
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 @pytest.mark.parametrize("backend", ["opencv", "torchvision"])
 def test_an_image_takes_no_more_than_is_said_beforehand(backend):
-    done = subprocess.run([sys.executable, "-c", MEASURE, backend], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, backend], capture_output=True, text=True, check=True
+    )
     for name, (measured, said) in json.loads(done.stdout).items():
         assert measured <= 1.1 * said + 2_000_000, (name, measured / 12e6, said / 12e6)

@@ -13,7 +13,9 @@ from PIL import Image, ImageOps
 from raypipe.images import opencv, torchvision
 from raypipe.images.decode import decode, read_header
 
-RGB = cv2.GaussianBlur(np.random.default_rng(1).integers(0, 256, (30, 40, 3), dtype=np.uint8), (5, 5), 1)
+RGB = cv2.GaussianBlur(
+    np.random.default_rng(1).integers(0, 256, (30, 40, 3), dtype=np.uint8), (5, 5), 1
+)
 
 
 def encoded(format: str, **options) -> bytes:
@@ -23,24 +25,37 @@ def encoded(format: str, **options) -> bytes:
 
 
 def chunk(kind: bytes, data: bytes, crc: int | None = None) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data) if crc is None else crc)
+    return (
+        struct.pack(">I", len(data))
+        + kind
+        + data
+        + struct.pack(">I", zlib.crc32(kind + data) if crc is None else crc)
+    )
 
 
 PNG, JPEG = encoded("PNG"), encoded("JPEG", quality=95)
 
 
 def with_chunks(*chunks: bytes, behind: bool = False) -> bytes:
-    return PNG[:-12] + b"".join(chunks) + PNG[-12:] if behind else PNG[:33] + b"".join(chunks) + PNG[33:]
+    return (
+        PNG[:-12] + b"".join(chunks) + PNG[-12:]
+        if behind
+        else PNG[:33] + b"".join(chunks) + PNG[33:]
+    )
 
 
 @pytest.mark.parametrize("behind", [False, True], ids=["before the pixels", "behind them"])
 @pytest.mark.parametrize(
     "strange",
     [
-        chunk(b"zTXt", b"workflow\0\0" + zlib.compress(b"node " * 400_000)),  # above Pillow's limit of 1 MB
+        chunk(
+            b"zTXt", b"workflow\0\0" + zlib.compress(b"node " * 400_000)
+        ),  # above Pillow's limit of 1 MB
         chunk(b"iTXt", b"workflow\0\1\0\0\0" + zlib.compress(b"node " * 400_000)),
         chunk(b"zTXt", b"note\0\0no zlib"),
-        b"".join(chunk(b"tEXt", b"key\0" + b"x" * 1_000_000) for _ in range(70)),  # above Pillow's 64 MB in all
+        b"".join(
+            chunk(b"tEXt", b"key\0" + b"x" * 1_000_000) for _ in range(70)
+        ),  # above Pillow's 64 MB in all
         chunk(b"tEXt", b"Comment\0x", crc=1),
         chunk(b"iCCP", b"profile\0\0" + zlib.compress(bytes(3_000_000))),
         chunk(b"iCCP", b"profile\0\0no zlib"),
@@ -58,7 +73,9 @@ def with_chunks(*chunks: bytes, behind: bool = False) -> bytes:
 def test_metadata_of_a_png(strange, behind):
     data = with_chunks(strange, behind=behind)
     np.testing.assert_array_equal(opencv.decode(data, read_header(data)), RGB)
-    np.testing.assert_array_equal(torchvision.decode(data, read_header(data)).permute(1, 2, 0).numpy(), RGB)
+    np.testing.assert_array_equal(
+        torchvision.decode(data, read_header(data)).permute(1, 2, 0).numpy(), RGB
+    )
 
 
 @pytest.mark.parametrize(
@@ -78,7 +95,9 @@ def test_metadata_of_a_png(strange, behind):
 )
 def test_metadata_of_a_jpeg(kind, content):
     data = JPEG[:2] + bytes([0xFF, kind]) + struct.pack(">H", len(content) + 2) + content + JPEG[2:]
-    np.testing.assert_array_equal(opencv.decode(data, read_header(data)), decode(JPEG, read_header(JPEG)))
+    np.testing.assert_array_equal(
+        opencv.decode(data, read_header(data)), decode(JPEG, read_header(JPEG))
+    )
 
 
 def exif(value: bytes, kind: int, order: str, count: int = 1) -> bytes:
@@ -87,11 +106,17 @@ def exif(value: bytes, kind: int, order: str, count: int = 1) -> bytes:
     near = struct.pack(order + "I", 8 + 2 + 24 + 4) if far else value.ljust(4, b"\0")
     maker = struct.pack(order + "HHI4s", 0x010F, 2, 4, b"abc\0")
     entry = struct.pack(order + "HHI", 0x0112, kind, count) + near
-    return head + struct.pack(order + "IH", 8, 2) + maker + entry + struct.pack(order + "I", 0) + far
+    return (
+        head + struct.pack(order + "IH", 8, 2) + maker + entry + struct.pack(order + "I", 0) + far
+    )
 
 
 def in_jpeg(*segments: bytes) -> bytes:
-    return JPEG[:2] + b"".join(b"\xff\xe1" + struct.pack(">H", len(s) + 2) + s for s in segments) + JPEG[2:]
+    return (
+        JPEG[:2]
+        + b"".join(b"\xff\xe1" + struct.pack(">H", len(s) + 2) + s for s in segments)
+        + JPEG[2:]
+    )
 
 
 def xmp(text: str) -> bytes:
@@ -100,7 +125,11 @@ def xmp(text: str) -> bytes:
 
 def raw_profile(block: bytes) -> bytes:
     digits = block.hex().encode()
-    return b"\nexif\n%8d\n" % len(block) + b"\n".join(digits[at : at + 72] for at in range(0, len(digits), 72)) + b"\n"
+    return (
+        b"\nexif\n%8d\n" % len(block)
+        + b"\n".join(digits[at : at + 72] for at in range(0, len(digits), 72))
+        + b"\n"
+    )
 
 
 XMPS = {
@@ -115,7 +144,9 @@ NUMBERS = {3: "H", 4: "I", 6: "b", 8: "h", 9: "i", 11: "f", 12: "d", 13: "I"}
 
 TURNED = (
     {
-        f"jpeg, exif kind {kind} {order} {value}": in_jpeg(b"Exif\0\0" + exif(struct.pack(order + form, value), kind, order))
+        f"jpeg, exif kind {kind} {order} {value}": in_jpeg(
+            b"Exif\0\0" + exif(struct.pack(order + form, value), kind, order)
+        )
         for kind, form in NUMBERS.items()
         for order in "<>"
         for value in (1, 3, 6, 8)
@@ -124,17 +155,27 @@ TURNED = (
         "jpeg, a fraction": in_jpeg(b"Exif\0\0" + exif(struct.pack("<II", 12, 2), 5, "<")),
         "jpeg, two numbers": in_jpeg(b"Exif\0\0" + exif(struct.pack("<HH", 6, 6), 3, "<", count=2)),
         "jpeg, 9": in_jpeg(b"Exif\0\0" + exif(struct.pack("<H", 9), 3, "<")),
-        "jpeg, 0 and XMP": in_jpeg(b"Exif\0\0" + exif(struct.pack("<H", 0), 3, "<"), ADOBE + XMPS["attribute"]),
+        "jpeg, 0 and XMP": in_jpeg(
+            b"Exif\0\0" + exif(struct.pack("<H", 0), 3, "<"), ADOBE + XMPS["attribute"]
+        ),
         "jpeg, EXIF twice": in_jpeg(b"Exif\0\0" + SIX),
         "jpeg, EXIF in two segments": in_jpeg(SIX[:25], b"Exif\0\0" + SIX[25:]),
         "jpeg, XMP before EXIF": in_jpeg(ADOBE + XMPS["element"], SIX),
         "png eXIf": with_chunks(chunk(b"eXIf", SIX[6:])),
         "png eXIf behind": with_chunks(chunk(b"eXIf", SIX[6:]), behind=True),
-        "png raw profile": with_chunks(chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(raw_profile(SIX)))),
-        "png raw profile, plain": with_chunks(chunk(b"tEXt", b"Raw profile type exif\0" + raw_profile(SIX))),
-        "png raw profile behind": with_chunks(chunk(b"tEXt", b"Raw profile type exif\0" + raw_profile(SIX)), behind=True),
+        "png raw profile": with_chunks(
+            chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(raw_profile(SIX)))
+        ),
+        "png raw profile, plain": with_chunks(
+            chunk(b"tEXt", b"Raw profile type exif\0" + raw_profile(SIX))
+        ),
+        "png raw profile behind": with_chunks(
+            chunk(b"tEXt", b"Raw profile type exif\0" + raw_profile(SIX)), behind=True
+        ),
         "png XMP": with_chunks(chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMPS["attribute"])),
-        "png XMP packed": with_chunks(chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(XMPS["element"]))),
+        "png XMP packed": with_chunks(
+            chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(XMPS["element"]))
+        ),
         "webp exif": encoded("WEBP", lossless=True, exif=SIX),
         "webp exif long": encoded("WEBP", lossless=True, exif=exif(struct.pack(">I", 5), 4, ">")),
         "webp xmp": encoded("WEBP", lossless=True, xmp=XMPS["attribute"]),
@@ -171,7 +212,9 @@ def test_avif():
     data = encoded("AVIF", quality=100, subsampling="4:4:4")
     header = read_header(data)
     assert (header.format, header.height, header.width) == ("avif", 30, 40)
-    np.testing.assert_array_equal(decode(data, header), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+    np.testing.assert_array_equal(
+        decode(data, header), np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    )
     assert np.abs(decode(data, header).astype(int) - RGB).mean() < 3
 
 

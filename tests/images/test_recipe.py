@@ -119,14 +119,22 @@ def test_keep_counts_from_the_given_boxes_over_several_ops():
 def test_boxes_and_sizes_are_torchvisions(name):
     boxes = tv_tensors.BoundingBoxes(torch.from_numpy(BOXES), format="XYXY", canvas_size=SIZE)
     angle, shear = 20.0, 7.0
-    matrix = affine_matrix(SIZE, angle=math.radians(angle), shear=math.radians(shear), scale=1.2, shift=(15, -9))
+    matrix = affine_matrix(
+        SIZE, angle=math.radians(angle), shear=math.radians(shear), scale=1.2, shift=(15, -9)
+    )
     op, expected = {
         "resize": (Resize(height=333, width=111), lambda: functional.resize(boxes, [333, 111])),
         "flip": (Flip(), lambda: functional.horizontal_flip(boxes)),
         "vertical": (Flip(axis="vertical"), lambda: functional.vertical_flip(boxes)),
         "pad": (Pad(top=1, left=2, bottom=3, right=4), lambda: functional.pad(boxes, [2, 1, 4, 3])),
-        "crop": (Crop(top=50, left=30, height=420, width=600), lambda: functional.crop(boxes, 50, 30, 420, 600)),
-        "affine": (Affine(matrix=matrix), lambda: functional.affine(boxes, angle, [15, -9], 1.2, [shear, 0.0])),
+        "crop": (
+            Crop(top=50, left=30, height=420, width=600),
+            lambda: functional.crop(boxes, 50, 30, 420, 600),
+        ),
+        "affine": (
+            Affine(matrix=matrix),
+            lambda: functional.affine(boxes, angle, [15, -9], 1.2, [shear, 0.0]),
+        ),
     }[name]
     theirs = expected()
     ours, keep = move_boxes(op, BOXES, SIZE)
@@ -189,7 +197,9 @@ INSIDE = np.array([[130, 100, 160, 220], [300, 200, 420, 311]], np.float32)
 
 @pytest.mark.parametrize("op", PLAIN_GEOMETRY, ids=str)
 @pytest.mark.parametrize(
-    "then", [(), (ShortSide(short=200, long=260), Flip(), PadTo(height=300, width=300))], ids=["alone", "then"]
+    "then",
+    [(), (ShortSide(short=200, long=260), Flip(), PadTo(height=300, width=300))],
+    ids=["alone", "then"],
 )
 def test_boxes_go_back_to_where_they_came_from(op, then):
     there = plan(op, *then, boxes=INSIDE)
@@ -201,11 +211,19 @@ def test_boxes_go_back_to_where_they_came_from(op, then):
 
 
 def test_going_back_a_turned_box_is_the_upright_one_around_it():
-    turned = Affine(matrix=affine_matrix(SIZE, angle=math.radians(30), shear=0.1, scale=0.5, shift=(3, 4)))
+    turned = Affine(
+        matrix=affine_matrix(SIZE, angle=math.radians(30), shear=0.1, scale=0.5, shift=(3, 4))
+    )
     a, b, c, d, e, f = turned.matrix
-    corners = np.array([[200, 100], [260, 100], [260, 180], [200, 180]]) @ np.array([[a, d], [b, e]]) + [c, f]
-    for (x, y), corner in zip([(200, 100), (260, 100), (260, 180), (200, 180)], corners, strict=True):
-        (x1, y1, x2, y2), *_ = boxes_back(recipe(turned), np.array([[*corner - 1e-2, *corner + 1e-2]], np.float32), SIZE)[0]
+    corners = np.array([[200, 100], [260, 100], [260, 180], [200, 180]]) @ np.array(
+        [[a, d], [b, e]]
+    ) + [c, f]
+    for (x, y), corner in zip(
+        [(200, 100), (260, 100), (260, 180), (200, 180)], corners, strict=True
+    ):
+        (x1, y1, x2, y2), *_ = boxes_back(
+            recipe(turned), np.array([[*corner - 1e-2, *corner + 1e-2]], np.float32), SIZE
+        )[0]
         assert ((x1 + x2) / 2, (y1 + y2) / 2) == pytest.approx((x, y), abs=0.01)
     around = np.array([[*corners.min(0), *corners.max(0)]], np.float32)
     (x1, y1, x2, y2), *_ = boxes_back(recipe(turned), around, SIZE)[0]
@@ -268,10 +286,22 @@ def test_a_plan_depends_on_seed_epoch_and_image_and_on_nothing_else():
 
 def test_drawn_numbers_never_change():
     """A resumed run must continue what an older version began: these were written down once."""
-    got = plan(HorizontalFlip(), ColorJitter(brightness=0.125, contrast=0.5, saturation=0.5, hue=0.05), image_id="000000000139")
-    assert [type(op).__name__ for op in got.ops] == ["Flip", "Contrast", "Hue", "Brightness", "Saturation"]
+    got = plan(
+        HorizontalFlip(),
+        ColorJitter(brightness=0.125, contrast=0.5, saturation=0.5, hue=0.05),
+        image_id="000000000139",
+    )
+    assert [type(op).__name__ for op in got.ops] == [
+        "Flip",
+        "Contrast",
+        "Hue",
+        "Brightness",
+        "Saturation",
+    ]
     numbers = [getattr(op, "factor", getattr(op, "shift", None)) for op in got.ops[1:]]
-    np.testing.assert_allclose(numbers, [0.99086464, -0.046234123, 1.097868757, 1.145965535], atol=1e-8)
+    np.testing.assert_allclose(
+        numbers, [0.99086464, -0.046234123, 1.097868757, 1.145965535], atol=1e-8
+    )
 
 
 def test_no_generator_without_chance():
@@ -280,25 +310,38 @@ def test_no_generator_without_chance():
 
 
 def test_flip_probability():
-    flips = sum(len(plan(HorizontalFlip(p=0.3), image_id=str(index), boxes=None).ops) for index in range(1000))
+    flips = sum(
+        len(plan(HorizontalFlip(p=0.3), image_id=str(index), boxes=None).ops)
+        for index in range(1000)
+    )
     assert 240 < flips < 360
 
 
 def test_color_jitter_draws_within_ranges_in_all_orders():
     orders = Counter()
     for index in range(300):
-        ops = plan(ColorJitter(brightness=0.125, contrast=0.5, saturation=0.5, hue=0.05), image_id=str(index)).ops
+        ops = plan(
+            ColorJitter(brightness=0.125, contrast=0.5, saturation=0.5, hue=0.05),
+            image_id=str(index),
+        ).ops
         orders[tuple(type(op).__name__ for op in ops)] += 1
-        values = {type(op).__name__: getattr(op, "factor", getattr(op, "shift", None)) for op in ops}
+        values = {
+            type(op).__name__: getattr(op, "factor", getattr(op, "shift", None)) for op in ops
+        }
         assert 0.875 <= values["Brightness"] <= 1.125
-        assert min(values["Contrast"], values["Saturation"]) >= 0.5 and max(values["Contrast"], values["Saturation"]) <= 1.5
+        assert (
+            min(values["Contrast"], values["Saturation"]) >= 0.5
+            and max(values["Contrast"], values["Saturation"]) <= 1.5
+        )
         assert -0.05 <= values["Hue"] <= 0.05
     assert len(orders) == 24
 
 
 def test_photometric_distort_does_each_part_half_of_the_time():
     counts = Counter(
-        type(op).__name__ for index in range(600) for op in plan(PhotometricDistort(), image_id=str(index), boxes=None).ops
+        type(op).__name__
+        for index in range(600)
+        for op in plan(PhotometricDistort(), image_id=str(index), boxes=None).ops
     )
     assert set(counts) == {"Brightness", "Contrast", "Saturation", "Hue", "Permute"}
     assert all(240 < count < 360 for count in counts.values())
@@ -347,7 +390,11 @@ def test_iou_crop_ends_whatever_the_boxes(flavour, boxes, size):
 def test_iou_crop_tests_the_boxes_its_flavour_says(flavour, monkeypatch):
     monkeypatch.setattr(recipe_module, "_MODES", (None, 0.3))
     boxes = np.array([[100, 80, 500, 400], [150, 100, 420, 380]], np.float32)
-    crops = [op for index in range(300) for op in plan(IoUCrop(flavour=flavour), image_id=str(index), boxes=boxes).ops]
+    crops = [
+        op
+        for index in range(300)
+        for op in plan(IoUCrop(flavour=flavour), image_id=str(index), boxes=boxes).ops
+    ]
     assert len(crops) > 20
     least = []
     for crop in crops:
@@ -392,7 +439,9 @@ def test_every_recipe_plans_every_size(name):
             height, width = got.size
             assert height >= 1 and width >= 1
             assert made.fixed_size in (None, got.size)
-            assert (got.boxes >= 0).all() and (got.boxes <= np.array([width, height, width, height]) + 0.01).all()
+            assert (got.boxes >= 0).all() and (
+                got.boxes <= np.array([width, height, width, height]) + 0.01
+            ).all()
             assert len(got.boxes) == len(got.keep)
 
 
@@ -436,7 +485,9 @@ def test_a_bad_box_is_dropped_with_the_reason_and_its_image_stays(box, problem):
 def test_an_image_of_bad_boxes_only_is_rejected_where_the_recipe_needs_boxes():
     bad = np.array([[10, 2, 5, 4], [1, 2, math.nan, 4]], np.float32)
     assert len(plan(boxes=bad).boxes) == 0
-    with pytest.raises(Reject, match="bad boxes: none of its 2 boxes can be used; the first: corners swapped"):
+    with pytest.raises(
+        Reject, match="bad boxes: none of its 2 boxes can be used; the first: corners swapped"
+    ):
         recipe(needs_boxes=True).plan(seed=0, epoch=0, image_id="a", size=(480, 640), boxes=bad)
 
 
@@ -476,7 +527,10 @@ def test_a_result_of_too_many_pixels_is_rejected_before_it_is_made():
     ids=lambda op: op["op"],
 )
 def test_ops_whose_every_result_would_be_too_large_are_refused(op):
-    with pytest.raises(UsageError, match=r"makes images of at least \d+x\d+; a result may have 178956970 pixels at most"):
+    with pytest.raises(
+        UsageError,
+        match=r"makes images of at least \d+x\d+; a result may have 178956970 pixels at most",
+    ):
         from_json({"name": "large", "ops": [op]})
 
 
@@ -486,7 +540,9 @@ def test_no_result_is_larger_than_the_recipe_says_beforehand(name, size):
     most = RECIPES[name].largest(size)
     for image in range(40):
         try:
-            found = RECIPES[name].plan(seed=0, epoch=0, image_id=str(image), size=size, boxes=np.array([[1, 2, 30, 30]]))
+            found = RECIPES[name].plan(
+                seed=0, epoch=0, image_id=str(image), size=size, boxes=np.array([[1, 2, 30, 30]])
+            )
         except Reject:
             continue
         assert found.size[0] * found.size[1] <= most[0] * most[1]
@@ -505,7 +561,12 @@ def test_reduced_decoding_never_goes_below_the_target(size, by):
 
 
 def test_reduced_decoding_only_before_a_resize():
-    assert recipe(HorizontalFlip(), Resize(height=300, width=300), reduced_decode=True).reduce((3000, 3000)) == 1
+    assert (
+        recipe(HorizontalFlip(), Resize(height=300, width=300), reduced_decode=True).reduce(
+            (3000, 3000)
+        )
+        == 1
+    )
     assert recipe(ShortSide(short=300, long=500), reduced_decode=True).reduce((3000, 4000)) == 8
 
 
@@ -520,28 +581,55 @@ def test_json_round_trip(name, tmp_path):
     assert hash(from_json(path)) == hash(RECIPES[name])
 
 
-FINE = {"name": "own", "ops": [{"op": "Resize", "height": 300, "width": 300}, {"op": "HorizontalFlip"}]}
+FINE = {
+    "name": "own",
+    "ops": [{"op": "Resize", "height": 300, "width": 300}, {"op": "HorizontalFlip"}],
+}
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"ops": [{"op": "Resise", "height": 1, "width": 1}]}, r"recipe 'own', op 0: unknown op 'Resise'; did you mean 'Resize'\?"),
+        (
+            {"ops": [{"op": "Resise", "height": 1, "width": 1}]},
+            r"recipe 'own', op 0: unknown op 'Resise'; did you mean 'Resize'\?",
+        ),
         ({"ops": [{"op": "horizontalflip"}]}, "did you mean 'HorizontalFlip'"),
-        ({"ops": [{"op": "Flip"}, {"op": "Resize", "height": 1}]}, r"op 1 \(Resize\): field 'width' is missing"),
-        ({"ops": [{"op": "Resize", "height": 1, "widht": 1}]}, "unknown field 'widht'; did you mean 'width'"),
-        ({"ops": [{"op": "Resize", "height": "1", "width": 1}]}, "field 'height' is '1'; it must be of type int"),
-        ({"ops": [{"op": "Resize", "height": 1.5, "width": 1}]}, "field 'height' is 1.5; it must be of type int"),
+        (
+            {"ops": [{"op": "Flip"}, {"op": "Resize", "height": 1}]},
+            r"op 1 \(Resize\): field 'width' is missing",
+        ),
+        (
+            {"ops": [{"op": "Resize", "height": 1, "widht": 1}]},
+            "unknown field 'widht'; did you mean 'width'",
+        ),
+        (
+            {"ops": [{"op": "Resize", "height": "1", "width": 1}]},
+            "field 'height' is '1'; it must be of type int",
+        ),
+        (
+            {"ops": [{"op": "Resize", "height": 1.5, "width": 1}]},
+            "field 'height' is 1.5; it must be of type int",
+        ),
         ({"ops": [{"op": "Resize", "height": True, "width": 1}]}, "field 'height' is True"),
-        ({"ops": [{"op": "Resize", "height": 0, "width": 1}]}, "height is 0; it must be at least 1"),
+        (
+            {"ops": [{"op": "Resize", "height": 0, "width": 1}]},
+            "height is 0; it must be at least 1",
+        ),
         ({"ops": [{"op": "HorizontalFlip", "p": 1.5}]}, "p is 1.5; it must be within 0 and 1"),
         ({"ops": [{"op": "IoUCrop", "flavour": "mlpref"}]}, "did you mean 'mlperf'"),
-        ({"ops": [{"op": "ZoomOut", "scale": [4, 1]}]}, "scale is .*a range from a smaller to a larger"),
+        (
+            {"ops": [{"op": "ZoomOut", "scale": [4, 1]}]},
+            "scale is .*a range from a smaller to a larger",
+        ),
         ({"ops": [{"op": "ZoomOut", "scale": [1]}]}, "must be a list of 2 float"),
         ({"ops": [{"op": "MultiScale", "sizes": [], "long": 5}]}, "sizes"),
         ({"ops": [{"op": "Pad", "fill": [0, 0, 256]}]}, "fill"),
         ({"ops": [{"op": "Affine", "matrix": [1, 1, 0, 1, 1, 0]}]}, "cannot be inverted"),
-        ({"ops": [{"op": "GaussianBlur", "kernel": 4, "sigma": 1}]}, "kernel is 4; it must be an odd"),
+        (
+            {"ops": [{"op": "GaussianBlur", "kernel": 4, "sigma": 1}]},
+            "kernel is 4; it must be an odd",
+        ),
         ({"ops": ["Flip"]}, "op 0: 'Flip' must be an object"),
         ({"ops": [{"height": 3}]}, 'no "op"'),
         ({"ops": {"op": "Flip"}}, "must be a list"),
@@ -562,7 +650,10 @@ def test_json_errors_say_where_what_and_what_instead(change, message):
 
 
 def test_json_numbers_become_what_fields_are():
-    made = from_json(FINE | {"ops": [{"op": "ZoomOut", "scale": [1, 2], "fill": [1, 2, 3]}], "finish": {"scale": 1}})
+    made = from_json(
+        FINE
+        | {"ops": [{"op": "ZoomOut", "scale": [1, 2], "fill": [1, 2, 3]}], "finish": {"scale": 1}}
+    )
     assert made.ops == (ZoomOut(scale=(1.0, 2.0), fill=(1, 2, 3)),)
     assert isinstance(made.ops[0].scale[0], float) and isinstance(made.finish.scale, float)
 
@@ -609,16 +700,25 @@ def test_own_ops(monkeypatch):
     module = types.ModuleType("own_ops")
     module.Invert, module.MaybeInvert = Invert, MaybeInvert
     monkeypatch.setitem(sys.modules, "own_ops", module)
-    own = from_json({"name": "own", "ops": [{"op": "own_ops:Invert"}, {"op": "own_ops:MaybeInvert"}, {"op": "Flip"}]})
+    own = from_json(
+        {
+            "name": "own",
+            "ops": [{"op": "own_ops:Invert"}, {"op": "own_ops:MaybeInvert"}, {"op": "Flip"}],
+        }
+    )
     assert own.ops == (Invert(), MaybeInvert(), Flip())
     assert to_json(recipe(Invert()))["ops"] == [{"op": f"{Invert.__module__}:Invert"}]
-    plans = [own.plan(seed=0, epoch=epoch, image_id="a", size=SIZE, boxes=BOXES) for epoch in range(20)]
+    plans = [
+        own.plan(seed=0, epoch=epoch, image_id="a", size=SIZE, boxes=BOXES) for epoch in range(20)
+    ]
     assert {len(one.ops) for one in plans} == {2, 3}
     image, out = np.full((*SIZE, 3), 5, np.uint8), np.empty((*SIZE, 3), np.uint8)
     opencv.execute(image, plans[0].ops, out)
     assert (out == (250 if len(plans[0].ops) == 2 else 5)).all()
     opencv.check(own)
-    with pytest.raises(UsageError, match=r"op 0 \(Invert\): the torchvision backend has no such op; register"):
+    with pytest.raises(
+        UsageError, match=r"op 0 \(Invert\): the torchvision backend has no such op; register"
+    ):
         torchvision.check(own)
     with pytest.raises(UsageError, match=r"op 1 \(Forgotten\): the opencv backend has no such op"):
         opencv.check(recipe(Equalize(), Forgotten()))
@@ -632,7 +732,9 @@ def test_every_op_has_a_purpose_and_a_docstring():
 
 
 def test_recipes_are_values():
-    assert recipe(Contrast(factor=2), finish=Finish()) == recipe(Contrast(factor=2.0), finish=Finish())
+    assert recipe(Contrast(factor=2), finish=Finish()) == recipe(
+        Contrast(factor=2.0), finish=Finish()
+    )
     assert len({recipe(Flip()), recipe(Flip())}) == 1
 
 
@@ -643,7 +745,10 @@ def test_evaluation_takes_chance_out_of_a_recipe_and_keeps_its_size_and_finish(n
     assert judged.finish == RECIPES[name].finish
     assert not judged.needs_boxes and not judged.drops_crowds
     if RECIPES[name].fixed_size is not None:
-        assert judged.plan(seed=0, epoch=0, image_id="x", size=(480, 640)).size == RECIPES[name].fixed_size
+        assert (
+            judged.plan(seed=0, epoch=0, image_id="x", size=(480, 640)).size
+            == RECIPES[name].fixed_size
+        )
 
 
 def test_evaluation_of_a_training_recipe_is_its_validation_recipe():
@@ -651,4 +756,6 @@ def test_evaluation_of_a_training_recipe_is_its_validation_recipe():
     scaled = recipe_module.for_evaluation(RECIPES["torchvision-multiscale"])
     assert scaled.plan(seed=0, epoch=0, image_id="x", size=(480, 640)).size == (800, 1066)
     cut = recipe_module.for_evaluation(recipe(recipe_module.RandomCrop(height=20, width=30)))
-    assert cut.plan(seed=0, epoch=0, image_id="x", size=(40, 50)).ops == (Crop(top=10, left=10, height=20, width=30),)
+    assert cut.plan(seed=0, epoch=0, image_id="x", size=(40, 50)).ops == (
+        Crop(top=10, left=10, height=20, width=30),
+    )

@@ -36,10 +36,18 @@ def made(photometric: int, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarra
     samples = RGB.astype(np.int64) * (2**bits - 1) // 255
     if photometric == _PALETTE:
         colours = np.random.default_rng(bits).integers(0, 256, (3, 2**bits)) * 257
-        return samples[..., 1:2], (colours[:, samples[..., 1]] >> 8).astype(np.uint8).transpose(1, 2, 0), colours
+        return (
+            samples[..., 1:2],
+            (colours[:, samples[..., 1]] >> 8).astype(np.uint8).transpose(1, 2, 0),
+            colours,
+        )
     if photometric == _CMYK:
         inks = np.dstack([samples, samples[..., :1]])
-        return inks, np.asarray(Image.fromarray(high_byte(inks, bits), mode="CMYK").convert("RGB")), None
+        return (
+            inks,
+            np.asarray(Image.fromarray(high_byte(inks, bits), mode="CMYK").convert("RGB")),
+            None,
+        )
     if photometric == _RGB:
         return samples, high_byte(samples, bits), None
     grey = samples[..., 1:2]
@@ -54,9 +62,19 @@ def test_whatever_is_accepted_is_right(photometric, bits):
     samples, shown, colours = made(photometric, bits)
     outcomes = []
     for planar, compression, tile, order, predictor in itertools.product(
-        (False, True), COMPRESSIONS, (None, 16), "<>", (False, True) if bits in (8, 16) else (False,)
+        (False, True),
+        COMPRESSIONS,
+        (None, 16),
+        "<>",
+        (False, True) if bits in (8, 16) else (False,),
     ):
-        made_as = {"planar": planar, "compression": compression, "tile": tile, "order": order, "predictor": predictor}
+        made_as = {
+            "planar": planar,
+            "compression": compression,
+            "tile": tile,
+            "order": order,
+            "predictor": predictor,
+        }
         image = read(tiff(samples, bits=bits, photometric=photometric, colours=colours, **made_as))
         if predictor and compression != "deflate":  # readers differ in whether there is one then
             assert image == "unsupported mode", made_as
@@ -70,11 +88,16 @@ def test_whatever_is_accepted_is_right(photometric, bits):
     assert rejected == (len(outcomes) if photometric == _CMYK and bits != 8 else 0)
 
 
-@pytest.mark.parametrize(("bits", "sample_format"), [(8, 2), (16, 2), (32, 1), (32, 2), (32, 3), (16, 3)])
+@pytest.mark.parametrize(
+    ("bits", "sample_format"), [(8, 2), (16, 2), (32, 1), (32, 2), (32, 3), (16, 3)]
+)
 def test_numbers_without_a_range_are_rejected(bits, sample_format):
     for photometric in (_WHITE, _BLACK, _RGB):
         samples, _, _ = made(photometric, bits)
-        assert read(tiff(samples, bits=bits, photometric=photometric, sample_format=sample_format)) == "unsupported mode"
+        assert (
+            read(tiff(samples, bits=bits, photometric=photometric, sample_format=sample_format))
+            == "unsupported mode"
+        )
 
 
 @pytest.mark.parametrize("compression", ["lzw", "zstd", "jpeg", "webp", "lzma"])
@@ -85,10 +108,20 @@ def test_other_compressions(compression, tile, planar):
     samples = RGB if planar == "contig" else np.ascontiguousarray(RGB.transpose(2, 0, 1))
     if compression == "webp" and planar == "separate":
         pytest.skip("WebP has no single planes")
-    tifffile.imwrite(file, samples, photometric="rgb", planarconfig=planar, tile=tile, compression=compression, metadata=None)
+    tifffile.imwrite(
+        file,
+        samples,
+        photometric="rgb",
+        planarconfig=planar,
+        tile=tile,
+        compression=compression,
+        metadata=None,
+    )
     image = read(file.getvalue())
     assert isinstance(image, np.ndarray)
-    assert np.abs(image.astype(int) - RGB).mean() < (12 if compression in ("jpeg", "webp") else 1e-9)
+    assert np.abs(image.astype(int) - RGB).mean() < (
+        12 if compression in ("jpeg", "webp") else 1e-9
+    )
 
 
 @pytest.mark.parametrize("subsampling", [0, 2])
@@ -126,7 +159,9 @@ def test_orientation_of_either_kind_of_number(orientation, kind):
 
 def test_more_samples_than_colours_are_left_out():
     inks = np.dstack([RGB, RGB[..., :1] // 2, RGB[..., :1]]).astype(np.int64)
-    np.testing.assert_array_equal(read(tiff(inks, bits=8, photometric=_RGB, extra=((338, 3, (2, 0)),))), RGB)
+    np.testing.assert_array_equal(
+        read(tiff(inks, bits=8, photometric=_RGB, extra=((338, 3, (2, 0)),))), RGB
+    )
 
 
 def test_a_thumbnail_before_the_picture_is_not_taken_for_it():

@@ -35,9 +35,16 @@ def tiff(
     height, width, count = samples.shape
     planes = [samples[..., k : k + 1] for k in range(count)] if planar else [samples]
     if tile is None:
-        boxes = [(top, 0, min(rows_per_strip, height - top), width) for top in range(0, height, rows_per_strip)]
+        boxes = [
+            (top, 0, min(rows_per_strip, height - top), width)
+            for top in range(0, height, rows_per_strip)
+        ]
     else:
-        boxes = [(top, left, tile, tile) for top in range(0, height, tile) for left in range(0, width, tile)]
+        boxes = [
+            (top, left, tile, tile)
+            for top in range(0, height, tile)
+            for left in range(0, width, tile)
+        ]
     parts = []
     for plane in planes:
         padded = np.pad(plane, ((0, tile or 0), (0, tile or 0), (0, 0)), mode="edge")
@@ -47,8 +54,18 @@ def tiff(
                 part = np.diff(part.astype(np.int64), axis=1, prepend=0) % (1 << bits)
             parts.append(_packed(_bytes(part, bits, order), compression))
     tags: list[tuple[int, int, tuple[int, ...]]] = [
-        *((256, 4, (width,)), (257, 4, (height,)), (258, 3, (bits,) * count), (259, 3, (COMPRESSIONS[compression],))),
-        *((262, 3, (photometric,)), (277, 3, (count,)), (284, 3, (2 if planar else 1,)), (339, 3, (sample_format,) * count)),
+        *(
+            (256, 4, (width,)),
+            (257, 4, (height,)),
+            (258, 3, (bits,) * count),
+            (259, 3, (COMPRESSIONS[compression],)),
+        ),
+        *(
+            (262, 3, (photometric,)),
+            (277, 3, (count,)),
+            (284, 3, (2 if planar else 1,)),
+            (339, 3, (sample_format,) * count),
+        ),
         *extra,
     ]
     if predictor:
@@ -89,7 +106,10 @@ def _file(pixels: bytes, tags: list[tuple[int, int, tuple[int, ...]]], order: st
     for number, kind, values in tags:
         content = struct.pack(order + {3: "H", 4: "I"}[kind] * len(values), *values)
         if len(content) > 4:
-            content, far = struct.pack(order + "I", far_at + len(far)), far + content + b"\0" * (len(content) % 2)
+            content, far = (
+                struct.pack(order + "I", far_at + len(far)),
+                far + content + b"\0" * (len(content) % 2),
+            )
         directory += struct.pack(order + "HHI", number, kind, len(values)) + content.ljust(4, b"\0")
     head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "I", start)
     return head + pixels + b"\0" * (len(pixels) % 2) + directory + struct.pack(order + "I", 0) + far

@@ -20,12 +20,25 @@ class Library:
 OPENCV, TORCHVISION = Library(cpu_s=0.002, encode_s=0.001), Library(cpu_s=0.004, encode_s=0.001)
 
 
-def record(backend: str, library: Library, *, cores: float, actors: int, writers: int = 0, threads: int = 1, **more) -> dict:
+def record(
+    backend: str,
+    library: Library,
+    *,
+    cores: float,
+    actors: int,
+    writers: int = 0,
+    threads: int = 1,
+    **more,
+) -> dict:
     """One measurement, without noise."""
-    stages = [StageCost(name="preprocess", actors=actors, busy_s=library.cpu_s, cpu_s=library.cpu_s)]
+    stages = [
+        StageCost(name="preprocess", actors=actors, busy_s=library.cpu_s, cpu_s=library.cpu_s)
+    ]
     if writers:
         busy_s = library.encode_s + library.waits_s
-        stages.append(StageCost(name="write", actors=writers, busy_s=busy_s, cpu_s=library.encode_s))
+        stages.append(
+            StageCost(name="write", actors=writers, busy_s=busy_s, cpu_s=library.encode_s)
+        )
     rate, limit = bound(stages, Machine(cores=cores))
     used = {stage.name: min(rate * stage.busy_s / stage.actors, 1.0) for stage in stages}
     row = {
@@ -47,8 +60,15 @@ def record(backend: str, library: Library, *, cores: float, actors: int, writers
         "overhead_cpu_s": 0.0,
     }
     for stage in stages:
-        row |= {f"{stage.name}_busy_s": stage.busy_s, f"{stage.name}_cpu_s": stage.cpu_s, f"{stage.name}_core_wait_s": 0.0}
-        row |= {f"{stage.name}_busy": used[stage.name], f"{stage.name}_cpu_percent": 100 * rate * stage.cpu_s / cores}
+        row |= {
+            f"{stage.name}_busy_s": stage.busy_s,
+            f"{stage.name}_cpu_s": stage.cpu_s,
+            f"{stage.name}_core_wait_s": 0.0,
+        }
+        row |= {
+            f"{stage.name}_busy": used[stage.name],
+            f"{stage.name}_cpu_percent": 100 * rate * stage.cpu_s / cores,
+        }
     return row | more
 
 
@@ -64,7 +84,10 @@ def sweep(
     for backend, library in (libraries or {"opencv": OPENCV, "torchvision": TORCHVISION}).items():
         for count in actors:
             writers = {{"none": 0, "one": 1, "same": count}[way] for way in writing}
-            rows += [record(backend, library, cores=cores, actors=count, writers=n) for n in sorted(writers)]
+            rows += [
+                record(backend, library, cores=cores, actors=count, writers=n)
+                for n in sorted(writers)
+            ]
         rows.append(record(backend, library, cores=cores, actors=2, writers=2, kind="store"))
         read = Library(cpu_s=library.stored_s)
         rows.append(record(backend, read, cores=cores, actors=2, kind="stored"))
@@ -72,23 +95,52 @@ def sweep(
 
 
 def training(
-    *, cores: float = 16, device: str = "gpu", train_s: float = 0.02, actors: tuple[int, ...] = (1, 2, 4, 12), workers=(1, 2, 4)
+    *,
+    cores: float = 16,
+    device: str = "gpu",
+    train_s: float = 0.02,
+    actors: tuple[int, ...] = (1, 2, 4, 12),
+    workers=(1, 2, 4),
 ) -> list[dict]:
     """Training, with both libraries: over actors with one worker, and over workers with one actor."""
     rows = []
     for backend, library in {"opencv": OPENCV, "torchvision": TORCHVISION}.items():
         for count, of_training in sorted({(n, 1) for n in actors} | {(1, n) for n in workers}):
-            preprocess = StageCost(name="preprocess", actors=count, busy_s=library.cpu_s, cpu_s=library.cpu_s)
+            preprocess = StageCost(
+                name="preprocess", actors=count, busy_s=library.cpu_s, cpu_s=library.cpu_s
+            )
             cpu_s = 0.001 if device == "gpu" else train_s
-            train = StageCost(name="train", actors=of_training, busy_s=train_s, cpu_s=cpu_s, on_gpu=device == "gpu")
+            train = StageCost(
+                name="train",
+                actors=of_training,
+                busy_s=train_s,
+                cpu_s=cpu_s,
+                on_gpu=device == "gpu",
+            )
             rate, limit = bound([preprocess, train], Machine(cores=cores))
-            row = record(backend, library, cores=cores, actors=count, kind="train", workers=of_training, device=device, limit=limit)
-            row |= {"time_s": IMAGES / rate, "images_per_s": rate, "preprocess_cpu_percent": 100 * rate * library.cpu_s / cores}
+            row = record(
+                backend,
+                library,
+                cores=cores,
+                actors=count,
+                kind="train",
+                workers=of_training,
+                device=device,
+                limit=limit,
+            )
+            row |= {
+                "time_s": IMAGES / rate,
+                "images_per_s": rate,
+                "preprocess_cpu_percent": 100 * rate * library.cpu_s / cores,
+            }
             row |= {
                 "train_busy_s": train_s,
                 "train_cpu_s": cpu_s,
                 "train_core_wait_s": 0.0,
                 "train_busy": rate * train_s / of_training,
             }
-            rows.append(row | {"gpu_percent": 100 * rate * train_s / of_training if device == "gpu" else None})
+            rows.append(
+                row
+                | {"gpu_percent": 100 * rate * train_s / of_training if device == "gpu" else None}
+            )
     return rows

@@ -5,7 +5,18 @@ import math
 import pytest
 
 from raypipe.insight import claims
-from raypipe.insight.claims import Finding, Where, curve, designs, findings, full_at, gpus, ideal, slope, three
+from raypipe.insight.claims import (
+    Finding,
+    Where,
+    curve,
+    designs,
+    findings,
+    full_at,
+    gpus,
+    ideal,
+    slope,
+    three,
+)
 from tests.insight.played import OPENCV, TORCHVISION, Library, record, sweep, training
 
 FAST_STORE = Library(cpu_s=0.002, encode_s=0.00001)
@@ -37,7 +48,10 @@ def test_one_actor_with_one_writer_is_on_both_lines():
 
 
 def test_a_spot_is_the_median_of_its_repeats_and_takes_no_heed_of_what_is_not_known():
-    rows = [record("opencv", OPENCV, cores=2, actors=1, repeat=i, time_s=t) for i, t in enumerate((9.0, 2.0, None, 3.0, math.nan))]
+    rows = [
+        record("opencv", OPENCV, cores=2, actors=1, repeat=i, time_s=t)
+        for i, t in enumerate((9.0, 2.0, None, 3.0, math.nan))
+    ]
     (spot,) = curve(rows, backend="opencv")
     assert spot.median("time_s") == 3.0
     assert spot.values("time_s") == [9.0, 2.0, 3.0]
@@ -47,7 +61,9 @@ def test_a_spot_is_the_median_of_its_repeats_and_takes_no_heed_of_what_is_not_kn
 def test_the_ideal_bends_where_the_measured_cpu_fills_the_cores():
     spots = curve(sweep(cores=4), backend="opencv")
     assert full_at(spots, 4) == pytest.approx(4)
-    assert [time_s for _, time_s in ideal(spots, 4)] == pytest.approx([2.0, 1.0, 0.5, 0.5, 0.5, 0.5, 0.5])
+    assert [time_s for _, time_s in ideal(spots, 4)] == pytest.approx(
+        [2.0, 1.0, 0.5, 0.5, 0.5, 0.5, 0.5]
+    )
     waiting = curve(sweep(cores=2, libraries=SLOW_STORE), backend="opencv", writing="same")
     assert full_at(waiting, 2) == pytest.approx(2 / (0.0025 / 0.0505))  # waiting takes no core
 
@@ -66,7 +82,9 @@ def test_with_a_slow_store_the_same_holds_on_two_cores():
     found = judged(sweep(cores=2, actors=(1, 2, 4, 8), libraries=SLOW_STORE), cores=2, store_ms=50)
     assert {found[claim].holds for claim in (5, 7, 8, 9, 10)} == {"yes"}
     assert "slope -1.00 (2→1 s from 1 to 2 actors; the cores are full at 2)" in found[5].measured
-    assert "slope +0.00" in found[7].measured and "50.5→50.5 s from 1 to 8 actors" in found[7].measured
+    assert (
+        "slope +0.00" in found[7].measured and "50.5→50.5 s from 1 to 8 actors" in found[7].measured
+    )
     assert (
         found[11].holds == "yes"
         and "8 actors: 50.5 s with 1 writer" in found[11].measured
@@ -76,7 +94,8 @@ def test_with_a_slow_store_the_same_holds_on_two_cores():
 
 def test_writers_that_bring_little_contradict_the_talk():
     rows = [
-        row | ({"time_s": 30.0} if 1 < row["writers"] == row["actors"] else {}) for row in sweep(cores=64, libraries=SLOW_STORE)
+        row | ({"time_s": 30.0} if 1 < row["writers"] == row["actors"] else {})
+        for row in sweep(cores=64, libraries=SLOW_STORE)
     ]
     assert verdicts(rows)[11] == "no"
     # A full disk: as many writers as actors take as long as one, and much longer than none.
@@ -94,16 +113,32 @@ def test_two_cores_that_compute_cannot_show_what_writing_costs_and_it_is_said_wh
 
 
 def test_what_ray_takes_of_two_cores_is_no_fault_of_the_actors():
-    rows = [row | {"overhead_cpu_s": 0.3 * row["preprocess_cpu_s"]} for row in sweep(cores=2, actors=(1, 2, 4))]
+    rows = [
+        row | {"overhead_cpu_s": 0.3 * row["preprocess_cpu_s"]}
+        for row in sweep(cores=2, actors=(1, 2, 4))
+    ]
     assert full_at(curve(rows, backend="opencv"), 2) == pytest.approx(2 / 1.3)
-    found = judged([row | {"time_s": row["time_s"] * (1.0 if row["actors"] == 1 else 1.3)} for row in rows], cores=2)
-    assert found[5].holds == "cannot" and "with 1 of them 1.30 of the 2 cores are in use already" in found[5].why
+    found = judged(
+        [row | {"time_s": row["time_s"] * (1.0 if row["actors"] == 1 else 1.3)} for row in rows],
+        cores=2,
+    )
+    assert (
+        found[5].holds == "cannot"
+        and "with 1 of them 1.30 of the 2 cores are in use already" in found[5].why
+    )
 
 
 def test_a_gap_that_more_writers_cannot_close_for_want_of_cores_contradicts_nobody():
-    rows = sweep(cores=2, actors=(1, 2, 4, 8), libraries={"opencv": Library(cpu_s=0.004, encode_s=0.0035, waits_s=0.007)})
+    rows = sweep(
+        cores=2,
+        actors=(1, 2, 4, 8),
+        libraries={"opencv": Library(cpu_s=0.004, encode_s=0.0035, waits_s=0.007)},
+    )
     found = judged(rows, cores=2, store_ms=7)
-    assert found[11].holds == "cannot" and "storing takes CPU too, and the 2 cores are full" in found[11].why
+    assert (
+        found[11].holds == "cannot"
+        and "storing takes CPU too, and the 2 cores are full" in found[11].why
+    )
 
 
 def test_flat_because_the_cores_are_full_is_not_flat_because_of_the_writer():
@@ -126,18 +161,27 @@ def test_time_that_does_not_fall_with_actors_contradicts_the_talk():
 
 
 def test_one_backend_that_does_not_do_what_the_talk_says_is_enough():
-    rows = [row | ({"time_s": 2.0} if row["backend"] == "torchvision" else {}) for row in sweep(cores=64)]
+    rows = [
+        row | ({"time_s": 2.0} if row["backend"] == "torchvision" else {})
+        for row in sweep(cores=64)
+    ]
     assert verdicts(rows)[5] == "no"
 
 
 def test_time_that_rises_with_one_writer_is_not_flat():
-    rows = [row | ({"time_s": row["actors"]} if row["writers"] == 1 else {}) for row in sweep(cores=64, libraries=SLOW_STORE)]
+    rows = [
+        row | ({"time_s": row["actors"]} if row["writers"] == 1 else {})
+        for row in sweep(cores=64, libraries=SLOW_STORE)
+    ]
     assert verdicts(rows)[7] == "no"
 
 
 def test_a_writer_that_limits_while_nobody_is_held_up_is_not_the_talk_s_cause():
     rows = sweep(cores=64, libraries=SLOW_STORE)
-    busy = [row | {"preprocess_busy_s": 0.9 * row["actors"] * row["time_s"] / row["images"]} for row in rows]
+    busy = [
+        row | {"preprocess_busy_s": 0.9 * row["actors"] * row["time_s"] / row["images"]}
+        for row in rows
+    ]
     assert verdicts(busy)[9] == "no"
     starved = [row | {"preprocess_starved": 0.9} for row in rows]
     assert verdicts(starved)[9] == "no"
@@ -152,29 +196,46 @@ def test_cpu_of_both_libraries_is_the_same_with_one_thread_and_the_pool_makes_th
     assert judged(one, cores=8)[6].holds == "no"
     assert "--threads 1 8" in judged(one, cores=8)[6].why
     pool = [
-        row | {"threads": 8, "cpu_percent": min(40 * row["actors"], 100) if row["backend"] == "opencv" else row["cpu_percent"]}
+        row
+        | {
+            "threads": 8,
+            "cpu_percent": min(40 * row["actors"], 100)
+            if row["backend"] == "opencv"
+            else row["cpu_percent"],
+        }
         for row in one
         if row["writers"] == 0
     ]
     found = judged(one + pool, cores=8)[6]
-    assert found.holds == "yes" and "With 8 threads an actor, which is OpenCV's thread pool, and not with one" in found.why
+    assert (
+        found.holds == "yes"
+        and "With 8 threads an actor, which is OpenCV's thread pool, and not with one" in found.why
+    )
     assert "1 thread an actor: OpenCV +0 points" in found.measured
 
 
 def test_cpu_of_the_two_libraries_is_compared_where_cores_are_left_only():
     # Beyond the cores both are at 100%, which would say that they are alike.
-    rows = with_cpu(sweep(cores=2), lambda row: 100 if row["actors"] > 2 or row["backend"] == "opencv" else 60)
+    rows = with_cpu(
+        sweep(cores=2), lambda row: 100 if row["actors"] > 2 or row["backend"] == "opencv" else 60
+    )
     assert verdicts(rows, cores=2)[6] == "yes"
 
 
 def test_cpu_with_one_writer_is_level_and_below_preprocessing_only():
     def percent(level):
-        return lambda row: level(row) if row["writers"] == 1 else 100 if row["actors"] > 4 else 25 * row["actors"]
+        return lambda row: (
+            level(row) if row["writers"] == 1 else 100 if row["actors"] > 4 else 25 * row["actors"]
+        )
 
     rows = sweep(cores=64, libraries=SLOW_STORE)
     assert verdicts(with_cpu(rows, percent(lambda row: 80)))[8] == "yes"
-    assert verdicts(with_cpu(rows, percent(lambda row: 60 + row["actors"])))[8] == "no"  # rises by 19
-    assert verdicts(with_cpu(rows, percent(lambda row: 95)))[8] == "no"  # as much as without writing
+    assert (
+        verdicts(with_cpu(rows, percent(lambda row: 60 + row["actors"])))[8] == "no"
+    )  # rises by 19
+    assert (
+        verdicts(with_cpu(rows, percent(lambda row: 95)))[8] == "no"
+    )  # as much as without writing
 
 
 def test_cpu_over_queues_and_its_nearness_to_preprocessing_only():
@@ -205,16 +266,26 @@ def test_the_cheaper_library_is_the_advice_for_any_number_of_cores():
     found = judged(sweep(cores=8), cores=8)[14]
     assert found.holds == "no" and "OpenCV is ahead with few and with many" in found.why
     assert "torchvision takes 2.00 times OpenCV's time with 1, 2.00 times with 20" in found.measured
-    best = {(choice.cores, choice.backend): choice for choice in claims.choices(sweep(cores=8), Where(cores=8), writing=True)}
+    best = {
+        (choice.cores, choice.backend): choice
+        for choice in claims.choices(sweep(cores=8), Where(cores=8), writing=True)
+    }
     assert best[8, "opencv"].images_per_s == pytest.approx(8 / 0.003, rel=0.06)
     assert sum(best[8, "opencv"].counts.values()) >= 8
     other = {"opencv": TORCHVISION, "torchvision": OPENCV}
-    assert "torchvision is ahead with few and with many" in judged(sweep(cores=8, libraries=other), cores=8)[14].why
+    assert (
+        "torchvision is ahead with few and with many"
+        in judged(sweep(cores=8, libraries=other), cores=8)[14].why
+    )
 
 
 def test_libraries_that_change_places_with_many_actors_are_as_the_talk_says():
     rows = [
-        row | {"time_s": row["time_s"] * (4 if row["backend"] == "opencv" and row["actors"] >= 10 else 1)}
+        row
+        | {
+            "time_s": row["time_s"]
+            * (4 if row["backend"] == "opencv" and row["actors"] >= 10 else 1)
+        }
         for row in sweep(cores=64)
     ]
     assert verdicts(rows)[14] == "yes"
@@ -242,8 +313,13 @@ def test_training_on_a_gpu_that_limits():
     # One actor measured, sixteen cores: it is not for want of preprocessing that a second GPU would idle.
     (fast, _) = gpus(training(train_s=0.0015), Where(cores=16, gpus=4))
     assert fast.training == pytest.approx(2 * fast.now, rel=0.1)
-    on_gpu = record("opencv", OPENCV, cores=16, actors=1, kind="ops", workers=1, device="gpu", images_per_s=40.0)
-    assert "40 measured with the ops on the GPU" in judged([*training(), on_gpu], cores=16, gpus=4)[20].measured
+    on_gpu = record(
+        "opencv", OPENCV, cores=16, actors=1, kind="ops", workers=1, device="gpu", images_per_s=40.0
+    )
+    assert (
+        "40 measured with the ops on the GPU"
+        in judged([*training(), on_gpu], cores=16, gpus=4)[20].measured
+    )
 
 
 def test_training_that_waits_for_preprocessing_contradicts_the_talk():
@@ -279,18 +355,29 @@ def test_when_preprocessing_once_has_paid():
 
 
 def test_reading_back_that_costs_as_much_never_pays():
-    same = {"opencv": Library(cpu_s=0.002, stored_s=0.002), "torchvision": Library(cpu_s=0.004, stored_s=0.004)}
+    same = {
+        "opencv": Library(cpu_s=0.002, stored_s=0.002),
+        "torchvision": Library(cpu_s=0.004, stored_s=0.004),
+    }
     assert judged(sweep(cores=8, libraries=same), cores=8)[21].holds == "no"
 
 
 def test_cpu_that_was_not_the_sweep_s_is_seen():
     rows = sweep(cores=8)
     assert claims.others(rows, 8) == 0
-    loud = [row | {"cpu_percent": 100.0, "time_s": 20.0} for row in sweep(cores=64, actors=(1, 2, 4))]
+    loud = [
+        row | {"cpu_percent": 100.0, "time_s": 20.0} for row in sweep(cores=64, actors=(1, 2, 4))
+    ]
     assert claims.others(loud, 64) > 80
     assert claims.others([], 8) == 0
-    waiting = {"images_per_s": 70.0, "preprocess_cpu_s": 0.004, "write_cpu_s": 0.003}  # one writer of a slow store
-    assert claims.others([waiting | {"cpu_percent": 40.0}], 2) == 0  # 0.49 cores are the stages', 0.31 Ray's
+    waiting = {
+        "images_per_s": 70.0,
+        "preprocess_cpu_s": 0.004,
+        "write_cpu_s": 0.003,
+    }  # one writer of a slow store
+    assert (
+        claims.others([waiting | {"cpu_percent": 40.0}], 2) == 0
+    )  # 0.49 cores are the stages', 0.31 Ray's
     assert claims.others([waiting | {"cpu_percent": 100.0}], 2) > 50
     ends = {"actors": 20, "writers": 1, "time_s": 20.0}  # 21 actors, of 1.5 CPU seconds each
     assert claims.others([waiting | ends | {"cpu_percent": 95.0}], 2) == 0
@@ -299,7 +386,11 @@ def test_cpu_that_was_not_the_sweep_s_is_seen():
 def test_nothing_measured_is_no_error():
     assert {finding.holds for finding in findings([], Where(cores=2))} == {"cannot"}
     empty = [
-        dict.fromkeys(row) | {k: row[k] for k in ("kind", "backend", "actors", "writers", "workers", "device", "threads")}
+        dict.fromkeys(row)
+        | {
+            k: row[k]
+            for k in ("kind", "backend", "actors", "writers", "workers", "device", "threads")
+        }
         for row in sweep(cores=2)
     ]
     assert {finding.holds for finding in findings(empty, Where(cores=2))} == {"cannot"}

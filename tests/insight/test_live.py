@@ -8,15 +8,41 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console, RenderableType
 
-from raypipe.insight.live import HISTORY_S, LEVELS, Looking, bar, line, listing, remember, screen, sparkline, view
+from raypipe.insight.live import (
+    HISTORY_S,
+    LEVELS,
+    Looking,
+    bar,
+    line,
+    listing,
+    remember,
+    screen,
+    sparkline,
+    view,
+)
 from raypipe.insight.markup import DASH
 
 HOSTILE = "x\x1b[31m[bold red]\r\n\t\x07\u202e\udc80[/]%s{}" + "w" * 300
 
 
 def stage(name: str, **figures) -> dict:
-    known = {"actors": 4, "pending": 0, "wanted": 4, "draining": 0, "images": 1234, "images_per_s": 345.2, "cpu_percent": 75.3}
-    known |= {"rss_bytes": 1_234_000_000, "gpu_percent": None, "busy": 0.75, "starved": 0.05, "blocked": 0.2, "queued": 3}
+    known = {
+        "actors": 4,
+        "pending": 0,
+        "wanted": 4,
+        "draining": 0,
+        "images": 1234,
+        "images_per_s": 345.2,
+        "cpu_percent": 75.3,
+    }
+    known |= {
+        "rss_bytes": 1_234_000_000,
+        "gpu_percent": None,
+        "busy": 0.75,
+        "starved": 0.05,
+        "blocked": 0.2,
+        "queued": 3,
+    }
     return {"name": name, **known, **figures}
 
 
@@ -42,7 +68,10 @@ def record(**changes) -> dict:
         "cpu_percent": 97.6,
         "actors_at_most": 8,
         "auto": True,
-        "stages": [stage("preprocess", wanted=8, pending=4), stage("write", busy=0.3, starved=0.7, blocked=0.0, queued=12)],
+        "stages": [
+            stage("preprocess", wanted=8, pending=4),
+            stage("write", busy=0.3, starved=0.7, blocked=0.0, queued=12),
+        ],
         "verdict": {"stage": "preprocess", "reason": reason, "advice": advice},
         "scale_events": [
             {"t_s": 12.3, "stage": "preprocess", "from": 2, "to": 4, "by": "user"},
@@ -54,31 +83,65 @@ def record(**changes) -> dict:
 
 def unknown() -> dict:
     """A run that has only begun: nothing is known that could be unknown."""
-    nothing = dict.fromkeys(("images_per_s", "cpu_percent", "rss_bytes", "gpu_percent", "busy", "starved", "blocked"))
+    nothing = dict.fromkeys(
+        ("images_per_s", "cpu_percent", "rss_bytes", "gpu_percent", "busy", "starved", "blocked")
+    )
     stages = [stage("preprocess", actors=0, images=0, queued=0, **nothing)]
     verdict = {"stage": None, "reason": "No stage has finished a shard.", "advice": []}
-    blank = {"output": None, "done": 0, "rejected": 0, "images_per_s": None, "eta_s": None, "cpu_percent": None, "at_s": 0.0}
+    blank = {
+        "output": None,
+        "done": 0,
+        "rejected": 0,
+        "images_per_s": None,
+        "eta_s": None,
+        "cpu_percent": None,
+        "at_s": 0.0,
+    }
     return record(stages=stages, verdict=verdict, scale_events=[], auto=False, **blank)
 
 
-HOSTILES = [record(**{field: HOSTILE}) for field in ("run_id", "input", "output", "recipe", "backend")]
-HOSTILES += [record(stages=[stage(HOSTILE)]), record(verdict={"stage": HOSTILE, "reason": HOSTILE, "advice": []})]
-HOSTILES += [record(scale_events=[{"t_s": 1.0, "stage": HOSTILE, "from": 1, "to": 2, "by": HOSTILE}])]
+HOSTILES = [
+    record(**{field: HOSTILE}) for field in ("run_id", "input", "output", "recipe", "backend")
+]
+HOSTILES += [
+    record(stages=[stage(HOSTILE)]),
+    record(verdict={"stage": HOSTILE, "reason": HOSTILE, "advice": []}),
+]
+HOSTILES += [
+    record(scale_events=[{"t_s": 1.0, "stage": HOSTILE, "from": 1, "to": 2, "by": HOSTILE}])
+]
 
 
 class Ascii(io.StringIO):
     encoding = "ascii"
 
 
-def printed(renderable: RenderableType, width: int, height: int | None = None, file: io.StringIO | None = None) -> list[str]:
-    console = Console(file=file or io.StringIO(), width=width, height=height or 50, force_terminal=True, color_system=None)
+def printed(
+    renderable: RenderableType,
+    width: int,
+    height: int | None = None,
+    file: io.StringIO | None = None,
+) -> list[str]:
+    console = Console(
+        file=file or io.StringIO(),
+        width=width,
+        height=height or 50,
+        force_terminal=True,
+        color_system=None,
+    )
     console.print(renderable, height=height)
     return console.file.getvalue().splitlines()
 
 
 @pytest.mark.parametrize("width", [80, 120, 200])
 @pytest.mark.parametrize(
-    "what", [record(), unknown(), record(run_id=HOSTILE, input=HOSTILE, output=HOSTILE, recipe=HOSTILE), *HOSTILES]
+    "what",
+    [
+        record(),
+        unknown(),
+        record(run_id=HOSTILE, input=HOSTILE, output=HOSTILE, recipe=HOSTILE),
+        *HOSTILES,
+    ],
 )
 def test_no_line_is_wider_than_the_terminal_and_nothing_of_it_is_a_control_character(what, width):
     lines = printed(view(what, Looking(selected=0), width=width), width)
@@ -88,7 +151,9 @@ def test_no_line_is_wider_than_the_terminal_and_nothing_of_it_is_a_control_chara
 
 
 def test_every_figure_of_a_run_is_there():
-    text = "\n".join(printed(view(record(), Looking(selected=1, history=((83.0, 300.0),)), width=100), 100))
+    text = "\n".join(
+        printed(view(record(), Looking(selected=1, history=((83.0, 300.0),)), width=100), 100)
+    )
     for part in (
         "20261124-114200-ab12",
         "demo:5000 → /data/out",
@@ -109,17 +174,33 @@ def test_every_figure_of_a_run_is_there():
     assert re.search(r"preprocess +4 → 8 +345 +75% +1\.23 GB +3 ", text)
     assert re.search(r"▶ +write +4 +345", text)
     assert "preprocess actors 4 -> 5: about 432 images/s expected" in text  # the better of two
-    assert text.index("preprocess 4 → 8  at 80 s by auto") < text.index("preprocess 2 → 4  at 12 s by user")
+    assert text.index("preprocess 4 → 8  at 80 s by auto") < text.index(
+        "preprocess 2 → 4  at 12 s by user"
+    )
 
 
 def test_advice_is_what_keys_can_do_first_then_what_would_bring_clearly_more():
     def advice(**predicted: float) -> list[str]:
-        changes = {"write": "write actors 1 -> 2", "cores": "cores 2 -> 3", "nothing": "preprocess actors 4 -> 5"}
-        given = [{"change": changes[name], "predicted_images_per_s": rate} for name, rate in predicted.items()]
+        changes = {
+            "write": "write actors 1 -> 2",
+            "cores": "cores 2 -> 3",
+            "nothing": "preprocess actors 4 -> 5",
+        }
+        given = [
+            {"change": changes[name], "predicted_images_per_s": rate}
+            for name, rate in predicted.items()
+        ]
         what = record(verdict={"stage": "write", "reason": "Because.", "advice": given})
-        return [text.split(":")[0].strip() for text in printed(view(what, Looking(), width=80), 80) if "expected" in text]
+        return [
+            text.split(":")[0].strip()
+            for text in printed(view(what, Looking(), width=80), 80)
+            if "expected" in text
+        ]
 
-    assert advice(cores=500.0, write=400.0, nothing=345.0) == ["write actors 1 -> 2", "cores 2 -> 3"]
+    assert advice(cores=500.0, write=400.0, nothing=345.0) == [
+        "write actors 1 -> 2",
+        "cores 2 -> 3",
+    ]
     assert advice(cores=404.0, write=400.0) == ["write actors 1 -> 2"]
     assert advice(cores=500.0, nothing=345.0) == ["cores 2 -> 3"]
     assert advice(nothing=345.0) == advice() == []
@@ -130,24 +211,51 @@ def test_what_is_not_known_is_a_dash_and_never_a_zero():
     assert f"{DASH} images/s" in text
     assert f"{DASH} of 2 cores, room for 8 actors, sized by hand" in text
     assert "nothing written" in text
-    assert re.search(rf"preprocess +0 → 4 +{DASH} +{DASH} +{DASH} +0 +{DASH} *$", text, re.MULTILINE)
+    assert re.search(
+        rf"preprocess +0 → 4 +{DASH} +{DASH} +{DASH} +0 +{DASH} *$", text, re.MULTILINE
+    )
     assert "▶" not in text  # without keys nothing is selected
-    assert "CPU - of 2 cores; preprocess: actors 0 -> 4, - images/s, CPU -, memory -, busy -" in line(unknown())
+    assert (
+        "CPU - of 2 cores; preprocess: actors 0 -> 4, - images/s, CPU -, memory -, busy -"
+        in line(unknown())
+    )
 
 
 def test_a_stage_that_has_done_everything_is_done_whatever_its_actors_are_about():
     left = {"actors": 2, "wanted": 1, "queued": 0, "images_per_s": 0.0}
-    text = "\n".join(printed(view(record(stages=[stage("preprocess", images=5000, **left)]), Looking(), width=80), 80))
+    text = "\n".join(
+        printed(
+            view(record(stages=[stage("preprocess", images=5000, **left)]), Looking(), width=80), 80
+        )
+    )
     assert re.search(r"preprocess +done +0 ", text)
-    for not_yet in ({"images": 4999}, {"images": 5000, "queued": 1}, {"images": 5000, "images_per_s": 3.0}):
-        text = "\n".join(printed(view(record(stages=[stage("preprocess", **left | not_yet)]), Looking(), width=80), 80))
+    for not_yet in (
+        {"images": 4999},
+        {"images": 5000, "queued": 1},
+        {"images": 5000, "images_per_s": 3.0},
+    ):
+        text = "\n".join(
+            printed(
+                view(record(stages=[stage("preprocess", **left | not_yet)]), Looking(), width=80),
+                80,
+            )
+        )
         assert re.search(r"preprocess +2 → 1 ", text)
 
 
 def test_gpu_has_a_column_where_a_stage_has_one():
     assert "GPU" not in "\n".join(printed(view(record(), Looking(), width=80), 80))
-    lines = printed(view(record(stages=[stage("train", gpu_percent=88.0), stage("preprocess")]), Looking(), width=80), 80)
-    head, train, preprocess = (next(text for text in lines if word in text) for word in ("GPU", "train", "preprocess  "))
+    lines = printed(
+        view(
+            record(stages=[stage("train", gpu_percent=88.0), stage("preprocess")]),
+            Looking(),
+            width=80,
+        ),
+        80,
+    )
+    head, train, preprocess = (
+        next(text for text in lines if word in text) for word in ("GPU", "train", "preprocess  ")
+    )
     assert "88%" in train and "GPU" in head
     assert cell_len(train) <= 80 and cell_len(preprocess) <= 80
 
@@ -157,7 +265,10 @@ def test_shares_are_told_apart_without_colour_and_sum_to_the_whole_bar():
     assert drawn == "#" * 20 + "." * 10 + "x" * 10
     for busy in (0.0, 0.333, 0.999, 1.0):
         starved = (1 - busy) / 3
-        assert len(bar([(busy, "#", ""), (starved, ".", ""), (1 - busy - starved, "x", "")], 17).plain) == 17
+        assert (
+            len(bar([(busy, "#", ""), (starved, ".", ""), (1 - busy - starved, "x", "")], 17).plain)
+            == 17
+        )
     assert bar([(0.5, "#", ""), (None, ".", "")], 10).plain == DASH
 
 
@@ -179,15 +290,26 @@ def test_the_sparkline_shows_the_last_minute_from_zero_to_the_highest():
 def test_the_memory_of_it_is_a_minute_long():
     history = ()
     for second in range(200):
-        history = remember(history, {"at_s": float(second), "images_per_s": None if second % 2 else 1.0})
+        history = remember(
+            history, {"at_s": float(second), "images_per_s": None if second % 2 else 1.0}
+        )
     assert len(history) == HISTORY_S
     assert history[0][0] == 140.0
 
 
 @pytest.mark.parametrize("size", [(80, 24), (120, 40), (80, 14)])
 def test_a_whole_screen_ends_with_the_keys_whatever_has_to_go(size):
-    events = [{"t_s": float(i), "stage": "write", "from": i, "to": i + 1, "by": "auto"} for i in range(50)]
-    lines = printed(screen(record(scale_events=events), Looking(selected=0, message="refused: " + "m" * 200), width=size[0]), *size)
+    events = [
+        {"t_s": float(i), "stage": "write", "from": i, "to": i + 1, "by": "auto"} for i in range(50)
+    ]
+    lines = printed(
+        screen(
+            record(scale_events=events),
+            Looking(selected=0, message="refused: " + "m" * 200),
+            width=size[0],
+        ),
+        *size,
+    )
     assert len(lines) == size[1]
     assert "quit (the run goes on)" in lines[-1]
     assert any("refused: " in text for text in lines[-5:])
@@ -203,7 +325,9 @@ def test_a_terminal_that_knows_ascii_only_gets_no_more_and_the_same_columns():
 
 
 def test_markup_in_a_name_is_text():
-    lines = printed(view(record(run_id="[bold]r[/bold]", input="[link=file:///x]y"), Looking(), width=80), 80)
+    lines = printed(
+        view(record(run_id="[bold]r[/bold]", input="[link=file:///x]y"), Looking(), width=80), 80
+    )
     assert "run [bold]r[/bold]" in lines[0]
     assert "[link=file:///x]y" in lines[1]
 
@@ -221,7 +345,12 @@ def test_a_plain_line_is_one_line_with_everything_a_log_needs():
 
 
 def test_runs_are_listed_a_row_each():
-    lines = printed(listing([record(), record(run_id="older", output=None, images_per_s=None)]), 100)
+    lines = printed(
+        listing([record(), record(run_id="older", output=None, images_per_s=None)]), 100
+    )
     assert len(lines) == 3
-    assert re.search(r"20261124-114200-ab12 +83 s +1,234 of 5,000 +345 +4 → 8 \+ 4 +demo:5000 → /data/out", lines[1])
+    assert re.search(
+        r"20261124-114200-ab12 +83 s +1,234 of 5,000 +345 +4 → 8 \+ 4 +demo:5000 → /data/out",
+        lines[1],
+    )
     assert re.search(rf"older +83 s +1,234 of 5,000 +{DASH} .*nothing written", lines[2])

@@ -5,7 +5,15 @@ import pytest
 from raypipe.insight.report import Clock, Counts, build, notes, verdict
 
 
-def stage(name: str, *, actors: int, busy_ms: float, cpu_ms: float, busy: float = 0.95, on_gpu: bool = False) -> dict:
+def stage(
+    name: str,
+    *,
+    actors: int,
+    busy_ms: float,
+    cpu_ms: float,
+    busy: float = 0.95,
+    on_gpu: bool = False,
+) -> dict:
     return {
         "name": name,
         "actors": {"start": actors, "min": actors, "max": actors, "end": actors},
@@ -22,19 +30,35 @@ def stage(name: str, *, actors: int, busy_ms: float, cpu_ms: float, busy: float 
 
 def test_a_stage_that_mostly_waits_is_said_to_wait_and_for_what():
     slow_input = verdict(
-        [stage("preprocess", actors=4, busy_ms=40, cpu_ms=4), stage("write", actors=2, busy_ms=2, cpu_ms=2)], 8, 95.0
+        [
+            stage("preprocess", actors=4, busy_ms=40, cpu_ms=4),
+            stage("write", actors=2, busy_ms=2, cpu_ms=2),
+        ],
+        8,
+        95.0,
     )
     assert slow_input["stage"] == "preprocess"
     assert "90% of that it waited for the input, not for a core." in slow_input["reason"]
     slow_store = verdict(
-        [stage("preprocess", actors=4, busy_ms=4, cpu_ms=4), stage("write", actors=1, busy_ms=20, cpu_ms=2)], 8, 48.0
+        [
+            stage("preprocess", actors=4, busy_ms=4, cpu_ms=4),
+            stage("write", actors=1, busy_ms=20, cpu_ms=2),
+        ],
+        8,
+        48.0,
     )
-    assert slow_store["stage"] == "write" and "90% of that it waited for the store" in slow_store["reason"]
+    assert (
+        slow_store["stage"] == "write"
+        and "90% of that it waited for the store" in slow_store["reason"]
+    )
     working = verdict([stage("preprocess", actors=1, busy_ms=4, cpu_ms=4)], 8, 240.0)
     assert working["stage"] == "preprocess" and "waited" not in working["reason"]
 
 
-@pytest.mark.parametrize(("on_gpu", "change"), [(True, "train workers 1 -> 2, with a GPU more"), (False, "train actors 1 -> 2")])
+@pytest.mark.parametrize(
+    ("on_gpu", "change"),
+    [(True, "train workers 1 -> 2, with a GPU more"), (False, "train actors 1 -> 2")],
+)
 def test_where_training_limits_the_advice_is_another_worker(on_gpu, change):
     stages = [
         stage("preprocess", actors=8, busy_ms=4, cpu_ms=4, busy=0.5),
@@ -42,11 +66,16 @@ def test_where_training_limits_the_advice_is_another_worker(on_gpu, change):
     ]
     said = verdict(stages, 16, 95.0)
     assert said["stage"] == "train"
-    assert said["advice"][0]["change"] == change and said["advice"][0]["predicted_images_per_s"] == pytest.approx(190)
+    assert said["advice"][0]["change"] == change and said["advice"][0][
+        "predicted_images_per_s"
+    ] == pytest.approx(190)
 
 
 def test_what_ray_takes_of_the_cores_counts_where_it_is_measured():
-    stages = [stage("preprocess", actors=2, busy_ms=4.2, cpu_ms=3.0), stage("write", actors=2, busy_ms=1.5, cpu_ms=1.04)]
+    stages = [
+        stage("preprocess", actors=2, busy_ms=4.2, cpu_ms=3.0),
+        stage("write", actors=2, busy_ms=1.5, cpu_ms=1.04),
+    ]
     assert verdict(stages, 2, 430.0)["stage"] == "preprocess"
     assert "The 2 cores limit" in verdict(stages, 2, 430.0, overhead_s=0.0004)["reason"]
 
@@ -75,9 +104,23 @@ def sample(stage: str, actor: str, at: float, *, busy: float = 0.0, node: str = 
     }
 
 
-def built(first: list[dict], last: list[dict], *, outputs: list[tuple[float, int]], pools: dict | None = None, **more) -> dict:
+def built(
+    first: list[dict],
+    last: list[dict],
+    *,
+    outputs: list[tuple[float, int]],
+    pools: dict | None = None,
+    **more,
+) -> dict:
     pools = pools or {"preprocess": {"start": 2}, "write": {"start": 1}}
-    snapshot = {"actors": last, "first": first, "started": 100.0, "pools": pools, "rss_peak_by_stage": {}, "nodes": {}}
+    snapshot = {
+        "actors": last,
+        "first": first,
+        "started": 100.0,
+        "pools": pools,
+        "rss_peak_by_stage": {},
+        "nodes": {},
+    }
     return build(
         run_id="x",
         settings={},
@@ -93,8 +136,16 @@ def built(first: list[dict], last: list[dict], *, outputs: list[tuple[float, int
 
 
 def test_work_is_counted_from_when_the_last_actor_could_begin_to_the_last_output():
-    first = [sample("preprocess", "a", 101, busy=1), sample("preprocess", "b", 104, busy=6), sample("write", "c", 106, busy=10)]
-    last = [sample("preprocess", "a", 120, busy=30), sample("preprocess", "b", 121, busy=32), sample("write", "c", 126, busy=40)]
+    first = [
+        sample("preprocess", "a", 101, busy=1),
+        sample("preprocess", "b", 104, busy=6),
+        sample("write", "c", 106, busy=10),
+    ]
+    last = [
+        sample("preprocess", "a", 120, busy=30),
+        sample("preprocess", "b", 121, busy=32),
+        sample("write", "c", 126, busy=40),
+    ]
     found = built(first, last, outputs=[(15.0, 10), (26.0, 10)])
     assert found["work_s"] == 20.0  # 106 to 126; not from 101, and not the mean
     assert found["work_cpu_percent"] == 100 * (40 - 10) / (2 * 20)
@@ -126,7 +177,11 @@ def test_work_of_several_nodes_is_their_cpu_together():
 
 @pytest.mark.parametrize(("idle_s", "told"), [(0.0, True), (12.0, False), (30.0, False)])
 def test_cpu_that_was_neither_the_stages_nor_rays_is_said(idle_s, told):
-    first = [sample("preprocess", "a", 101), sample("preprocess", "b", 101), sample("write", "c", 101)]
+    first = [
+        sample("preprocess", "a", 101),
+        sample("preprocess", "b", 101),
+        sample("write", "c", 101),
+    ]
     # 20 s on 2 cores: 16 CPU seconds are the stages', up to 4.5 the end of three actors, and so up to 12.2 may be Ray's.
     used = {"busy_s": 10.0, "images": 10}
     last = [
@@ -140,19 +195,29 @@ def test_cpu_that_was_neither_the_stages_nor_rays_is_said(idle_s, told):
     }
     reason = built(first, last, outputs=[(11.0, 10), (21.0, 10)], pools=pools)["verdict"]["reason"]
     assert ("Other programs held about 18% of the machine's CPU" in reason) == told, reason
-    consumed = built(first, last, outputs=[(11.0, 10), (21.0, 10)], pools=pools, driver_cpu_s=8.0)["verdict"]["reason"]
+    consumed = built(first, last, outputs=[(11.0, 10), (21.0, 10)], pools=pools, driver_cpu_s=8.0)[
+        "verdict"
+    ]["reason"]
     assert "Other programs" not in consumed
 
 
 def test_work_that_was_done_before_all_actors_were_there_has_no_time():
-    first = [sample("preprocess", "a", 101), sample("preprocess", "b", 104), sample("write", "c", 109)]
+    first = [
+        sample("preprocess", "a", 101),
+        sample("preprocess", "b", 104),
+        sample("write", "c", 109),
+    ]
     assert built(first, first, outputs=[(8.0, 20)])["work_s"] is None
     assert built([], [], outputs=[(8.0, 20)])["work_s"] is None
     assert built(first, first, outputs=[])["work_s"] is None
 
 
 def test_what_was_left_out_dropped_and_moved_is_told():
-    found = {"skipped": {".txt": 1, ".cr2": 12}, "boxes_dropped": 3, "boxes_from": {"stored": 2, "scaled": 1, "unclear": 4}}
+    found = {
+        "skipped": {".txt": 1, ".cr2": 12},
+        "boxes_dropped": 3,
+        "boxes_from": {"stored": 2, "scaled": 1, "unclear": 4},
+    }
     assert notes(found) == [
         "left out of the listing: 12 .cr2, 1 .txt",
         "3 boxes could not be used and were dropped (boxes_dropped.parquet)",

@@ -19,7 +19,9 @@ ABOUT = {
     "versions": {"ray": "2.60.0"},
     "hardware": {"cores": 16.0, "processor": "an EPYC"},
 }
-SLOW = {name: Library(cpu_s=0.002, encode_s=0.0005, waits_s=0.05) for name in ("opencv", "torchvision")}
+SLOW = {
+    name: Library(cpu_s=0.002, encode_s=0.0005, waits_s=0.05) for name in ("opencv", "torchvision")
+}
 
 
 def rows() -> list[dict]:
@@ -27,7 +29,11 @@ def rows() -> list[dict]:
 
 
 def read(records=None, where: Where | None = None, about=None) -> Element:
-    return Reader(talk.page(rows() if records is None else records, where or Where(cores=16, gpus=4), about or ABOUT)).open[0]
+    return Reader(
+        talk.page(
+            rows() if records is None else records, where or Where(cores=16, gpus=4), about or ABOUT
+        )
+    ).open[0]
 
 
 def drawn(html: str) -> Element:
@@ -40,7 +46,9 @@ def line(name: str, *points: tuple[float, float], **more) -> Series:
 
 def test_every_claim_that_a_sweep_can_judge_has_a_row_and_a_verdict():
     listed = section(read(), "Claims").all("tbody")[0].all("tr")
-    assert [row.all("th")[0].text for row in listed] == [str(n) for n in (*range(5, 15), *range(17, 22))]
+    assert [row.all("th")[0].text for row in listed] == [
+        str(n) for n in (*range(5, 15), *range(17, 22))
+    ]
     for row in listed:
         assert row.elements[-1].text in talk.HOLDS.values()
         assert re.fullmatch(r"\d\d:\d\d", row.elements[1].text)
@@ -50,24 +58,36 @@ def test_the_headline_counts_the_verdicts():
     tree = read()
     said = [row.elements[-1].text for row in section(tree, "Claims").all("tbody")[0].all("tr")]
     counts = [said.count(talk.HOLDS[holds]) for holds in ("yes", "no", "cannot")]
-    assert tree.all("h1")[0].text == "{} of the talk's 15 claims hold here, {} do not, {} cannot be shown.".format(*counts)
+    assert tree.all("h1")[
+        0
+    ].text == "{} of the talk's 15 claims hold here, {} do not, {} cannot be shown.".format(*counts)
 
 
 def test_every_claim_with_a_figure_has_it_and_is_named_beside_it():
     tree = read()
-    beside = [re.match(r"(\d+)\. ", p.text) for shown in tree.all("div", class_="shown") for p in shown.all("p")]
+    beside = [
+        re.match(r"(\d+)\. ", p.text)
+        for shown in tree.all("div", class_="shown")
+        for p in shown.all("p")
+    ]
     assert {int(found[1]) for found in beside if found} == {*range(5, 15), 17, 18, 19, 20}
 
 
 def test_without_training_there_are_no_figures_of_it():
     titles = {e.text for e in read(sweep(cores=16)).all("h3")}
-    assert "Preprocessing only: time" in titles and not [t for t in titles if t.startswith("Training")]
+    assert "Preprocessing only: time" in titles and not [
+        t for t in titles if t.startswith("Training")
+    ]
 
 
 def test_a_sweep_of_nothing_much_has_a_page():
     assert read(sweep(cores=2, actors=(1,), writing=("none",)), Where(cores=2))
     bare = [
-        dict.fromkeys(row) | {k: row[k] for k in ("kind", "backend", "actors", "writers", "workers", "device", "threads")}
+        dict.fromkeys(row)
+        | {
+            k: row[k]
+            for k in ("kind", "backend", "actors", "writers", "workers", "device", "threads")
+        }
         for row in rows()
     ]
     assert DASH in read(bare, about={}).text
@@ -84,7 +104,10 @@ def test_delays_are_told_beside_every_figure():
 
 def test_a_disturbed_machine_is_told_at_the_top():
     loud = [row | {"cpu_percent": 100.0} for row in sweep(cores=64, actors=(1, 2, 4))]
-    assert "Other programs held about" in read(loud, Where(cores=64)).all("strong", class_="bad")[0].text
+    assert (
+        "Other programs held about"
+        in read(loud, Where(cores=64)).all("strong", class_="bad")[0].text
+    )
     assert "Other programs" not in read().text
 
 
@@ -104,7 +127,9 @@ def test_nothing_in_the_page_can_run_or_load():
         "img",
     }
     for element in tree.all():
-        assert not [name for name in element.attributes if name.startswith("on") or name in ("href", "src")]
+        assert not [
+            name for name in element.attributes if name.startswith("on") or name in ("href", "src")
+        ]
     document = talk.page(rows(), Where(cores=16), ABOUT)
     assert "http" not in document.replace("http-equiv", "")
     assert not re.search(r"url\(|@import", document)
@@ -130,7 +155,11 @@ def test_hostile_text_stays_text():
 def test_time_is_drawn_to_one_scale_so_that_figures_can_be_compared():
     tree = read(sweep(cores=16, libraries=SLOW), Where(cores=16))
     scales = []
-    for title in ("Preprocessing only: time", "One writer: time", "As many writers as actors: time"):
+    for title in (
+        "Preprocessing only: time",
+        "One writer: time",
+        "As many writers as actors: time",
+    ):
         labels = [t for t in figure(tree, title).all("text") if t.attributes.get("x") == "-6"]
         scales.append([t.text for t in labels])
     assert scales[0] == scales[1] == scales[2] and scales[0][-1] == "100"
@@ -139,21 +168,29 @@ def test_time_is_drawn_to_one_scale_so_that_figures_can_be_compared():
 def test_points_with_more_actors_than_cores_are_hollow_and_the_cores_are_marked():
     shown = figure(read(sweep(cores=4), Where(cores=4)), "Preprocessing only: time")
     marks = [e.attributes["class"] for e in shown.all("circle", class_="mark")]
-    assert len(marks) == 14 and len([c for c in marks if "hollow" in c]) == 8  # 8, 10, 16 and 20, of two libraries
+    assert (
+        len(marks) == 14 and len([c for c in marks if "hollow" in c]) == 8
+    )  # 8, 10, 16 and 20, of two libraries
     assert [e.text for e in shown.all("text", class_="said")] == ["4 cores"]
     assert len(shown.all("path", class_="ideal")) == 2
 
 
 def test_three_bars_a_library():
     shown = next(e for e in read().all("figure") if "One writer, 10 writers, none" in e.text)
-    assert [e.text for e in shown.all("dt")][:3] == ["OpenCV, 1 writer", "OpenCV, 10 writers", "OpenCV, nothing written"]
+    assert [e.text for e in shown.all("dt")][:3] == [
+        "OpenCV, 1 writer",
+        "OpenCV, 10 writers",
+        "OpenCV, nothing written",
+    ]
 
 
 def test_advice_has_a_row_for_each_budget():
     listed = section(read(), "Which library, and how many of what").all("tbody")[0].all("tr")
     assert [row.elements[0].text for row in listed] == ["1", "2", "4", "8", "16", "32", "64"]
     assert {row.elements[1].text for row in listed} == {"OpenCV"}
-    assert "to preprocess" in listed[3].elements[2].text and "to write" in listed[3].elements[2].text
+    assert (
+        "to preprocess" in listed[3].elements[2].text and "to write" in listed[3].elements[2].text
+    )
 
 
 def test_break_even_is_told_with_and_without_training():
@@ -162,15 +199,22 @@ def test_break_even_is_told_with_and_without_training():
         ["OpenCV", "as fast as data comes"],
         ["OpenCV", "50 images/s"],
     ]
-    assert listed[0].elements[-1].text == "from 2 epochs on" and listed[1].elements[-2].text == "never"
+    assert (
+        listed[0].elements[-1].text == "from 2 epochs on" and listed[1].elements[-2].text == "never"
+    )
 
 
 # --- charts ----------------------------------------------------------------------------------------------------------------
 
 
 def test_counts_stand_apart_as_their_ratios():
-    shown = drawn(chart("t", "s", [line("a", (1, 8), (2, 4), (4, 2), (8, 1))], along="actors", span=(1, 10)))
-    points = [tuple(map(float, p.split())) for p in shown.all("path")[0].attributes["d"].removeprefix("M").split("L")]
+    shown = drawn(
+        chart("t", "s", [line("a", (1, 8), (2, 4), (4, 2), (8, 1))], along="actors", span=(1, 10))
+    )
+    points = [
+        tuple(map(float, p.split()))
+        for p in shown.all("path")[0].attributes["d"].removeprefix("M").split("L")
+    ]
     steps = [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(points)]
     assert all(
         step == pytest.approx(steps[0], abs=0.5) for step in steps
@@ -182,19 +226,34 @@ def test_an_axis_of_ratios_has_room_for_its_span_and_one_from_zero_begins_there(
     def labels(html: str) -> list[str]:
         return [t.text for t in drawn(html).all("text") if t.attributes.get("x") == "-6"]
 
-    assert labels(chart("t", "s", [line("a", (1, 3), (2, 7))], along="x", span=(3, 7))) == ["2", "5", "10"]
-    assert labels(chart("t", "%", [line("a", (1, 30), (2, 70))], along="x", top=100)) == ["0", "20", "40", "60", "80", "100"]
+    assert labels(chart("t", "s", [line("a", (1, 3), (2, 7))], along="x", span=(3, 7))) == [
+        "2",
+        "5",
+        "10",
+    ]
+    assert labels(chart("t", "%", [line("a", (1, 30), (2, 70))], along="x", top=100)) == [
+        "0",
+        "20",
+        "40",
+        "60",
+        "80",
+        "100",
+    ]
 
 
 def test_a_count_whose_label_would_cover_another_keeps_its_tick():
-    shown = drawn(chart("t", "s", [line("a", *((n, 1.0) for n in range(1, 21)))], along="x", span=(1, 2)))
+    shown = drawn(
+        chart("t", "s", [line("a", *((n, 1.0) for n in range(1, 21)))], along="x", span=(1, 2))
+    )
     said = [t.text for t in shown.all("text") if t.attributes.get("dy") == "1.5em"]
     assert "1" in said and "20" in said and "19" not in said
     assert len([e for e in shown.all("line", class_="grid") if e.attributes.get("x1")]) == 20
 
 
 def test_a_mark_outside_of_what_was_counted_is_left_out():
-    assert not drawn(chart("t", "s", [line("a", (1, 1))], along="x", mark=(64, "64 cores"))).all("line", class_="event")
+    assert not drawn(chart("t", "s", [line("a", (1, 1))], along="x", mark=(64, "64 cores"))).all(
+        "line", class_="event"
+    )
 
 
 def test_repeats_are_shown_from_the_lowest_to_the_highest():

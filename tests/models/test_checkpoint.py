@@ -23,25 +23,44 @@ def made(**progress) -> Checkpoint:
     layer(torch.ones(1, 3)).sum().backward()
     optimizer.step()
     return Checkpoint(
-        settings={"model": {"name": "ssd_tiny"}, "recipe": {"ops": [{"op": "Resize", "height": 300}]}, "classes": [3, 90]},
+        settings={
+            "model": {"name": "ssd_tiny"},
+            "recipe": {"ops": [{"op": "Resize", "height": 300}]},
+            "classes": [3, 90],
+        },
         progress=Progress(**({"epoch": 1, "step": 7, "rows": 40, "images": 39} | progress)),
         consumed=["a/ü.jpg", "b.jpg"],
-        state={"model": layer.state_dict(), "optimizer": optimizer.state_dict(), "random": [{"cpu": torch.get_rng_state()}]},
+        state={
+            "model": layer.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "random": [{"cpu": torch.get_rng_state()}],
+        },
     )
 
 
 def test_what_is_kept_comes_back_equal(tmp_path):
-    before = made(rejects=[{"image_id": "x", "uri": "x", "reason": "truncated", "detail": ""}], epochs=[{"loss": 1.5}])
+    before = made(
+        rejects=[{"image_id": "x", "uri": "x", "reason": "truncated", "detail": ""}],
+        epochs=[{"loss": 1.5}],
+    )
     save(str(tmp_path / "c"), before)
     after = load(str(tmp_path / "c"))
-    assert (after.settings, after.progress, after.consumed) == (before.settings, before.progress, before.consumed)
+    assert (after.settings, after.progress, after.consumed) == (
+        before.settings,
+        before.progress,
+        before.consumed,
+    )
     assert after.progress.rejected == 1
     for name, tensor in before.state["model"].items():
         assert torch.equal(after.state["model"][name], tensor)
     assert torch.equal(after.state["random"][0]["cpu"], before.state["random"][0]["cpu"])
     moments = before.state["optimizer"]["state"][0]["exp_avg"]
     assert torch.equal(after.state["optimizer"]["state"][0]["exp_avg"], moments)
-    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["about.json", "consumed.parquet", "state.pt"]
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == [
+        "about.json",
+        "consumed.parquet",
+        "state.pt",
+    ]
 
 
 def test_a_folder_that_was_not_finished_is_no_checkpoint(tmp_path):
@@ -55,8 +74,15 @@ def test_a_folder_that_was_not_finished_is_no_checkpoint(tmp_path):
         put(run, step)
     rest = put("run-2", 30)
     (rest / "about.json").unlink()
-    found = [Path(folder).relative_to(tmp_path).as_posix() for folder in checkpoints.all_in(str(tmp_path))]
-    assert found == ["run-1/checkpoint-0001-000000003", "run-2/checkpoint-0001-000000005", "run-1/checkpoint-0001-000000020"]
+    found = [
+        Path(folder).relative_to(tmp_path).as_posix()
+        for folder in checkpoints.all_in(str(tmp_path))
+    ]
+    assert found == [
+        "run-1/checkpoint-0001-000000003",
+        "run-2/checkpoint-0001-000000005",
+        "run-1/checkpoint-0001-000000020",
+    ]
     checkpoints.prune(str(tmp_path), keep=checkpoints.all_in(str(tmp_path))[-1:])
     assert len(checkpoints.all_in(str(tmp_path))) == 1
     assert checkpoints.all_in(str(tmp_path / "nowhere")) == []
@@ -106,7 +132,11 @@ def test_another_recipe_or_model_is_refused_with_the_difference(tmp_path):
     folder = str(tmp_path / "c")
     save(folder, made())
     checkpoints.check_same(folder, made().settings)
-    other = {**made().settings, "recipe": {"ops": [{"op": "Resize", "height": 320}]}, "classes": (3, 17, 90)}
+    other = {
+        **made().settings,
+        "recipe": {"ops": [{"op": "Resize", "height": 320}]},
+        "classes": (3, 17, 90),
+    }
     with pytest.raises(UsageError) as caught:
         checkpoints.check_same(folder, other)
     assert "recipe.ops.0.height: 300 there, 320 now" in str(caught.value)

@@ -34,7 +34,9 @@ def test_a_model_takes_images_as_the_recipe_left_them(name):
         assert torch.equal(target["boxes"], torch.tensor([[8.0, 8, 40, 30]]))
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in LIGHT else pytest.mark.slow) for name in MODELS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in LIGHT else pytest.mark.slow) for name in MODELS]
+)
 def test_a_model_trains_and_finds_boxes_within_the_image(name):
     torch.manual_seed(0)
     height, width = SIZES[name]
@@ -52,11 +54,15 @@ def test_a_model_trains_and_finds_boxes_within_the_image(name):
     with torch.no_grad():
         (result,) = model(images[:1])
     assert result["boxes"].shape[1] == 4
-    assert ((result["boxes"] >= 0) & (result["boxes"] <= torch.tensor([width, height, width, height]))).all()
+    assert (
+        (result["boxes"] >= 0) & (result["boxes"] <= torch.tensor([width, height, width, height]))
+    ).all()
     assert ((result["labels"] >= 1) & (result["labels"] <= 3)).all()
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in LIGHT else pytest.mark.slow) for name in MODELS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in LIGHT else pytest.mark.slow) for name in MODELS]
+)
 def test_boxes_and_scores_are_float32_where_the_model_computes_in_bfloat16(name):
     torch.manual_seed(0)
     arguments = {"box_score_thresh" if name.startswith("faster") else "score_thresh": 0.0}
@@ -109,7 +115,9 @@ def test_a_model_that_cannot_be_is_refused(name, size, words):
 
 
 def test_an_own_model_is_called_with_its_arguments_and_wrong_ones_are_refused():
-    own = build("raypipe.models.detection:ssd_tiny", num_classes=3, arguments={"detections_per_img": 7})
+    own = build(
+        "raypipe.models.detection:ssd_tiny", num_classes=3, arguments={"detections_per_img": 7}
+    )
     assert own.detections_per_img == 7
     assert isinstance(own.transform, detection.AsGiven)
     with pytest.raises(UsageError, match=r"does not take the arguments \{'widht': 3\}"):

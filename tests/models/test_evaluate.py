@@ -56,14 +56,17 @@ def test_a_second_find_of_the_same_thing_is_false_but_a_find_in_a_crowd_is_neith
     assert twice.map == pytest.approx((51 + 50 * 2 / 3) / 101)
     crowd = (400, 0, 600, 200)
     inside = mean_average_precision(
-        [truth(A, crowd, crowds=(False, True))], [found((A, 0.5), ((410, 10, 500, 100), 0.9), ((500, 90, 590, 190), 0.8))]
+        [truth(A, crowd, crowds=(False, True))],
+        [found((A, 0.5), ((410, 10, 500, 100), 0.9), ((500, 90, 590, 190), 0.8))],
     )
     assert inside.map == 1.0
 
 
 def test_the_mean_is_over_labels_that_there_are_and_other_labels_do_not_count():
     truths = [truth(A, B, labels=[3, 90])]
-    result = mean_average_precision(truths, [found((A, 0.9), (FAR, 0.99), (B, 0.9), labels=[3, 7, 3])])
+    result = mean_average_precision(
+        truths, [found((A, 0.9), (FAR, 0.99), (B, 0.9), labels=[3, 7, 3])]
+    )
     # 3: the second find is false, but comes when all is found. 90: nothing was found. 7: is in no truth.
     assert result.by_label == {3: 1.0, 90: 0.0}
     assert result.map == 0.5

@@ -26,7 +26,9 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 300) -> None
     """Until `condition` holds, while `process` runs."""
     deadline = time.time() + seconds
     while not condition():
-        assert process.poll() is None, f"ended by itself with {process.returncode}: {process.communicate()}"
+        assert process.poll() is None, (
+            f"ended by itself with {process.returncode}: {process.communicate()}"
+        )
         assert time.time() < deadline, "nothing happened"
         time.sleep(0.05)
 
@@ -60,21 +62,36 @@ class Head:
 def head(*, cpus: int, env: dict[str, str], python: str = sys.executable) -> Iterator[Head]:
     """`ray start --head` with so many logical CPUs."""
     gcs, dashboard, client = free_ports(3)
-    more = ["--head", f"--port={gcs}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
-    folder = tempfile.mkdtemp(prefix="rp-")  # a short path: Ray's sockets are in it, and theirs may have 107 characters
+    more = [
+        "--head",
+        f"--port={gcs}",
+        f"--dashboard-port={dashboard}",
+        f"--ray-client-server-port={client}",
+    ]
+    folder = tempfile.mkdtemp(
+        prefix="rp-"
+    )  # a short path: Ray's sockets are in it, and theirs may have 107 characters
     try:
-        with started(*more, f"--temp-dir={folder}", cpus=cpus, env=env, python=python, folder=folder) as process:
+        with started(
+            *more, f"--temp-dir={folder}", cpus=cpus, env=env, python=python, folder=folder
+        ) as process:
             wait_for(lambda: answers(dashboard), process)
-            yield Head(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", Path(folder) / "session_latest")
+            yield Head(
+                f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", Path(folder) / "session_latest"
+            )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def node(head: Head, *, cpus: int, env: dict[str, str], before: Sequence[str] = ()) -> Iterator[subprocess.Popen]:
+def node(
+    head: Head, *, cpus: int, env: dict[str, str], before: Sequence[str] = ()
+) -> Iterator[subprocess.Popen]:
     """One more node of `head`'s cluster, which `kill_all` takes away. `before`: a command that starts it."""
     more = (f"--address={head.address}",)
-    with started(*more, cpus=cpus, env=env, python=sys.executable, folder=".", before=before) as process:
+    with started(
+        *more, cpus=cpus, env=env, python=sys.executable, folder=".", before=before
+    ) as process:
         yield process
 
 
@@ -96,7 +113,9 @@ def started(
         *more,
     ]
     command += [f"--dashboard-agent-listen-port={agent}"]
-    process = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     try:
         yield process
     finally:
@@ -105,15 +124,31 @@ def started(
 
 def listed_actors(head: Head, env: dict[str, str]) -> list[dict[str, Any]]:
     """The actors of the cluster that live, as `ray list actors` has them."""
-    command = [sys.executable, "-m", "ray.scripts.scripts", "list", "actors", "--address", head.dashboard, "--format", "json"]
-    listed = subprocess.run([*command, "--filter", "state=ALIVE"], env=env, capture_output=True, text=True, timeout=120)
+    command = [
+        sys.executable,
+        "-m",
+        "ray.scripts.scripts",
+        "list",
+        "actors",
+        "--address",
+        head.dashboard,
+        "--format",
+        "json",
+    ]
+    listed = subprocess.run(
+        [*command, "--filter", "state=ALIVE"], env=env, capture_output=True, text=True, timeout=120
+    )
     assert listed.returncode == 0, listed.stderr
     return json.loads(listed.stdout)
 
 
 def kill_all(process: subprocess.Popen) -> None:
     """SIGKILL it and all below it."""
-    below = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []
+    below = (
+        [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        if process.poll() is None
+        else []
+    )
     for each in below:
         with contextlib.suppress(psutil.NoSuchProcess):
             each.kill()

@@ -14,5 +14,7 @@ class DieAtBright:
 @opencv.apply.register
 def _(op: DieAtBright, image, out=None):
     if image.mean() > op.above:
-        ctypes.string_at(0)  # a fault of this very thread, as a decoder's; a signal from outside may reach it too late
+        ctypes.string_at(
+            0
+        )  # a fault of this very thread, as a decoder's; a signal from outside may reach it too late
     return image

@@ -24,15 +24,29 @@ def make_labelled(root: Path) -> Path:
     images, annotations = [], []
     for number in range(45):
         image = photo(number, height=90, width=120)
-        images.append({"id": number + 1, "file_name": f"{number:03d}.jpg", "height": 90, "width": 120})
+        images.append(
+            {"id": number + 1, "file_name": f"{number:03d}.jpg", "height": 90, "width": 120}
+        )
         for which in range(1 + number % 2):
             x, y, side = 5 + 55 * which, 10 + number % 30, 30 + number % 10
             category = 3 if (number + which) % 3 else 90
             image[y : y + side, x : x + side] = (250, 20, 20) if category == 3 else (20, 20, 250)
-            box = {"bbox": [x, y, side, side], "category_id": category, "area": side * side, "iscrowd": 0}
+            box = {
+                "bbox": [x, y, side, side],
+                "category_id": category,
+                "area": side * side,
+                "iscrowd": 0,
+            }
             annotations.append({"id": len(annotations) + 1, "image_id": number + 1, **box})
         if number % 9 == 0:
-            annotations.append({"id": 1000 + number, "image_id": number + 1, "bbox": [5, 5, 0, 9], "category_id": 3})
+            annotations.append(
+                {
+                    "id": 1000 + number,
+                    "image_id": number + 1,
+                    "bbox": [5, 5, 0, 9],
+                    "category_id": 3,
+                }
+            )
         data = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1].tobytes()
         (root / "photos" / f"{number:03d}.jpg").write_bytes(data[:300] if number == 7 else data)
     categories = [{"id": 3, "name": "red"}, {"id": 90, "name": "blue"}]

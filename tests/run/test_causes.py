@@ -65,7 +65,9 @@ def test_the_innermost_cause_comes_first(session, capsys, actor, words):
         if actor is Hangs:
             dataset.context.execution_no_progress_timeout_s = 3
         pool = ray.data.ActorPoolStrategy(size=1)
-        done = dataset.map_batches(actor, batch_size=None, compute=pool, max_restarts=-1, max_task_retries=1)
+        done = dataset.map_batches(
+            actor, batch_size=None, compute=pool, max_restarts=-1, max_task_retries=1
+        )
         for _ in done.iter_batches():
             pass
 
@@ -77,7 +79,15 @@ def test_the_innermost_cause_comes_first(session, capsys, actor, words):
         raise caught.value
 
     console = quiet()
-    assert attempt(again, kept="What is finished is in out.", again="The same command goes on from there.", console=console) == 1
+    assert (
+        attempt(
+            again,
+            kept="What is finished is in out.",
+            again="The same command goes on from there.",
+            console=console,
+        )
+        == 1
+    )
     first, kept, trace = console.file.getvalue().splitlines()[:3]
     assert first.startswith(f"error: {words}")
     assert kept == "What is finished is in out. The same command goes on from there."
@@ -95,7 +105,9 @@ def test_a_task_error_with_a_cause_of_its_own_class(session):
 
 
 def test_a_node_or_a_store_that_is_gone_is_named():
-    error = OSError("When uploading part: AWS Error SLOW_DOWN during PutObject operation: Please reduce your request rate")
+    error = OSError(
+        "When uploading part: AWS Error SLOW_DOWN during PutObject operation: Please reduce your request rate"
+    )
     assert cause_of(error) == str(error)
     assert raised_in("nothing was raised here: so it is") is None
 
@@ -104,24 +116,51 @@ def test_control_characters_of_names_never_reach_the_terminal(tmp_path):
     name = "evil\x1b]0;owned\x07\x1b[31m.jpg"
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / name).write_bytes(b"no image")
-    command = [sys.executable, "jobs/preprocess.py", "--input", str(tmp_path / "in" / name), "--limit", "0"]
+    command = [
+        sys.executable,
+        "jobs/preprocess.py",
+        "--input",
+        str(tmp_path / "in" / name),
+        "--limit",
+        "0",
+    ]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, timeout=120)
     command = [sys.executable, "jobs/preprocess.py", "--input", str(tmp_path / f"no\x1b[31m{name}")]
     also = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, timeout=120)
     for out in (done, also):
-        assert out.returncode == 2 and b"\x1b" not in out.stderr + out.stdout and b"\x07" not in out.stderr, out
+        assert (
+            out.returncode == 2
+            and b"\x1b" not in out.stderr + out.stdout
+            and b"\x07" not in out.stderr
+        ), out
 
 
 @pytest.mark.slow
 def test_a_full_disk_is_the_first_line_of_a_job(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)], capture_output=True
+    ).returncode:
         pytest.skip("only root can mount a small disk")
     try:
-        command = [sys.executable, "jobs/preprocess.py", "--input", "demo:80", "--output", str(disk / "out"), "--actors", "1"]
+        command = [
+            sys.executable,
+            "jobs/preprocess.py",
+            "--input",
+            "demo:80",
+            "--output",
+            str(disk / "out"),
+            "--actors",
+            "1",
+        ]
         done = subprocess.run(
-            [*command, "--writers", "1"], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
+            [*command, "--writers", "1"],
+            cwd=ROOT,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
@@ -139,5 +178,7 @@ def test_a_ray_that_cannot_start_is_explained_by_what_its_own_processes_said(tmp
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("error:"))
     assert done.returncode == 1
-    assert line.startswith("error: Ray did not start: ImportError: libssl.so.9 is missing (in /"), done.stderr
+    assert line.startswith("error: Ray did not start: ImportError: libssl.so.9 is missing (in /"), (
+        done.stderr
+    )
     assert "dashboard_agent.log" in line and "Install or mend what it names" in line

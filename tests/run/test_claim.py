@@ -31,7 +31,11 @@ from tests.run.test_pipeline import plain_loop, quiet, settings
 
 def tree(root: Path) -> dict[str, bytes]:
     """Everything below `root`."""
-    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(root)): path.read_bytes()
+        for path in sorted(root.rglob("*"))
+        if path.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +46,19 @@ def made(session, tmp_path_factory):
     for index in range(23):
         (folder / "in" / f"{index:02d}.jpg").write_bytes(jpeg(index))
     (folder / "in" / "broken.jpg").write_bytes(b"\xff\xd8\xff no jpeg")
-    run(settings(input=folder / "in", output=folder / "out", shard_rows=4, max_reject_fraction=0.1), console=quiet())
+    run(
+        settings(input=folder / "in", output=folder / "out", shard_rows=4, max_reject_fraction=0.1),
+        console=quiet(),
+    )
     return folder
 
 
 @pytest.fixture
 def wanted(made, tmp_path):
     subprocess.run(["cp", "-r", str(made / "out"), str(tmp_path / "out")], check=True)
-    return settings(input=made / "in", output=tmp_path / "out", shard_rows=4, max_reject_fraction=0.1)
+    return settings(
+        input=made / "in", output=tmp_path / "out", shard_rows=4, max_reject_fraction=0.1
+    )
 
 
 # --- A. looking changes nothing ------------------------------------------------------------------------------------------
@@ -63,21 +72,45 @@ def test_a_run_that_has_no_room_deletes_nothing(wanted):
 
 
 @pytest.mark.parametrize(
-    ("job", "address"), [("preprocess", "127.0.0.1:1"), ("preprocess", "ray://127.0.0.1:1"), ("train", "127.0.0.1:1")]
+    ("job", "address"),
+    [("preprocess", "127.0.0.1:1"), ("preprocess", "ray://127.0.0.1:1"), ("train", "127.0.0.1:1")],
 )
-def test_a_cluster_that_does_not_answer_is_told_at_once_and_nothing_is_deleted(wanted, tmp_path, trained_somewhere, job, address):
+def test_a_cluster_that_does_not_answer_is_told_at_once_and_nothing_is_deleted(
+    wanted, tmp_path, trained_somewhere, job, address
+):
     there = {"preprocess": wanted.output, "train": trained_somewhere}[job]
     place = {"preprocess": "--output", "train": "--storage"}[job]
     before = tree(Path(there))
-    command = [sys.executable, f"jobs/{job}.py", "--input", wanted.input if job == "preprocess" else "demo:24", place, there]
+    command = [
+        sys.executable,
+        f"jobs/{job}.py",
+        "--input",
+        wanted.input if job == "preprocess" else "demo:24",
+        place,
+        there,
+    ]
     command += [
         "--no-resume",
-        *(["--max-reject-fraction", "0.1", "--shard-rows", "4"] if job == "preprocess" else ["--epochs", "1"]),
+        *(
+            ["--max-reject-fraction", "0.1", "--shard-rows", "4"]
+            if job == "preprocess"
+            else ["--epochs", "1"]
+        ),
     ]
     began = time.monotonic()
-    done = subprocess.run(command, cwd=ROOT, env=environment(RAY_ADDRESS=address), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=environment(RAY_ADDRESS=address),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 2, done
-    assert "no Ray cluster answers there" in " ".join(done.stderr.split()) and "Traceback" not in done.stderr
+    assert (
+        "no Ray cluster answers there" in " ".join(done.stderr.split())
+        and "Traceback" not in done.stderr
+    )
     assert time.monotonic() - began < 60  # Ray alone would ask for 600 s
     assert tree(Path(there)) == before
 
@@ -86,7 +119,10 @@ def test_a_cluster_that_does_not_answer_is_told_at_once_and_nothing_is_deleted(w
 def trained_somewhere(tmp_path):
     """A --storage with a checkpoint of some training, and a file of the user's beside it."""
     folder = tmp_path / "storage/run-1/checkpoint-0001-000000001"
-    checkpoints.save(str(folder), Checkpoint(settings={}, progress=Progress(epoch=1, step=1, rows=1), consumed=[], state={}))
+    checkpoints.save(
+        str(folder),
+        Checkpoint(settings={}, progress=Progress(epoch=1, step=1, rows=1), consumed=[], state={}),
+    )
     (folder / "notes.txt").write_text("the user's own")
     return str(tmp_path / "storage")
 
@@ -97,12 +133,16 @@ def test_nobody_who_speaks_rays_protocol_is_told_within_seconds(wanted):
         silent.listen(5)
         command = [sys.executable, "jobs/preprocess.py", "--input", "demo:8"]
         env = environment(RAY_ADDRESS=f"127.0.0.1:{silent.getsockname()[1]}")
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60
+        )
     assert done.returncode == 2 and "no answer in 10 s" in " ".join(done.stderr.split()), done
 
 
 def test_an_output_that_another_driver_writes_to_is_refused_and_stays(wanted):
-    process = subprocess.Popen([sys.executable, "-c", HOLD, wanted.output], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, wanted.output], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
     assert process.stdout is not None and process.stdout.readline() == "held\n"
     before = tree(Path(wanted.output))
     try:
@@ -117,10 +157,22 @@ def test_an_output_that_another_driver_writes_to_is_refused_and_stays(wanted):
 
 
 def test_two_drivers_at_the_same_time_one_of_them_is_refused(tmp_path):
-    command = [sys.executable, "jobs/preprocess.py", "--input", "demo:60", "--output", str(tmp_path / "out"), "--actors", "1"]
+    command = [
+        sys.executable,
+        "jobs/preprocess.py",
+        "--input",
+        "demo:60",
+        "--output",
+        str(tmp_path / "out"),
+        "--actors",
+        "1",
+    ]
     command += ["--writers", "1", "--read-ms", "30"]
     env = environment()
-    both = [subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    both = [
+        subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
     said = [process.communicate(timeout=300)[1] for process in both]
     assert sorted(process.returncode for process in both) == [0, 2], said
     (refusal,) = (text for process, text in zip(both, said, strict=True) if process.returncode == 2)
@@ -140,7 +192,9 @@ CLEAR = (
 @pytest.mark.parametrize("after", [0.3, 0.8, 1.3])
 def test_clearing_that_was_interrupted_is_finished_by_the_next_run(wanted, after, tmp_path):
     root = Path(wanted.output)
-    process = subprocess.Popen([sys.executable, "-c", CLEAR, wanted.output], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    process = subprocess.Popen(
+        [sys.executable, "-c", CLEAR, wanted.output], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
     assert process.stdout is not None and process.stdout.readline() == "begin\n"
     time.sleep(after)
     process.kill()
@@ -149,7 +203,11 @@ def test_clearing_that_was_interrupted_is_finished_by_the_next_run(wanted, after
     todo = plan(wanted)
     assert todo.left.num_rows == 24  # not: nothing to do
     report = run(wanted, console=quiet()).report
-    assert (report["images_out"], report["images_rejected"], report["images_done_before"]) == (23, 1, 0)
+    assert (report["images_out"], report["images_rejected"], report["images_done_before"]) == (
+        23,
+        1,
+        0,
+    )
     plain_loop(wanted, tmp_path / "plain")
     assert files(root) == files(tmp_path / "plain")
     assert not (root / "_raypipe/clearing").exists()
@@ -176,13 +234,27 @@ def test_a_name_that_leads_out_deletes_nothing(tmp_path, where, kind):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/victim.jpg").write_bytes(b"the user's own")
     (root / "link").symlink_to(tmp_path / "elsewhere")
-    name = {"absolute": str(victim), "above": "../victim.jpg", "link": "link/victim.jpg", "state": "_raypipe/../../victim.jpg"}[
-        kind
+    name = {
+        "absolute": str(victim),
+        "above": "../victim.jpg",
+        "link": "link/victim.jpg",
+        "state": "_raypipe/../../victim.jpg",
+    }[kind]
+    written = [
+        Written(image_id="a", file=name if where == "written" else "a.jpg", height=1, width=1)
     ]
-    written = [Written(image_id="a", file=name if where == "written" else "a.jpg", height=1, width=1)]
-    entry = Entry(epoch=0, shard=1, written=written, rejected=[], files=[name] if where == "files" else [], bytes=1)
+    entry = Entry(
+        epoch=0,
+        shard=1,
+        written=written,
+        rejected=[],
+        files=[name] if where == "files" else [],
+        bytes=1,
+    )
     journal.put_entry(str(root), entry)
-    made = Made(settings={}, endings=(name,) * (where == "endings"), results=(name,) * (where == "results"))
+    made = Made(
+        settings={}, endings=(name,) * (where == "endings"), results=(name,) * (where == "results")
+    )
     journal.put_made(str(root), made)
     journal.put_work(str(root), plan(settings(input="demo:3")).work)
     journal.clear(str(root))
@@ -200,7 +272,11 @@ def test_checkpoints_behind_a_link_and_files_beside_them_stay(trained_somewhere,
     (storage / "run-1/checkpoint-0002-000000002").symlink_to(outside)
     lines = checkpoints.prune(str(storage))
     assert len(lines) == 1 and "leads out of" in lines[0]
-    assert (outside / "about.json").exists() and (folder / "notes.txt").exists() and not (folder / "about.json").exists()
+    assert (
+        (outside / "about.json").exists()
+        and (folder / "notes.txt").exists()
+        and not (folder / "about.json").exists()
+    )
 
 
 def test_a_users_report_is_never_overwritten(photos, tmp_path):
@@ -208,7 +284,9 @@ def test_a_users_report_is_never_overwritten(photos, tmp_path):
         folder = tmp_path / name.replace(".", "-")
         folder.mkdir()
         (folder / name).write_text("{}")
-        with pytest.raises(UsageError, match=rf"--report .* has a {name} that is no report of raypipe"):
+        with pytest.raises(
+            UsageError, match=rf"--report .* has a {name} that is no report of raypipe"
+        ):
             plan(settings(input=photos, report=folder))
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match=r"--report .* is a file"):
@@ -227,7 +305,9 @@ def test_results_that_appear_beside_the_journal_are_not_overwritten(wanted, made
         late.unlink()
 
 
-@pytest.mark.parametrize(("format", "name"), [("parquet", "part-000000.parquet"), ("webdataset", "shard-000000.tar")])
+@pytest.mark.parametrize(
+    ("format", "name"), [("parquet", "part-000000.parquet"), ("webdataset", "shard-000000.tar")]
+)
 def test_shards_too_are_never_written_over_a_users_file(photos, tmp_path, format, name):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_bytes(b"the user's own")
@@ -238,7 +318,14 @@ def test_shards_too_are_never_written_over_a_users_file(photos, tmp_path, format
 def interrupted(*arguments: str, when: str) -> tuple[int, str]:
     """The status of a job that gets Ctrl-C when it has said `when`, and what it said."""
     command = [sys.executable, "jobs/preprocess.py", *arguments]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     assert process.stderr is not None
     said = ""
     for line in process.stderr:
@@ -287,7 +374,14 @@ def test_an_end_that_is_missing_is_made_again_from_the_journal(wanted):
     outcome = run(wanted, console=quiet())
     again = json.loads((state / "report.json").read_text())
     assert again == outcome.report and again.keys() == whole.keys()
-    for name in ("images_in", "images_out", "images_rejected", "images_unread", "rejects_by_reason", "shards"):
+    for name in (
+        "images_in",
+        "images_out",
+        "images_rejected",
+        "images_unread",
+        "rejects_by_reason",
+        "shards",
+    ):
         assert again[name] == whole[name], name
     for name in ("wall_s", "images_per_s", "steady_images_per_s", "cpu_percent", "setup_s"):
         assert again[name] is None and whole[name] is not None, name
@@ -315,7 +409,13 @@ class KillsCollector:
 
 def test_a_collector_that_dies_ends_neither_the_run_nor_its_report(session, made, tmp_path):
     kills = KillsCollector()
-    wanted = settings(input=made / "in", output=tmp_path / "out", shard_rows=4, max_reject_fraction=0.1, read_ms=5.0)
+    wanted = settings(
+        input=made / "in",
+        output=tmp_path / "out",
+        shard_rows=4,
+        max_reject_fraction=0.1,
+        read_ms=5.0,
+    )
     report = run(wanted, console=quiet(), began=kills).report
     assert kills.done and (report["images_out"], report["images_rejected"]) == (23, 1)
     assert report["stages"] == [] and "collects it was killed" in report["verdict"]["reason"]
@@ -326,17 +426,32 @@ def test_a_collector_that_dies_ends_neither_the_run_nor_its_report(session, made
 def test_a_driver_that_is_killed_before_its_end_loses_nothing(tmp_path):
     """Killed in the window between the last shard and the report, which a slow disk makes long."""
     out = tmp_path / "out"
-    command = [sys.executable, "jobs/preprocess.py", "--input", "demo:40", "--output", str(out), "--actors", "1", "--writers", "1"]
+    command = [
+        sys.executable,
+        "jobs/preprocess.py",
+        "--input",
+        "demo:40",
+        "--output",
+        str(out),
+        "--actors",
+        "1",
+        "--writers",
+        "1",
+    ]
     process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
     while process.poll() is None and not (out / "_raypipe/rejects.parquet").exists():
         with contextlib.suppress(OSError):
-            shards = len(set(pq.read_table(out / "_raypipe/work.parquet").column("shard").to_pylist()))
+            shards = len(
+                set(pq.read_table(out / "_raypipe/work.parquet").column("shard").to_pylist())
+            )
             if len(list(out.glob("_raypipe/journal/*.json"))) == shards:
                 break
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     report = json.loads((out / "_raypipe/report.json").read_text())
     assert (report["images_in"], report["images_out"]) == (40, 40) == (40, len(files(out)))

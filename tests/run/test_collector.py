@@ -14,7 +14,14 @@ class Pipeline:
     """Two stages that take their costs, in steps of half a second, and follow what the collector wants as Ray does: actors take a second
     to start, one after the other, and finish what they have before they go."""
 
-    def __init__(self, *, busy_s: dict[str, float], counts: dict[str, int], facts: Facts, start_s: float = 1.0):
+    def __init__(
+        self,
+        *,
+        busy_s: dict[str, float],
+        counts: dict[str, int],
+        facts: Facts,
+        start_s: float = 1.0,
+    ):
         self.now = 1000.0
         self.busy_s = busy_s
         self.start_s = start_s
@@ -24,7 +31,9 @@ class Pipeline:
         self.wanted = dict(counts)
         self.images = dict.fromkeys(busy_s, 0.0)
         self.busy = dict.fromkeys(busy_s, 0.0)
-        self.pools = {stage: PoolView(start=count, min=count, max=count) for stage, count in counts.items()}
+        self.pools = {
+            stage: PoolView(start=count, min=count, max=count) for stage, count in counts.items()
+        }
         self.rates: list[float] = []
         self._tell()
 
@@ -44,7 +53,9 @@ class Pipeline:
                 running = math.floor(self.actors[stage])
                 pending = max(self.wanted[stage] - running, 0)
                 actor_s = view.actor_s + running * step
-                self.pools[stage] = replace(view, running=running, pending=pending, end=running, queued=9, actor_s=actor_s)
+                self.pools[stage] = replace(
+                    view, running=running, pending=pending, end=running, queued=9, actor_s=actor_s
+                )
             self.now += step
             self._tell()
 
@@ -59,10 +70,19 @@ class Pipeline:
                 "busy_s": self.busy[stage],
                 "under_way_s": 0.0,
             }
-            rest = {"core_wait_s": 0.0, "cpu_s": images * 1e-4, "rss_bytes": 10, "rss_peak_bytes": 10}
+            rest = {
+                "core_wait_s": 0.0,
+                "cpu_s": images * 1e-4,
+                "rss_bytes": 10,
+                "rss_peak_bytes": 10,
+            }
             node = {"node": "here", "node_cpu_busy_s": self.now, "node_cpu_total_s": self.now}
-            self.collector.record(Sample(stage=stage, actor=stage, at=self.now, **totals, **rest, **node))
-        self.collector.progress(self.now, math.floor(min(self.images[stage] for stage in self.busy_s)), 0)
+            self.collector.record(
+                Sample(stage=stage, actor=stage, at=self.now, **totals, **rest, **node)
+            )
+        self.collector.progress(
+            self.now, math.floor(min(self.images[stage] for stage in self.busy_s)), 0
+        )
         self.wanted = dict(self.collector.observe(self.pools))
 
     @property
@@ -74,7 +94,11 @@ FACTS = Facts(images=10**6, cores=2, at_most=20, auto=("preprocess", "write"))
 
 
 def test_auto_goes_to_the_best_allocation_and_stays_there():
-    played = Pipeline(busy_s={"preprocess": 0.17, "write": 0.21}, counts={"preprocess": 2, "write": 2}, facts=FACTS)
+    played = Pipeline(
+        busy_s={"preprocess": 0.17, "write": 0.21},
+        counts={"preprocess": 2, "write": 2},
+        facts=FACTS,
+    )
     played.run(60)
     assert played.wanted == {"preprocess": 9, "write": 11}
     settled = len(played.events)
@@ -84,7 +108,11 @@ def test_auto_goes_to_the_best_allocation_and_stays_there():
 
 
 def test_auto_follows_a_change_within_20_s_without_oscillating():
-    played = Pipeline(busy_s={"preprocess": 0.05, "write": 0.15}, counts={"preprocess": 5, "write": 15}, facts=FACTS)
+    played = Pipeline(
+        busy_s={"preprocess": 0.05, "write": 0.15},
+        counts={"preprocess": 5, "write": 15},
+        facts=FACTS,
+    )
     played.run(30)
     assert not played.events  # it began at its best
     played.busy_s = {"preprocess": 0.30, "write": 0.10}
@@ -97,15 +125,24 @@ def test_auto_follows_a_change_within_20_s_without_oscillating():
 
 
 def test_noise_of_a_few_percent_changes_nothing():
-    played = Pipeline(busy_s={"preprocess": 0.17, "write": 0.21}, counts={"preprocess": 9, "write": 11}, facts=FACTS)
+    played = Pipeline(
+        busy_s={"preprocess": 0.17, "write": 0.21},
+        counts={"preprocess": 9, "write": 11},
+        facts=FACTS,
+    )
     for round_ in range(20):
-        played.busy_s = {"preprocess": 0.17 * (1 + 0.04 * math.sin(round_)), "write": 0.21 * (1 - 0.04 * math.sin(round_))}
+        played.busy_s = {
+            "preprocess": 0.17 * (1 + 0.04 * math.sin(round_)),
+            "write": 0.21 * (1 - 0.04 * math.sin(round_)),
+        }
         played.run(5)
     assert not played.events
 
 
 def test_a_count_set_by_hand_is_left_alone_and_the_other_stage_follows_it():
-    played = Pipeline(busy_s={"preprocess": 0.1, "write": 0.2}, counts={"preprocess": 2, "write": 4}, facts=FACTS)
+    played = Pipeline(
+        busy_s={"preprocess": 0.1, "write": 0.2}, counts={"preprocess": 2, "write": 4}, facts=FACTS
+    )
     played.run(10)
     assert played.collector.scale({"preprocess": 3}) == played.wanted | {"preprocess": 3}
     played.run(60)
@@ -115,14 +152,20 @@ def test_a_count_set_by_hand_is_left_alone_and_the_other_stage_follows_it():
 
 def test_with_counts_given_nothing_is_changed():
     fixed = replace(FACTS, auto=())
-    played = Pipeline(busy_s={"preprocess": 0.17, "write": 0.21}, counts={"preprocess": 2, "write": 2}, facts=fixed)
+    played = Pipeline(
+        busy_s={"preprocess": 0.17, "write": 0.21},
+        counts={"preprocess": 2, "write": 2},
+        facts=fixed,
+    )
     played.run(60)
     assert played.wanted == {"preprocess": 2, "write": 2} and not played.events
 
 
 def test_shortly_before_the_end_no_actors_are_started():
     played = Pipeline(
-        busy_s={"preprocess": 0.1, "write": 0.1}, counts={"preprocess": 2, "write": 2}, facts=replace(FACTS, images=200)
+        busy_s={"preprocess": 0.1, "write": 0.1},
+        counts={"preprocess": 2, "write": 2},
+        facts=replace(FACTS, images=200),
     )
     played.run(9)
     assert not played.events
@@ -131,13 +174,18 @@ def test_shortly_before_the_end_no_actors_are_started():
 @pytest.mark.parametrize(
     ("counts", "reason"),
     [
-        ({"preprocess": 19, "write": 2}, "19 preprocess + 2 write are 21 actors, but there is room for 20"),
+        (
+            {"preprocess": 19, "write": 2},
+            "19 preprocess + 2 write are 21 actors, but there is room for 20",
+        ),
         ({"write": 0}, "needs at least 1 actor"),
         ({"read": 1}, "no stage 'read'; its stages are preprocess, write"),
     ],
 )
 def test_what_cannot_be_changes_nothing(counts, reason):
-    played = Pipeline(busy_s={"preprocess": 0.1, "write": 0.1}, counts={"preprocess": 2, "write": 2}, facts=FACTS)
+    played = Pipeline(
+        busy_s={"preprocess": 0.1, "write": 0.1}, counts={"preprocess": 2, "write": 2}, facts=FACTS
+    )
     assert reason in played.collector.scale(counts)
     played.run(1)
     assert played.wanted == {"preprocess": 2, "write": 2} and not played.events
@@ -146,7 +194,9 @@ def test_what_cannot_be_changes_nothing(counts, reason):
 
 def test_actors_on_gpus_are_counted_by_gpus_not_by_cpus():
     facts = replace(FACTS, on_gpu=("write",), gpus=2, at_most=4)
-    played = Pipeline(busy_s={"preprocess": 0.1, "write": 0.1}, counts={"preprocess": 4, "write": 1}, facts=facts)
+    played = Pipeline(
+        busy_s={"preprocess": 0.1, "write": 0.1}, counts={"preprocess": 4, "write": 1}, facts=facts
+    )
     assert "3 write take a GPU each, but there are 2" in played.collector.scale({"write": 3})
     assert "5 preprocess are 5 actors" in played.collector.scale({"preprocess": 5})
     assert played.collector.scale({"write": 2}) == {"preprocess": 4, "write": 2}
@@ -154,7 +204,11 @@ def test_actors_on_gpus_are_counted_by_gpus_not_by_cpus():
 
 def test_auto_gives_a_stage_on_gpus_no_more_than_there_are():
     facts = replace(FACTS, auto=("preprocess", "predict"), on_gpu=("predict",), gpus=3)
-    played = Pipeline(busy_s={"preprocess": 0.1, "predict": 0.2}, counts={"preprocess": 2, "predict": 1}, facts=facts)
+    played = Pipeline(
+        busy_s={"preprocess": 0.1, "predict": 0.2},
+        counts={"preprocess": 2, "predict": 1},
+        facts=facts,
+    )
     played.run(60)
     assert played.wanted["predict"] == 3 and played.wanted["preprocess"] == 2
 
@@ -164,13 +218,20 @@ def test_before_the_first_look_at_the_pools_nothing_can_be_scaled():
 
 
 def test_the_live_record_says_how_it_goes_of_late():
-    played = Pipeline(busy_s={"preprocess": 0.1, "write": 0.2}, counts={"preprocess": 2, "write": 2}, facts=replace(FACTS, auto=()))
+    played = Pipeline(
+        busy_s={"preprocess": 0.1, "write": 0.2},
+        counts={"preprocess": 2, "write": 2},
+        facts=replace(FACTS, auto=()),
+    )
     played.run(20)
     record = played.collector.live()
     assert record["images_per_s"] == pytest.approx(10, rel=0.1)
     assert record["eta_s"] == pytest.approx((10**6 - record["done"]) / record["images_per_s"])
     preprocess, write = record["stages"]
-    assert (preprocess["busy"], preprocess["starved"]) == (pytest.approx(0.5, abs=0.05), pytest.approx(0.0))
+    assert (preprocess["busy"], preprocess["starved"]) == (
+        pytest.approx(0.5, abs=0.05),
+        pytest.approx(0.0),
+    )
     assert preprocess["blocked"] == pytest.approx(0.5, abs=0.05)
     assert write["busy"] == pytest.approx(1.0, abs=0.05)
     assert record["verdict"]["stage"] == "write"
@@ -178,7 +239,11 @@ def test_the_live_record_says_how_it_goes_of_late():
 
 
 def test_a_node_whose_clock_is_behind_is_no_node_whose_actors_are_gone():
-    played = Pipeline(busy_s={"preprocess": 0.1, "write": 0.2}, counts={"preprocess": 2, "write": 2}, facts=replace(FACTS, auto=()))
+    played = Pipeline(
+        busy_s={"preprocess": 0.1, "write": 0.2},
+        counts={"preprocess": 2, "write": 2},
+        facts=replace(FACTS, auto=()),
+    )
     played.run(20)
     sample = next(sample for sample in played.collector._latest.values() if sample.stage == "write")
     played.collector.record(replace(sample, actor="elsewhere", at=played.now - 60, rss_bytes=90))
@@ -188,9 +253,15 @@ def test_a_node_whose_clock_is_behind_is_no_node_whose_actors_are_gone():
 
 
 def test_a_stage_that_is_done_limits_nothing_any_more():
-    played = Pipeline(busy_s={"preprocess": 0.3, "write": 0.2}, counts={"preprocess": 2, "write": 2}, facts=replace(FACTS, auto=()))
+    played = Pipeline(
+        busy_s={"preprocess": 0.3, "write": 0.2},
+        counts={"preprocess": 2, "write": 2},
+        facts=replace(FACTS, auto=()),
+    )
     played.run(20)
-    played.pools["preprocess"] = replace(played.pools["preprocess"], running=0, pending=0, queued=0, done=True)
+    played.pools["preprocess"] = replace(
+        played.pools["preprocess"], running=0, pending=0, queued=0, done=True
+    )
     played.busy_s = {"write": 0.2}
     played.run(20)
     verdict = played.collector.live()["verdict"]

@@ -26,13 +26,21 @@ JOB = [sys.executable, "jobs/preprocess.py"]
 
 def job(*arguments: str, **more) -> subprocess.CompletedProcess:
     command = [*JOB, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600, **more)
+    return subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600, **more
+    )
 
 
 def started_job(*arguments: str) -> subprocess.Popen:
     command = [*JOB, *map(str, arguments)]
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
 
 
@@ -43,7 +51,18 @@ def named(process: psutil.Process, name: str) -> bool:
         return False
 
 
-SLOW = ("--input", "demo:160", "--recipe", "coco-1200", "--shard-rows", "8", "--actors", "2", "--writers", "1")
+SLOW = (
+    "--input",
+    "demo:160",
+    "--recipe",
+    "coco-1200",
+    "--shard-rows",
+    "8",
+    "--actors",
+    "2",
+    "--writers",
+    "1",
+)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +100,11 @@ def test_a_driver_that_is_killed_or_interrupted_goes_on_where_it_was(tmp_path, u
     assert again.returncode == 0, again.stderr
     assert f"Going on: {done_before} of 160 images are done already" in again.stderr
     assert files(out) == undisturbed
-    journaled = [row["file"] for path in out.glob("_raypipe/journal/*.json") for row in json.loads(path.read_text())["written"]]
+    journaled = [
+        row["file"]
+        for path in out.glob("_raypipe/journal/*.json")
+        for row in json.loads(path.read_text())["written"]
+    ]
     assert sorted(journaled) == sorted(undisturbed)
     untouched = [path for path, when in before.items() if path.stat().st_mtime_ns == when]
     assert len(untouched) >= done_before
@@ -89,7 +112,11 @@ def test_a_driver_that_is_killed_or_interrupted_goes_on_where_it_was(tmp_path, u
 
 
 def test_bad_arguments_end_with_status_2_and_one_clear_line(tmp_path):
-    for arguments in (["--input", "no/such/folder"], ["--input", "demo", "--actors", "many"], ["--no-such-flag"]):
+    for arguments in (
+        ["--input", "no/such/folder"],
+        ["--input", "demo", "--actors", "many"],
+        ["--no-such-flag"],
+    ):
         done = job(*arguments)
         assert done.returncode == 2, done
         assert "Traceback" not in done.stderr
@@ -105,14 +132,18 @@ def bare_python(tmp_path) -> str:
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
     python = str(tmp_path / "node/bin/python")
     code = "import ray, cv2, torch, sys; import importlib.util as u; sys.exit(u.find_spec('raypipe') is not None)"
-    assert subprocess.run([python, "-c", code], cwd=tmp_path).returncode == 0, "raypipe is there: install it with pip install -e"
+    assert subprocess.run([python, "-c", code], cwd=tmp_path).returncode == 0, (
+        "raypipe is there: install it with pip install -e"
+    )
     return python
 
 
 @pytest.fixture
 def cluster(bare_python):
     """`ray start --head` with token authentication, and an environment for it."""
-    env = environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="a" * 32, RAY_JOB_STOP_WAIT_TIME_S="60")  # a slow machine is no defect
+    env = environment(
+        RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="a" * 32, RAY_JOB_STOP_WAIT_TIME_S="60"
+    )  # a slow machine is no defect
     env["PATH"] = f"{Path(bare_python).parent}:{env['PATH']}"  # `python` of a job's command line
     with head(cpus=4, env=env, python=bare_python) as started:
         yield started, env
@@ -124,13 +155,28 @@ def test_ray_job_submit_with_nothing_of_raypipe_on_the_nodes(cluster, tmp_path):
 
     def ray_job(*arguments: str) -> subprocess.CompletedProcess:
         command = ["ray", "job", arguments[0], "--address", started.dashboard, *arguments[1:]]
-        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+        return subprocess.run(
+            command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600
+        )
 
     def submit(*arguments: str, more: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
-        return ray_job("submit", *more, "--working-dir", ".", "--", "python", "jobs/preprocess.py", *arguments)
+        return ray_job(
+            "submit", *more, "--working-dir", ".", "--", "python", "jobs/preprocess.py", *arguments
+        )
 
     out = tmp_path / "out"
-    asked = ("--input", "demo:60", "--output", str(out), "--actors", "2", "--writers", "1", "--shard-rows", "5")
+    asked = (
+        "--input",
+        "demo:60",
+        "--output",
+        str(out),
+        "--actors",
+        "2",
+        "--writers",
+        "1",
+        "--shard-rows",
+        "5",
+    )
     stopped = submit(*asked, "--store-ms", "400", more=("--no-wait", "--submission-id", "stopped"))
     assert stopped.returncode == 0, stopped.stdout + stopped.stderr
     ended = time.monotonic() + 300
@@ -152,10 +198,19 @@ def test_ray_job_submit_with_nothing_of_raypipe_on_the_nodes(cluster, tmp_path):
 
     refused = submit("--input", "demo:60", "--actors", "30")
     assert refused.returncode != 0
-    assert re.search(r"30\s*preprocess\s*actors\s*take\s*30\s*CPUs.*\s*cluster\s*has\s*4", refused.stdout, re.S), refused.stdout
+    assert re.search(
+        r"30\s*preprocess\s*actors\s*take\s*30\s*CPUs.*\s*cluster\s*has\s*4", refused.stdout, re.S
+    ), refused.stdout
 
     no_token = environment(RAY_ADDRESS=started.address)
-    unknown = subprocess.run([*JOB, "--input", "demo:60"], cwd=ROOT, env=no_token, capture_output=True, text=True, timeout=120)
+    unknown = subprocess.run(
+        [*JOB, "--input", "demo:60"],
+        cwd=ROOT,
+        env=no_token,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert unknown.returncode == 2
     assert "wants a token, and none was sent" in " ".join(unknown.stderr.split())
 
@@ -166,7 +221,13 @@ def test_cluster_yaml_is_what_ray_up_takes():
     assert config["available_node_types"][config["head_node_type"]]["resources"]["CPU"] == 0
     installed = " ".join(config["setup_commands"])
     needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    assert [name for each in needed if (name := re.split(r"[\[<>=~]", each)[0]) not in installed] == []
-    workers = {name: kind for name, kind in config["available_node_types"].items() if name != config["head_node_type"]}
+    assert [
+        name for each in needed if (name := re.split(r"[\[<>=~]", each)[0]) not in installed
+    ] == []
+    workers = {
+        name: kind
+        for name, kind in config["available_node_types"].items()
+        if name != config["head_node_type"]
+    }
     assert all(kind["min_workers"] <= kind["max_workers"] for kind in workers.values())
     assert sum(kind["max_workers"] for kind in workers.values()) <= config["max_workers"]

@@ -32,7 +32,9 @@ def quiet() -> Console:
 
 def settings(**given) -> Settings:
     given = {"actors": 2, "writers": 2, "shard_rows": 7} | given
-    return Settings(**{key: str(value) if isinstance(value, Path) else value for key, value in given.items()})
+    return Settings(
+        **{key: str(value) if isinstance(value, Path) else value for key, value in given.items()}
+    )
 
 
 def plain_loop(wanted: Settings, root: Path) -> None:
@@ -43,18 +45,35 @@ def plain_loop(wanted: Settings, root: Path) -> None:
     reader = Reader()
     for shard in shards(todo.work):
         block, _ = preprocess_shard(shard, pixels, reader=reader)
-        write_block(block, sink, backend=wanted.backend, finish=todo.recipe.finish if wanted.format == "npy" else None)
+        write_block(
+            block,
+            sink,
+            backend=wanted.backend,
+            finish=todo.recipe.finish if wanted.format == "npy" else None,
+        )
 
 
 # torchvision's encoders are those of three formats; the others hold the same JPEGs, or none.
 @pytest.mark.parametrize(
-    ("backend", "format"), [*(("opencv", format) for format in FORMATS), *(("torchvision", f) for f in ("jpeg", "png", "npy"))]
+    ("backend", "format"),
+    [
+        *(("opencv", format) for format in FORMATS),
+        *(("torchvision", f) for f in ("jpeg", "png", "npy")),
+    ],
 )
-def test_distributed_output_equals_a_plain_loop_byte_for_byte(session, photos, tmp_path, backend, format):
+def test_distributed_output_equals_a_plain_loop_byte_for_byte(
+    session, photos, tmp_path, backend, format
+):
     recipe = "coco-300-pt" if format == "npy" else "coco-300"
     actors = 2 if backend == "opencv" else 1  # each imports torch, for 2 s
     wanted = settings(
-        input=photos, output=tmp_path / "out", backend=backend, format=format, recipe=recipe, actors=actors, writers=actors
+        input=photos,
+        output=tmp_path / "out",
+        backend=backend,
+        format=format,
+        recipe=recipe,
+        actors=actors,
+        writers=actors,
     )
     outcome = run(wanted, console=quiet())
     assert verdict_on(outcome, wanted) is None
@@ -74,9 +93,15 @@ def test_random_augmentations_do_not_depend_on_who_does_them(session, tmp_path):
     assert files(tmp_path / "one") != files(tmp_path / "other")
 
 
-def test_without_output_every_block_reaches_the_consumer_and_nothing_is_written(session, photos, tmp_path):
+def test_without_output_every_block_reaches_the_consumer_and_nothing_is_written(
+    session, photos, tmp_path
+):
     seen = []
-    report = run(settings(input=photos), consume=lambda block: seen.append(pixels(block).shape), console=quiet()).report
+    report = run(
+        settings(input=photos),
+        consume=lambda block: seen.append(pixels(block).shape),
+        console=quiet(),
+    ).report
     assert sum(shape[0] for shape in seen) == 60
     assert {shape[1:] for shape in seen} == {(300, 300, 3)}
     assert [stage["name"] for stage in report["stages"]] == ["preprocess"]
@@ -105,7 +130,9 @@ def test_images_added_later_are_all_that_a_second_run_does(session, photos, tmp_
     assert files(tmp_path / "out") == files(tmp_path / "plain")
 
 
-def test_other_settings_into_the_same_output_are_refused_and_no_resume_starts_again(session, photos, tmp_path):
+def test_other_settings_into_the_same_output_are_refused_and_no_resume_starts_again(
+    session, photos, tmp_path
+):
     wanted = settings(input=photos, output=tmp_path / "out")
     run(wanted, console=quiet())
     with pytest.raises(UsageError, match=r"format: 'jpeg' there, 'png' now"):
@@ -125,10 +152,21 @@ def claimed(wanted: Settings) -> pa.Table:
 def pretend_done(root: Path, shard: pa.Table) -> None:
     """What the journal has of a shard that a writer is done with."""
     rows = shard.to_pylist()
-    written = [journal.Written(image_id=row["image_id"], file=row["name"] + ".jpg", height=300, width=300) for row in rows]
+    written = [
+        journal.Written(image_id=row["image_id"], file=row["name"] + ".jpg", height=300, width=300)
+        for row in rows
+    ]
     number = rows[0]["shard"]
     journal.put_entry(
-        str(root), journal.Entry(epoch=0, shard=number, written=written, rejected=[], files=[w.file for w in written], bytes=1)
+        str(root),
+        journal.Entry(
+            epoch=0,
+            shard=number,
+            written=written,
+            rejected=[],
+            files=[w.file for w in written],
+            bytes=1,
+        ),
     )
 
 
@@ -141,9 +179,9 @@ def test_images_that_are_missing_for_one_run_are_done_when_they_are_back(photos,
     assert last.num_rows == 4 and less.num_rows == 2
     pretend_done(tmp_path / "out", less)
     left = claimed(wanted)
-    assert set(left.column("image_id").to_pylist()) == set(last.column("image_id").to_pylist()) - set(
-        less.column("image_id").to_pylist()
-    )
+    assert set(left.column("image_id").to_pylist()) == set(
+        last.column("image_id").to_pylist()
+    ) - set(less.column("image_id").to_pylist())
     for shard in shards(left):
         pretend_done(tmp_path / "out", shard)
     assert plan(wanted).left.num_rows == 0
@@ -152,8 +190,12 @@ def test_images_that_are_missing_for_one_run_are_done_when_they_are_back(photos,
 def test_a_journal_that_has_lost_images_is_not_taken_for_done(photos, tmp_path):
     wanted = settings(input=photos, output=tmp_path / "out")
     for shard in shards(claimed(wanted)):
-        pretend_done(tmp_path / "out", shard.slice(1) if shard.column("shard")[0].as_py() == 3 else shard)
-    with pytest.raises(UsageError, match="its entries have 1 of 60 images neither as written nor as rejected"):
+        pretend_done(
+            tmp_path / "out", shard.slice(1) if shard.column("shard")[0].as_py() == 3 else shard
+        )
+    with pytest.raises(
+        UsageError, match="its entries have 1 of 60 images neither as written nor as rejected"
+    ):
         run(wanted, console=quiet())
 
 
@@ -161,7 +203,9 @@ def test_a_stage_on_gpus_can_be_built_on_a_machine_without(session, photos):
     todo = plan(settings(input=photos))
     on_gpu = replace(writing(settings(input=photos, output="out"), todo.recipe), gpu=True)
     given = Preprocessing(recipe=todo.recipe, backend="opencv")
-    preprocessed(todo.work, given, pools=Pools(actors=1, after=1), after=on_gpu, run_id="never-run")  # raises nothing
+    preprocessed(
+        todo.work, given, pools=Pools(actors=1, after=1), after=on_gpu, run_id="never-run"
+    )  # raises nothing
 
 
 def kill_workers(title: str, times: int, stop: threading.Event, killed: list[int]) -> None:
@@ -196,20 +240,31 @@ def test_killed_actors_neither_lose_nor_duplicate_an_image(session, tmp_path, st
     assert files(tmp_path / "out") == files(tmp_path / "plain")
 
 
-def test_an_image_that_kills_its_process_is_rejected_and_its_shard_is_delivered(session, photos, tmp_path):
+def test_an_image_that_kills_its_process_is_rejected_and_its_shard_is_delivered(
+    session, photos, tmp_path
+):
     import cv2
 
     from tests.run.killing import DieAtBright
 
     white = cv2.imencode(".jpg", np.full((100, 100, 3), 255, np.uint8))[1].tobytes()
     (photos / "a" / "white.jpg").write_bytes(white)
-    recipe = Recipe(name="deadly", ops=(DieAtBright(), Resize(height=30, width=30, antialias=False)))
+    recipe = Recipe(
+        name="deadly", ops=(DieAtBright(), Resize(height=30, width=30, antialias=False))
+    )
     catalog.RECIPES["deadly"] = recipe
     try:
-        outcome = run(settings(input=photos, output=tmp_path / "out", recipe="deadly", max_reject_fraction=0.05), console=quiet())
+        outcome = run(
+            settings(
+                input=photos, output=tmp_path / "out", recipe="deadly", max_reject_fraction=0.05
+            ),
+            console=quiet(),
+        )
     finally:
         del catalog.RECIPES["deadly"]
-    assert [(row.image_id, row.reason) for row in outcome.rejected] == [("a/white.jpg", "kills its process")]
+    assert [(row.image_id, row.reason) for row in outcome.rejected] == [
+        ("a/white.jpg", "kills its process")
+    ]
     assert outcome.report["images_out"] == 60 == len(files(tmp_path / "out"))
 
 
@@ -270,7 +325,9 @@ def test_the_users_annotations_are_never_overwritten_nor_deleted(photos, tmp_pat
 
 def test_annotation_ids_that_say_not_which_box_are_refused_where_they_are_written(photos, tmp_path):
     box = {"id": 1, "image_id": 7, "category_id": 1, "bbox": [1, 2, 30, 40]}
-    (tmp_path / "boxes.json").write_text(json.dumps({"images": [{"id": 7, "file_name": "a/001.jpg"}], "annotations": [box, box]}))
+    (tmp_path / "boxes.json").write_text(
+        json.dumps({"images": [{"id": 7, "file_name": "a/001.jpg"}], "annotations": [box, box]})
+    )
     wanted = settings(input=photos, annotations=tmp_path / "boxes.json", output=tmp_path / "out")
     with pytest.raises(UsageError, match="the annotation id 1 occurs twice for the image '7'"):
         plan(wanted)

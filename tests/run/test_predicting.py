@@ -30,7 +30,9 @@ from tests.run.test_job import ROOT, environment, named, wait_for
 from tests.run.test_pipeline import quiet
 from tests.run.test_scaling import running, until
 
-pytestmark = pytest.mark.xdist_group("trained")  # nearly all tests need that training: with `pytest -n` in one process
+pytestmark = pytest.mark.xdist_group(
+    "trained"
+)  # nearly all tests need that training: with `pytest -n` in one process
 
 SIZE = (90, 120)
 
@@ -54,14 +56,18 @@ def settings(root: Path, output: Path, **given) -> Settings:
 @pytest.fixture(scope="module")
 def done(trained, tmp_path_factory) -> tuple[Settings, Outcome]:
     """One run with everything."""
-    wanted = settings(trained.root, tmp_path_factory.mktemp("done") / "out", draw=True, draw_score=0.2)
+    wanted = settings(
+        trained.root, tmp_path_factory.mktemp("done") / "out", draw=True, draw_score=0.2
+    )
     return wanted, run(wanted, console=quiet())
 
 
 def rows_of(output: str | Path) -> dict[str, dict]:
     """The predictions, by image id."""
     return {
-        row["image_id"]: row for part in sorted(Path(output, "predictions").iterdir()) for row in pq.read_table(part).to_pylist()
+        row["image_id"]: row
+        for part in sorted(Path(output, "predictions").iterdir())
+        for row in pq.read_table(part).to_pylist()
     }
 
 
@@ -75,12 +81,17 @@ def plain_loop(root: Path, checkpoint: str) -> Iterator[tuple[str, dict]]:
         image = cv2.imread(str(root / f"photos/{number:03d}.jpg"))
         if number == 7:  # OpenCV would fill up what is missing with grey
             continue
-        image = cv2.resize(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), (64, 64), interpolation=cv2.INTER_LINEAR)
+        image = cv2.resize(
+            cv2.cvtColor(image, cv2.COLOR_BGR2RGB), (64, 64), interpolation=cv2.INTER_LINEAR
+        )
         pixels = (torch.from_numpy(image).permute(2, 0, 1) / 255 - mean) / std
         with torch.no_grad():
             found = model([pixels])[0]
         scale = torch.tensor([SIZE[1], SIZE[0], SIZE[1], SIZE[0]]) / 64
-        yield str(number + 1), {"boxes": found["boxes"] * scale, "labels": found["labels"], "scores": found["scores"]}
+        yield (
+            str(number + 1),
+            {"boxes": found["boxes"] * scale, "labels": found["labels"], "scores": found["scores"]},
+        )
 
 
 def test_predictions_equal_those_of_a_plain_pytorch_loop(trained, done):
@@ -103,25 +114,39 @@ def test_coco_results_have_the_annotations_ids_and_the_precision_that_training_h
     wanted, outcome = done
     results = json.loads(Path(wanted.output, "predictions.json").read_text())
     stored = rows_of(wanted.output)
-    assert Counter(one["image_id"] for one in results) == {int(i): len(row["boxes"]) for i, row in stored.items() if row["boxes"]}
+    assert Counter(one["image_id"] for one in results) == {
+        int(i): len(row["boxes"]) for i, row in stored.items() if row["boxes"]
+    }
     first = next(one for one in results if one["image_id"] == 3)
     x1, y1, x2, y2 = stored["3"]["boxes"][0]
     assert first["bbox"] == pytest.approx([x1, y1, x2 - x1, y2 - y1], abs=1e-3)
-    assert (first["category_id"], first["score"]) == (stored["3"]["labels"][0], pytest.approx(stored["3"]["scores"][0]))
+    assert (first["category_id"], first["score"]) == (
+        stored["3"]["labels"][0],
+        pytest.approx(stored["3"]["scores"][0]),
+    )
 
     last = training_ended.progress.epochs[-1]
     found = outcome.report["predict"]
     assert last["map"] > 0.05  # else the comparison would say nothing
-    assert (found["map"], found["map50"]) == (pytest.approx(last["map"], abs=1e-6), pytest.approx(last["map50"], abs=1e-6))
+    assert (found["map"], found["map50"]) == (
+        pytest.approx(last["map"], abs=1e-6),
+        pytest.approx(last["map50"], abs=1e-6),
+    )
     assert found["map_by_label"].keys() == {"red", "blue"}
-    assert (found["boxes"], found["checkpoint"]["step"]) == (len(results), training_ended.progress.step)
+    assert (found["boxes"], found["checkpoint"]["step"]) == (
+        len(results),
+        training_ended.progress.step,
+    )
 
     # COCO's own reader and judge take the files as they are.
     from faster_coco_eval import COCO, COCOeval_faster
 
     truth = COCO(str(root / "boxes.json"), print_function=lambda *_: None)
     judge = COCOeval_faster(
-        truth, truth.loadRes(str(Path(wanted.output, "predictions.json"))), iouType="bbox", print_function=lambda *_: None
+        truth,
+        truth.loadRes(str(Path(wanted.output, "predictions.json"))),
+        iouType="bbox",
+        print_function=lambda *_: None,
     )
     judge.params.imgIds = [int(image_id) for image_id in stored]
     judge.evaluate()
@@ -135,15 +160,26 @@ def test_the_report_has_the_stage_and_every_image_is_accounted_for(done):
     assert verdict_on(outcome, wanted) is None
     report = outcome.report
     assert (report["images_in"], report["images_out"], report["images_rejected"]) == (45, 44, 1)
-    assert [(row.image_id, row.uri) for row in outcome.rejected] == [("8", str(Path(wanted.input, "007.jpg")))]
-    assert "more than --max-reject-fraction 0.01" in verdict_on(outcome, replace(wanted, max_reject_fraction=0.01))
+    assert [(row.image_id, row.uri) for row in outcome.rejected] == [
+        ("8", str(Path(wanted.input, "007.jpg")))
+    ]
+    assert "more than --max-reject-fraction 0.01" in verdict_on(
+        outcome, replace(wanted, max_reject_fraction=0.01)
+    )
     preprocess, predict = report["stages"]
     assert (preprocess["name"], predict["name"]) == ("preprocess", "predict")
     assert preprocess["images"] == predict["images"] == 45
     assert predict["gpu_percent"] is None and predict["gpu_memory_peak_bytes"] is None
-    assert predict["cpu_s_per_image"] > 0 and predict["rss_peak_bytes"] > 10**8 and predict["bytes_out"] > 0
+    assert (
+        predict["cpu_s_per_image"] > 0
+        and predict["rss_peak_bytes"] > 10**8
+        and predict["bytes_out"] > 0
+    )
     assert predict["busy"] + predict["starved"] + predict["blocked"] == pytest.approx(1)
-    assert report["settings"]["checkpoint"] == wanted.checkpoint and report["verdict"]["stage"] in ("preprocess", "predict")
+    assert report["settings"]["checkpoint"] == wanted.checkpoint and report["verdict"]["stage"] in (
+        "preprocess",
+        "predict",
+    )
     state = Path(wanted.output, "_raypipe")
     assert json.loads((state / "report.json").read_text())["predict"] == report["predict"]
     assert "predict" in (state / "report.html").read_text()
@@ -153,7 +189,9 @@ def test_the_report_has_the_stage_and_every_image_is_accounted_for(done):
 def test_boxes_are_drawn_on_the_images_under_their_own_names(done):
     wanted, _ = done
     drawn = sorted(Path(wanted.output, "drawn").iterdir())
-    assert [path.name for path in drawn] == [f"{number:03d}.jpg" for number in range(45) if number != 7]
+    assert [path.name for path in drawn] == [
+        f"{number:03d}.jpg" for number in range(45) if number != 7
+    ]
     stored = rows_of(wanted.output)
     sure = {path.name: stored[str(int(path.stem) + 1)] for path in drawn}
     for path in drawn:
@@ -165,13 +203,17 @@ def test_boxes_are_drawn_on_the_images_under_their_own_names(done):
 
 def test_running_again_does_nothing_but_what_is_missing(done):
     wanted, _ = done
-    before = {path: path.stat().st_mtime_ns for path in Path(wanted.output).rglob("*") if path.is_file()}
+    before = {
+        path: path.stat().st_mtime_ns for path in Path(wanted.output).rglob("*") if path.is_file()
+    }
     results = Path(wanted.output, "predictions.json")
     content = results.read_bytes()
     console = quiet()
     assert run(wanted, console=console).report is None
     assert "Nothing to do: all 45 images" in console.file.getvalue()
-    assert {path: path.stat().st_mtime_ns for path in Path(wanted.output).rglob("*") if path.is_file()} == before
+    assert {
+        path: path.stat().st_mtime_ns for path in Path(wanted.output).rglob("*") if path.is_file()
+    } == before
     results.unlink()  # as if the run had been killed when its last shard was done
     assert run(wanted, console=quiet()).report is None
     assert results.read_bytes() == content
@@ -196,11 +238,24 @@ def test_other_settings_are_refused_with_the_difference(trained, done, tmp_path)
 
 def test_without_annotations_ids_are_the_images_own_and_no_resume_starts_again(trained, tmp_path):
     root = trained.root
-    wanted = settings(root, tmp_path / "out", annotations=None, limit=6, min_score=0.05, checkpoint=trained.outcome.checkpoint)
+    wanted = settings(
+        root,
+        tmp_path / "out",
+        annotations=None,
+        limit=6,
+        min_score=0.05,
+        checkpoint=trained.outcome.checkpoint,
+    )
     report = run(wanted, console=quiet()).report
-    assert (report["images_out"], report["predict"]["map"], report["predict"]["map_by_label"]) == (6, None, None)
+    assert (report["images_out"], report["predict"]["map"], report["predict"]["map_by_label"]) == (
+        6,
+        None,
+        None,
+    )
     results = json.loads((tmp_path / "out/predictions.json").read_text())
-    assert results and {one["image_id"] for one in results} <= {f"{number:03d}.jpg" for number in range(6)}
+    assert results and {one["image_id"] for one in results} <= {
+        f"{number:03d}.jpg" for number in range(6)
+    }
     assert min(one["score"] for one in results) >= 0.05
     again = run(replace(wanted, resume=False, min_score=0.5, limit=3), console=quiet()).report
     assert (again["images_in"], again["images_done_before"]) == (3, 0)
@@ -216,7 +271,9 @@ def test_a_file_that_is_no_result_is_never_overwritten(trained, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_driver_goes_on_and_the_results_are_those_of_an_undisturbed_run(trained, done, tmp_path):
+def test_a_killed_driver_goes_on_and_the_results_are_those_of_an_undisturbed_run(
+    trained, done, tmp_path
+):
     names = (
         "checkpoint",
         "input",
@@ -229,8 +286,16 @@ def test_a_killed_driver_goes_on_and_the_results_are_those_of_an_undisturbed_run
         "draw_score",
     )
     wanted = replace(done[0], output=str(tmp_path / "out"))
-    flags = {f"--{name.replace('_', '-')}": str(getattr(wanted, name)) for name in (*names, "output")}
-    command = [sys.executable, "jobs/predict.py", "--cpu", "--draw", *(word for flag in flags.items() for word in flag)]
+    flags = {
+        f"--{name.replace('_', '-')}": str(getattr(wanted, name)) for name in (*names, "output")
+    }
+    command = [
+        sys.executable,
+        "jobs/predict.py",
+        "--cpu",
+        "--draw",
+        *(word for flag in flags.items() for word in flag),
+    ]
     first = subprocess.Popen(
         [*command, "--store-ms", "60"],
         cwd=ROOT,
@@ -241,7 +306,11 @@ def test_a_killed_driver_goes_on_and_the_results_are_those_of_an_undisturbed_run
         start_new_session=True,
     )
     wait_for(lambda: len(list((tmp_path / "out").glob("_raypipe/journal/*.json"))) >= 2, first)
-    workers = [child for child in psutil.Process(first.pid).children(recursive=True) if named(child, "ray::MapWor")]
+    workers = [
+        child
+        for child in psutil.Process(first.pid).children(recursive=True)
+        if named(child, "ray::MapWor")
+    ]
     os.kill(first.pid, signal.SIGKILL)
     first.communicate(timeout=300)
     _, alive = psutil.wait_procs(workers, timeout=120)
@@ -249,7 +318,9 @@ def test_a_killed_driver_goes_on_and_the_results_are_those_of_an_undisturbed_run
     left = 45 - 10 * len(list((tmp_path / "out").glob("_raypipe/journal/*.json")))
     assert 0 < left < 45 and not (tmp_path / "out/predictions.json").exists()
 
-    again = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    again = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
+    )
     assert again.returncode == 0, again.stderr
     assert f"Going on: {45 - left} of 45 images are done already" in again.stderr
     assert "mAP 0." in again.stdout and "predict" in again.stdout
@@ -265,7 +336,10 @@ def test_the_stage_scales_by_its_name_while_it_runs(trained, tmp_path):
     until(going, lambda record: record["done"] > 0, at_most_s=240)
     assert going.scale(predict=2, preprocess=2) == {"preprocess": 2, "predict": 2}
     record = until(going, lambda record: running(record)["predict"] == (2, 0, 0), at_most_s=240)
-    assert [(event["stage"], event["to"]) for event in record["scale_events"]] == [("predict", 2), ("preprocess", 2)]
+    assert [(event["stage"], event["to"]) for event in record["scale_events"]] == [
+        ("predict", 2),
+        ("preprocess", 2),
+    ]
     with pytest.raises(UsageError, match="its stages are preprocess, predict"):
         going.scale(write=2)
     going.stop()
@@ -273,13 +347,17 @@ def test_the_stage_scales_by_its_name_while_it_runs(trained, tmp_path):
         going.wait()
     entries = journal.read_entries(wanted.output, sorted(journal.done_shards(wanted.output)))
     count = Counter(row.image_id for entry in entries for row in entry.written)
-    assert count and set(count.values()) == {1} == {len(entry.files) for entry in journal.read_entries(wanted.output, [0])}
+    assert count and set(count.values()) == {1} == {
+        len(entry.files) for entry in journal.read_entries(wanted.output, [0])
+    }
 
 
 @pytest.mark.slow
 def test_auto_times_the_model_before_the_start(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(probe, "WAIT_AT_MOST_S", 120.0)  # a slow machine is no defect
-    wanted = settings(trained.root, tmp_path / "out", actors="auto", predictors="auto", store_ms=40.0)
+    wanted = settings(
+        trained.root, tmp_path / "out", actors="auto", predictors="auto", store_ms=40.0
+    )
     outcome = run(wanted, console=quiet())
     predicted = outcome.report["predicted"]
     assert predicted["images_per_s"] > 0 and predicted["actors"].keys() == {"preprocess", "predict"}
@@ -313,7 +391,13 @@ def test_an_op_of_the_recipe_that_is_not_there_is_named(trained, tmp_path):
     kept.settings["recipe"]["ops"].append({"op": "gone_module:Sparkle"})
     folder = str(tmp_path / "storage/x" / checkpoints.name_of(kept.progress))
     checkpoints.save(folder, kept)
-    with pytest.raises(UsageError, match=r"The recipe in the checkpoint .* cannot be followed.*gone_module:Sparkle"):
-        predicting(settings(trained.root, tmp_path / "out", checkpoint=folder, trust=("gone_module:Sparkle",)))
+    with pytest.raises(
+        UsageError, match=r"The recipe in the checkpoint .* cannot be followed.*gone_module:Sparkle"
+    ):
+        predicting(
+            settings(
+                trained.root, tmp_path / "out", checkpoint=folder, trust=("gone_module:Sparkle",)
+            )
+        )
     with pytest.raises(UsageError, match=r"add --trust gone_module:Sparkle$"):
         predicting(settings(trained.root, tmp_path / "out", checkpoint=folder))

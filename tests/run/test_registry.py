@@ -24,7 +24,9 @@ RUN = (
 @pytest.fixture
 def other():
     """The process of another run, whose Ray does not answer."""
-    process = subprocess.Popen([sys.executable, "-c", RUN, "other"], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    process = subprocess.Popen(
+        [sys.executable, "-c", RUN, "other"], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
     assert process.stdout is not None and process.stdout.readline() == "on\n"
     yield process
     process.kill()
@@ -52,15 +54,25 @@ def test_files_that_are_no_entries_are_passed_over(other):
 
 
 def test_a_run_of_somebody_else_is_never_watched_or_scaled_by_mistake(session, other, tmp_path):
-    run = start(settings(input="demo:400", output=tmp_path / "out", shard_rows=4, read_ms=20.0, run_id="mine"), console=quiet())
+    run = start(
+        settings(
+            input="demo:400", output=tmp_path / "out", shard_rows=4, read_ms=20.0, run_id="mine"
+        ),
+        console=quiet(),
+    )
     try:
         run.live()
-        with pytest.raises(UsageError, match=r"2 runs are under way:\n  \w+.*\n  \w+.*\nNothing was changed. Say which"):
+        with pytest.raises(
+            UsageError,
+            match=r"2 runs are under way:\n  \w+.*\n  \w+.*\nNothing was changed. Say which",
+        ):
             control.attach()
         assert control.attach("mine").live()["run_id"] == "mine"
         with pytest.raises(UsageError, match="No run 'none' is under way"):
             control.attach("none")
-        assert json.loads(next(registry.folder().glob("mine-*.json")).read_text())["output"] == str(tmp_path / "out")
+        assert json.loads(next(registry.folder().glob("mine-*.json")).read_text())["output"] == str(
+            tmp_path / "out"
+        )
     finally:
         run.stop()
         with pytest.raises(KeyboardInterrupt):
@@ -74,14 +86,18 @@ def test_a_run_of_somebody_else_is_never_watched_or_scaled_by_mistake(session, o
 def test_watch_without_a_run_waits_for_one(tmp_path):
     env = environment(XDG_CACHE_HOME=str(tmp_path))
     command = [sys.executable, "-m", "raypipe.cli", "watch"]
-    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     try:
         assert process.stdout is not None and "Waiting for one" in process.stdout.readline()
         command = [sys.executable, "-c", RUN, "late"]
         with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL) as late:
             try:
                 _, said = process.communicate(timeout=60)
-                assert process.returncode == 2 and "No Ray cluster answers at '127.0.0.1:1'" in said  # it tried that run's
+                assert (
+                    process.returncode == 2 and "No Ray cluster answers at '127.0.0.1:1'" in said
+                )  # it tried that run's
             finally:
                 late.kill()
     finally:
@@ -92,6 +108,11 @@ def test_watch_without_a_run_waits_for_one(tmp_path):
 def test_scale_without_a_run_says_so_at_once(tmp_path):
     command = [sys.executable, "-m", "raypipe.cli", "scale", "preprocess=2"]
     done = subprocess.run(
-        command, cwd=ROOT, env=environment(XDG_CACHE_HOME=str(tmp_path)), capture_output=True, text=True, timeout=60
+        command,
+        cwd=ROOT,
+        env=environment(XDG_CACHE_HOME=str(tmp_path)),
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 2 and "No run is under way here" in done.stderr

@@ -43,7 +43,10 @@ def until(run: Run, met, *, at_most_s: float = 300) -> dict:
 
 
 def running(record: dict) -> dict[str, tuple[int, int, int]]:
-    return {stage["name"]: (stage["actors"], stage["pending"], stage["draining"]) for stage in record["stages"]}
+    return {
+        stage["name"]: (stage["actors"], stage["pending"], stage["draining"])
+        for stage in record["stages"]
+    }
 
 
 def check_all_done_once(outcome: Outcome, output: Path, images: int) -> None:
@@ -62,7 +65,9 @@ def test_rays_internals_are_as_they_are_needed():
 
 
 @pytest.mark.slow
-def test_both_stages_scale_up_and_down_under_full_load_and_every_change_is_in_the_report(session, tmp_path):
+def test_both_stages_scale_up_and_down_under_full_load_and_every_change_is_in_the_report(
+    session, tmp_path
+):
     run = begin(tmp_path / "out")
     until(run, lambda record: record["done"] > 0)
     steps = [
@@ -76,22 +81,47 @@ def test_both_stages_scale_up_and_down_under_full_load_and_every_change_is_in_th
         before = until(run, lambda record: True)
         wanted = run.scale(**step)
         assert {name: wanted[name] for name in step} == step
-        record = until(run, lambda record: all(running(record)[name] == (n, 0, 0) for name, n in wanted.items()))  # noqa: B023
+        record = until(
+            run,
+            lambda record: all(running(record)[name] == (n, 0, 0) for name, n in wanted.items()),
+        )
         # Full load: there was work for every actor all the while.
-        assert record["done"] < record["images"] and before["stages"][0]["queued"] + record["stages"][0]["queued"] > 0
+        assert (
+            record["done"] < record["images"]
+            and before["stages"][0]["queued"] + record["stages"][0]["queued"] > 0
+        )
     outcome = run.wait()
     check_all_done_once(outcome, tmp_path / "out", 3000)
-    events = [(event["stage"], event["from"], event["to"], event["by"]) for event in outcome.report["scale_events"]]
-    assert events == [
-        *(("preprocess", 2, 5, "user"), ("write", 2, 3, "user"), ("preprocess", 5, 1, "user"), ("write", 3, 1, "user")),
-        *(("preprocess", 1, 3, "user"), ("write", 1, 3, "user"), ("preprocess", 3, 4, "user"), ("write", 3, 4, "user")),
+    events = [
+        (event["stage"], event["from"], event["to"], event["by"])
+        for event in outcome.report["scale_events"]
     ]
-    assert [(stage["actors"]["start"], stage["actors"]["min"], stage["actors"]["max"]) for stage in outcome.report["stages"]] == [
+    assert events == [
+        *(
+            ("preprocess", 2, 5, "user"),
+            ("write", 2, 3, "user"),
+            ("preprocess", 5, 1, "user"),
+            ("write", 3, 1, "user"),
+        ),
+        *(
+            ("preprocess", 1, 3, "user"),
+            ("write", 1, 3, "user"),
+            ("preprocess", 3, 4, "user"),
+            ("write", 3, 4, "user"),
+        ),
+    ]
+    assert [
+        (stage["actors"]["start"], stage["actors"]["min"], stage["actors"]["max"])
+        for stage in outcome.report["stages"]
+    ] == [
         (2, 1, 5),
         (2, 1, 4),
     ]
     page = (tmp_path / "out/_raypipe/report.html").read_text()
-    assert "preprocess" in page and json.loads((tmp_path / "out/_raypipe/report.json").read_text())["scale_events"]
+    assert (
+        "preprocess" in page
+        and json.loads((tmp_path / "out/_raypipe/report.json").read_text())["scale_events"]
+    )
 
 
 @pytest.mark.slow
@@ -113,8 +143,12 @@ def test_what_cannot_be_is_refused_with_the_reason_and_the_run_goes_on(session, 
 
 
 @pytest.mark.slow
-def test_auto_sizes_pools_from_a_timing_before_the_start_and_leaves_alone_what_is_set_by_hand(session, tmp_path):
-    run = begin(tmp_path / "out", actors="auto", writers="auto", read_ms=100.0, store_ms=0.0, limit=400)
+def test_auto_sizes_pools_from_a_timing_before_the_start_and_leaves_alone_what_is_set_by_hand(
+    session, tmp_path
+):
+    run = begin(
+        tmp_path / "out", actors="auto", writers="auto", read_ms=100.0, store_ms=0.0, limit=400
+    )
     record = until(run, lambda record: record["stages"] and record["done"] > 0)
     counts = {stage["name"]: stage["wanted"] for stage in record["stages"]}
     # 400 images of 0.1 s, room for 8 actors: nearly all of it is for those that wait. By rule of thumb it would be 2.
@@ -139,7 +173,10 @@ def test_what_went_before_the_first_step_was_no_time_of_the_actors(monkeypatch):
             looks.append(elapsed)
 
     steering = Looking()
-    for now[0] in (130.0, 130.2):  # an execution that waited for all its actors makes its first step 30 s later
+    for now[0] in (
+        130.0,
+        130.2,
+    ):  # an execution that waited for all its actors makes its first step 30 s later
         steering.on_execution_step(None)
     assert looks == [pytest.approx(0.2)]
 
@@ -169,7 +206,14 @@ def test_a_run_that_has_ended_says_so_and_no_other_ray_is_started_to_ask_it():
                     break
         print(said, ray.is_initialized())
     """
-    asked = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    asked = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert asked.returncode == 0, asked.stderr
     assert "Another run of this process is going on" in asked.stdout
     assert "has ended" in asked.stdout and asked.stdout.split()[-1] == "False"

@@ -6,11 +6,23 @@ from raypipe import UsageError
 from raypipe.images import catalog
 from raypipe.insight.planner import StageCost
 from raypipe.run.pipeline import writing
-from raypipe.run.session import Pools, Session, check_shared, ray_session, room_here, seated, size_pools
+from raypipe.run.session import (
+    Pools,
+    Session,
+    check_shared,
+    ray_session,
+    room_here,
+    seated,
+    size_pools,
+)
 from raypipe.run.settings import Settings
 
-CLUSTER = Session(at_most=16, cpus_each=1.0, cores=16, nodes=4, joined=True, dashboard=None, address="")
-LAPTOP = Session(at_most=50, cpus_each=0.04, cores=2, nodes=1, joined=False, dashboard=None, address="")
+CLUSTER = Session(
+    at_most=16, cpus_each=1.0, cores=16, nodes=4, joined=True, dashboard=None, address=""
+)
+LAPTOP = Session(
+    at_most=50, cpus_each=0.04, cores=2, nodes=1, joined=False, dashboard=None, address=""
+)
 
 
 def costs(preprocess_ms: float, write_ms: float, *, waits: bool = False) -> list[StageCost]:
@@ -25,7 +37,9 @@ def settings(**given) -> Settings:
     return Settings(**({"input": "demo", "output": "out"} | given))
 
 
-def sized(wanted: Settings, known: list[StageCost] | None, session: Session, *, images: int, **given) -> Pools:
+def sized(
+    wanted: Settings, known: list[StageCost] | None, session: Session, *, images: int, **given
+) -> Pools:
     after = writing(wanted, catalog.get(wanted.recipe))
     after = after and seated(replace(after, **given), session)
     return size_pools(wanted, known, session, images=images, after=after)
@@ -36,31 +50,44 @@ def room(wanted: Settings) -> int:
 
 
 def test_more_than_a_cluster_has_is_refused_before_starting_with_the_numbers():
-    with pytest.raises(UsageError, match=r"30 preprocess actors and 4 writers take 34 CPUs.* has 16"):
+    with pytest.raises(
+        UsageError, match=r"30 preprocess actors and 4 writers take 34 CPUs.* has 16"
+    ):
         sized(settings(actors=30, writers=4), None, CLUSTER, images=1000)
     assert sized(settings(actors=12, writers=4), None, CLUSTER, images=1000) == Pools(12, 4)
 
 
 def test_a_machine_of_our_own_has_room_for_more_actors_than_cores_and_not_for_more_than_memory():
     assert room(settings(actors=6, writers=2)) >= 8
-    with pytest.raises(UsageError, match=r"50000 preprocess actors and 2 writers need about 12502 GB"):
+    with pytest.raises(
+        UsageError, match=r"50000 preprocess actors and 2 writers need about 12502 GB"
+    ):
         room(settings(actors=50000, writers=2))
-    with pytest.raises(UsageError, match=r"50000 preprocess actors and auto writers need about 12502 GB"):
+    with pytest.raises(
+        UsageError, match=r"50000 preprocess actors and auto writers need about 12502 GB"
+    ):
         room(settings(actors=50000))
 
 
 def test_a_folder_that_only_the_drivers_node_has_is_no_output_for_a_cluster(session, tmp_path):
     (tmp_path / "run.json").write_text("{}")
     check_shared(str(tmp_path / "run.json"), option="--output 'out'")
-    with pytest.raises(UsageError, match=r"--output 'out' is a folder of this node, and 1 of the cluster's 1 nodes do not see it"):
+    with pytest.raises(
+        UsageError,
+        match=r"--output 'out' is a folder of this node, and 1 of the cluster's 1 nodes do not see it",
+    ):
         check_shared(str(tmp_path / "elsewhere/run.json"), option="--output 'out'")
 
 
 def test_auto_gives_each_stage_what_its_timing_asks_for():
     images = 10**9  # the start of an actor is nothing beside that
-    assert sized(settings(), costs(2.0, 0.7), LAPTOP, images=images) == Pools(2, 1)  # computing: as many as cores
+    assert sized(settings(), costs(2.0, 0.7), LAPTOP, images=images) == Pools(
+        2, 1
+    )  # computing: as many as cores
     waiting = sized(settings(), costs(170, 210, waits=True), LAPTOP, images=images)
-    assert waiting.actors + waiting.after == 50 and waiting.actors / waiting.after == pytest.approx(170 / 210, rel=0.05)
+    assert waiting.actors + waiting.after == 50 and waiting.actors / waiting.after == pytest.approx(
+        170 / 210, rel=0.05
+    )
     assert sized(settings(), costs(2.0, 0.7), CLUSTER, images=images) == Pools(12, 4)
     assert sized(settings(output=None), costs(2.0, 0.7)[:1], CLUSTER, images=images) == Pools(16, 0)
 
@@ -72,8 +99,12 @@ def test_auto_starts_no_actors_that_would_come_too_late():
 
 def test_what_was_asked_for_is_not_changed_by_the_timing():
     asked = settings(actors=3)
-    assert sized(asked, costs(170, 210, waits=True), replace(LAPTOP, at_most=10), images=10**9) == Pools(3, 4)
-    assert sized(replace(asked, writers=2), costs(170, 210, waits=True), LAPTOP, images=10**9) == Pools(3, 2)
+    assert sized(
+        asked, costs(170, 210, waits=True), replace(LAPTOP, at_most=10), images=10**9
+    ) == Pools(3, 4)
+    assert sized(
+        replace(asked, writers=2), costs(170, 210, waits=True), LAPTOP, images=10**9
+    ) == Pools(3, 2)
 
 
 def test_without_a_timing_there_is_a_rule_of_thumb():
@@ -96,7 +127,9 @@ def test_a_stage_that_may_takes_a_gpu_for_each_actor_and_no_cpu():
 def test_without_enough_gpus_it_runs_on_cpus_or_is_refused():
     assert sized(settings(writers=5), None, GPUS, images=100, gpu=None) == Pools(11, 5)
     assert sized(settings(), None, CLUSTER, images=100, gpu=None) == Pools(12, 4)
-    with pytest.raises(UsageError, match=r"--gpu with 5 writers needs as many GPUs, but Ray sees 4"):
+    with pytest.raises(
+        UsageError, match=r"--gpu with 5 writers needs as many GPUs, but Ray sees 4"
+    ):
         sized(settings(writers=5), None, GPUS, images=100, gpu=True)
     with pytest.raises(UsageError, match=r"Ray sees 0"):
         sized(settings(), None, CLUSTER, images=100, gpu=True)

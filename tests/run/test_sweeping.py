@@ -43,7 +43,10 @@ def points(**given) -> list[Point]:
 
 def test_the_grid_has_each_point_once_a_repeat_in_an_order_of_its_own():
     found = points(actors=(1, 2, 4), backends=("opencv", "torchvision"), repeats=3)
-    each = [[replace(point, repeat=0) for point in found if point.repeat == repeat] for repeat in range(3)]
+    each = [
+        [replace(point, repeat=0) for point in found if point.repeat == repeat]
+        for repeat in range(3)
+    ]
     assert set(each[0]) == set(each[1]) == set(each[2])
     assert each[0] != each[1] != each[2]
     assert set(Counter(found).values()) == {1}
@@ -63,19 +66,34 @@ def test_the_grid_has_each_point_once_a_repeat_in_an_order_of_its_own():
 
 def test_other_numbers_of_threads_are_measured_without_writers():
     found = points(actors=(1, 2), threads=(1, 8))
-    assert {(p.threads, p.writers) for p in found if p.kind == "preprocess"} == {(1, 0), (8, 0), (1, 1), (1, 2)}
+    assert {(p.threads, p.writers) for p in found if p.kind == "preprocess"} == {
+        (1, 0),
+        (8, 0),
+        (1, 1),
+        (1, 2),
+    }
 
 
 def test_storing_is_measured_with_as_many_actors_as_cores_and_not_at_all_without_writing():
-    assert [(p.actors, p.writers) for p in points(actors=(1, 2, 4, 8)) if p.kind == "stored"] == [(4, 4)]
+    assert [(p.actors, p.writers) for p in points(actors=(1, 2, 4, 8)) if p.kind == "stored"] == [
+        (4, 4)
+    ]
     assert [p.actors for p in points(actors=(8, 16)) if p.kind == "stored"] == [8]
     assert not [p for p in points(writers=("none",)) if p.kind == "stored"]
 
 
 def test_training_is_measured_over_actors_with_one_worker_and_over_workers_with_one_actor():
     found = [p for p in points(train=True, train_actors=(1, 4)) if p.kind == "train"]
-    assert {(p.actors, p.workers, p.device) for p in found} == {(1, 1, "cpu"), (4, 1, "cpu"), (1, 2, "cpu")}
-    on_gpus = grid(Settings(input="demo", output="out", train=True, train_actors=(1, 4), repeats=1), cores=4, gpus=3)
+    assert {(p.actors, p.workers, p.device) for p in found} == {
+        (1, 1, "cpu"),
+        (4, 1, "cpu"),
+        (1, 2, "cpu"),
+    }
+    on_gpus = grid(
+        Settings(input="demo", output="out", train=True, train_actors=(1, 4), repeats=1),
+        cores=4,
+        gpus=3,
+    )
     assert {(p.actors, p.workers, p.device) for p in on_gpus if p.kind == "train"} == {
         *((1, n, "gpu") for n in (1, 2, 3)),
         (4, 1, "gpu"),
@@ -129,7 +147,9 @@ def test_a_sweep_measures_every_point_and_leaves_nothing_but_its_results(swept):
     # Pixels that were stored are read back: no decoding.
     cost = {row["kind"]: row["preprocess_cpu_s"] for row in rows if row["kind"] != "preprocess"}
     assert cost["stored"] < cost["store"]
-    left = sorted(p.relative_to(swept / "out").as_posix() for p in (swept / "out").rglob("*") if p.is_file())
+    left = sorted(
+        p.relative_to(swept / "out").as_posix() for p in (swept / "out").rglob("*") if p.is_file()
+    )
     assert left == ["_raypipe/run.json", "results.csv", "results.parquet", "sweep.html"]
 
 
@@ -139,7 +159,9 @@ def test_the_table_is_there_as_csv_too(swept):
         rows = list(csv.DictReader(file))
     table = pq.read_table(swept / "out/results.parquet")
     assert list(rows[0]) == table.column_names == sweeping.RESULTS.names
-    assert [float(row["time_s"]) for row in rows] == pytest.approx(table.column("time_s").to_pylist())
+    assert [float(row["time_s"]) for row in rows] == pytest.approx(
+        table.column("time_s").to_pylist()
+    )
 
 
 @pytest.mark.xdist_group("swept")
@@ -160,7 +182,9 @@ def test_the_same_command_measures_nothing_again_and_a_larger_grid_only_what_is_
     run(settings(swept, actors=(1, 2, 3), writers=("none",)), console=quiet())
     after = {row["run_id"]: row for row in read_results(str(swept / "out"))}
     assert {key: after[key] for key in before} == before
-    assert [(r["actors"], r["writers"]) for key, r in after.items() if key not in before] == [(3, 0)]
+    assert [(r["actors"], r["writers"]) for key, r in after.items() if key not in before] == [
+        (3, 0)
+    ]
 
 
 @pytest.mark.xdist_group("swept")
@@ -169,7 +193,11 @@ def test_other_settings_into_the_same_folder_are_refused_with_the_difference(swe
     with pytest.raises(UsageError) as caught:
         run(settings(swept, limit=10, store_ms=5.0), console=quiet())
     said = str(caught.value)
-    assert "limit: 24 there, 10 now" in said and "store_ms: 0.0 there, 5.0 now" in said and "--no-resume" in said
+    assert (
+        "limit: 24 there, 10 now" in said
+        and "store_ms: 0.0 there, 5.0 now" in said
+        and "--no-resume" in said
+    )
     with pytest.raises(UsageError, match="shard_rows: 3 there, 1 now"):
         run(settings(swept, shard_rows=None, actors=(1, 2, 3)), console=quiet())
     assert (swept / "out/results.parquet").read_bytes() == before
@@ -187,18 +215,24 @@ def test_no_resume_starts_again(session, tmp_path):
 def test_a_delayed_store_delays_each_writer_and_the_page_says_so(session, tmp_path):
     given = settings(tmp_path, actors=(2,), writers=("one", "same"), store_ms=20.0)
     run(given, console=quiet())
-    writing = {row["writers"]: row for row in read_results(given.output) if row["kind"] == "preprocess"}
+    writing = {
+        row["writers"]: row for row in read_results(given.output) if row["kind"] == "preprocess"
+    }
     # 24 images of 20 ms, one after the other or two at a time: no machine is so slow that this would not show.
     assert writing[1]["time_s"] >= 0.48 and writing[2]["time_s"] >= 0.24
     assert "20 ms longer to write" in Path(given.output, "sweep.html").read_text()
 
 
-def test_a_point_that_rejects_too_much_ends_the_sweep_as_failed_and_what_was_measured_is_kept(session, photos, tmp_path):
+def test_a_point_that_rejects_too_much_ends_the_sweep_as_failed_and_what_was_measured_is_kept(
+    session, photos, tmp_path
+):
     for name in ("a/000.jpg", "a/001.jpg"):
         (photos / name).write_bytes(b"no image")
     given = settings(tmp_path, input=str(photos), limit=60, actors=(1,), writers=("none",))
     outcome = run(given, console=quiet())
-    assert "2 of 60 images were rejected" in outcome.failure and "opencv, 1 actor" in outcome.failure
+    assert (
+        "2 of 60 images were rejected" in outcome.failure and "opencv, 1 actor" in outcome.failure
+    )
     assert run(replace(given, max_reject_fraction=0.1), console=quiet()).failure is None
 
 
@@ -227,19 +261,52 @@ def test_training_is_measured_and_on_a_cpu_it_is_said_that_there_is_no_gpu(sessi
     outcome = run(given, console=quiet())
     assert outcome.failure is None
     trained = [row for row in read_results(given.output) if row["kind"] == "train"]
-    assert {(row["actors"], row["workers"], row["device"]) for row in trained} == {(1, 1, "cpu"), (2, 1, "cpu")}
+    assert {(row["actors"], row["workers"], row["device"]) for row in trained} == {
+        (1, 1, "cpu"),
+        (2, 1, "cpu"),
+    }
     for row in trained:
         assert row["images"] == 24 and row["time_s"] > 0 and row["train_busy_s"] > 0
     (finding,) = [finding for finding in outcome.findings if finding.claim == 17]
-    assert finding.holds == "cannot" and "no GPU" in finding.why and "on CPU instead" in finding.measured
+    assert (
+        finding.holds == "cannot"
+        and "no GPU" in finding.why
+        and "on CPU instead" in finding.measured
+    )
 
 
 @pytest.mark.slow
 def test_a_sweep_that_is_told_to_end_keeps_what_was_measured_and_the_same_command_goes_on(tmp_path):
-    command = [sys.executable, "jobs/sweep.py", "--input", "demo:60", "--output", str(tmp_path / "out"), "--limit", "60"]
-    command += ["--actors", "1", "2", "3", "--backends", "opencv", "--writers", "none", "--repeats", "1"]
+    command = [
+        sys.executable,
+        "jobs/sweep.py",
+        "--input",
+        "demo:60",
+        "--output",
+        str(tmp_path / "out"),
+        "--limit",
+        "60",
+    ]
+    command += [
+        "--actors",
+        "1",
+        "2",
+        "3",
+        "--backends",
+        "opencv",
+        "--writers",
+        "none",
+        "--repeats",
+        "1",
+    ]
     first = subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     try:
         wait_for((tmp_path / "out/results.parquet").exists, first)
@@ -253,7 +320,9 @@ def test_a_sweep_that_is_told_to_end_keeps_what_was_measured_and_the_same_comman
     kept = {row["run_id"] for row in read_results(str(tmp_path / "out"))}
     assert 1 <= len(kept) < 3 and (tmp_path / "out/sweep.html").exists()
 
-    second = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    second = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
+    )
     assert second.returncode == 0, second.stderr
     rows = read_results(str(tmp_path / "out"))
     assert kept < {row["run_id"] for row in rows} and len(rows) == 3
@@ -294,11 +363,16 @@ def test_a_table_that_is_none_is_refused(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/results.parquet").write_bytes(b"no table")
     with pytest.raises(
-        UsageError, match=r"cannot read the table of a sweep's results .*results\.parquet: .* Remove it to measure again"
+        UsageError,
+        match=r"cannot read the table of a sweep's results .*results\.parquet: .* Remove it to measure again",
     ):
         read_results(str(tmp_path / "out"))
 
 
 def test_the_stages_of_a_row_are_those_that_claims_read():
     columns = set(sweeping.RESULTS.names)
-    assert {f"{stage}_{what}" for stage in claims.STAGES for what in ("busy_s", "cpu_s", "core_wait_s", "blocked")} <= columns
+    assert {
+        f"{stage}_{what}"
+        for stage in claims.STAGES
+        for what in ("busy_s", "cpu_s", "core_wait_s", "blocked")
+    } <= columns

@@ -56,7 +56,12 @@ GIVEN = (
 def command_of(given: Settings) -> list[str]:
     """jobs/train.py on CPUs, with what `settings` gives but for the numbers of actors and workers."""
     flags = {f"--{name.replace('_', '-')}": str(getattr(given, name)) for name in GIVEN}
-    return [sys.executable, "jobs/train.py", "--cpu", *(word for flag in flags.items() for word in flag)]
+    return [
+        sys.executable,
+        "jobs/train.py",
+        "--cpu",
+        *(word for flag in flags.items() for word in flag),
+    ]
 
 
 def lineage(root: Path) -> list[str]:
@@ -66,7 +71,9 @@ def lineage(root: Path) -> list[str]:
         steps = attempts.setdefault(path.stem.rpartition("-")[0], {})
         for line in path.read_text().splitlines():
             record = json.loads(line)
-            steps.setdefault(record["step"], []).extend(f"{record['epoch']}/{i}" for i in record["image_ids"])
+            steps.setdefault(record["step"], []).extend(
+                f"{record['epoch']}/{i}" for i in record["image_ids"]
+            )
     rows: list[str] = []
     firsts = [min(steps) for steps in attempts.values()]
     for steps, first_of_next in zip(attempts.values(), [*firsts[1:], 10**9], strict=True):
@@ -76,7 +83,10 @@ def lineage(root: Path) -> list[str]:
 
 def every_row(given: Settings) -> Counter[str]:
     work = plan(given).work
-    return Counter(f"{e}/{i}" for e, i in zip(work["epoch"].to_pylist(), work["image_id"].to_pylist(), strict=True))
+    return Counter(
+        f"{e}/{i}"
+        for e, i in zip(work["epoch"].to_pylist(), work["image_id"].to_pylist(), strict=True)
+    )
 
 
 @pytest.mark.xdist_group("trained")
@@ -88,19 +98,32 @@ def test_a_run_trains_on_every_row_once_an_epoch_and_reports_what_it_cost(traine
 
     report = outcome.report
     assert report["images_in"] == 495 == report["images_out"] + report["images_rejected"]
-    assert (report["images_rejected"], report["train"]["holdout_rejected"]) == (11, 1)  # photo 7, in each epoch and held out
-    assert (report["boxes_dropped"], report["images_damaged_kept"]) == (5, 0)  # those of held-out photos included
+    assert (report["images_rejected"], report["train"]["holdout_rejected"]) == (
+        11,
+        1,
+    )  # photo 7, in each epoch and held out
+    assert (report["boxes_dropped"], report["images_damaged_kept"]) == (
+        5,
+        0,
+    )  # those of held-out photos included
     preprocess, train = report["stages"]
     assert (preprocess["name"], train["name"]) == ("preprocess", "train")
     assert preprocess["images"] == train["images"] == 495
-    assert train["actors"]["max"] == 2 and train["gpu_percent"] is None and train["gpu_memory_peak_bytes"] is None
+    assert (
+        train["actors"]["max"] == 2
+        and train["gpu_percent"] is None
+        and train["gpu_memory_peak_bytes"] is None
+    )
     assert train["cpu_s_per_image"] > 0 and train["rss_peak_bytes"] > 10**8
     assert train["busy"] + train["starved"] + train["blocked"] == pytest.approx(1)
     assert 0 < report["train"]["accelerator_utilisation"] < 1
     assert len(report["train"]["workers"]) == 2
     epochs = report["train"]["epochs"]
     assert [epoch["epoch"] for epoch in epochs] == list(range(11))
-    assert all(0 <= epoch["map"] <= 1 and epoch["loss"] > 0 and epoch["images_per_s"] > 0 for epoch in epochs)
+    assert all(
+        0 <= epoch["map"] <= 1 and epoch["loss"] > 0 and epoch["images_per_s"] > 0
+        for epoch in epochs
+    )
     assert set(epochs[0]["map_by_label"]) == {"3", "90"}
     stored = json.loads((trained.root / "storage/_raypipe/report.json").read_text())
     assert stored["train"]["map"] == epochs[-1]["map"]
@@ -120,7 +143,15 @@ def test_a_run_trains_on_every_row_once_an_epoch_and_reports_what_it_cost(traine
 
 @pytest.mark.slow
 def test_preprocess_is_scaled_while_a_model_trains_across_epochs(session, labelled):
-    given = settings(labelled, model="tests.models.toy:Toy", epochs=20, read_ms=20.0, actors=1, holdout=0.0, run_id="scaled")
+    given = settings(
+        labelled,
+        model="tests.models.toy:Toy",
+        epochs=20,
+        read_ms=20.0,
+        actors=1,
+        holdout=0.0,
+        run_id="scaled",
+    )
     ended: list[Outcome] = []
     thread = threading.Thread(target=lambda: ended.append(run(given, console=quiet())))
     thread.start()
@@ -129,7 +160,9 @@ def test_preprocess_is_scaled_while_a_model_trains_across_epochs(session, labell
             time.sleep(0.2)
             # Where actors start slowly, a collector that has its name already does not answer yet.
             with contextlib.suppress(UsageError):
-                if "scaled" in names() and any(s["name"] == "train" and s["images"] for s in attach("scaled").live()["stages"]):
+                if "scaled" in names() and any(
+                    s["name"] == "train" and s["images"] for s in attach("scaled").live()["stages"]
+                ):
                     break
         control = attach("scaled")
         with pytest.raises(UsageError, match="no stage 'train'; its stages are preprocess"):
@@ -139,8 +172,14 @@ def test_preprocess_is_scaled_while_a_model_trains_across_epochs(session, labell
             control.scale({"preprocess": count})
             for _ in range(300):
                 record = control.live()
-                (preprocess,) = (stage for stage in record["stages"] if stage["name"] == "preprocess")
-                if (preprocess["actors"], preprocess["pending"], preprocess["draining"]) == (count, 0, 0):
+                (preprocess,) = (
+                    stage for stage in record["stages"] if stage["name"] == "preprocess"
+                )
+                if (preprocess["actors"], preprocess["pending"], preprocess["draining"]) == (
+                    count,
+                    0,
+                    0,
+                ):
                     break
                 time.sleep(0.1)
             at.append(record["done"])
@@ -150,7 +189,9 @@ def test_preprocess_is_scaled_while_a_model_trains_across_epochs(session, labell
     (outcome,) = ended
     assert verdict_on(outcome, given) is None
     assert Counter(lineage(labelled)) == every_row(given)
-    assert [(event["stage"], event["from"], event["to"]) for event in outcome.report["scale_events"]] == [
+    assert [
+        (event["stage"], event["from"], event["to"]) for event in outcome.report["scale_events"]
+    ] == [
         ("preprocess", 1, 4),
         ("preprocess", 4, 2),
     ]
@@ -158,7 +199,9 @@ def test_preprocess_is_scaled_while_a_model_trains_across_epochs(session, labell
 
 
 @pytest.mark.slow
-def test_a_training_from_stored_images_ends_with_the_weights_of_one_from_the_source(session, labelled):
+def test_a_training_from_stored_images_ends_with_the_weights_of_one_from_the_source(
+    session, labelled
+):
     (labelled / "photos/007.jpg").write_bytes(jpeg(7, height=90, width=120))
     (labelled / "small.json").write_text(json.dumps(RECIPE | {"ops": RECIPE["ops"][1:]}))
     continuous = settings(labelled, holdout=0.2, row_log=None)
@@ -170,9 +213,16 @@ def test_a_training_from_stored_images_ends_with_the_weights_of_one_from_the_sou
         format="parquet",
     )
     pipeline.run(written, console=quiet())
-    separate = replace(continuous, input=str(labelled / "stored"), annotations=None, storage=str(labelled / "separate"))
+    separate = replace(
+        continuous,
+        input=str(labelled / "stored"),
+        annotations=None,
+        storage=str(labelled / "separate"),
+    )
     one, other = (run(given, console=quiet()) for given in (continuous, separate))
-    weights, same = (checkpoints.load(outcome.checkpoint).state["model"] for outcome in (one, other))
+    weights, same = (
+        checkpoints.load(outcome.checkpoint).state["model"] for outcome in (one, other)
+    )
     for name, tensor in weights.items():
         assert torch.equal(tensor, same[name]), name
     assert one.report["train"]["map"] == other.report["train"]["map"]
@@ -182,9 +232,15 @@ def test_a_training_from_stored_images_ends_with_the_weights_of_one_from_the_sou
 
 
 @pytest.mark.slow
-def test_a_killed_worker_goes_on_in_the_epoch_and_the_weights_are_those_of_an_undisturbed_run(session, labelled):
+def test_a_killed_worker_goes_on_in_the_epoch_and_the_weights_are_those_of_an_undisturbed_run(
+    session, labelled
+):
     mark = labelled / "killed"
-    own = {"model": "tests.models.toy:mortal", "model_arguments": json.dumps({"at": 8, "mark": str(mark)}), "checkpoint_every": 2}
+    own = {
+        "model": "tests.models.toy:mortal",
+        "model_arguments": json.dumps({"at": 8, "mark": str(mark)}),
+        "checkpoint_every": 2,
+    }
     disturbed = settings(labelled, holdout=0.0, **own)
     console = quiet()
     outcome = run(disturbed, console=console)
@@ -200,14 +256,21 @@ def test_a_killed_worker_goes_on_in_the_epoch_and_the_weights_are_those_of_an_un
     one, other = (checkpoints.load(where.checkpoint).state for where in (outcome, undisturbed))
     for name, tensor in other["model"].items():
         assert torch.equal(one["model"][name], tensor), name
-    losses = [[epoch["loss"] for epoch in where.progress.epochs] for where in (outcome, undisturbed)]
+    losses = [
+        [epoch["loss"] for epoch in where.progress.epochs] for where in (outcome, undisturbed)
+    ]
     assert losses[0][0] == losses[1][0]
 
 
 @pytest.mark.slow
-def test_a_killed_driver_goes_on_with_the_same_command_and_other_numbers_of_workers_and_actors(labelled, bucket):
+def test_a_killed_driver_goes_on_with_the_same_command_and_other_numbers_of_workers_and_actors(
+    labelled, bucket
+):
     mark = labelled / "hangs"
-    model = {"model": "tests.models.toy:mortal", "model_arguments": json.dumps({"at": 9, "mark": str(mark), "hang": True})}
+    model = {
+        "model": "tests.models.toy:mortal",
+        "model_arguments": json.dumps({"at": 9, "mark": str(mark), "hang": True}),
+    }
     given = settings(labelled, holdout=0.0, storage=bucket("storage"), **model)
     command = command_of(given)
     around = environment(PYTHONPATH=str(ROOT))  # for the model
@@ -234,7 +297,12 @@ def test_a_killed_driver_goes_on_with_the_same_command_and_other_numbers_of_work
     assert (left.epoch, left.step) == (1, 8)
 
     second = subprocess.run(
-        [*command, "--workers", "2", "--actors", "1"], cwd=ROOT, env=around, capture_output=True, text=True, timeout=300
+        [*command, "--workers", "2", "--actors", "1"],
+        cwd=ROOT,
+        env=around,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert second.returncode == 0, second.stderr
     assert f"{left.rows} of 90 rows are done, in 8 steps" in " ".join(second.stderr.split())
@@ -245,11 +313,17 @@ def test_a_killed_driver_goes_on_with_the_same_command_and_other_numbers_of_work
 @pytest.mark.slow
 def test_a_node_that_is_lost_is_replaced_by_another_and_no_row_is_missed(labelled):
     mark = labelled / "hangs"
-    model = {"model": "tests.models.toy:mortal", "model_arguments": json.dumps({"at": 6, "mark": str(mark), "hang": True})}
+    model = {
+        "model": "tests.models.toy:mortal",
+        "model_arguments": json.dumps({"at": 6, "mark": str(mark), "hang": True}),
+    }
     # Held out are blocks of more than 100 KiB: smaller objects Ray keeps with the driver, and no node could lose them.
     given = settings(labelled, holdout=0.4, epochs=3, shard_rows=10, **model)
     around = environment(PYTHONPATH=str(ROOT), RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="a" * 32)
-    around |= {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "3"}  # a lost node is noticed sooner
+    around |= {
+        "RAY_health_check_period_ms": "1000",
+        "RAY_health_check_failure_threshold": "3",
+    }  # a lost node is noticed sooner
     # The driver's node takes no work, as in cluster.yaml.
     with head(cpus=0, env=around) as cluster, node(cluster, cpus=2, env=around) as first:
         command = [*command_of(given), "--workers", "1", "--actors", "1", "--checkpoint-every", "1"]
@@ -264,7 +338,9 @@ def test_a_node_that_is_lost_is_replaced_by_another_and_no_row_is_missed(labelle
         try:
             wait_for(mark.exists, driver)  # in the second epoch
             # The controller is where the driver is, by Ray Train; so must be what the run cannot do without.
-            where = {actor["class_name"]: actor["node_id"] for actor in listed_actors(cluster, around)}
+            where = {
+                actor["class_name"]: actor["node_id"] for actor in listed_actors(cluster, around)
+            }
             assert where["Collector"] == where["Board"] == where["TrainController"]
             kill_all(first)
             with node(cluster, cpus=2, env=around):
@@ -283,15 +359,27 @@ def test_a_storage_that_a_node_does_not_see_is_refused_before_the_first_step(lab
     storage.mkdir()
     (storage / "mine.txt").write_text("the user's own")
     around = environment(PYTHONPATH=str(ROOT), RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="a" * 32)
-    hidden = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs tmpfs {storage} && exec "$@"', "sh"]
+    hidden = [
+        "unshare",
+        "--mount",
+        "sh",
+        "-c",
+        f'mount -t tmpfs tmpfs {storage} && exec "$@"',
+        "sh",
+    ]
     if subprocess.run([*hidden, "true"], capture_output=True).returncode:
         pytest.skip("only root can hide a folder from a process")
     with head(cpus=1, env=around) as cluster, node(cluster, cpus=2, env=around, before=hidden):
         env = around | {"RAY_ADDRESS": cluster.address}
-        done = subprocess.run(command_of(given), cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            command_of(given), cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
+        )
     said = " ".join(done.stderr.split())
     assert done.returncode == 2, done.stderr
-    assert f"--storage '{storage}' is a folder of this node, and 1 of the cluster's 2 nodes do not see it" in said
+    assert (
+        f"--storage '{storage}' is a folder of this node, and 1 of the cluster's 2 nodes do not see it"
+        in said
+    )
     assert [path.name for path in storage.rglob("*") if path.is_file()] == ["mine.txt"]
 
 
@@ -300,7 +388,9 @@ def test_a_training_whose_images_are_away_stops_and_goes_on_when_they_are_back(l
     given = settings(labelled, epochs=2, read_patience=1.0)
     photos = Path(given.input)
     command = [*command_of(given), "--read-patience", "1", "--actors", "1"]
-    driver = subprocess.Popen(command, cwd=ROOT, env=environment(PYTHONPATH=str(ROOT)), stderr=subprocess.PIPE, text=True)
+    driver = subprocess.Popen(
+        command, cwd=ROOT, env=environment(PYTHONPATH=str(ROOT)), stderr=subprocess.PIPE, text=True
+    )
     assert driver.stderr is not None
     for line in driver.stderr:
         if "Watch it:" in line:  # listed and claimed; no image is read yet
@@ -311,7 +401,14 @@ def test_a_training_whose_images_are_away_stops_and_goes_on_when_they_are_back(l
     (failure,) = (line for line in said.splitlines() if line.startswith("error:"))
     assert "could not be read (" in failure and "The same command goes on from there." in said
     (labelled / "away").rename(photos)
-    done = subprocess.run(command, cwd=ROOT, env=environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=environment(PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     assert Counter(lineage(labelled)) == every_row(given)
 
@@ -320,7 +417,12 @@ def test_a_checkpoint_of_another_model_or_recipe_is_refused_with_the_difference(
     given = settings(labelled)
     folder = labelled / "storage/earlier" / checkpoints.name_of(Progress(step=4))
     state = {"model": {}, "optimizer": {}, "random": []}
-    checkpoints.save(str(folder), Checkpoint(settings=plan(given).deciding, progress=Progress(step=4), consumed=[], state=state))
+    checkpoints.save(
+        str(folder),
+        Checkpoint(
+            settings=plan(given).deciding, progress=Progress(step=4), consumed=[], state=state
+        ),
+    )
     (labelled / "small.json").write_text(json.dumps(RECIPE | {"ops": RECIPE["ops"][1:]}))
     with pytest.raises(UsageError) as caught:
         run(replace(given, model="ssdlite320_mobilenet_v3_large", lr=0.5), console=quiet())
@@ -351,7 +453,11 @@ def test_the_hold_out_is_a_function_of_the_seed_and_is_never_trained_on(labelled
     first, again, other = (plan(settings(labelled, holdout=0.2, seed=seed)) for seed in (1, 1, 2))
     held = set(first.holdout["image_id"].to_pylist())
     assert len(held) == 9
-    assert held == set(again.holdout["image_id"].to_pylist()) != set(other.holdout["image_id"].to_pylist())
+    assert (
+        held
+        == set(again.holdout["image_id"].to_pylist())
+        != set(other.holdout["image_id"].to_pylist())
+    )
     assert not held & set(first.work["image_id"].to_pylist())
     assert first.work.num_rows == 2 * 36
 

@@ -34,7 +34,14 @@ class Kept:
         self.value = 7
 
 
-def put(folder: Path, *, model: str = "tests.models.toy:Toy", arguments: dict | None = None, recipe: dict = RECIPE, **state) -> str:
+def put(
+    folder: Path,
+    *,
+    model: str = "tests.models.toy:Toy",
+    arguments: dict | None = None,
+    recipe: dict = RECIPE,
+    **state,
+) -> str:
     settings = {
         "model": {"name": model, "arguments": arguments or {}},
         "classes": [7],
@@ -45,24 +52,35 @@ def put(folder: Path, *, model: str = "tests.models.toy:Toy", arguments: dict | 
     }
     weights = Toy(2).state_dict()
     checkpoints.save(
-        str(folder), Checkpoint(settings=settings, progress=Progress(), consumed=[], state={"model": weights, **state})
+        str(folder),
+        Checkpoint(
+            settings=settings, progress=Progress(), consumed=[], state={"model": weights, **state}
+        ),
     )
     return str(folder)
 
 
 def job(folder: str, out: Path, *trust: str):
-    return predicting.predicting(predicting.Settings(checkpoint=folder, input="demo:2", output=str(out), trust=trust))
+    return predicting.predicting(
+        predicting.Settings(checkpoint=folder, input="demo:2", output=str(out), trust=trust)
+    )
 
 
 def test_a_checkpoint_that_names_torch_hub_runs_nothing(tmp_path):
     mark = tmp_path / "ran"
     (tmp_path / "repo").mkdir()
-    (tmp_path / "repo/hubconf.py").write_text(f"import os\nos.mkdir({str(mark)!r})\ndef evil(**_): pass\n")
+    (tmp_path / "repo/hubconf.py").write_text(
+        f"import os\nos.mkdir({str(mark)!r})\ndef evil(**_): pass\n"
+    )
     arguments = {"repo_or_dir": str(tmp_path / "repo"), "model": "evil", "source": "local"}
     folder = put(tmp_path / "c", model="torch.hub:load", arguments=arguments)
-    with pytest.raises(UsageError, match=r"torch\.hub:load.*nothing was loaded.*add --trust torch\.hub:load$"):
+    with pytest.raises(
+        UsageError, match=r"torch\.hub:load.*nothing was loaded.*add --trust torch\.hub:load$"
+    ):
         job(folder, tmp_path / "out")
-    with pytest.raises(UsageError, match=r"add --trust torch\.hub:load"):  # the actors' own look at it
+    with pytest.raises(
+        UsageError, match=r"add --trust torch\.hub:load"
+    ):  # the actors' own look at it
         load(folder, torch.device("cpu"))
     assert not mark.exists() and not (tmp_path / "out").exists()
 
@@ -103,8 +121,12 @@ def test_classes_in_the_state_are_refused_with_the_remedy_and_then_loaded(tmp_pa
 
 def test_the_flag_may_be_given_several_times():
     given = ["--trust", "a:b", "--trust", "c:d"]
-    parsed = tyro.cli(predicting.Settings, args=["--checkpoint", "c", "--input", "demo", "--output", "o", *given])
+    parsed = tyro.cli(
+        predicting.Settings, args=["--checkpoint", "c", "--input", "demo", "--output", "o", *given]
+    )
     assert parsed.trust == ("a:b", "c:d")
-    assert tyro.cli(training.Settings, args=["--input", "demo", "--storage", "s", *given]).trust == ("a:b", "c:d")
+    assert tyro.cli(
+        training.Settings, args=["--input", "demo", "--storage", "s", *given]
+    ).trust == ("a:b", "c:d")
     with pytest.raises(UsageError, match="--trust is 'toy'; it is module:name"):
         predicting.Settings(checkpoint="c", input="demo", output="o", trust=("toy",)).check()

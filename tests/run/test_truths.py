@@ -16,7 +16,9 @@ from raypipe.stages.predict import PREDICTIONS
 
 def coco(folder: Path, images: list[dict], annotations: list[dict]) -> str:
     whole = [{"id": k, "iscrowd": 0, "category_id": 1, **one} for k, one in enumerate(annotations)]
-    (folder / "a.json").write_text(json.dumps({"images": images, "annotations": whole, "categories": [{"id": 1, "name": "a"}]}))
+    (folder / "a.json").write_text(
+        json.dumps({"images": images, "annotations": whole, "categories": [{"id": 1, "name": "a"}]})
+    )
     return str(folder / "a.json")
 
 
@@ -42,12 +44,21 @@ def test_predictions_are_judged_in_the_pictures_frame_without_boxes_that_are_non
         }
         for n in range(3)
     ]
-    tables = [pa.Table.from_pylist([row | {"orientation": 6 if n == 0 else 1} for n, row in enumerate(rows)], schema=PREDICTIONS)]
+    tables = [
+        pa.Table.from_pylist(
+            [row | {"orientation": 6 if n == 0 else 1} for n, row in enumerate(rows)],
+            schema=PREDICTIONS,
+        )
+    ]
     truths = truths_of(source, tables)
-    assert truths.by_image is not None and set(truths.by_image) == {"0", "1"} and truths.strangers == 1
+    assert (
+        truths.by_image is not None and set(truths.by_image) == {"0", "1"} and truths.strangers == 1
+    )
     for truth in truths.by_image.values():
         np.testing.assert_allclose(truth.boxes, [[30, 20, 110, 60]], atol=1e-3)
-    assert [(one.image_id, one.annotation_id, one.reason) for one in truths.dropped] == [("1", 2, "not finite")]
+    assert [(one.image_id, one.annotation_id, one.reason) for one in truths.dropped] == [
+        ("1", 2, "not finite")
+    ]
     assert truths.boxes_from == {"stored": 1, "scaled": 1}
     precision = precision_of(truths, tables)
     assert precision is not None and precision.map == pytest.approx(1.0)
@@ -65,7 +76,9 @@ def test_predictions_are_judged_in_the_pictures_frame_without_boxes_that_are_non
         ({"iscrowd": False}, None),
     ],
 )
-def test_a_training_that_would_see_no_box_is_refused_before_it_starts(tmp_path, recipe, change, message):
+def test_a_training_that_would_see_no_box_is_refused_before_it_starts(
+    tmp_path, recipe, change, message
+):
     images = [{"id": n, "file_name": f"{n}.jpg"} for n in range(6)]
     annotations = [{"image_id": n, "bbox": [1, 1, 9, 9], **change} for n in range(6)]
     given = training.Settings(

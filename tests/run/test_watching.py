@@ -20,7 +20,9 @@ ENV = environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="a" * 32)
 
 
 def raypipe(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([*CLI, *arguments], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [*CLI, *arguments], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=120
+    )
 
 
 def address_of(run: subprocess.Popen) -> str | None:
@@ -35,13 +37,38 @@ def address_of(run: subprocess.Popen) -> str | None:
 @pytest.fixture
 def run(tmp_path):
     """A run whose actors wait rather than work, so that their number decides its speed on any machine; with its address."""
-    job = [sys.executable, "jobs/preprocess.py", "--input", "demo:3000", "--output", str(tmp_path / "out"), "--run-id", RUN]
-    job += ["--actors", "2", "--writers", "1", "--shard-rows", "4", "--read-ms", "25", "--store-ms", "25"]
-    process = subprocess.Popen(job, cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    job = [
+        sys.executable,
+        "jobs/preprocess.py",
+        "--input",
+        "demo:3000",
+        "--output",
+        str(tmp_path / "out"),
+        "--run-id",
+        RUN,
+    ]
+    job += [
+        "--actors",
+        "2",
+        "--writers",
+        "1",
+        "--shard-rows",
+        "4",
+        "--read-ms",
+        "25",
+        "--store-ms",
+        "25",
+    ]
+    process = subprocess.Popen(
+        job, cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     try:
         wait_for(lambda: address_of(process), process)
         address = address_of(process)
-        wait_for(lambda: '"stages": [{' in raypipe("runs", "--json", "--address", address).stdout, process)
+        wait_for(
+            lambda: '"stages": [{' in raypipe("runs", "--json", "--address", address).stdout,
+            process,
+        )
         yield process, address
     finally:
         process.kill()
@@ -54,10 +81,16 @@ def test_a_run_is_listed_watched_and_scaled_from_outside_until_it_ends(run, tmp_
     there = ("--address", address)
     listed = raypipe("runs", *there, "--json")
     (record,) = [json.loads(line) for line in listed.stdout.splitlines()]
-    assert (record["run_id"], record["images"], record["output"]) == (RUN, 3000, str(tmp_path / "out"))
+    assert (record["run_id"], record["images"], record["output"]) == (
+        RUN,
+        3000,
+        str(tmp_path / "out"),
+    )
 
     once = raypipe("watch", *there, "--once")
-    assert once.returncode == 0 and re.search(r"/3000 images, .*preprocess: actors", once.stdout), once
+    assert once.returncode == 0 and re.search(r"/3000 images, .*preprocess: actors", once.stdout), (
+        once
+    )
     assert once.stderr == ""
 
     scaled = raypipe("scale", RUN, "preprocess=3", *there)
@@ -86,28 +119,45 @@ def test_a_run_is_listed_watched_and_scaled_from_outside_until_it_ends(run, tmp_
 
     with Terminal([*CLI, "watch", *there], env=ENV, cwd=ROOT) as terminal:
         terminal.shows("quit", 120)
-        assert raypipe("scale", "write=6", "preprocess=6", *there).returncode == 0  # to its end sooner
+        assert (
+            raypipe("scale", "write=6", "preprocess=6", *there).returncode == 0
+        )  # to its end sooner
         terminal.shows(r"write +\d+ → 6 |write +6 ")
         assert terminal.ends(300) == 0
         assert terminal.restored and "Traceback" not in terminal.output
         left = " ".join(terminal.output.rsplit("\x1b[?1049l", 1)[1].split())
-        assert "The run watched-1 has ended" in left and re.search(r"Last seen at \d+ of 3000 images", left)
+        assert "The run watched-1 has ended" in left and re.search(
+            r"Last seen at \d+ of 3000 images", left
+        )
 
     _, errors = job.communicate(timeout=120)
     assert job.returncode == 0, errors
     assert len(files(tmp_path / "out")) == 3000
     report = json.loads((tmp_path / "out/_raypipe/report.json").read_text())
-    changes = [(event["stage"], event["from"], event["to"], event["by"]) for event in report["scale_events"]]
-    assert changes[:3] == [("preprocess", 2, 3, "user"), ("write", 1, 2, "user"), ("write", 2, 1, "user")]
+    changes = [
+        (event["stage"], event["from"], event["to"], event["by"])
+        for event in report["scale_events"]
+    ]
+    assert changes[:3] == [
+        ("preprocess", 2, 3, "user"),
+        ("write", 1, 2, "user"),
+        ("write", 2, 1, "user"),
+    ]
     assert changes[3:] == [("write", 1, 6, "user"), ("preprocess", 3, 6, "user")]
 
 
 def test_where_there_is_no_cluster_the_commands_say_so_and_what_to_do():
     done = subprocess.run(
-        [*CLI, "runs"], cwd=ROOT, env=environment(RAY_ADDRESS="127.0.0.1:1"), capture_output=True, text=True, timeout=60
+        [*CLI, "runs"],
+        cwd=ROOT,
+        env=environment(RAY_ADDRESS="127.0.0.1:1"),
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 2
-    assert "No Ray cluster answers at '127.0.0.1:1'" in done.stderr and "Correct --address or RAY_ADDRESS" in " ".join(
-        done.stderr.split()
+    assert (
+        "No Ray cluster answers at '127.0.0.1:1'" in done.stderr
+        and "Correct --address or RAY_ADDRESS" in " ".join(done.stderr.split())
     )
     assert "Traceback" not in done.stderr

@@ -25,10 +25,16 @@ from tests.models.toy import Toy
 
 def toy(root: Path, **settings) -> str:
     """A checkpoint of the model that finds, in each image, the whole of it."""
-    settings = {"model": {"name": "tests.models.toy:Toy", "arguments": {}}, "classes": [7], "amp": "auto"} | settings
+    settings = {
+        "model": {"name": "tests.models.toy:Toy", "arguments": {}},
+        "classes": [7],
+        "amp": "auto",
+    } | settings
     folder = str(root / "storage" / "run-1" / checkpoints.name_of(Progress(step=3)))
     state = {"model": Toy(num_classes=2).state_dict(), "optimizer": {}, "random": []}
-    checkpoints.save(folder, Checkpoint(settings=settings, progress=Progress(step=3), consumed=[], state=state))
+    checkpoints.save(
+        folder, Checkpoint(settings=settings, progress=Progress(step=3), consumed=[], state=state)
+    )
     return folder
 
 
@@ -47,8 +53,16 @@ def folder(tmp_path) -> Path:
 
 def predicted(root: Path, recipe: Recipe, **given):
     shard = make_work(list_images(str(root / "photos")), rows_per_shard=10)
-    block, _ = preprocess_shard(shard, Preprocessing(recipe=recipe, backend="opencv"), reader=Reader())
-    what = Predicting(checkpoint=toy(root), recipe=recipe, batch_size=4, trusted=("tests.models.toy:Toy",), **given)
+    block, _ = preprocess_shard(
+        shard, Preprocessing(recipe=recipe, backend="opencv"), reader=Reader()
+    )
+    what = Predicting(
+        checkpoint=toy(root),
+        recipe=recipe,
+        batch_size=4,
+        trusted=("tests.models.toy:Toy",),
+        **given,
+    )
     sink = Sink(format="parquet", root=str(root / "out"))
     return predict_block(block, Predictor(what, torch.device("cpu")), sink, reader=Reader())
 
@@ -58,7 +72,10 @@ def predicted(root: Path, recipe: Recipe, **given):
     [
         ((Resize(height=30, width=60),), [0, 0, 120, 90]),
         ((CenterCrop(height=40, width=60),), [30, 25, 90, 65]),
-        ((ShortSide(short=45, long=100), Flip(), CenterCrop(height=45, width=45)), [14, 0, 104, 90]),
+        (
+            (ShortSide(short=45, long=100), Flip(), CenterCrop(height=45, width=45)),
+            [14, 0, 104, 90],
+        ),
         ((PadTo(height=100, width=200), Resize(height=50, width=100)), [0, 0, 120, 90]),
     ],
 )
@@ -82,14 +99,21 @@ def test_boxes_are_on_the_original_images_as_they_are_shown(folder, ops, box):
 def test_weak_boxes_are_left_out_and_strong_ones_drawn_on_the_original(folder):
     recipe = Recipe(name="r", ops=(Resize(height=32, width=32),), finish=Finish(scale=1 / 255))
     entry = predicted(folder, recipe)
-    scores = [row["scores"][0] for row in pq.read_table(folder / "out" / entry.files[0]).to_pylist()]
+    scores = [
+        row["scores"][0] for row in pq.read_table(folder / "out" / entry.files[0]).to_pylist()
+    ]
     low, high = sorted(scores)
     assert low < high
-    entry = predicted(folder, recipe, min_score=(low + high) / 2, draw_score=0.0, names={7: "thing"})
+    entry = predicted(
+        folder, recipe, min_score=(low + high) / 2, draw_score=0.0, names={7: "thing"}
+    )
     rows = pq.read_table(folder / "out" / entry.files[0]).to_pylist()
     assert sorted(len(row["boxes"]) for row in rows) == [0, 1]
     assert entry.files[1:] == ["drawn/a.jpg", "drawn/b.jpg"]
-    for name, original in (("a", photo(0, height=90, width=120)), ("b", np.rot90(photo(1, height=120, width=90), -1))):
+    for name, original in (
+        ("a", photo(0, height=90, width=120)),
+        ("b", np.rot90(photo(1, height=120, width=90), -1)),
+    ):
         drawn = cv2.cvtColor(cv2.imread(str(folder / f"out/drawn/{name}.jpg")), cv2.COLOR_BGR2RGB)
         changed = np.abs(drawn.astype(int) - original).max(axis=2)
         row = next(row for row in rows if row["image_id"] == f"{name}.jpg")
@@ -100,12 +124,24 @@ def test_weak_boxes_are_left_out_and_strong_ones_drawn_on_the_original(folder):
 def test_an_image_that_is_gone_when_it_is_drawn_on_stops_the_run_and_is_named(folder):
     recipe = Recipe(name="r", ops=(Resize(height=32, width=32),))
     shard = make_work(list_images(str(folder / "photos")), rows_per_shard=10)
-    block, _ = preprocess_shard(shard, Preprocessing(recipe=recipe, backend="opencv"), reader=Reader())
+    block, _ = preprocess_shard(
+        shard, Preprocessing(recipe=recipe, backend="opencv"), reader=Reader()
+    )
     (folder / "photos/b.jpg").unlink()
-    what = Predicting(checkpoint=toy(folder), recipe=recipe, batch_size=4, draw_score=0.5, trusted=("tests.models.toy:Toy",))
+    what = Predicting(
+        checkpoint=toy(folder),
+        recipe=recipe,
+        batch_size=4,
+        draw_score=0.5,
+        trusted=("tests.models.toy:Toy",),
+    )
     predictor = Predictor(what, torch.device("cpu"))
-    with pytest.raises(OSError, match=r"b\.jpg could be read to predict on it, but not again to draw on it"):
-        predict_block(block, predictor, Sink(format="parquet", root=str(folder / "out")), reader=Reader())
+    with pytest.raises(
+        OSError, match=r"b\.jpg could be read to predict on it, but not again to draw on it"
+    ):
+        predict_block(
+            block, predictor, Sink(format="parquet", root=str(folder / "out")), reader=Reader()
+        )
 
 
 def test_a_shard_of_nothing_but_rejects_has_an_entry_and_no_file(folder):

@@ -30,7 +30,9 @@ def shard_of(folder: Path) -> pa.Table:
 
 
 def settings(recipe: Recipe | str = "coco-300") -> Preprocessing:
-    return Preprocessing(recipe=catalog.get(recipe) if isinstance(recipe, str) else recipe, backend="opencv")
+    return Preprocessing(
+        recipe=catalog.get(recipe) if isinstance(recipe, str) else recipe, backend="opencv"
+    )
 
 
 def test_rows_stay_in_order_and_a_bad_one_has_a_reason_and_no_pixels(photos):
@@ -40,10 +42,18 @@ def test_rows_stay_in_order_and_a_bad_one_has_a_reason_and_no_pixels(photos):
     block, bytes_in = preprocess_shard(shard, settings(), reader=Reader())
     assert block.schema == BLOCK
     assert block.column("image_id").to_pylist() == shard.column("image_id").to_pylist()
-    bad = {row["image_id"]: row["reason"] for row in block.drop_columns(["image"]).to_pylist() if row["reason"]}
+    bad = {
+        row["image_id"]: row["reason"]
+        for row in block.drop_columns(["image"]).to_pylist()
+        if row["reason"]
+    }
     assert bad == {"a/001.jpg": "not an image", "a/002.jpg": "empty"}
-    assert [p is None for p in block.column("image").to_pylist()] == [r is not None for r in block.column("reason").to_pylist()]
-    assert bytes_in == sum(path.stat().st_size for path in photos.rglob("*.jpg")) - len(b"not a photo")
+    assert [p is None for p in block.column("image").to_pylist()] == [
+        r is not None for r in block.column("reason").to_pylist()
+    ]
+    assert bytes_in == sum(path.stat().st_size for path in photos.rglob("*.jpg")) - len(
+        b"not a photo"
+    )
 
 
 def test_damaged_images_are_rejected_or_kept(photos):
@@ -66,7 +76,17 @@ def test_labels_of_whole_images_stay_and_those_of_dropped_boxes_go():
         "crowds": [[], [], [False] * 2],
         "annotation_ids": [[], [], [5, 6]],
     }
-    rows = [{"image_id": str(n), "name": str(n), "uri": str(n), "offset": 0, "length": -1, "frame": [0, 0]} for n in range(3)]
+    rows = [
+        {
+            "image_id": str(n),
+            "name": str(n),
+            "uri": str(n),
+            "offset": 0,
+            "length": -1,
+            "frame": [0, 0],
+        }
+        for n in range(3)
+    ]
     rows = [row | {name: source[name][n] for name in source} for n, row in enumerate(rows)]
     shard = make_work(pa.Table.from_pylist(rows, schema=SOURCE), rows_per_shard=3)
 
@@ -74,7 +94,9 @@ def test_labels_of_whole_images_stay_and_those_of_dropped_boxes_go():
         def read(self, shard):
             return [photo] * 3
 
-    left = Recipe(name="left", ops=(CenterCrop(height=60, width=60),))  # of 120x160: the first box is outside
+    left = Recipe(
+        name="left", ops=(CenterCrop(height=60, width=60),)
+    )  # of 120x160: the first box is outside
     block, _ = preprocess_shard(shard, settings(left), reader=Given())
     assert block.column("reason").to_pylist() == [None] * 3
     assert block.column("labels").to_pylist() == [[7], [], [2]]
@@ -83,11 +105,19 @@ def test_labels_of_whole_images_stay_and_those_of_dropped_boxes_go():
 
 def annotated(folder: Path, *images: tuple[str, tuple[int, int], list[list[float]]]) -> pa.Table:
     """The work of a COCO JSON: of each image its file, height and width as the JSON says, and its boxes (x y width height)."""
-    listed = [{"id": n, "file_name": file, "height": h, "width": w} for n, (file, (h, w), _) in enumerate(images)]
+    listed = [
+        {"id": n, "file_name": file, "height": h, "width": w}
+        for n, (file, (h, w), _) in enumerate(images)
+    ]
     boxes = [(n, box) for n, (_, _, of) in enumerate(images) for box in of]
-    found = [{"id": 10 + k, "image_id": n, "category_id": k, "bbox": box} for k, (n, box) in enumerate(boxes)]
+    found = [
+        {"id": 10 + k, "image_id": n, "category_id": k, "bbox": box}
+        for k, (n, box) in enumerate(boxes)
+    ]
     (folder / "a.json").write_text(json.dumps({"images": listed, "annotations": found}))
-    return make_work(list_images(str(folder), annotations=str(folder / "a.json")), rows_per_shard=100)
+    return make_work(
+        list_images(str(folder), annotations=str(folder / "a.json")), rows_per_shard=100
+    )
 
 
 @pytest.mark.parametrize("decode_only", [False, True])
@@ -96,7 +126,9 @@ def test_boxes_drawn_in_another_frame_are_moved_into_the_picture(tmp_path, decod
     picture[20:60, 30:110] = (220, 20, 20)
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.fromarray(np.ascontiguousarray(np.rot90(picture))).save(tmp_path / "rotated.jpg", exif=exif)  # stored 200x100
+    Image.fromarray(np.ascontiguousarray(np.rot90(picture))).save(
+        tmp_path / "rotated.jpg", exif=exif
+    )  # stored 200x100
     Image.fromarray(picture).resize((400, 200)).save(tmp_path / "doubled.jpg")
     Image.fromarray(picture).save(tmp_path / "as is.jpg")
     exif[0x0112] = 3
@@ -111,12 +143,21 @@ def test_boxes_drawn_in_another_frame_are_moved_into_the_picture(tmp_path, decod
         ("as is.jpg", (100, 100), []),
     )
     block, _ = preprocess_shard(work, replace(settings(), decode_only=decode_only), reader=Reader())
-    assert block.column("boxes_from").to_pylist() == ["stored", "scaled", "upright", "unclear", None, None]
+    assert block.column("boxes_from").to_pylist() == [
+        "stored",
+        "scaled",
+        "upright",
+        "unclear",
+        None,
+        None,
+    ]
     assert block.column("reason").to_pylist() == [None] * 4 + ["bad boxes", None]
     assert "100x100 (height x width), and this one has 100x200" in block.column("detail")[4].as_py()
     whole = [30, 20, 110, 60] if decode_only else [45, 60, 165, 180]
     expected = [[2 * side for side in whole] if decode_only and n == 1 else whole for n in range(4)]
-    np.testing.assert_allclose([boxes[0] for boxes in block.column("boxes").to_pylist()[:4]], expected, atol=1e-3)
+    np.testing.assert_allclose(
+        [boxes[0] for boxes in block.column("boxes").to_pylist()[:4]], expected, atol=1e-3
+    )
 
 
 def test_bad_boxes_are_dropped_with_the_reason_and_the_others_keep_their_labels(tmp_path):
@@ -124,7 +165,9 @@ def test_bad_boxes_are_dropped_with_the_reason_and_the_others_keep_their_labels(
     bad = [[30, 30, -10, 5], [0, 0, 1e999, 5], [500, 500, 10, 10], [5, 5, 0, 9]]
     work = annotated(tmp_path, ("a.jpg", (0, 0), [[10, 10, 20, 20], *bad, [100, 100, 90, 90]]))
     block, _ = preprocess_shard(work, settings(), reader=Reader())
-    assert block.column("labels").to_pylist() == [[0, 5]] and block.column("annotation_ids").to_pylist() == [[10, 15]]
+    assert block.column("labels").to_pylist() == [[0, 5]] and block.column(
+        "annotation_ids"
+    ).to_pylist() == [[10, 15]]
     dropped = block.column("boxes_dropped").to_pylist()[0]
     assert [(one["annotation_id"], one["reason"]) for one in dropped] == [
         (11, "corners swapped"),
@@ -153,11 +196,16 @@ def test_pixels_of_one_size_are_one_array_without_a_copy(photos):
 
 def test_images_of_many_sizes_share_one_buffer_and_are_not_one_array(photos):
     block, _ = preprocess_shard(shard_of(photos), settings("mask-rcnn-train"), reader=Reader())
-    sizes = set(zip(block.column("height").to_pylist(), block.column("width").to_pylist(), strict=True))
+    sizes = set(
+        zip(block.column("height").to_pylist(), block.column("width").to_pylist(), strict=True)
+    )
     assert len(sizes) > 1 and all(min(size) == 800 or max(size) == 1333 for size in sizes)
     lengths = [len(image) for image in block.column("image").to_pylist()]
     assert lengths == [
-        h * w * 3 for h, w in zip(block.column("height").to_pylist(), block.column("width").to_pylist(), strict=True)
+        h * w * 3
+        for h, w in zip(
+            block.column("height").to_pylist(), block.column("width").to_pylist(), strict=True
+        )
     ]
     with pytest.raises(ValueError, match="sizes"):
         pixels(block)
@@ -171,8 +219,12 @@ def test_pixels_of_a_slice_and_of_a_block_with_rejects(photos):
     part = block.slice(5, 10)
     np.testing.assert_array_equal(pixels(part)[0], good[4])
     images = images_of(block)
-    assert images[0] is None and all(np.array_equal(image, of) for image, of in zip(images[1:], good, strict=True))
-    assert all(np.array_equal(image, of) for image, of in zip(images_of(part), good[4:14], strict=True))
+    assert images[0] is None and all(
+        np.array_equal(image, of) for image, of in zip(images[1:], good, strict=True)
+    )
+    assert all(
+        np.array_equal(image, of) for image, of in zip(images_of(part), good[4:14], strict=True)
+    )
     assert images_of(block.slice(0, 1)) == [None] and images_of(block.slice(0, 0)) == []
     assert images_of(pa.concat_tables([block.slice(0, 3), block.slice(0, 2)]))[3] is None
     assert pixels(block.slice(0, 1)).shape[0] == 0
@@ -214,7 +266,11 @@ class FailAtTall:
 @opencv.apply.register
 def _(op: FailAtTall, image, out=None):
     if image.shape[0] > op.above:
-        raise Reject("corrupt", "found in the op") if op.reject else ZeroDivisionError("a bug in the user's op")
+        raise (
+            Reject("corrupt", "found in the op")
+            if op.reject
+            else ZeroDivisionError("a bug in the user's op")
+        )
     return image
 
 
@@ -231,7 +287,9 @@ def test_an_image_that_is_rejected_late_does_not_keep_the_memory(photos):
     shard, memory = shard_of(photos), Memory(60 * 50 * 50 * 3)
     addresses = set()
     for _ in range(2):
-        block, _ = preprocess_shard(shard, settings(Recipe(name="own", ops=ops)), reader=Reader(), memory=memory)
+        block, _ = preprocess_shard(
+            shard, settings(Recipe(name="own", ops=ops)), reader=Reader(), memory=memory
+        )
         assert block.column("detail").to_pylist().count("found in the op") == 9
         addresses.add(block.column("image").chunk(0).buffers()[2].address)
         del block
@@ -241,7 +299,11 @@ def test_an_image_that_is_rejected_late_does_not_keep_the_memory(photos):
 def test_a_killer_is_not_touched_and_marks_say_where_a_process_is(photos):
     marks: list[int] = []
     block, _ = preprocess_shard(
-        shard_of(photos), settings(), reader=Reader(), killers={3: Reject("kills its process")}, mark=marks.append
+        shard_of(photos),
+        settings(),
+        reader=Reader(),
+        killers={3: Reject("kills its process")},
+        mark=marks.append,
     )
     assert 3 not in marks and set(marks) == set(range(60)) - {3}
     assert block.column("reason").to_pylist()[3] == "kills its process"
@@ -269,7 +331,9 @@ def test_tracks_outlive_their_process_and_blame_a_row_only_after_several_deaths(
     assert Tracks(str(tmp_path)).killers(7) == {}
     die(7, 5)
     after = Tracks(str(tmp_path))  # as the actor that takes the place of the dead one has it
-    assert {row: reject.reason for row, reject in after.killers(7).items()} == {5: "kills its process"}
+    assert {row: reject.reason for row, reject in after.killers(7).items()} == {
+        5: "kills its process"
+    }
     assert after.killers(8) == {}
 
 
@@ -300,7 +364,9 @@ def test_an_image_that_takes_too_much_cpu_ends_its_process_and_is_blamed_at_once
         codes.append(process.exitcode)
     assert codes == [-signal.SIGKILL, 0]
     killers = Tracks(str(tmp_path), image_seconds=0.5).killers(7)
-    assert {row: str(reject) for row, reject in killers.items()} == {5: "takes too long: more than --image-seconds 0.5 of CPU"}
+    assert {row: str(reject) for row, reject in killers.items()} == {
+        5: "takes too long: more than --image-seconds 0.5 of CPU"
+    }
 
 
 AS_IT_IS = Recipe(name="as-it-is", ops=(HorizontalFlip(),))
@@ -311,9 +377,18 @@ def flat_png(side: int) -> bytes:
 
 
 def shard_with(*images: bytes) -> tuple[pa.Table, Any]:
-    rows = [{"image_id": str(n), "name": str(n), "uri": str(n), "offset": 0, "length": -1} for n in range(len(images))]
-    empty = {field.name: [0, 0] if field.name == "frame" else [] for field in SOURCE if field.name not in rows[0]}
-    shard = make_work(pa.Table.from_pylist([row | empty for row in rows], schema=SOURCE), rows_per_shard=len(rows))
+    rows = [
+        {"image_id": str(n), "name": str(n), "uri": str(n), "offset": 0, "length": -1}
+        for n in range(len(images))
+    ]
+    empty = {
+        field.name: [0, 0] if field.name == "frame" else []
+        for field in SOURCE
+        if field.name not in rows[0]
+    }
+    shard = make_work(
+        pa.Table.from_pylist([row | empty for row in rows], schema=SOURCE), rows_per_shard=len(rows)
+    )
 
     class Given:
         def read(self, shard):
@@ -324,7 +399,10 @@ def shard_with(*images: bytes) -> tuple[pa.Table, Any]:
 
 @pytest.mark.parametrize(
     ("recipe", "memory", "good"),
-    [("coco-300", 75_000_000, [True, False, True, True]), (AS_IT_IS, 50_000_000, [True, False, True, False])],
+    [
+        ("coco-300", 75_000_000, [True, False, True, True]),
+        (AS_IT_IS, 50_000_000, [True, False, True, False]),
+    ],
 )
 def test_what_does_not_fit_into_the_actors_memory_is_rejected_alone(recipe, memory, good):
     """A PNG of 2000x2000 takes 36 MB to decode, 70 to resize in float; flipped as it is, 12 MB until its shard is done."""
@@ -333,4 +411,7 @@ def test_what_does_not_fit_into_the_actors_memory_is_rejected_alone(recipe, memo
     assert [reason is None for reason in block.column("reason").to_pylist()] == good
     assert set(block.column("reason").to_pylist()) == {None, "too large for --actor-memory"}
     detail = block.column("detail")[1].as_py()
-    assert detail.startswith("3000x3000 pixels (png) take 0.") and f"there are {memory / 1e9:.2f} GB" in detail
+    assert (
+        detail.startswith("3000x3000 pixels (png) take 0.")
+        and f"there are {memory / 1e9:.2f} GB" in detail
+    )

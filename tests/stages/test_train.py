@@ -19,7 +19,16 @@ from raypipe.data.listing import list_images
 from raypipe.data.reader import Reader
 from raypipe.data.tables import SOURCE
 from raypipe.data.work import BLOCK, lists, make_work
-from raypipe.images.recipe import CenterCrop, Finish, HorizontalFlip, IoUCrop, PhotometricDistort, Recipe, Resize, ZoomOut
+from raypipe.images.recipe import (
+    CenterCrop,
+    Finish,
+    HorizontalFlip,
+    IoUCrop,
+    PhotometricDistort,
+    Recipe,
+    Resize,
+    ZoomOut,
+)
 from raypipe.models import checkpoint as checkpoints
 from raypipe.models.detection import Classes
 from raypipe.stages.batches import Placer, batches, rows_of, trainable
@@ -65,14 +74,23 @@ def test_batches_keep_the_order_fill_up_across_blocks_and_never_span_epochs():
         (0, ["i6"]),
         (1, ["i0", "i1", "i2"]),
     ]
-    assert all((row.pixels == int(row.image_id[1:])).all() and row.pixels.shape == (4, 6, 3) for b in made for row in b.rows)
+    assert all(
+        (row.pixels == int(row.image_id[1:])).all() and row.pixels.shape == (4, 6, 3)
+        for b in made
+        for row in b.rows
+    )
 
 
 def test_rejected_rows_ride_along_without_filling_a_batch():
     made = list(batches([block(0, range(7), rejected=(1, 2, 6))], 2))
     assert [ids(batch) for batch in made] == [["i0", "i1", "i2", "i3"], ["i4", "i5"], ["i6"]]
     assert [len(batch.good) for batch in made] == [2, 2, 0]
-    assert made[2].rows[0].reject == {"image_id": "i6", "uri": "/i6", "reason": "truncated", "detail": ""}
+    assert made[2].rows[0].reject == {
+        "image_id": "i6",
+        "uri": "/i6",
+        "reason": "truncated",
+        "detail": "",
+    }
 
 
 def test_slices_and_joined_blocks_are_read_like_whole_ones():
@@ -80,7 +98,12 @@ def test_slices_and_joined_blocks_are_read_like_whole_ones():
     for table in (whole.slice(3, 4), pa.concat_tables([whole.slice(3, 2), whole.slice(5, 2)])):
         rows = list(rows_of(table))
         assert [row.image_id for row in rows] == ["i3", "i4", "i5", "i6"]
-        assert [None if row.pixels is None else int(row.pixels.mean()) for row in rows] == [3, None, 5, 6]
+        assert [None if row.pixels is None else int(row.pixels.mean()) for row in rows] == [
+            3,
+            None,
+            5,
+            6,
+        ]
 
 
 def test_an_epoch_that_comes_after_a_later_one_is_an_error():
@@ -90,7 +113,11 @@ def test_an_epoch_that_comes_after_a_later_one_is_an_error():
 
 def test_crowds_and_boxes_without_an_area_are_not_learned_and_boxes_without_labels_are_refused():
     (row,) = rows_of(block(0, [3], boxes=3))
-    row = replace(row, boxes=np.float32([[0, 0, 2, 2], [1, 1, 1, 3], [0, 0, 4, 4]]), crowds=np.array([False, False, True]))
+    row = replace(
+        row,
+        boxes=np.float32([[0, 0, 2, 2], [1, 1, 1, 3], [0, 0, 4, 4]]),
+        crowds=np.array([False, False, True]),
+    )
     boxes, labels = trainable(row)
     assert boxes.tolist() == [[0, 0, 2, 2]] and labels.tolist() == [5]
     with pytest.raises(UsageError, match="i3 has 3 boxes, but 0 labels"):
@@ -101,7 +128,9 @@ def test_a_batch_is_finished_on_the_device_and_ragged_ones_keep_their_own_sizes(
     (batch,) = batches([block(0, [10]), block(0, [20], size=(5, 3))], 2)
     finish = Finish(scale=1 / 2, mean=(1.0, 2.0, 3.0), channels="bgr", layout="hwc")
     for multiple in (None, 8):
-        placed = Placer(torch.device("cpu"), replace(finish, pad_multiple=multiple), Classes((5,)))(batch)
+        placed = Placer(torch.device("cpu"), replace(finish, pad_multiple=multiple), Classes((5,)))(
+            batch
+        )
         assert [tuple(image.shape) for image in placed.images] == [(3, 4, 6), (3, 5, 3)]
         assert placed.images[0][:, 0, 0].tolist() == [4.0, 3.0, 2.0]
         assert placed.images[1][:, 4, 2].tolist() == [9.0, 8.0, 7.0]
@@ -112,28 +141,54 @@ def test_ops_that_are_left_to_the_device_give_what_the_actors_would_have_given(t
     paths, rng = [], np.random.default_rng(3)
     for number, size in enumerate([(90, 120), (90, 120), (64, 200), (90, 120)]):
         paths.append(tmp_path / f"{number}.png")
-        cv2.imwrite(str(paths[-1]), cv2.GaussianBlur(rng.integers(0, 256, (*size, 3), np.uint8), (0, 0), 2))
+        cv2.imwrite(
+            str(paths[-1]), cv2.GaussianBlur(rng.integers(0, 256, (*size, 3), np.uint8), (0, 0), 2)
+        )
     source = list_images(str(tmp_path))
     boxes = [np.float32([[5, 5, 40, 50], [60, 20, 110, 60]])] * 4
     for name, values in (("boxes", boxes), ("labels", [np.array([5, 7])] * 4)):
-        source = source.set_column(source.column_names.index(name), SOURCE.field(name), lists(values, SOURCE.field(name).type))
+        source = source.set_column(
+            source.column_names.index(name),
+            SOURCE.field(name),
+            lists(values, SOURCE.field(name).type),
+        )
     shard = make_work(source, rows_per_shard=4)
     resized = Resize(height=48, width=64, antialias=True)
-    chance = Recipe(name="chance", ops=(PhotometricDistort(), ZoomOut(), IoUCrop(), HorizontalFlip(), resized), finish=FINISH)
-    for recipe in (chance, Recipe(name="plain", ops=(resized,), finish=FINISH), Recipe(name="ragged", ops=(HorizontalFlip(),))):
+    chance = Recipe(
+        name="chance",
+        ops=(PhotometricDistort(), ZoomOut(), IoUCrop(), HorizontalFlip(), resized),
+        finish=FINISH,
+    )
+    for recipe in (
+        chance,
+        Recipe(name="plain", ops=(resized,), finish=FINISH),
+        Recipe(name="ragged", ops=(HorizontalFlip(),)),
+    ):
         made = []
         for left in (None, recipe):
-            pixels = Preprocessing(recipe=recipe, backend="torchvision", seed=4, decode_only=left is not None)
+            pixels = Preprocessing(
+                recipe=recipe, backend="torchvision", seed=4, decode_only=left is not None
+            )
             block_, _ = preprocess_shard(shard, pixels, reader=Reader(threads=0))
             (batch,) = batches([block_], 4)
-            made.append(Placer(torch.device("cpu"), FINISH, Classes((5, 7)), left=left, seed=4)(batch))
+            made.append(
+                Placer(torch.device("cpu"), FINISH, Classes((5, 7)), left=left, seed=4)(batch)
+            )
         there, here = made
-        assert there.batch.good[2].pixels.shape == ((48, 64, 3) if recipe.name != "ragged" else (64, 200, 3))
+        assert there.batch.good[2].pixels.shape == (
+            (48, 64, 3) if recipe.name != "ragged" else (64, 200, 3)
+        )
         assert here.batch.good[2].pixels.shape == (64, 200, 3)
-        for one, other in zip(there.images + there.targets, here.images + here.targets, strict=True):
+        for one, other in zip(
+            there.images + there.targets, here.images + here.targets, strict=True
+        ):
             torch.testing.assert_close(one, other, rtol=0, atol=0)
     # A crop that does not fit is found where the image is decoded, and costs its row.
-    cropping = Preprocessing(recipe=Recipe(name="c", ops=(CenterCrop(height=80, width=80),)), backend="opencv", decode_only=True)
+    cropping = Preprocessing(
+        recipe=Recipe(name="c", ops=(CenterCrop(height=80, width=80),)),
+        backend="opencv",
+        decode_only=True,
+    )
     block_, _ = preprocess_shard(shard, cropping, reader=Reader(threads=0))
     assert block_.column("reason").to_pylist() == [None, None, "too small", None]
 
@@ -141,7 +196,9 @@ def test_ops_that_are_left_to_the_device_give_what_the_actors_would_have_given(t
 def test_the_learning_rate_warms_up_and_falls():
     cosine = [lr_factor(done, schedule="cosine", warmup=0.1) for done in (0, 0.05, 0.1, 0.55, 1.0)]
     assert cosine == pytest.approx([0.001, 0.5, 1.0, 0.5, 0.0], abs=1e-9)
-    step = [lr_factor(done, schedule="step", warmup=0.0) for done in (0, 0.66, 0.67, 0.88, 0.89, 1.0)]
+    step = [
+        lr_factor(done, schedule="step", warmup=0.0) for done in (0, 0.66, 0.67, 0.88, 0.89, 1.0)
+    ]
     assert step == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
 
 
@@ -185,9 +242,18 @@ FINISH = Finish(scale=1 / 255)
 
 
 def assignment(folder: str, *, rows: int, epochs: int, board=None, **training) -> Assignment:
-    given = {"model": "tests.models.toy:Toy", "batch_size": 4, "optimizer": "sgd", "lr": 0.05, "warmup": 0.0, "clip": None}
+    given = {
+        "model": "tests.models.toy:Toy",
+        "batch_size": 4,
+        "optimizer": "sgd",
+        "lr": 0.05,
+        "warmup": 0.0,
+        "clip": None,
+    }
     return Assignment(
-        training=Training(classes=Classes((5,)), finish=FINISH, epochs=epochs, rows=rows, **(given | training)),
+        training=Training(
+            classes=Classes((5,)), finish=FINISH, epochs=epochs, rows=rows, **(given | training)
+        ),
         settings={},
         attempt=folder,
         resume=None,
@@ -199,8 +265,17 @@ def assignment(folder: str, *, rows: int, epochs: int, board=None, **training) -
     )
 
 
-def train(given: Assignment, blocks, rank: int = 0, size: int = 1, report=lambda metrics, name: None) -> Worker:
-    worker = Worker(given, device=torch.device("cpu"), peers=Peers(rank, size), blocks=blocks, holdout=[], report=report)
+def train(
+    given: Assignment, blocks, rank: int = 0, size: int = 1, report=lambda metrics, name: None
+) -> Worker:
+    worker = Worker(
+        given,
+        device=torch.device("cpu"),
+        peers=Peers(rank, size),
+        blocks=blocks,
+        holdout=[],
+        report=report,
+    )
     worker.run()
     return worker
 
@@ -216,18 +291,27 @@ def logged(folder) -> dict[int, list[str]]:
     steps: dict[int, list[str]] = {}
     for path in sorted((folder / "log").iterdir()):
         for line in map(json.loads, path.read_text().splitlines()):
-            steps.setdefault(line["step"], []).extend(f"{line['epoch']}/{i}" for i in line["image_ids"])
+            steps.setdefault(line["step"], []).extend(
+                f"{line['epoch']}/{i}" for i in line["image_ids"]
+            )
     return steps
 
 
 @pytest.mark.slow
-def test_uneven_workers_neither_hang_nor_drop_a_row_and_give_the_gradient_of_all_images_together(tmp_path):
+def test_uneven_workers_neither_hang_nor_drop_a_row_and_give_the_gradient_of_all_images_together(
+    tmp_path,
+):
     # 2 images of each step are rank 0's and 2 rank 1's while both have some: 9 + 3 rows of one epoch, 2 + 7 of the next.
     mine = [[block(0, range(9), boxes=None), block(1, range(2), boxes=None)]]
-    mine += [[block(0, range(9, 12), boxes=None, rejected=(10,)), block(1, range(2, 9), boxes=None)]]
+    mine += [
+        [block(0, range(9, 12), boxes=None, rejected=(10,)), block(1, range(2, 9), boxes=None)]
+    ]
     given = assignment(str(tmp_path), rows=21, epochs=2)
     spawn = multiprocessing.get_context("spawn")
-    processes = [spawn.Process(target=in_process, args=(rank, 2, str(tmp_path), mine[rank], given)) for rank in (0, 1)]
+    processes = [
+        spawn.Process(target=in_process, args=(rank, 2, str(tmp_path), mine[rank], given))
+        for rank in (0, 1)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -251,25 +335,39 @@ def test_uneven_workers_neither_hang_nor_drop_a_row_and_give_the_gradient_of_all
         done += len(steps[step])
     kept = checkpoints.load(checkpoints.all_in(str(tmp_path))[-1])
     torch.testing.assert_close(kept.state["model"]["weights"], weights)
-    assert (kept.progress.rows, kept.progress.images, kept.progress.rejected, kept.progress.epoch) == (21, 20, 1, 2)
+    assert (
+        kept.progress.rows,
+        kept.progress.images,
+        kept.progress.rejected,
+        kept.progress.epoch,
+    ) == (21, 20, 1, 2)
     assert [row["image_id"] for row in kept.progress.rejects] == ["i10"]
 
 
 def test_a_checkpoint_within_an_epoch_names_the_rows_that_were_seen(tmp_path):
     names: list[str] = []
     given = assignment(str(tmp_path), rows=11, epochs=1, checkpoint_every=1)
-    train(given, [block(0, range(11), rejected=(2,))], report=lambda metrics, name: names.append(name))
-    assert len(names) == len(set(names)) == 4  # Ray Train deletes by name: the end of the epoch is not its last step
+    train(
+        given, [block(0, range(11), rejected=(2,))], report=lambda metrics, name: names.append(name)
+    )
+    assert (
+        len(names) == len(set(names)) == 4
+    )  # Ray Train deletes by name: the end of the epoch is not its last step
     found = [checkpoints.load(folder) for folder in checkpoints.all_in(str(tmp_path))]
     within = [one for one in found if one.progress.epoch == 0]
     assert [one.consumed for one in within] == [[f"i{n}" for n in range(end)] for end in (5, 9, 11)]
     assert [one.progress.rows for one in within] == [5, 9, 11]
-    assert found[-1].progress.rows == 11 and found[-1].consumed == [] and found[-1].progress.epoch == 1
+    assert (
+        found[-1].progress.rows == 11 and found[-1].consumed == [] and found[-1].progress.epoch == 1
+    )
 
 
 def test_a_loss_that_is_no_number_ends_the_training_and_is_not_kept(tmp_path):
     with pytest.raises(UsageError, match=r"loss became (nan|inf).*Lower --lr \(it is 1e\+30\)"):
-        train(assignment(str(tmp_path), rows=40, epochs=1, lr=1e30, checkpoint_every=1), [block(0, range(40))])
+        train(
+            assignment(str(tmp_path), rows=40, epochs=1, lr=1e30, checkpoint_every=1),
+            [block(0, range(40))],
+        )
     for folder in checkpoints.all_in(str(tmp_path)):
         assert torch.isfinite(checkpoints.load(folder).state["model"]["weights"]).all()
 
@@ -285,8 +383,13 @@ def test_a_last_batch_of_one_image_is_trained_on_although_it_has_no_statistics(t
 def test_the_feeding_thread_ends_with_the_training_and_also_when_that_breaks_off(tmp_path, lr):
     before = {thread for thread in threading.enumerate() if thread.name == "raypipe-feed"}
     with nullcontext() if lr < 1 else pytest.raises(UsageError):
-        train(assignment(str(tmp_path), rows=400, epochs=1, lr=lr, checkpoint_every=1), [block(0, range(400))])
-    for thread in {thread for thread in threading.enumerate() if thread.name == "raypipe-feed"} - before:
+        train(
+            assignment(str(tmp_path), rows=400, epochs=1, lr=lr, checkpoint_every=1),
+            [block(0, range(400))],
+        )
+    for thread in {
+        thread for thread in threading.enumerate() if thread.name == "raypipe-feed"
+    } - before:
         thread.join(10)
         assert not thread.is_alive()
 
@@ -314,7 +417,10 @@ def test_an_epoch_without_a_box_to_learn_from_ends_the_training(tmp_path):
 def test_dropped_boxes_and_frames_are_counted_once_however_many_epochs(tmp_path):
     def told(epoch: int) -> pa.Table:
         table = block(epoch, range(4))
-        dropped = [[{"box": [0, 0, 0, 1], "annotation_id": n, "reason": "no area"}] * (n % 2) for n in range(4)]
+        dropped = [
+            [{"box": [0, 0, 0, 1], "annotation_id": n, "reason": "no area"}] * (n % 2)
+            for n in range(4)
+        ]
         columns = {
             "boxes_dropped": dropped,
             "boxes_from": ["stored", "upright", "unclear", None],
@@ -322,12 +428,19 @@ def test_dropped_boxes_and_frames_are_counted_once_however_many_epochs(tmp_path)
         }
         for name, values in columns.items():
             field = BLOCK.field(name)
-            table = table.set_column(table.column_names.index(name), field, pa.array(values, field.type))
+            table = table.set_column(
+                table.column_names.index(name), field, pa.array(values, field.type)
+            )
         return table
 
-    worker = train(assignment(str(tmp_path), rows=8, epochs=2, checkpoint_every=1), [told(0), told(1)])
+    worker = train(
+        assignment(str(tmp_path), rows=8, epochs=2, checkpoint_every=1), [told(0), told(1)]
+    )
     progress = checkpoints.load(checkpoints.all_in(str(tmp_path))[-1]).progress
     assert progress == worker._progress
-    assert [(box["image_id"], box["annotation_id"]) for box in progress.dropped] == [("i1", 1), ("i3", 3)]
+    assert [(box["image_id"], box["annotation_id"]) for box in progress.dropped] == [
+        ("i1", 1),
+        ("i3", 3),
+    ]
     assert progress.boxes_from == {"stored": 1, "upright": 1, "unclear": 1}
     assert progress.damaged == 2  # of images_out, which counts each epoch

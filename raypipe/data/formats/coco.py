@@ -19,7 +19,9 @@ from raypipe.errors import UsageError, foreign, printable, shown, words
 log = logging.getLogger(__name__)
 
 
-def list_coco(input: str, annotations: str, limit: int | None, *, there: Iterable[str] = ()) -> Listed:
+def list_coco(
+    input: str, annotations: str, limit: int | None, *, there: Iterable[str] = ()
+) -> Listed:
     """List the images of a COCO JSON in its order, whether the file exists below the folder `input` or not.
 
     Args:
@@ -35,7 +37,9 @@ def list_coco(input: str, annotations: str, limit: int | None, *, there: Iterabl
     coco = read_coco(annotations)
     images = coco["images"]
     index_of = _index(annotations, images)
-    boxes, labels, crowds, ids, owners = _annotations(annotations, coco.get("annotations") or [], index_of)
+    boxes, labels, crowds, ids, owners = _annotations(
+        annotations, coco.get("annotations") or [], index_of
+    )
 
     count = len(images) if limit is None else min(limit, len(images))
     order = np.argsort(owners, kind="stable")
@@ -46,7 +50,10 @@ def list_coco(input: str, annotations: str, limit: int | None, *, there: Iterabl
         rows(
             list(index_of)[:count],
             names,
-            [join(root, name) if is_remote(root) else local_uri(os.path.join(root, name)) for name in names],
+            [
+                join(root, name) if is_remote(root) else local_uri(os.path.join(root, name))
+                for name in names
+            ],
             boxes=box_lists(counts, boxes[order]),
             labels=lists_of(counts, labels[order]),
             crowds=lists_of(counts, crowds[order]),
@@ -73,9 +80,13 @@ def read_coco(location: str) -> dict[str, Any]:
         try:
             coco = json.loads(data)
         except ValueError as error:
-            raise UsageError(f"the annotations {location!r} are not JSON: {printable(one_line(error))}") from error
+            raise UsageError(
+                f"the annotations {location!r} are not JSON: {printable(one_line(error))}"
+            ) from error
     if not isinstance(coco, dict) or not isinstance(coco.get("images"), list):
-        raise UsageError(f'the annotations {location!r} are JSON, but not COCO: there is no list "images" in them')
+        raise UsageError(
+            f'the annotations {location!r} are JSON, but not COCO: there is no list "images" in them'
+        )
     if not coco["images"]:
         raise UsageError(f'the annotations {location!r} list no image: "images" is empty')
     if not isinstance(coco.get("annotations"), list | None):
@@ -107,7 +118,9 @@ def annotation_id(annotation: dict[str, Any], position: int) -> int:
 def _index(location: str, images: list[Any]) -> dict[str, int]:
     """The position of each image by its key, in order."""
     index_of: dict[str, int] = {}
-    with foreign(f"the annotations {location!r}", remedy="An image needs an id and a file_name.") as place:
+    with foreign(
+        f"the annotations {location!r}", remedy="An image needs an id and a file_name."
+    ) as place:
         for position, image in enumerate(images):
             place.at = ("image number", position, image)
             try:
@@ -161,12 +174,20 @@ def _annotations(
         log.warning("%s: %d annotations %s; they are ignored", location, count, why)
     with np.errstate(over="ignore"):  # beyond float32 is infinite, which is a bad box and no more
         xyxy = np.asarray(boxes, np.float64).reshape(-1, 4).astype(np.float32)
-    return xyxy, np.asarray(labels, np.int64), np.asarray(crowds, bool), np.asarray(ids, np.int64), np.asarray(owners, np.int64)
+    return (
+        xyxy,
+        np.asarray(labels, np.int64),
+        np.asarray(crowds, bool),
+        np.asarray(ids, np.int64),
+        np.asarray(owners, np.int64),
+    )
 
 
 def check_annotation_ids(source: pa.Table, annotations: str) -> None:
     """Raises UsageError where an image of `source` (schema SOURCE) has an annotation id twice: which box is which is then unclear."""
-    for image_id, ids in zip(source["image_id"].to_pylist(), source["annotation_ids"].to_pylist(), strict=True):
+    for image_id, ids in zip(
+        source["image_id"].to_pylist(), source["annotation_ids"].to_pylist(), strict=True
+    ):
         if len(set(ids)) < len(ids):
             again = next(one for one in ids if ids.count(one) > 1)
             raise UsageError(

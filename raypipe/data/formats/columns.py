@@ -13,7 +13,20 @@ from raypipe.data.formats.files import npy
 from raypipe.errors import UsageError
 from raypipe.images.decode import Reject
 
-_IMAGE_COLUMNS = ("image", "bytes", "jpg", "jpeg", "png", "webp", "content", "image_bytes", "img", "data", "pixels", "tensor")
+_IMAGE_COLUMNS = (
+    "image",
+    "bytes",
+    "jpg",
+    "jpeg",
+    "png",
+    "webp",
+    "content",
+    "image_bytes",
+    "img",
+    "data",
+    "pixels",
+    "tensor",
+)
 _TENSORS = (
     "ray.data.arrow_tensor",
     "ray.data.arrow_tensor_v2",
@@ -50,21 +63,36 @@ def image_column(schema: pa.Schema, uri: str, extensions: dict[str, tuple[str, b
 def holds_bytes(type: pa.DataType) -> bool:
     """Whether values are encoded images, or structs with one as Hugging Face writes them."""
     if pa.types.is_struct(type):
-        return any(type.field(i).name == "bytes" and holds_bytes(type.field(i).type) for i in range(type.num_fields))
+        return any(
+            type.field(i).name == "bytes" and holds_bytes(type.field(i).type)
+            for i in range(type.num_fields)
+        )
     return any(
-        is_(type) for is_ in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
+        is_(type)
+        for is_ in (
+            pa.types.is_binary,
+            pa.types.is_large_binary,
+            pa.types.is_binary_view,
+            pa.types.is_fixed_size_binary,
+        )
     )
 
 
 def is_shaped(type: pa.DataType) -> bool:
     """Whether values are tensors of different shapes, as Ray stores them: a flat list `data` and its `shape`."""
-    fields = {type.field(i).name: type.field(i).type for i in range(type.num_fields)} if pa.types.is_struct(type) else {}
+    fields = (
+        {type.field(i).name: type.field(i).type for i in range(type.num_fields)}
+        if pa.types.is_struct(type)
+        else {}
+    )
     return {*fields} == {"data", "shape"} and all(is_list(of) for of in fields.values())
 
 
 def is_list(type: pa.DataType) -> bool:
     """Whether values are lists, of whatever kind."""
-    return pa.types.is_list(type) or pa.types.is_large_list(type) or pa.types.is_fixed_size_list(type)
+    return (
+        pa.types.is_list(type) or pa.types.is_large_list(type) or pa.types.is_fixed_size_list(type)
+    )
 
 
 def depth(type: pa.DataType) -> int:
@@ -96,7 +124,9 @@ def shape_of(extension: str, parameters: bytes) -> tuple[int, ...] | None:
     if isinstance(found, dict):
         moved = found.get("permutation") or []
         found = found.get("shape") if list(moved) == sorted(moved) else None
-    is_shape = isinstance(found, list | tuple) and all(type(side) is int and side >= 0 for side in found)
+    is_shape = isinstance(found, list | tuple) and all(
+        type(side) is int and side >= 0 for side in found
+    )
     return tuple(found) if is_shape else None
 
 
@@ -112,7 +142,10 @@ def pixels(where: str, values: pa.Array, shape: tuple[int, ...] | None) -> bytes
         nested.append(lengths[0])
         values = values.flatten()
     if not pa.types.is_integer(values.type):
-        return Reject("unsupported mode", f"{where}: numbers of type {values.type} have no range to map to 8 bits")
+        return Reject(
+            "unsupported mode",
+            f"{where}: numbers of type {values.type} have no range to map to 8 bits",
+        )
     numbers = values.to_numpy(zero_copy_only=False)
     if values.null_count or numbers.min() < 0 or numbers.max() > 255:
         return Reject("unsupported mode", f"{where}: its numbers are not all from 0 to 255")
@@ -122,5 +155,8 @@ def pixels(where: str, values: pa.Array, shape: tuple[int, ...] | None) -> bytes
     if array.ndim == 2:
         array = array[:, :, None]
     if array.ndim != 3 or array.shape[2] not in (1, 3, 4):
-        return Reject("unsupported mode", f"{where}: a tensor of shape {array.shape} is no image: give (height, width, 3)")
+        return Reject(
+            "unsupported mode",
+            f"{where}: a tensor of shape {array.shape} is no image: give (height, width, 3)",
+        )
     return npy(np.repeat(array, 3, axis=2) if array.shape[2] == 1 else array[:, :, :3])

@@ -52,13 +52,17 @@ def _find_local(input: str) -> tuple[str, Iterable[str]]:
     if os.path.lexists(path):
         return os.path.dirname(path), [os.path.basename(path)]
     if not glob.has_magic(path):
-        raise UsageError(f"{input!r} does not exist (looked at {path}); nothing can be read from it")
+        raise UsageError(
+            f"{input!r} does not exist (looked at {path}); nothing can be read from it"
+        )
     base = os.path.dirname(path[: re.search(r"[*?[]", path).start()])  # type: ignore[union-attr]
     inside = path[len(base) :].lstrip("/")
     if "**" in components(inside):
         return base, _deep(base, inside)
     matches = {match[len(base) :].lstrip("/") for match in glob.iglob(path)}
-    return base, sorted((match for match in matches if STATE not in components(match)), key=components)
+    return base, sorted(
+        (match for match in matches if STATE not in components(match)), key=components
+    )
 
 
 def _deep(base: str, pattern: str) -> Iterator[str]:
@@ -66,7 +70,9 @@ def _deep(base: str, pattern: str) -> Iterator[str]:
     wanted = _glob_regex(pattern, question=True)
     head = "/".join(itertools.takewhile(lambda part: part != "**", components(pattern)))
     folders = [
-        folder[len(base) :].strip("/") for folder in glob.iglob(os.path.join(glob.escape(base), head)) if os.path.isdir(folder)
+        folder[len(base) :].strip("/")
+        for folder in glob.iglob(os.path.join(glob.escape(base), head))
+        if os.path.isdir(folder)
     ]
     for folder in sorted(folders, key=components):
         if STATE not in components(folder):
@@ -79,11 +85,16 @@ def _find_remote(uri: str) -> tuple[str, Iterable[str]]:
     magic = re.search(r"[*\[]", path)
     base = path if magic is None else path[: magic.start()].rpartition("/")[0].rstrip("/")
     try:
-        if magic is not None and system.get_file_info(posixpath.normpath(path)).type != fs.FileType.NotFound:  # it is called so
+        if (
+            magic is not None
+            and system.get_file_info(posixpath.normpath(path)).type != fs.FileType.NotFound
+        ):  # it is called so
             magic, base = None, path
         if magic is None and "/" in path:
             info = system.get_file_info(path)
-            if info.type == fs.FileType.File and not (info.size == 0 and _has_keys_below(system, path)):
+            if info.type == fs.FileType.File and not (
+                info.size == 0 and _has_keys_below(system, path)
+            ):
                 base = path.rpartition("/")[0]
                 return _reroot(uri, path, base), [path[len(base) + 1 :]]
             if info.type == fs.FileType.NotFound:
@@ -94,7 +105,11 @@ def _find_remote(uri: str) -> tuple[str, Iterable[str]]:
     markers = {info.path for info in infos if info.type == fs.FileType.File and info.size == 0}
     if markers:  # an empty object beside keys below its name stands for a folder
         markers &= {parent for info in infos for parent in _parents(info.path)}
-    relative = (info.path[len(base) + 1 :] for info in infos if info.type == fs.FileType.File and info.path not in markers)
+    relative = (
+        info.path[len(base) + 1 :]
+        for info in infos
+        if info.type == fs.FileType.File and info.path not in markers
+    )
     if magic is not None:
         matches = _glob_regex(path[len(base) :].lstrip("/"))
         relative = (name for name in relative if matches.fullmatch(name))
@@ -145,7 +160,9 @@ def _glob_regex(pattern: str, *, question: bool = False) -> re.Pattern[str]:
 
 def _walk(root: str) -> Iterator[str]:
     """The relative paths of all files below `root`, ordered by components. A million files take seconds: no stat a file."""
-    stack: list[tuple[Iterator[os.DirEntry[str]], str, tuple[str, ...]]] = [(iter(_entries(root)), "", (os.path.realpath(root),))]
+    stack: list[tuple[Iterator[os.DirEntry[str]], str, tuple[str, ...]]] = [
+        (iter(_entries(root)), "", (os.path.realpath(root),))
+    ]
     while stack:
         entries, prefix, above = stack[-1]
         entry = next(entries, None)
@@ -157,7 +174,11 @@ def _walk(root: str) -> Iterator[str]:
             yield path
             continue
         # Only a link can lead back up; without one the real path is known by appending.
-        real = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(above[-1], entry.name)
+        real = (
+            os.path.realpath(entry.path)
+            if entry.is_symlink()
+            else os.path.join(above[-1], entry.name)
+        )
         if real not in above:
             stack.append((iter(_entries(entry.path)), path + "/", (*above, real)))
 

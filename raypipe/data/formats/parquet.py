@@ -25,7 +25,16 @@ import pyarrow.parquet as pq
 
 from raypipe.data.formats.columns import depth, image_column, is_list, is_shaped, pixels, shape_of
 from raypipe.data.formats.files import npy
-from raypipe.data.location import ERRORS, Ranges, filesystem, is_remote, local_path, local_uri, may_pass, object_store
+from raypipe.data.location import (
+    ERRORS,
+    Ranges,
+    filesystem,
+    is_remote,
+    local_path,
+    local_uri,
+    may_pass,
+    object_store,
+)
 from raypipe.data.tables import ANNOTATION_FIELDS, Listed, lists_of, rows
 from raypipe.errors import UsageError, foreign, words
 from raypipe.images.decode import Reject
@@ -42,7 +51,17 @@ _PIECE = 8 << 20
 _MOST_ROWS = 1 << 16  # of a piece
 _ANNOTATED_ROWS = 1 << 13  # whose annotations are read together
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"\x93NUMPY")
-_WITH_IMAGE = ("image_id", "name", "boxes", "labels", "crowds", "annotation_ids", "label", "height", "width")
+_WITH_IMAGE = (
+    "image_id",
+    "name",
+    "boxes",
+    "labels",
+    "crowds",
+    "annotation_ids",
+    "label",
+    "height",
+    "width",
+)
 
 
 # --- opening -------------------------------------------------------------------------------------------------------------
@@ -60,7 +79,9 @@ def read_table(data: bytes, schema: pa.Schema, what: str, *, remedy: str) -> pa.
         for column in schema:
             if column.name in table.column_names:
                 columns.append(table[column.name].cast(column.type))
-            elif column.name == "frame":  # of a table of work that was written before frames were known
+            elif (
+                column.name == "frame"
+            ):  # of a table of work that was written before frames were known
                 columns.append(rows(*[[""] * table.num_rows] * 3)["frame"])
             elif column.name == "orientation":  # likewise, of predictions
                 columns.append(pa.nulls(table.num_rows, column.type))
@@ -72,7 +93,9 @@ def read_table(data: bytes, schema: pa.Schema, what: str, *, remedy: str) -> pa.
 def _open(source: pa.NativeFile, *, streamed: bool) -> pq.ParquetFile:
     """`source` with plain types only. `streamed`: pages are read when they are needed, not a whole column of a group."""
     metadata = _metadata(source)
-    return pq.ParquetFile(source, metadata=metadata, buffer_size=(8 << 20) * streamed, pre_buffer=not streamed)
+    return pq.ParquetFile(
+        source, metadata=metadata, buffer_size=(8 << 20) * streamed, pre_buffer=not streamed
+    )
 
 
 _SCHEMA, _HIDDEN = b"ARROW:schema", b"ARROW.schema"
@@ -86,7 +109,11 @@ def _metadata(source: pa.NativeFile) -> pq.FileMetaData:
     length = int.from_bytes(tail[-8:-4], "little")
     if size < 12 or tail[-4:] != b"PAR1" or length > size - 12:
         raise ValueError(f"{size} bytes that do not end as a Parquet file does")
-    footer = tail[-8 - length : -8] if length + 8 <= len(tail) else source.read_at(length, size - 8 - length)
+    footer = (
+        tail[-8 - length : -8]
+        if length + 8 <= len(tail)
+        else source.read_at(length, size - 8 - length)
+    )
     renamed = b"PAR1" + footer.replace(_SCHEMA, _HIDDEN) + tail[-8:]
     return pq.ParquetFile(pa.BufferReader(renamed)).metadata
 
@@ -98,8 +125,15 @@ def _extensions(metadata: pq.FileMetaData) -> dict[str, tuple[str, bytes]]:
         return {}
     try:
         schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(kept).replace(_EXTENSION, _NAME)))
-        named = {column.name: column.metadata for column in schema if column.metadata and _NAME in column.metadata}
-        return {name: (of[_NAME].decode(), of.get(b"ARROW:extension:metadata", b"")) for name, of in named.items()}
+        named = {
+            column.name: column.metadata
+            for column in schema
+            if column.metadata and _NAME in column.metadata
+        }
+        return {
+            name: (of[_NAME].decode(), of.get(b"ARROW:extension:metadata", b""))
+            for name, of in named.items()
+        }
     except Exception:  # foreign bytes; columns have their plain types
         return {}
 
@@ -154,7 +188,9 @@ def _pieces(file: pq.ParquetFile, group: int, columns: list[str], size: int) -> 
         return
     each = max(1, size // max(1, file.metadata.row_group(group).num_rows))
     batch = min(max(1, _PIECE // each), _MOST_ROWS)
-    for rows_ in file.iter_batches(batch_size=batch, row_groups=[group], columns=columns, use_threads=False):
+    for rows_ in file.iter_batches(
+        batch_size=batch, row_groups=[group], columns=columns, use_threads=False
+    ):
         yield pa.table(rows_)
 
 
@@ -180,7 +216,11 @@ def list_parquet(uri: str, relative: str, limit: int | None) -> Listed:
         table = _annotated(images, count, place)
         unfit = [name for name in table.column_names if _column(table, name, _TYPES[name]) is None]
         if unfit:
-            log.warning("%s: the columns %s are of types that annotations do not have; they are ignored", uri, ", ".join(unfit))
+            log.warning(
+                "%s: the columns %s are of types that annotations do not have; they are ignored",
+                uri,
+                ", ".join(unfit),
+            )
         place.at = "its annotations"
         stem = posixpath.splitext(relative)[0]
         own_ids, own_names = (_column(table, name, pa.string()) for name in ("image_id", "name"))
@@ -213,21 +253,33 @@ def _counted(images: _Images, uri: str) -> int:
     if images.promised <= max(1024, sum(images.bytes)):
         return images.promised
     groups = range(len(images.bytes))
-    there = sum(piece.num_rows for g in groups for piece in _pieces(images.file, g, [images.column], LARGE_GROUP + 1))
-    log.warning("%s promises %d rows in %d bytes; it has %d", uri, images.promised, sum(images.bytes), there)
+    there = sum(
+        piece.num_rows
+        for g in groups
+        for piece in _pieces(images.file, g, [images.column], LARGE_GROUP + 1)
+    )
+    log.warning(
+        "%s promises %d rows in %d bytes; it has %d", uri, images.promised, sum(images.bytes), there
+    )
     return there
 
 
 def _annotated(images: _Images, count: int, place: Any) -> pa.Table:
     """The columns of the first `count` rows that annotate images. Rows that the footer promises and the file has not are null."""
-    wanted = [name for name in _WITH_IMAGE if name in images.file.schema_arrow.names and name != images.column]
+    wanted = [
+        name
+        for name in _WITH_IMAGE
+        if name in images.file.schema_arrow.names and name != images.column
+    ]
     parts: list[pa.Table] = []
     done = 0
     for group, end in enumerate(images.ends[: len(images.bytes)]):
         if done >= count or not wanted:
             break
         place.at = ("row group", group)
-        batches = images.file.iter_batches(batch_size=_ANNOTATED_ROWS, row_groups=[group], columns=wanted, use_threads=False)
+        batches = images.file.iter_batches(
+            batch_size=_ANNOTATED_ROWS, row_groups=[group], columns=wanted, use_threads=False
+        )
         stop = min(end, count)
         for batch in batches:
             parts.append(pa.table(batch).slice(0, stop - done))
@@ -253,7 +305,11 @@ def _column(table: pa.Table, name: str, type: pa.DataType) -> pa.Array | None:
         values = table[name].cast(type).combine_chunks()
     except ERRORS:
         return None
-    return pc.coalesce(values, pa.scalar([], type)) if pa.types.is_list(type) and values.null_count else values
+    return (
+        pc.coalesce(values, pa.scalar([], type))
+        if pa.types.is_list(type) and values.null_count
+        else values
+    )
 
 
 def _filled(values: pa.Array | None, defaults: list[str]) -> list[str]:
@@ -264,7 +320,11 @@ def _filled(values: pa.Array | None, defaults: list[str]) -> list[str]:
 
 def _frames(table: pa.Table) -> np.ndarray | None:
     """Height and width of each image, int32 (n, 2), where the table says so; 0, 0 where it does not."""
-    sides = [side for name in ("height", "width") if (side := _column(table, name, pa.int32())) is not None]
+    sides = [
+        side
+        for name in ("height", "width")
+        if (side := _column(table, name, pa.int32())) is not None
+    ]
     if len(sides) < 2:
         return None
     frames = np.stack([side.fill_null(0).to_numpy(zero_copy_only=False) for side in sides], axis=1)
@@ -272,13 +332,21 @@ def _frames(table: pa.Table) -> np.ndarray | None:
 
 
 def _annotations(uri: str, table: pa.Table) -> dict[str, pa.Array | None]:
-    boxes, labels, crowds, annotation_ids = (_column(table, field.name, field.type) for field in ANNOTATION_FIELDS)
+    boxes, labels, crowds, annotation_ids = (
+        _column(table, field.name, field.type) for field in ANNOTATION_FIELDS
+    )
     if labels is None and (label := _column(table, "label", pa.int64())) is not None:
-        labels = lists_of(label.is_valid().cast(pa.int64()).to_numpy(zero_copy_only=False), label.drop_null())
+        labels = lists_of(
+            label.is_valid().cast(pa.int64()).to_numpy(zero_copy_only=False), label.drop_null()
+        )
     if boxes is None:
         return {"labels": labels}
     counts = boxes.value_lengths().to_numpy(zero_copy_only=False)
-    found = np.zeros_like(counts) if labels is None else labels.value_lengths().to_numpy(zero_copy_only=False)
+    found = (
+        np.zeros_like(counts)
+        if labels is None
+        else labels.value_lengths().to_numpy(zero_copy_only=False)
+    )
     if (wrong := np.flatnonzero((counts > 0) & (counts != found))).size:
         row = wrong[0]
         raise UsageError(
@@ -310,7 +378,9 @@ class ParquetReader:
     """Rows of Parquet files by number. Keeps the last piece: rows in order decode a group once, shuffled ones once a row."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # threads that want the same row group wait for the one that reads it
+        self._lock = (
+            threading.Lock()
+        )  # threads that want the same row group wait for the one that reads it
         self._files: OrderedDict[str, _Images] = OrderedDict()
         self._window: _Window | None = None
 
@@ -336,7 +406,9 @@ class ParquetReader:
                     raise
                 return [Reject("unreadable", f"{uri}: {words(error)}")] * len(rows)
             if rows != sorted(rows) and max(images.bytes, default=0) > LARGE_GROUP:
-                found = {row: self._row(uri, images, row) for row in sorted(set(rows))}  # one pass over the group, not one a row
+                found = {
+                    row: self._row(uri, images, row) for row in sorted(set(rows))
+                }  # one pass over the group, not one a row
                 return [found[row] for row in rows]
             for row in rows:
                 try:
@@ -361,13 +433,18 @@ class ParquetReader:
 
     def _row(self, uri: str, images: _Images, row: int) -> bytes | Reject:
         if not 0 <= row < images.ends[-1]:
-            return Reject("unreadable", f"{uri}: row {row}, but its row groups have {images.ends[-1]}")
+            return Reject(
+                "unreadable", f"{uri}: row {row}, but its row groups have {images.ends[-1]}"
+            )
         group = bisect.bisect_right(images.ends, row)
         at = row - (images.ends[group - 1] if group else 0)
         try:
             window = self._at(uri, images, group, at)
             if window is None:
-                return Reject("unreadable", f"{uri}: row {row}: its row group {group} has fewer rows than the footer says")
+                return Reject(
+                    "unreadable",
+                    f"{uri}: row {row}: its row group {group} has fewer rows than the footer says",
+                )
             return _bytes_in(f"{uri} row {row}", window.piece, images, at - window.start)
         except Exception as error:  # foreign bytes
             self._window = None
@@ -381,7 +458,11 @@ class ParquetReader:
         if window is None or (window.uri, window.group) != (uri, group) or at < window.start:
             self._window = None  # not two in memory
             names = images.file.schema_arrow.names
-            columns = list(dict.fromkeys([images.column, *(name for name in ("height", "width") if name in names)]))
+            columns = list(
+                dict.fromkeys(
+                    [images.column, *(name for name in ("height", "width") if name in names)]
+                )
+            )
             pieces = _pieces(images.file, group, columns, images.bytes[group])
             first = next(pieces, None)
             if first is None:
@@ -425,7 +506,10 @@ def _bytes_in(where: str, table: pa.Table, images: _Images, row: int) -> bytes |
     height, width = _sides(table, row)
     # A thumbnail's PNG may have just this length by chance, and raw pixels the first bytes of a JPEG: our own files are marked.
     fits = isinstance(height, int) and isinstance(width, int) and len(value) == height * width * 3
-    if fits and (RAW.items() <= (images.file.schema_arrow.metadata or {}).items() or not value.startswith(_MAGIC)):
+    if fits and (
+        RAW.items() <= (images.file.schema_arrow.metadata or {}).items()
+        or not value.startswith(_MAGIC)
+    ):
         return npy(np.frombuffer(value, np.uint8).reshape(height, width, 3))
     return value
 
@@ -443,7 +527,11 @@ def _sides(table: pa.Table, row: int) -> tuple[Any, Any]:
 def _said(table: pa.Table, row: int, depth: int) -> tuple[int, ...] | None:
     """The shape by the columns `height` and `width`, for flat lists of pixels."""
     height, width = _sides(table, row)
-    return (height, width, -1) if depth == 1 and isinstance(height, int) and isinstance(width, int) else None
+    return (
+        (height, width, -1)
+        if depth == 1 and isinstance(height, int) and isinstance(width, int)
+        else None
+    )
 
 
 # --- how large images are, without reading them ---------------------------------------------------------------------------
@@ -466,5 +554,8 @@ def sizes(uri: str) -> tuple[np.ndarray, np.ndarray | None]:
     if not {"height", "width"} <= set(images.file.schema_arrow.names):
         return each, None
     table = images.file.read(columns=["height", "width"], use_threads=False)
-    sides = [pc.fill_null(pc.cast(table.column(name), pa.int64()), 0).to_numpy() for name in ("height", "width")]
+    sides = [
+        pc.fill_null(pc.cast(table.column(name), pa.int64()), 0).to_numpy()
+        for name in ("height", "width")
+    ]
     return each, np.stack(sides, axis=1)

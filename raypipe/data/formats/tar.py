@@ -17,7 +17,16 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from raypipe.data.location import ERRORS, Ranges, filesystem, is_remote, local_path, local_uri, object_store, one_line
+from raypipe.data.location import (
+    ERRORS,
+    Ranges,
+    filesystem,
+    is_remote,
+    local_path,
+    local_uri,
+    object_store,
+    one_line,
+)
 from raypipe.data.names import SUFFIXES, suffix_of
 from raypipe.data.patience import Patience
 from raypipe.data.tables import Listed, flag, frame, real, rows, text, whole
@@ -69,19 +78,29 @@ def list_tar(uri: str, limit: int | None) -> Listed:
     sidecars: list[_Member] = []
     for member in _members(uri, skipped):
         (images if member.content is None else sidecars).append(member)
-    joined, left_over = join_sidecars([one.path for one in images], [one.run for one in images], sidecars)
+    joined, left_over = join_sidecars(
+        [one.path for one in images], [one.run for one in images], sidecars
+    )
     for member in left_over:
         skipped[suffix_of(member.path)] += 1
     if left_over:
         first = printable(left_over[0].path)
         why = "belong to no image in it, or to one that has another"
-        log.warning("%s: %d .json or .cls files %s; they are ignored. The first is %s", uri, len(left_over), why, first)
+        log.warning(
+            "%s: %d .json or .cls files %s; they are ignored. The first is %s",
+            uri,
+            len(left_over),
+            why,
+            first,
+        )
     images = images if limit is None else images[:limit]
     found, bad = [], []
     alone = Counter(id(member) for of in joined for member in of.values())
     for member, of in zip(images, joined, strict=False):
         try:
-            sidecar = parse_sidecar(*(of[kind].content if kind in of else None for kind in _SIDECARS))
+            sidecar = parse_sidecar(
+                *(of[kind].content if kind in of else None for kind in _SIDECARS)
+            )
         except Exception as error:  # foreign text: whatever it raises, this image goes without
             bad.append((member.path, words(error)))
             sidecar = Sidecar()
@@ -124,7 +143,9 @@ def join_sidecars(
 
     `images`: paths in the tar, in order; `runs`: as in `_Member`, of each.
     """
-    by: dict[str, dict[str, list[int]]] = {name: defaultdict(list) for name in ("path", "stem", "key")}
+    by: dict[str, dict[str, list[int]]] = {
+        name: defaultdict(list) for name in ("path", "stem", "key")
+    }
     for at, path in enumerate(images):
         by["path"][path].append(at)
         by["stem"][posixpath.splitext(path)[0]].append(at)
@@ -166,7 +187,9 @@ def parse_sidecar(json_: bytes | None, cls: bytes | None) -> Sidecar:
     labels = [whole(label) for label in found.get("labels", [])]
     crowds = [flag(crowd) for crowd in found.get("crowds", [False] * len(boxes))]
     annotation_ids = [whole(number) for number in found.get("annotation_ids", range(len(boxes)))]
-    if any(len(box) != 4 for box in boxes) or not (len(boxes) == len(crowds) == len(annotation_ids)):
+    if any(len(box) != 4 for box in boxes) or not (
+        len(boxes) == len(crowds) == len(annotation_ids)
+    ):
         raise ValueError("lengths differ")
     if len(labels) != len(boxes) and boxes:
         raise ValueError("as many labels as boxes are needed")
@@ -205,20 +228,31 @@ def _members(uri: str, skipped: Counter[str]) -> Iterator[_Member]:
                 places[posixpath.normpath(info.name)] = place
                 yield _Member(info.name, run, *place)
             elif lower.endswith(_SIDECARS) and info.isreg() and not info.issparse():
-                yield _Member(info.name, run, content=read() if info.size <= MAX_SIDECAR_BYTES else b"")
+                yield _Member(
+                    info.name, run, content=read() if info.size <= MAX_SIDECAR_BYTES else b""
+                )
             else:
                 skipped[suffix_of(base)] += 1
     except UsageError:
         raise
-    except Exception as error:  # foreign bytes: tarfile raises many kinds, and others from within itself
+    except (
+        Exception
+    ) as error:  # foreign bytes: tarfile raises many kinds, and others from within itself
         if count and isinstance(error, ERRORS):
-            raise UsageError(f"cannot read the tar {uri!r} to its end: {words(error)}. Nothing was started") from error
+            raise UsageError(
+                f"cannot read the tar {uri!r} to its end: {words(error)}. Nothing was started"
+            ) from error
         if count == 0:
             raise UsageError(
                 f"cannot read the tar {uri!r}: {words(error)}. It must exist and be an uncompressed tar; unpack .tar.gz first, "
                 "because images inside it cannot be reached one by one"
             ) from error
-        log.warning("%s breaks off after %d members (%s); what was behind that is lost", uri, count, words(error))
+        log.warning(
+            "%s breaks off after %d members (%s); what was behind that is lost",
+            uri,
+            count,
+            words(error),
+        )
         skipped["(tar that breaks off)"] += 1
 
 
@@ -229,13 +263,18 @@ def _place(info: tarfile.TarInfo, places: dict[str, tuple[int, int]]) -> tuple[i
     if info.islnk():
         return places.get(posixpath.normpath(info.linkname))
     if info.issym():
-        return places.get(posixpath.normpath(posixpath.join(posixpath.dirname(info.name), info.linkname)))
+        return places.get(
+            posixpath.normpath(posixpath.join(posixpath.dirname(info.name), info.linkname))
+        )
     return None
 
 
 def _entries(uri: str) -> Iterator[tuple[tarfile.TarInfo, Any]]:
     """The members of a tar, each with what reads its content. Raises UsageError if the store fails, anything if the tar is bad."""
-    with _opened(uri) as source, tarfile.open(fileobj=source, mode="r:", tarinfo=_Strict, ignore_zeros=True) as tar:
+    with (
+        _opened(uri) as source,
+        tarfile.open(fileobj=source, mode="r:", tarinfo=_Strict, ignore_zeros=True) as tar,
+    ):
         for info in tar:
             tar.members = []  # type: ignore[attr-defined]  # else it keeps a kilobyte a member
 
@@ -371,7 +410,9 @@ class _Forward:
                 f"cannot read the tar {self._uri!r} to its end: {one_line(error)}. Nothing was started; try again when the "
                 "store answers"
             ) from error
-        before = self._chunk[-tarfile.BLOCKSIZE :]  # tarfile steps back by a byte, and to a block that it has seen
+        before = self._chunk[
+            -tarfile.BLOCKSIZE :
+        ]  # tarfile steps back by a byte, and to a block that it has seen
         self._start += len(self._chunk) - len(before)
         self._chunk = before + chunk
         return bool(chunk)
@@ -392,12 +433,16 @@ def _opened(uri: str) -> Iterator[Any]:
         try:
             stream = _stream(uri)
         except ERRORS as error:
-            raise UsageError(f"cannot read the tar {uri!r}: {one_line(error)}. It must exist, and its store must answer") from error
+            raise UsageError(
+                f"cannot read the tar {uri!r}: {one_line(error)}. It must exist, and its store must answer"
+            ) from error
         with closing(_Forward(uri, stream)) as source:
             yield source
         return
     path = local_path(uri)
     if os.path.exists(path) and not os.path.isfile(path):
-        raise UsageError(f"cannot read the tar {uri!r}: it is no regular file; give one that can be read at any place")
+        raise UsageError(
+            f"cannot read the tar {uri!r}: it is no regular file; give one that can be read at any place"
+        )
     with closing(_Local(open(path, "rb", buffering=0))) as source:
         yield source

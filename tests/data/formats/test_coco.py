@@ -22,8 +22,22 @@ def coco(tmp_path, **changes) -> str:
             {"id": 9, "file_name": "missing.jpg", "height": 10, "width": 20},
         ],
         "annotations": [
-            {"id": 100, "image_id": 3, "category_id": 18, "bbox": [1, 2, 3.5, 4], "iscrowd": 0, "area": 14},
-            {"id": 101, "image_id": 7, "category_id": 1, "bbox": [0, 0, 5, 5], "iscrowd": 1, "area": 25},
+            {
+                "id": 100,
+                "image_id": 3,
+                "category_id": 18,
+                "bbox": [1, 2, 3.5, 4],
+                "iscrowd": 0,
+                "area": 14,
+            },
+            {
+                "id": 101,
+                "image_id": 7,
+                "category_id": 1,
+                "bbox": [0, 0, 5, 5],
+                "iscrowd": 1,
+                "area": 25,
+            },
             {"id": 102, "image_id": 3, "category_id": 90, "bbox": [5, 5, 1, 1], "area": 1},
             {"id": 90, "image_id": 3, "category_id": 2, "bbox": [0, 1, 2, 3], "area": 6},
         ],
@@ -40,19 +54,31 @@ def test_coco_lists_the_json_in_its_order(tmp_path):
     assert table.schema == SOURCE
     assert ids(table) == ["7", "3", "9"]
     assert names(table) == ["two", "sub/one", "missing"]
-    assert table["boxes"].to_pylist() == [[[0, 0, 5, 5]], [[1, 2, 4.5, 6], [5, 5, 6, 6], [0, 1, 2, 4]], []]
+    assert table["boxes"].to_pylist() == [
+        [[0, 0, 5, 5]],
+        [[1, 2, 4.5, 6], [5, 5, 6, 6], [0, 1, 2, 4]],
+        [],
+    ]
     assert table["labels"].to_pylist() == [[1], [18, 90, 2], []]
     assert table["crowds"].to_pylist() == [[True], [False] * 3, []]
     assert table["annotation_ids"].to_pylist() == [[101], [100, 102, 90], []]
     results = read(table)
     assert results[:2] == [contents["two.jpg"], contents["sub/one.jpg"]]
-    assert isinstance(results[2], Reject) and results[2].reason == "unreadable" and "missing.jpg" in results[2].detail
-    assert list_images(str(tmp_path / "images"), annotations=coco(tmp_path), limit=2).equals(table.slice(0, 2))
+    assert (
+        isinstance(results[2], Reject)
+        and results[2].reason == "unreadable"
+        and "missing.jpg" in results[2].detail
+    )
+    assert list_images(str(tmp_path / "images"), annotations=coco(tmp_path), limit=2).equals(
+        table.slice(0, 2)
+    )
 
 
 def test_coco_annotations_of_unknown_images_are_counted_and_ignored(tmp_path, caplog):
     put(tmp_path, "two.jpg")
-    strangers = [{"id": i, "image_id": 555, "category_id": 1, "bbox": [0, 0, 1, 1]} for i in range(4)]
+    strangers = [
+        {"id": i, "image_id": 555, "category_id": 1, "bbox": [0, 0, 1, 1]} for i in range(4)
+    ]
     with caplog.at_level(logging.WARNING):
         table = list_images(str(tmp_path), annotations=coco(tmp_path, annotations=strangers))
     assert table["labels"].to_pylist() == [[], [], []]
@@ -70,8 +96,14 @@ def test_coco_annotations_of_unknown_images_are_counted_and_ignored(tmp_path, ca
         ({"images": [{"id": [], "file_name": "a.jpg"}]}, "id"),
         ({"images": [{"id": 1, "file_name": "\ud800.jpg"}]}, "number 0"),
         ({"annotations": {}}, '"annotations" is no list'),
-        ({"annotations": [{"id": 1, "image_id": 7, "category_id": 1, "bbox": [1, 2, 3]}]}, "annotation number 0"),
-        ({"annotations": [{"id": 1, "image_id": 7, "category_id": 1, "bbox": "1234x"}]}, "annotation number 0"),
+        (
+            {"annotations": [{"id": 1, "image_id": 7, "category_id": 1, "bbox": [1, 2, 3]}]},
+            "annotation number 0",
+        ),
+        (
+            {"annotations": [{"id": 1, "image_id": 7, "category_id": 1, "bbox": "1234x"}]},
+            "annotation number 0",
+        ),
         ({"annotations": [{"id": 1, "image_id": 7, "bbox": [1, 2, 3, 4]}]}, "category_id"),
         ({"annotations": [{"id": 1, "category_id": 7, "bbox": [1, 2, 3, 4]}]}, "image_id"),
         ({"annotations": ["x"]}, "annotation number 0"),
@@ -87,7 +119,12 @@ def test_annotations_that_are_no_coco_at_all(tmp_path):
     (tmp_path / "x.json").write_text('{"images": [')
     (tmp_path / "y.json").write_text("[1, 2]")
     (tmp_path / "z.json").write_bytes(b"\xff\xfe\x00")
-    for file, message in (("x.json", "not JSON"), ("y.json", "not COCO"), ("z.json", "not JSON"), ("nowhere.json", "cannot read")):
+    for file, message in (
+        ("x.json", "not JSON"),
+        ("y.json", "not COCO"),
+        ("z.json", "not JSON"),
+        ("nowhere.json", "cannot read"),
+    ):
         with pytest.raises(UsageError, match=message):
             list_images(str(tmp_path), annotations=str(tmp_path / file))
     with pytest.raises(UsageError, match="is no directory"):
@@ -110,7 +147,9 @@ def test_coco_boxes_may_be_nonsense_here(tmp_path):
 def one(tmp_path, image: dict | None = None, **annotation: object) -> pa.Table:
     images = [{"id": 1, "file_name": "a.jpg", "height": 100, "width": 200, **(image or {})}]
     annotations = [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 2, 30, 40], **annotation}]
-    return list_images(str(tmp_path), annotations=coco(tmp_path, images=images, annotations=annotations))
+    return list_images(
+        str(tmp_path), annotations=coco(tmp_path, images=images, annotations=annotations)
+    )
 
 
 @pytest.mark.parametrize(
@@ -173,11 +212,23 @@ def test_numbers_mean_the_same_however_they_are_written(tmp_path, image, annotat
     ],
 )
 def test_numbers_that_are_none_are_refused_in_a_line_with_the_annotation(tmp_path, annotation):
-    with pytest.raises(UsageError, match=r"annotation number 0 .*It needs image_id, category_id and a bbox of four numbers\.$"):
+    with pytest.raises(
+        UsageError,
+        match=r"annotation number 0 .*It needs image_id, category_id and a bbox of four numbers\.$",
+    ):
         one(tmp_path, **annotation)
 
 
-@pytest.mark.parametrize("bbox", [[1, 2, 1e999, 4], [1e300, 2, 3, 4], [10**400, 2, 3, 4], [None, 2, 3, 4], [float("nan"), 2, 3, 4]])
+@pytest.mark.parametrize(
+    "bbox",
+    [
+        [1, 2, 1e999, 4],
+        [1e300, 2, 3, 4],
+        [10**400, 2, 3, 4],
+        [None, 2, 3, 4],
+        [float("nan"), 2, 3, 4],
+    ],
+)
 def test_a_coordinate_that_is_no_finite_number_spoils_its_box_only(tmp_path, bbox):
     (box,) = one(tmp_path, bbox=bbox)["boxes"].to_pylist()[0]
     assert not np.isfinite(box).all()
@@ -200,7 +251,13 @@ def test_files_that_the_json_does_not_name_are_counted(tmp_path, caplog):
     given = coco(tmp_path)
     shutil.copy(given, tmp_path / "images/annotations.json")
     for limit in (None, 1):  # named is named, whether it is taken or not
-        found = look(str(tmp_path / "images"), annotations=str(tmp_path / "images/annotations.json"), limit=limit)
+        found = look(
+            str(tmp_path / "images"),
+            annotations=str(tmp_path / "images/annotations.json"),
+            limit=limit,
+        )
         assert found.skipped == {".jpg": 2, ".txt": 1}
     assert "3 files are left out: 2 .jpg, 1 .txt (not named in " in caplog.text
-    assert not look(str(tmp_path / "images/sub"), annotations=given).skipped - Counter({".jpg": 1, ".txt": 1})
+    assert not look(str(tmp_path / "images/sub"), annotations=given).skipped - Counter(
+        {".jpg": 1, ".txt": 1}
+    )

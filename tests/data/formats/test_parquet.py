@@ -27,7 +27,10 @@ def struct(pictures: list[bytes | None]) -> pa.Array:
     "columns",
     [
         {"image": pa.array(PICTURES, pa.binary())},
-        {"image": pa.array(PICTURES, pa.large_binary()), "mask": pa.array(PICTURES[::-1], pa.binary())},
+        {
+            "image": pa.array(PICTURES, pa.large_binary()),
+            "mask": pa.array(PICTURES[::-1], pa.binary()),
+        },
         {"jpg": pa.array(PICTURES, pa.binary()), "__key__": [str(i) for i in range(20)]},
         {"picture": pa.array(PICTURES, pa.binary()), "height": [9] * 20, "width": [9] * 20},
         {"image": struct(PICTURES)},
@@ -39,7 +42,9 @@ def test_parquet_of_encoded_images(tmp_path, columns):
     table = list_images(str(tmp_path / "a.parquet"))
     assert ids(table) == [f"a.parquet#{i}" for i in range(20)]
     assert names(table) == [f"a/{i:06d}" for i in range(20)]
-    assert table["offset"].to_pylist() == list(range(20)) and set(table["length"].to_pylist()) == {1}
+    assert table["offset"].to_pylist() == list(range(20)) and set(table["length"].to_pylist()) == {
+        1
+    }
     assert read(table) == PICTURES
     order = np.random.default_rng(0).permutation(20)
     assert read(table.take(order)) == [PICTURES[i] for i in order]
@@ -90,7 +95,10 @@ def test_parquet_with_annotations_and_holes(tmp_path):
 
 def test_parquet_directory_in_order(tmp_path):
     for part in range(3):
-        pq.write_table(pa.table({"image": [b"%d-%d" % (part, i) for i in range(4)]}), tmp_path / f"part-{part}.parquet")
+        pq.write_table(
+            pa.table({"image": [b"%d-%d" % (part, i) for i in range(4)]}),
+            tmp_path / f"part-{part}.parquet",
+        )
     table = list_images(str(tmp_path))
     assert read(table) == [b"%d-%d" % pair for pair in itertools.product(range(3), range(4))]
     assert list_images(f"{tmp_path}/part-*.parquet").equals(table)
@@ -101,7 +109,9 @@ def test_parquet_directory_in_order(tmp_path):
 
 
 def test_parquet_that_cannot_be_an_input(tmp_path):
-    pq.write_table(pa.table({"text": ["a"], "one": [b"1"], "two": [b"2"]}), tmp_path / "which.parquet")
+    pq.write_table(
+        pa.table({"text": ["a"], "one": [b"1"], "two": [b"2"]}), tmp_path / "which.parquet"
+    )
     (tmp_path / "noise.parquet").write_bytes(b"PAR1" + os.urandom(200))
     with pytest.raises(UsageError, match=r"no column with images.*one \(binary\)"):
         list_images(str(tmp_path / "which.parquet"))
@@ -143,7 +153,11 @@ def test_parquet_without_rows(tmp_path):
 def test_parquet_damaged_after_listing(tmp_path):
     path = tmp_path / "a.parquet"
     pq.write_table(
-        pa.table({"image": [os.urandom(5000) for _ in range(8)]}), path, row_group_size=4, use_dictionary=False, compression="gzip"
+        pa.table({"image": [os.urandom(5000) for _ in range(8)]}),
+        path,
+        row_group_size=4,
+        use_dictionary=False,
+        compression="gzip",
     )
     table = list_images(str(path))
     data = bytearray(path.read_bytes())
@@ -160,13 +174,19 @@ def test_a_large_row_group_is_read_in_pieces_and_in_any_order(tmp_path, monkeypa
     monkeypatch.setattr(parquet, "LARGE_GROUP", 10_000)
     monkeypatch.setattr(parquet, "_PIECE", 2000)
     pictures = [os.urandom(500 + i) for i in range(60)]
-    pq.write_table(pa.table({"image": pictures, "label": list(range(60))}), tmp_path / "a.parquet", row_group_size=40)
+    pq.write_table(
+        pa.table({"image": pictures, "label": list(range(60))}),
+        tmp_path / "a.parquet",
+        row_group_size=40,
+    )
     table = list_images(str(tmp_path))
     assert read(table) == pictures
     assert table["labels"].to_pylist() == [[i] for i in range(60)]
     order = np.random.default_rng(0).permutation(60)
     assert read(table.take(order)) == [pictures[i] for i in order]
-    pieces = list(parquet._pieces(parquet._images_in(str(tmp_path / "a.parquet")).file, 0, ["image"], 20_000))
+    pieces = list(
+        parquet._pieces(parquet._images_in(str(tmp_path / "a.parquet")).file, 0, ["image"], 20_000)
+    )
     assert len(pieces) > 8 and sum(piece.num_rows for piece in pieces) == 40
 
 
@@ -186,22 +206,34 @@ print(peak() - before)
 @pytest.mark.soak
 def test_memory_does_not_grow_with_the_row_group(tmp_path):
     rng = np.random.default_rng(0)
-    pq.write_table(pa.table({"image": [rng.bytes(100_000) for _ in range(12_000)]}), tmp_path / "a.parquet", row_group_size=12_000)
-    out = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path)], capture_output=True, text=True, check=True)
+    pq.write_table(
+        pa.table({"image": [rng.bytes(100_000) for _ in range(12_000)]}),
+        tmp_path / "a.parquet",
+        row_group_size=12_000,
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", PEAK, str(tmp_path)], capture_output=True, text=True, check=True
+    )
     assert float(out.stdout) < 600  # of 1,200 MB in one row group; 2,000 and more before
 
 
 def promising(data: bytes, rows: int, more: int) -> bytes:
     """A Parquet file of one row group of `rows` whose footer says that file and group have `more`, and its column `rows`."""
     start = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
-    places = [at for at in range(start, len(data) - 8) if data[at] == 2 * rows]  # thrift's zigzag numbers
+    places = [
+        at for at in range(start, len(data) - 8) if data[at] == 2 * rows
+    ]  # thrift's zigzag numbers
     for pair in itertools.combinations(places, 2):
         out = bytearray(data)
         for at in pair:
             out[at] = 2 * more
         try:
             found = pq.read_metadata(io.BytesIO(bytes(out)))
-            if (found.num_rows, found.row_group(0).num_rows, found.row_group(0).column(0).num_values) == (more, more, rows):
+            if (
+                found.num_rows,
+                found.row_group(0).num_rows,
+                found.row_group(0).column(0).num_values,
+            ) == (more, more, rows):
                 return bytes(out)
         except (OSError, UnicodeDecodeError):
             continue
@@ -228,14 +260,23 @@ class Evil:
 
 
 def test_nothing_in_a_parquet_file_is_unpickled(tmp_path):
-    pytest.importorskip("ray.data")  # which registers a type whose values are unpickled when they are looked at
+    pytest.importorskip(
+        "ray.data"
+    )  # which registers a type whose values are unpickled when they are looked at
     from ray.data._internal.object_extensions.arrow import ArrowPythonObjectArray
 
     mark = tmp_path / "ran"
     evil = ArrowPythonObjectArray.from_objects([Evil(str(mark))] * 2)
     paths = pa.StructArray.from_arrays([pa.array([b"a", b"b"]), evil], names=["bytes", "path"])
     for name, columns in {
-        "a": {"image": [b"a", b"b"], "height": evil, "width": evil, "name": evil, "boxes": evil, "label": evil},
+        "a": {
+            "image": [b"a", b"b"],
+            "height": evil,
+            "width": evil,
+            "name": evil,
+            "boxes": evil,
+            "label": evil,
+        },
         "b": {"image": paths},
     }.items():
         pq.write_table(pa.table(columns), tmp_path / f"{name}.parquet")
@@ -246,7 +287,12 @@ def test_nothing_in_a_parquet_file_is_unpickled(tmp_path):
     data = io.BytesIO()
     pq.write_table(pa.table({"epoch": pa.array([1, 2], pa.int32()), "image_id": evil}), data)
     with pytest.raises(UsageError, match="cannot read it"):
-        parquet.read_table(data.getvalue(), pa.schema([("image_id", pa.string()), ("no", pa.int64())]), "it", remedy="")
+        parquet.read_table(
+            data.getvalue(),
+            pa.schema([("image_id", pa.string()), ("no", pa.int64())]),
+            "it",
+            remedy="",
+        )
     assert not mark.exists()
 
 
@@ -258,7 +304,9 @@ def picture(value: int = 0) -> np.ndarray:
 
 
 def nested(*arrays: np.ndarray, of: pa.DataType | None = None) -> pa.Array:
-    return pa.array([array.tolist() for array in arrays], pa.list_(pa.list_(pa.list_(of or pa.uint8()))))
+    return pa.array(
+        [array.tolist() for array in arrays], pa.list_(pa.list_(pa.list_(of or pa.uint8())))
+    )
 
 
 def shown(data: bytes | Reject) -> np.ndarray:
@@ -266,7 +314,9 @@ def shown(data: bytes | Reject) -> np.ndarray:
     return np.load(io.BytesIO(data))
 
 
-@pytest.mark.parametrize("kind", ["ray", "ray v1", "arrow", "nested", "int64", "channels first", "flat", "fixed"])
+@pytest.mark.parametrize(
+    "kind", ["ray", "ray v1", "arrow", "nested", "int64", "channels first", "flat", "fixed"]
+)
 def test_a_column_image_of_tensors(tmp_path, kind):
     images = [picture(i) for i in range(4)]
     columns: dict[str, object] = {"boxes_of": [[1, 2]] * 4}
@@ -277,7 +327,9 @@ def test_a_column_image_of_tensors(tmp_path, kind):
             columns["image"] = ArrowTensorArray.from_numpy(np.stack(images))
             if kind == "ray v1":
                 flat = pa.array([i.reshape(-1) for i in images], pa.list_(pa.uint8()))
-                columns["image"] = pa.ExtensionArray.from_storage(ArrowTensorType((5, 7, 3), pa.uint8()), flat)
+                columns["image"] = pa.ExtensionArray.from_storage(
+                    ArrowTensorType((5, 7, 3), pa.uint8()), flat
+                )
         case "arrow":
             columns["image"] = pa.FixedShapeTensorArray.from_numpy_ndarray(np.stack(images))
         case "nested":
@@ -293,7 +345,9 @@ def test_a_column_image_of_tensors(tmp_path, kind):
                 "width": [7] * 4,
             }
         case "fixed":
-            columns["image"] = nested(*images).cast(pa.list_(pa.list_(pa.list_(pa.uint8(), 3), 7), 5))
+            columns["image"] = nested(*images).cast(
+                pa.list_(pa.list_(pa.list_(pa.uint8(), 3), 7), 5)
+            )
     pq.write_table(pa.table(columns), tmp_path / "a.parquet", row_group_size=3)
     results = read(list_images(str(tmp_path)))
     for result, image in zip(results, images, strict=True):
@@ -324,22 +378,38 @@ def test_tensors_that_are_grey_have_alpha_or_are_no_images(tmp_path):
         [[[-1, 0, 0]]],
         [[[None, 0, 0]]],
     ]
-    pq.write_table(pa.table({"image": pa.array(rows, pa.list_(pa.list_(pa.list_(pa.int32()))))}), tmp_path / "a.parquet")
+    pq.write_table(
+        pa.table({"image": pa.array(rows, pa.list_(pa.list_(pa.list_(pa.int32()))))}),
+        tmp_path / "a.parquet",
+    )
     results = read(list_images(str(tmp_path)))
     np.testing.assert_array_equal(shown(results[0]), np.repeat(grey, 3, axis=2))
     np.testing.assert_array_equal(shown(results[1]), alpha[:, :, :3])
-    assert reasons(results)[2:] == ["unsupported mode", "corrupt", "empty", "empty"] + ["unsupported mode"] * 3
-    pq.write_table(
-        pa.table({"image": pa.array([picture()[:, :, 0].tolist()], pa.list_(pa.list_(pa.uint8())))}), tmp_path / "a.parquet"
+    assert (
+        reasons(results)[2:]
+        == ["unsupported mode", "corrupt", "empty", "empty"] + ["unsupported mode"] * 3
     )
-    np.testing.assert_array_equal(shown(read(list_images(str(tmp_path)))[0])[:, :, 1], picture()[:, :, 0])
-    pq.write_table(pa.table({"image": nested(picture()).cast(pa.list_(pa.list_(pa.list_(pa.float32()))))}), tmp_path / "a.parquet")
+    pq.write_table(
+        pa.table(
+            {"image": pa.array([picture()[:, :, 0].tolist()], pa.list_(pa.list_(pa.uint8())))}
+        ),
+        tmp_path / "a.parquet",
+    )
+    np.testing.assert_array_equal(
+        shown(read(list_images(str(tmp_path)))[0])[:, :, 1], picture()[:, :, 0]
+    )
+    pq.write_table(
+        pa.table({"image": nested(picture()).cast(pa.list_(pa.list_(pa.list_(pa.float32()))))}),
+        tmp_path / "a.parquet",
+    )
     with pytest.raises(UsageError, match=r"no column with images.*float.*whole numbers"):
         list_images(str(tmp_path))
 
 
 def test_bytes_that_are_stored_as_a_dictionary(tmp_path):
     column = pa.array([b"one", b"two", b"one", None], pa.binary()).dictionary_encode()
-    pq.write_table(pa.table({"image": column, "other": pa.array([b"x"] * 4)}), tmp_path / "a.parquet")
+    pq.write_table(
+        pa.table({"image": column, "other": pa.array([b"x"] * 4)}), tmp_path / "a.parquet"
+    )
     results = read(list_images(str(tmp_path)))
     assert results[:3] == [b"one", b"two", b"one"] and reasons(results)[3] == "empty"

@@ -18,7 +18,12 @@ from tests.objects import objects
 @pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
 def test_tar_members_and_sidecars(tmp_path, format):
     long = "folder/" + "x" * (60 if format == tarfile.USTAR_FORMAT else 180)
-    sidecar = {"boxes": [[1, 2, 3, 4], [5, 6, 7, 8]], "labels": [4, 5], "crowds": [False, True], "image_id": "mine"}
+    sidecar = {
+        "boxes": [[1, 2, 3, 4], [5, 6, 7, 8]],
+        "labels": [4, 5],
+        "crowds": [False, True],
+        "image_id": "mine",
+    }
     tar(
         tmp_path / "a.tar",
         ("000.jpg", b"first"),
@@ -69,7 +74,12 @@ def test_tar_sidecar_with_an_id_that_is_no_unicode(tmp_path):
 
 
 def test_tar_members_with_hostile_names_stay_below_the_root(tmp_path):
-    tar(tmp_path / "a.tar", ("../../etc/passwd.jpg", b"1"), ("/etc/shadow.jpg", b"2"), ("a\nb.jpg", b"3"))
+    tar(
+        tmp_path / "a.tar",
+        ("../../etc/passwd.jpg", b"1"),
+        ("/etc/shadow.jpg", b"2"),
+        ("a\nb.jpg", b"3"),
+    )
     table = list_images(str(tmp_path / "a.tar"))
     assert names(table) == ["_/_/etc/passwd", "etc/shadow", "a_b"]
     assert read(table) == [b"1", b"2", b"3"]
@@ -130,7 +140,14 @@ def test_broken_tars(tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-    "content", [b"{", b'{"boxes": [[1, 2]]}', b'{"boxes": [[1, 2, 3, 4]], "labels": []}', b'{"boxes": [3]}', b"\xff"]
+    "content",
+    [
+        b"{",
+        b'{"boxes": [[1, 2]]}',
+        b'{"boxes": [[1, 2, 3, 4]], "labels": []}',
+        b'{"boxes": [3]}',
+        b"\xff",
+    ],
 )
 def test_tar_sidecars_that_make_no_sense(tmp_path, caplog, content):
     tar(tmp_path / "a.tar", ("0.jpg", b"0"), ("0.json", content), ("1.jpg", b"1"), ("1.cls", b"5"))
@@ -166,14 +183,24 @@ def known(table: pa.Table) -> dict[str, list[int]]:
 
 
 def test_a_sidecar_belongs_to_the_image_with_its_full_stem(tmp_path, caplog):
-    names = ("cam1_12.0", "cam1_12.1", "2024-05-01T10.30.15.123", "2024-05-01T10.30.15.124", "v1.2/model_v1.0.3")
+    names = (
+        "cam1_12.0",
+        "cam1_12.1",
+        "2024-05-01T10.30.15.123",
+        "2024-05-01T10.30.15.124",
+        "v1.2/model_v1.0.3",
+    )
     for order in ("beside", "before", "after", "images first", "sidecars first"):
         images = [(f"{name}.jpg", name.encode()) for name in names]
         sidecars = [(f"{name}.json", boxed(k)) for k, name in enumerate(names)]
         members = {
             "beside": [m for pair in zip(images, sidecars, strict=True) for m in pair],
             "before": [m for pair in zip(sidecars, images, strict=True) for m in pair],
-            "after": [images[0], *(m for pair in zip(sidecars, images[1:], strict=False) for m in pair), sidecars[-1]],
+            "after": [
+                images[0],
+                *(m for pair in zip(sidecars, images[1:], strict=False) for m in pair),
+                sidecars[-1],
+            ],
             "images first": images + sidecars[::-1],
             "sidecars first": sidecars[::-1] + images,
         }[order]
@@ -199,8 +226,16 @@ def test_webdatasets_key_and_the_whole_name_count_where_no_stem_fits(tmp_path, c
         ("2.json", boxed(4)),
         ("2.cls", b"9"),
     )
-    assert known(list_images(str(tmp_path))) == {"000.left": [2], "000.right": [2], "1": [3], "2": [5], "2#2": [5]}
-    assert "1 .json or .cls files belong to no image in it, or to one that has another" in caplog.text
+    assert known(list_images(str(tmp_path))) == {
+        "000.left": [2],
+        "000.right": [2],
+        "1": [3],
+        "2": [5],
+        "2#2": [5],
+    }
+    assert (
+        "1 .json or .cls files belong to no image in it, or to one that has another" in caplog.text
+    )
 
 
 def test_a_sidecar_whose_image_never_comes_is_given_to_no_other_and_named(tmp_path, caplog):
@@ -214,7 +249,10 @@ def test_a_sidecar_whose_image_never_comes_is_given_to_no_other_and_named(tmp_pa
     )
     found = look(str(tmp_path))
     assert known(found.rows) == {"cam.0": [], "cam.3": [4]}
-    assert "2 .json or .cls files belong to no image in it" in caplog.text and "cam.1.json" in caplog.text
+    assert (
+        "2 .json or .cls files belong to no image in it" in caplog.text
+        and "cam.1.json" in caplog.text
+    )
     assert found.skipped == {".json": 1, ".cls": 1}
 
 
@@ -229,7 +267,12 @@ def test_samples_of_one_name_each_have_their_own_sidecar(tmp_path):
 
 
 def test_an_id_that_a_sidecar_gives_to_several_images_is_none_of_theirs(tmp_path):
-    tar(tmp_path / "a.tar", ("0.a.jpg", b"0"), ("0.b.jpg", b"1"), ("0.json", boxed(1, image_id="mine")))
+    tar(
+        tmp_path / "a.tar",
+        ("0.a.jpg", b"0"),
+        ("0.b.jpg", b"1"),
+        ("0.json", boxed(1, image_id="mine")),
+    )
     assert known(list_images(str(tmp_path))) == {"0.a": [2], "0.b": [2]}
 
 
@@ -245,7 +288,10 @@ def test_what_is_behind_an_end_mark_is_read(tmp_path, caplog, padding):
     (tmp_path / "c.tar").write_bytes(one + b"appended " * 100)
     found = look(str(tmp_path / "c.tar"))
     assert ids(found.rows) == ["a0", "a1", "a2"]
-    assert "c.tar breaks off after 3 members" in caplog.text and found.skipped["(tar that breaks off)"] == 1
+    assert (
+        "c.tar breaks off after 3 members" in caplog.text
+        and found.skipped["(tar that breaks off)"] == 1
+    )
 
 
 def header(name: str, size: bytes) -> bytes:
@@ -258,7 +304,13 @@ def header(name: str, size: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "size", [b"\xff" * 12, b"\xff" * 10 + b"\xfe\x00", b"\x80" + b"\xff" * 11, b"\x80\x00\x00\x00\x7f" + b"\xff" * 7]
+    "size",
+    [
+        b"\xff" * 12,
+        b"\xff" * 10 + b"\xfe\x00",
+        b"\x80" + b"\xff" * 11,
+        b"\x80\x00\x00\x00\x7f" + b"\xff" * 7,
+    ],
 )
 def test_a_member_of_absurd_size_ends_nothing_and_hangs_nothing(tmp_path, caplog, size):
     tar(tmp_path / "good.part", ("0.jpg", b"0"), ("1.jpg", b"1"))
@@ -275,7 +327,9 @@ def test_a_long_name_of_absurd_length_is_not_read(tmp_path):
     long[156:157] = b"L"
     long[148:156] = b"        "
     long[148:156] = b"%06o\0 " % sum(long[:512])
-    (tmp_path / "a.tar").write_bytes((tmp_path / "good.part").read_bytes()[:1024] + bytes(long) + bytes(512))
+    (tmp_path / "a.tar").write_bytes(
+        (tmp_path / "good.part").read_bytes()[:1024] + bytes(long) + bytes(512)
+    )
     assert ids(list_images(str(tmp_path))) == ["0"]
 
 
@@ -288,11 +342,18 @@ def test_sidecars_have_the_numbers_of_coco_jsons(tmp_path, caplog):
         "height": 10.0,
         "width": "20",
     }
-    huge, half = {"boxes": [[1, 2, 3, 4]], "labels": [2**70]}, {"boxes": [[1, 2, 3, 4]], "labels": [1.5]}
+    huge, half = (
+        {"boxes": [[1, 2, 3, 4]], "labels": [2**70]},
+        {"boxes": [[1, 2, 3, 4]], "labels": [1.5]},
+    )
     members = [("0", whole), ("1", huge), ("2", half)]
     tar(
         tmp_path / "a.tar",
-        *(m for name, of in members for m in ((f"{name}.jpg", b"x"), (f"{name}.json", json.dumps(of).encode()))),
+        *(
+            m
+            for name, of in members
+            for m in ((f"{name}.jpg", b"x"), (f"{name}.json", json.dumps(of).encode()))
+        ),
         ("3.jpg", b"3"),
         ("3.cls", b"%d" % 2**70),
         ("4.jpg", b"4"),
@@ -300,6 +361,10 @@ def test_sidecars_have_the_numbers_of_coco_jsons(tmp_path, caplog):
     )
     table = list_images(str(tmp_path))
     assert table["labels"].to_pylist() == [[5], [], [], [], [6]]
-    assert (table["crowds"][0].as_py(), table["annotation_ids"][0].as_py(), table["frame"][0].as_py()) == ([False], [7], [10, 20])
+    assert (
+        table["crowds"][0].as_py(),
+        table["annotation_ids"][0].as_py(),
+        table["frame"][0].as_py(),
+    ) == ([False], [7], [10, 20])
     assert table["boxes"][0].as_py() == [[1, 2, 3.5, 4]]
     assert "3 .json or .cls files make no sense" in caplog.text
