@@ -10,49 +10,13 @@
 
 The recipe is the one in the checkpoint, without its random ops. Boxes are in pixels of the original images.
 Run it again with the same --output to go on after Ctrl-C, a crash or a lost node.
-Exit status: 0 when every image is accounted for and rejects stay within --max-reject-fraction, 1 when not, 2 for bad arguments.
+Exit status: 0 when every image is accounted for and rejects stay within --max-reject-fraction,
+1 when not, 2 for bad arguments.
 """
 
 import sys
 
-import tyro
-from rich.console import Console
-
-from raypipe.insight.report import terminal
-from raypipe.run.command import attempt, ended, goes_on, say
-from raypipe.run.predicting import RESULTS, Settings, run, verdict_on
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the job; returns the exit status."""
-    console = Console(stderr=True)
-    settings = tyro.cli(
-        Settings, args=arguments, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)
-    )
-    kept = f"What is finished is in {settings.output}."
-    outcome = attempt(
-        lambda: run(settings, console=console),
-        kept=kept,
-        again=goes_on(resume=settings.resume),
-        console=console,
-    )
-    if isinstance(outcome, int):
-        return outcome
-    if outcome.report is not None:
-        Console().print(terminal(outcome.report))
-        found = outcome.report["predict"]
-        judged = (
-            ""
-            if found["map"] is None
-            else f"; mAP {found['map']:.3f} (at .50 {found['map50']:.3f}) by the boxes that are known"
-        )
-        Console().print(f"{found['boxes']} boxes{judged}", highlight=False)
-        say(
-            console,
-            f"predictions: {settings.output}/{RESULTS}\nreport: {settings.output}/_raypipe/report.html",
-        )
-    return ended(verdict_on(outcome, settings), console=console)
-
+from raypipe.run.command import predict
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(predict(description=__doc__))

@@ -16,7 +16,7 @@ import tyro
 from rich.console import Console
 
 from raypipe.insight.talk import terminal
-from raypipe.run.command import attempt, ended, goes_on, say
+from raypipe.run.console import attempt, ended, goes_on, say
 from raypipe.run.sweeping import Settings, run
 
 

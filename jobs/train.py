@@ -15,49 +15,7 @@ Exit status: 0 when every row is accounted for and rejects stay within --max-rej
 
 import sys
 
-import tyro
-from rich.console import Console
-
-from raypipe.insight.report import terminal
-from raypipe.run.command import attempt, ended, goes_on, say
-from raypipe.run.training import Settings, run, verdict_on
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the job; returns the exit status."""
-    console = Console(stderr=True)
-    settings = tyro.cli(
-        Settings, args=arguments, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)
-    )
-    kept = f"Checkpoints are in {settings.storage}."
-    outcome = attempt(
-        lambda: run(settings, console=console),
-        kept=kept,
-        again=goes_on(resume=settings.resume),
-        console=console,
-    )
-    if isinstance(outcome, int):
-        return outcome
-    if outcome.report is not None:
-        Console().print(terminal(outcome.report))
-        trained = outcome.report["train"]
-        judged = (
-            "" if trained["map"] is None else f"mAP {trained['map']:.3f} on the held-out images; "
-        )
-        Console().print(
-            f"{judged}workers computed {100 * trained['accelerator_utilisation']:.0f}% and waited for data "
-            f"{100 * trained['wait_share']:.0f}% of their time",
-            highlight=False,
-        )
-        Console().print(
-            f"Preprocess once, or while training? {trained['break_even']['reason']}",
-            highlight=False,
-        )
-        say(
-            console, f"model: {outcome.checkpoint}\nreport: {settings.storage}/_raypipe/report.html"
-        )
-    return ended(verdict_on(outcome, settings), console=console)
-
+from raypipe.train.command import train
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(train(description=__doc__))

@@ -1,8 +1,9 @@
 """Errors that are told to the user, and the one boundary at which foreign structure is read. Imports nothing of raypipe."""
 
 import contextlib
+import difflib
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,3 +98,15 @@ def printable(text: str, most: int = _MOST) -> str:
         c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii")
         for c in cut
     )
+
+
+def did_you_mean(given: Any, known: Iterable[Any]) -> str:
+    """The end of an error message: what was probably meant, and what there is."""
+    names = [str(name) for name in known]
+    given = str(given)[:100]  # comparing takes the product of both lengths
+    close = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
+    lowered = [name for name in names if name.lower() == given.lower()]
+    there = ", ".join(names) or "none"
+    if lowered or close:
+        return f"; did you mean {(lowered or close)[0]!r}? Known: {there}"
+    return f"; known: {there}"

@@ -11,8 +11,8 @@ from ray.exceptions import GetTimeoutError, RayError
 
 from raypipe import UsageError
 from raypipe.run import registry
+from raypipe.run.cluster.session import ENDING, check_answers, token_missing, without_rays_lines
 from raypipe.run.collector import NAMESPACE
-from raypipe.run.session import ENDING, check_answers, token_missing, without_rays_lines
 
 _NAME = "raypipe-"
 _ANSWER_S = 60.0

@@ -15,7 +15,7 @@ import psutil
 import ray
 
 from raypipe.data.reader import core_wait_s
-from raypipe.stages import Gpu, GpuUse
+from raypipe.stages.stage import Gpu, GpuUse
 
 SAMPLE_EVERY_S = 1.0
 

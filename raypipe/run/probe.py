@@ -12,22 +12,24 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import BinaryIO
+from typing import BinaryIO, Protocol, runtime_checkable
 
 import pyarrow as pa
 
 from raypipe.data import location
 from raypipe.data.listing import list_images
-from raypipe.data.reader import Reader, Reading
+from raypipe.data.reader import Reader
+from raypipe.data.sinks import Sink
 from raypipe.data.work import make_work
 from raypipe.images import backend as backend_module
 from raypipe.insight.planner import StageCost
-from raypipe.stages import After, Gpu
-from raypipe.stages.preprocess import Preprocessing, keep_freed_memory, preprocess_shard
+from raypipe.stages.actor import keep_freed_memory
+from raypipe.stages.preprocess import Preprocess, Preprocessing, preprocess_shard
+from raypipe.stages.stage import Doing, Stage, Step
 
 IMAGES = 32
 ENOUGH_S = 1.0
@@ -36,31 +38,62 @@ ENOUGH_S = 1.0
 WAIT_AT_MOST_S = 10.0
 
 
+@runtime_checkable
+class Storing(Step, Protocol):
+    """A step that stores what it makes. `wait_ms`: more than it takes, an image."""
+
+    @property
+    def sink(self) -> Sink:
+        """Where to."""
+
+    @property
+    def wait_ms(self) -> float: ...
+
+    def elsewhere(self, folder: str) -> "Storing":
+        """The same step, storing into `folder`, without waiting for anything."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """What to time: `rows` (schema WORK), of which the first few are enough, in preprocess and the stage `after` it, where there is one.
-    `stored`: also preprocessing what `after` has stored, as a training from a store does in every epoch."""
+    """What to time: `rows` (schema WORK), of which the first few are enough, in preprocess and in the step after it.
+
+    `may_be_on_gpu`: the step after holds one where there are enough.
+    `stored`: also preprocess what was stored, as a training from a store does in every epoch.
+    """
 
     rows: pa.Table
-    settings: Preprocessing
-    after: After | None
-    threads: int
-    reading: Reading
-    read_ms: float
-    store_ms: float
+    first: Preprocess
+    then: Storing | None = None
+    may_be_on_gpu: bool = False
+    threads: int = 1
     stored: bool = False
     token: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
 
     @property
     def folder(self) -> str:
-        """Where what it stores goes: beside unfinished files, and its own, as the output is not claimed yet."""
-        assert self.after is not None
-        return location.join(self.after.sink.root, f"{self.after.sink.tmp}/probe-{self.token}")
+        """Where the step after stores: beside unfinished files, as the output is not claimed yet."""
+        assert self.then is not None
+        sink = self.then.sink
+        return location.join(sink.root, f"{sink.tmp}/probe-{self.token}")
 
     @cached_property
     def makes_root(self) -> bool:
         """Whether the output was missing when this was first asked: then it goes with the probe."""
-        return self.after is not None and not location.exists(self.after.sink.root)
+        return self.then is not None and not location.exists(self.then.sink.root)
+
+
+def of(rows: pa.Table, stages: Sequence[Stage], *, threads: int, stored: bool = False) -> Probe:
+    """What to time of a pipeline: its first step, and the one that stores."""
+    first, *others = (step for stage in stages for step in stage.steps)
+    assert isinstance(first, Preprocess)
+    return Probe(
+        rows=rows,
+        first=first,
+        then=next((step for step in others if isinstance(step, Storing)), None),
+        may_be_on_gpu=any(stage.gpu is not False for stage in stages),
+        threads=threads,
+        stored=stored,
+    )
 
 
 def start(probe: Probe) -> subprocess.Popen[bytes]:
@@ -101,7 +134,7 @@ def end(process: subprocess.Popen[bytes], probe: Probe) -> None:
     """It is over, and what it has stored is deleted, which it cannot do itself when it is killed."""
     process.kill()
     process.wait()
-    if probe.after is not None:
+    if probe.then is not None:
         _tidy(probe)
 
 
@@ -121,30 +154,34 @@ def finish(process: subprocess.Popen[bytes]) -> list[StageCost] | None:
 
 
 def time_stages(probe: Probe) -> list[StageCost]:
-    """Costs an image, from one actor's work without Ray. Empty: no image was good. A stage that may be on a GPU here is left out: how many
-    GPUs there are decides its actors, and what it costs on a CPU says nothing."""
+    """Costs an image, from one actor's work without Ray. Empty: no image was good.
+
+    A step that would be on a GPU here is left out: GPUs decide its actors, and its cost on a CPU says nothing.
+    """
     keep_freed_memory()
-    backend_module(probe.settings.backend).setup(probe.threads)
-    reader = replace(probe.reading, patience_s=0.0).reader()
-    after = (
-        {}
-        if probe.after is None or _may_be_on_gpu(probe.after)
-        else {probe.after.name: _actor(probe)}
-    )
+    first = probe.first
+    backend_module(first.pixels.backend).setup(probe.threads)
+    reader = replace(first.reading, patience_s=0.0).reader()
+    waits_s = {first.name: first.wait_ms / 1000}
+    then: dict[str, Doing] = {}
+    if probe.then is not None and not (probe.may_be_on_gpu and _has_gpu()):
+        step = probe.then.elsewhere(probe.folder)
+        then[step.name] = step.begin(threads=probe.threads, gpu=False)
+        waits_s[step.name] = probe.then.wait_ms / 1000
     # The first image pays for libraries that load, and for memory that is new.
-    block, _ = preprocess_shard(probe.rows.slice(0, 1), probe.settings, reader=reader)
-    for store in after.values():
+    block, _ = preprocess_shard(probe.rows.slice(0, 1), first.pixels, reader=reader)
+    for store in then.values():
         store(block)
-    spent = dict.fromkeys(["preprocess", *after], (0.0, 0.0))
+    spent = dict.fromkeys(waits_s, (0.0, 0.0))
     images = 0
     begun = time.perf_counter()
     size = max(1, min(8, probe.rows.num_rows // 4))
     for at in range(0, probe.rows.num_rows, size):
         rows = probe.rows.slice(at, size)
         times = _now()
-        block, _ = preprocess_shard(rows, probe.settings, reader=reader)
-        spent["preprocess"] = _add(spent["preprocess"], times)
-        for name, store in after.items():
+        block, _ = preprocess_shard(rows, first.pixels, reader=reader)
+        spent[first.name] = _add(spent[first.name], times)
+        for name, store in then.items():
             times = _now()
             store(block)
             spent[name] = _add(spent[name], times)
@@ -153,56 +190,26 @@ def time_stages(probe: Probe) -> list[StageCost]:
             break
     if not images:
         return []
-    waits = {
-        name: (probe.read_ms if name == "preprocess" else probe.store_ms) / 1000 for name in spent
-    }
     costs = [
-        StageCost(name=name, actors=1, busy_s=busy_s / images + waits[name], cpu_s=cpu_s / images)
+        StageCost(name=name, actors=1, busy_s=busy_s / images + waits_s[name], cpu_s=cpu_s / images)
         for name, (busy_s, cpu_s) in spent.items()
     ]
-    if probe.after is not None and probe.stored:
-        costs.append(_time_stored(probe.folder, probe.settings, reader))
+    if then and probe.stored:
+        costs.append(_time_stored(probe.folder, first.pixels, reader))
     return costs
 
 
-def _time_stored(folder: str, settings: Preprocessing, reader: Reader) -> StageCost:
+def _time_stored(folder: str, pixels: Preprocessing, reader: Reader) -> StageCost:
     rows = make_work(list_images(folder), rows_per_shard=IMAGES)
     for _ in range(2):  # the first time pays for what a reader keeps of a file
         times = _now()
-        preprocess_shard(rows, settings, reader=reader)
+        preprocess_shard(rows, pixels, reader=reader)
         busy_s, cpu_s = _add((0.0, 0.0), times)
-    return StageCost(
-        name="stored", actors=1, busy_s=busy_s / rows.num_rows, cpu_s=cpu_s / rows.num_rows
-    )
+    images = rows.num_rows
+    return StageCost(name="stored", actors=1, busy_s=busy_s / images, cpu_s=cpu_s / images)
 
 
-class _Unmeasured:
-    """A stage's meter for an actor outside Ray."""
-
-    def start(self, gpu: Gpu | None = None) -> None: ...
-
-    def call(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def wait(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def count(self, *, images: int, bytes_in: int, bytes_out: int) -> None: ...
-
-
-def _actor(probe: Probe) -> Callable[[pa.Table], pa.Table]:
-    """One of the stage's actors, here, with a folder of its own for what it stores."""
-    after = probe.after
-    assert after is not None
-    sink = replace(after.sink, root=probe.folder)
-    return after.actor(
-        sink=sink, threads=probe.threads, wait_ms=0.0, meter=_Unmeasured(), **after.arguments
-    )
-
-
-def _may_be_on_gpu(after: After) -> bool:
-    if after.gpu is False:
-        return False
+def _has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
@@ -210,9 +217,9 @@ def _may_be_on_gpu(after: After) -> bool:
 
 def _tidy(probe: Probe) -> None:
     """Delete what the probe stored, and the folders that nobody else has put anything into."""
-    assert probe.after is not None
+    assert probe.then is not None
     location.delete_folder(probe.folder)
-    root, tmp = probe.after.sink.root, probe.after.sink.tmp
+    root, tmp = probe.then.sink.root, probe.then.sink.tmp
     for folder in (
         location.join(root, tmp),
         location.join(root, tmp.partition("/")[0]),
@@ -236,16 +243,10 @@ def main(stdin: BinaryIO) -> None:
     try:
         costs = time_stages(probe)
     finally:
-        if probe.after is not None:
+        if probe.then is not None:
             _tidy(probe)
-    print(
-        json.dumps(
-            [
-                {"name": c.name, "actors": c.actors, "busy_s": c.busy_s, "cpu_s": c.cpu_s}
-                for c in costs
-            ]
-        )
-    )
+    names = ("name", "actors", "busy_s", "cpu_s")
+    print(json.dumps([{name: getattr(cost, name) for name in names} for cost in costs]))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from raypipe.images.decode import thumbnail
 from raypipe.images.frames import UPRIGHT
 from raypipe.insight import html
 from raypipe.insight import report as reports
-from raypipe.run.settings import Settings
+from raypipe.run.settings import Running
 
 FILES = ("rejects.parquet", "boxes_dropped.parquet", "report.html", "report.json")
 
@@ -210,7 +210,7 @@ def shown(work: pa.Table, rejected: list[Rejected]) -> list[dict[str, Any]]:
     return [{**asdict(row), "thumbnail": seen.get(row.image_id)} for row in rows]
 
 
-def verdict_on(outcome: Outcome, settings: Settings) -> str | None:
+def verdict_on(outcome: Outcome, running: Running, *, output: str | None) -> str | None:
     """Why a finished run counts as failed: rows lost or unread, or too many rejected. None: it does not."""
     report = outcome.report
     if report is not None:
@@ -229,25 +229,23 @@ def verdict_on(outcome: Outcome, settings: Settings) -> str | None:
         causes = Counter(row.detail for row in outcome.unread)
         again = (
             "the same command tries them again"
-            if settings.output
+            if output
             else "nothing was kept, so they are tried when it is run again"
         )
-        without = "" if settings.resume else " without --no-resume"
+        without = "" if running.resume else " without --no-resume"
         return (
             f"{len(outcome.unread)} of {outcome.rows} images could not be read ({causes.most_common(1)[0][0]}); {again}{without}. "
             f"The first: {outcome.unread[0].uri}."
         )
     share = len(outcome.rejected) / outcome.rows
-    if share > settings.max_reject_fraction:
+    if share > running.max_reject_fraction:
         where = " or ".join(
-            f
-            for f in (settings.output and f"{settings.output}/{journal.STATE}", settings.report)
-            if f
+            f for f in (output and f"{output}/{journal.STATE}", running.report) if f
         )
         first = outcome.rejected[0]
         return (
             f"{len(outcome.rejected)} of {outcome.rows} images were rejected ({100 * share:.1f}%), more than --max-reject-fraction "
-            f"{settings.max_reject_fraction:g} allows; what was good is kept. The first: {first.uri}: {first.reason} ({first.detail}). "
+            f"{running.max_reject_fraction:g} allows; what was good is kept. The first: {first.uri}: {first.reason} ({first.detail}). "
             + (
                 f"All are in {where}/rejects.parquet."
                 if where

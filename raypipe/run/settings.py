@@ -1,116 +1,86 @@
-"""What a user asks of a run, and what of it cannot be done."""
+"""What a user asks of a job: groups of settings, which the jobs compose, and their flat names.
+
+Each job's Settings hold some of these groups and some of its own. Flags, `settings` in report.json and the
+arguments of Python functions have the flat names of the groups' fields. A group decides the results of a
+run, whole, or it decides nothing: then it says only where results go and how they come about.
+"""
 
 import math
 import os
-import re
-from collections.abc import Sequence, Set
-from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import asdict, dataclass, fields
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
 
-import pyarrow as pa
 import tyro
 
-from raypipe import UsageError
 from raypipe.data import location
 from raypipe.data.patience import READ_PATIENCE_S
 from raypipe.data.reader import Reading
-from raypipe.images import catalog
+from raypipe.errors import UsageError, did_you_mean
 from raypipe.images.decode import MAX_PIXELS
-from raypipe.images.recipe import Finish, Recipe, to_json
+from raypipe.images.recipe import Recipe, to_json
 from raypipe.stages.actor import ACTOR_BYTES
-
-COUNT = int | Literal["auto"]
+from raypipe.stages.preprocess import Preprocessing
+from raypipe.stages.stage import Count
 
 TRUST = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="MODULE:NAME")]
 """A flag that may be given several times: the user's own code that a file from elsewhere may name."""
 
+LEAST_MEMORY = 100_000_000
+"""Bytes for images without which an actor is of no use: a few photos and their shard's results."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What jobs/preprocess.py takes. The first group decides the results, the second only how they come about."""
+class Source:
+    """Which images."""
+
+    decides: ClassVar = True
 
     input: str
     """Folder, glob, file, tar or Parquet files, local or s3:// gs://; or demo, demo:COUNT."""
     annotations: str | None = None
     """COCO JSON with the boxes; --input is then the folder its file names are relative to."""
-    output: str | None = None
-    """Where results go; with several nodes a place that all of them see. Without it nothing is written: preprocessing only."""
-    recipe: str = "coco-300"
-    """Name (`raypipe recipes` lists them) or a JSON file."""
+    seed: int = 0
+    """Of all random draws: demo images, augmentations; in a training also weights, order and hold-out."""
+
+    def check(self) -> None:
+        """Raise UsageError for a value that no run can use."""
+        if self.seed < 0:
+            raise UsageError(f"--seed is {self.seed}; it must not be negative.")
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What an output must agree with, as JSON types."""
+        demo = self.input.startswith("demo")
+        return {
+            "input": self.input if demo else location.absolute(self.input),
+            "annotations": self.annotations and location.absolute(self.annotations),
+            "seed": self.seed,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """How images are decoded, and which are not."""
+
+    decides: ClassVar = True
+
     backend: Literal["opencv", "torchvision"] = "opencv"
     """Library that decodes and transforms."""
-    format: Literal["jpeg", "png", "npy", "webdataset", "parquet"] = "jpeg"
-    """How results are stored."""
-    layout: Literal["nchw", "nhwc"] | None = None
-    """Order of the axes of npy, instead of the recipe's."""
-    mlperf_cache: str | None = None
-    """Write npy files where MLPerf's inference looks for them: OUTPUT/preprocessed/NAME/NHWC or NCHW, NAME being its data set (coco-300 ...)."""
-    quality: int = 95
-    """JPEG quality of what is written, 1 to 100."""
-    limit: int | None = None
-    """Only the first so many images."""
-    seed: int = 0
-    """Of random augmentations, and of the demo images."""
     max_pixels: int = MAX_PIXELS
     """Images with more pixels are rejected before they are decoded."""
     actor_memory: float = 2.0
-    """GB that a preprocess actor may hold. Shards are cut for it, and an image that alone takes more is rejected."""
+    """GB that a preprocess actor may hold. Shards are cut for it; an image that needs more is rejected."""
     image_seconds: float = 30.0
     """Seconds of CPU that one image may take; more ends its actor, and the image is rejected."""
     decoder: Literal["simplejpeg", "own"] = "simplejpeg"
-    """Who decodes JPEGs: simplejpeg, which notices damage; or the backend's own (OpenCV, Pillow), which mostly does not: to compare libraries."""
+    """Decoder of JPEGs: simplejpeg notices damage; the backend's own (OpenCV, Pillow) mostly does not."""
     damaged: Literal["reject", "keep"] = "reject"
-    """Images that a decoder or a checksum says are damaged: reject them, or keep what can be decoded of them."""
-
-    actors: COUNT = "auto"
-    """Preprocess actors; auto: as many as the planner finds best, from a shard timed before the start and corrected while it runs."""
-    writers: COUNT = "auto"
-    """Writer actors; auto: likewise."""
-    threads: int = 1
-    """Threads that OpenCV or torch may use within each actor."""
-    read_ms: float = 0.0
-    """Have every image take so many milliseconds longer to read, as from a slow store: to try what waiting does."""
-    store_ms: float = 0.0
-    """Have every image take so many milliseconds longer to write, likewise."""
-    read_patience: float = READ_PATIENCE_S
-    """Seconds for which a store that does not answer is asked again; what it has not given by then is left for the next run."""
-    shard_rows: int | None = None
-    """Images a shard at most, as far as --actor-memory allows; by default as many as make 64 MiB of output."""
-    max_reject_fraction: float = 0.01
-    """The run fails when more than this share of the images was rejected; results are kept."""
-    run_id: str | None = None
-    """Name of this run; by default made from the time."""
-    resume: bool = True
-    """--no-resume deletes the results of earlier runs into --output and starts again."""
-    report: str | None = None
-    """Folder for report.json and rejects.parquet too; by default only OUTPUT/_raypipe."""
-
-    @property
-    def memory(self) -> int:
-        """Bytes that a preprocess actor may hold beside its libraries."""
-        return int(min(self.actor_memory, 1e9) * 1e9) - ACTOR_BYTES[self.backend]
+    """Images that a decoder or a checksum calls damaged: reject them, or keep what can be decoded."""
 
     def check(self) -> None:
-        """Raises UsageError for a value that no run can use."""
-        positive = {
-            "limit": self.limit,
-            "actors": self.actors,
-            "writers": self.writers,
-            "threads": self.threads,
-        }
-        positive |= {"shard-rows": self.shard_rows, "max-pixels": self.max_pixels}
-        for name, value in positive.items():
-            if isinstance(value, int) and value < 1:
-                raise UsageError(f"--{name} is {value}; it must be at least 1.")
-        for name, delay in (("read-ms", self.read_ms), ("store-ms", self.store_ms)):
-            if not 0 <= delay < 3_600_000:
-                raise UsageError(
-                    f"--{name} is {delay}; it is milliseconds an image, from 0 to an hour's."
-                )
-        if not 0 <= self.read_patience < 86_400:
-            raise UsageError(
-                f"--read-patience is {self.read_patience}; it is seconds, from 0 to a day's."
-            )
+        """Raise UsageError for a value that no run can use."""
+        check_counts({"max-pixels": self.max_pixels})
         if not 0 < self.image_seconds < math.inf:
             raise UsageError(
                 f"--image-seconds is {self.image_seconds}; it is seconds of CPU, more than 0."
@@ -118,27 +88,77 @@ class Settings:
         if not LEAST_MEMORY <= self.memory < 2**50:
             least = (ACTOR_BYTES[self.backend] + LEAST_MEMORY) / 1e9
             raise UsageError(
-                f"--actor-memory is {self.actor_memory}; it is GB, and an actor with {self.backend} needs {least:g} at least."
+                f"--actor-memory is {self.actor_memory}; it is GB, and an actor with {self.backend} "
+                f"needs {least:g} at least."
             )
-        for name, given in {"layout": self.layout, "mlperf-cache": self.mlperf_cache}.items():
-            if given is not None and self.format != "npy":
-                raise UsageError(
-                    f"--{name} {given} is for --format npy; this run writes {self.format}."
-                )
-        if self.mlperf_cache is not None and not re.fullmatch(
-            r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.mlperf_cache
-        ):
+
+    @property
+    def memory(self) -> int:
+        """Bytes that a preprocess actor may hold beside its libraries."""
+        return int(min(self.actor_memory, 1e9) * 1e9) - ACTOR_BYTES[self.backend]
+
+    def pixels(self, recipe: Recipe, *, seed: int, decode_only: bool = False) -> Preprocessing:
+        """What preprocess actors do with `recipe`."""
+        return Preprocessing(
+            recipe=recipe,
+            backend=self.backend,
+            seed=seed,
+            max_pixels=self.max_pixels,
+            memory=self.memory,
+            image_seconds=self.image_seconds,
+            decoder=self.decoder,
+            damaged=self.damaged,
+            decode_only=decode_only,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """How the run goes. Nothing here decides what comes out of an image."""
+
+    decides: ClassVar = False
+
+    limit: int | None = None
+    """Only the first so many images."""
+    actors: Count = "auto"
+    """Preprocess actors; auto: as many as the planner finds best, corrected while the run goes on."""
+    threads: int = 1
+    """Threads that OpenCV or torch may use within each actor."""
+    read_ms: float = 0.0
+    """Have every image take so many milliseconds longer to read, as from a slow store."""
+    read_patience: float = READ_PATIENCE_S
+    """Seconds for which a store that does not answer is asked again. What it has not given by then is left
+    for the next run; a training stops, and goes on from its last checkpoint."""
+    shard_rows: int | None = None
+    """Images a shard at most, as far as --actor-memory allows; by default 64 MiB of pixels."""
+    max_reject_fraction: float = 0.01
+    """The run fails when more than this share of the images was rejected; results are kept."""
+    run_id: str | None = None
+    """Name of this run; by default made from the time."""
+    resume: bool = True
+    """--no-resume deletes what earlier runs have left there, and starts again."""
+    report: str | None = None
+    """Folder for the report too; by default only _raypipe in the output or storage."""
+
+    def check(self) -> None:
+        """Raise UsageError for a value that no run can use."""
+        check_counts(
+            {
+                "limit": self.limit,
+                "actors": self.actors,
+                "threads": self.threads,
+                "shard-rows": self.shard_rows,
+            }
+        )
+        check_wait("read-ms", self.read_ms)
+        if not 0 <= self.read_patience < 86_400:
             raise UsageError(
-                f"--mlperf-cache is {self.mlperf_cache!r}; it is the name of one of MLPerf's data sets, such as coco-300."
+                f"--read-patience is {self.read_patience}; it is seconds, from 0 to a day's."
             )
-        if not 1 <= self.quality <= 100:
-            raise UsageError(f"--quality is {self.quality}; JPEG quality goes from 1 to 100.")
         if not 0 <= self.max_reject_fraction <= 1:
             raise UsageError(
                 f"--max-reject-fraction is {self.max_reject_fraction}; it is a share, from 0 to 1."
             )
-        if self.seed < 0:
-            raise UsageError(f"--seed is {self.seed}; it must not be negative.")
         if self.run_id is not None and not all(
             c.isalnum() or c in "-_." for c in self.run_id or "/"
         ):
@@ -146,32 +166,64 @@ class Settings:
                 f"--run-id is {self.run_id!r}; use letters, digits, '-', '_' and '.' only."
             )
 
-
-def reading(settings: Settings) -> Reading:
-    """How preprocess actors read the input."""
-    # One reads ahead of the decoder, where reading waits; more only contend for the interpreter, unless each waits for a network.
-    local = not location.is_remote(settings.input) and os.path.isdir(
-        root := location.local_path(settings.input)
-    )
-    threads = 8 if location.is_remote(settings.input) else 1
-    return Reading(threads=threads, patience_s=settings.read_patience, root=root if local else None)
-
-
-LEAST_MEMORY = 100_000_000
-"""Bytes for images without which an actor is of no use: a few photos and their shard's results."""
-
-
-def gpu_or_cpu(*, gpu: bool, cpu: bool) -> bool | None:
-    """What --gpu and --cpu say of GPUs: they must be taken, must not, or (None) where there are enough. Raises UsageError if both were given."""
-    if gpu and cpu:
-        raise UsageError(
-            "--gpu and --cpu were both given, but a model is on one of them. Leave one out."
+    def reading(self, input: str) -> Reading:
+        """How preprocess actors read `input`."""
+        # One thread reads ahead of the decoder. More only contend for the interpreter, unless each waits
+        # for a network.
+        remote = location.is_remote(input)
+        root = None if remote else location.local_path(input)
+        known = root is not None and os.path.isdir(root)
+        return Reading(
+            threads=8 if remote else 1,
+            patience_s=self.read_patience,
+            root=root if known else None,
         )
-    return True if gpu else False if cpu else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """What the model computes on."""
+
+    decides: ClassVar = False
+
+    gpu: bool = False
+    """Use GPUs, or fail. By default GPUs are used if there are enough."""
+    cpu: bool = False
+    """Use CPUs."""
+
+    def check(self) -> None:
+        """Raise UsageError if both were given."""
+        if self.gpu and self.cpu:
+            raise UsageError(
+                "--gpu and --cpu were both given, but a model is on one of them. Leave one out."
+            )
+
+    @property
+    def must(self) -> bool | None:
+        """Whether GPUs must be taken, must not, or (None) are taken where there are enough."""
+        return True if self.gpu else False if self.cpu else None
+
+
+# --- checks that groups share ----------------------------------------------------------------
+
+
+def check_counts(counts: Mapping[str, Count | None]) -> None:
+    """Raise UsageError for a number below 1, by its flag."""
+    for name, value in counts.items():
+        if isinstance(value, int) and value < 1:
+            raise UsageError(f"--{name} is {value}; it must be at least 1.")
+
+
+def check_wait(name: str, wait_ms: float) -> None:
+    """Raise UsageError for a delay that is none."""
+    if not 0 <= wait_ms < 3_600_000:
+        raise UsageError(
+            f"--{name} is {wait_ms}; it is milliseconds an image, from 0 to an hour's."
+        )
 
 
 def check_trust(trust: tuple[str, ...]) -> None:
-    """Raises UsageError for a --trust that names no attribute of a module."""
+    """Raise UsageError for a --trust that names no attribute of a module."""
     for name in trust:
         if not all(name.partition(":")):
             raise UsageError(
@@ -179,80 +231,15 @@ def check_trust(trust: tuple[str, ...]) -> None:
             )
 
 
-def deciding(settings: Settings, recipe: Recipe) -> dict[str, Any]:
-    """The settings that decide the results of a run, as JSON types: what an output directory must agree with."""
-    quality = settings.quality if settings.format in ("jpeg", "webdataset") else None
-    return {
-        "input": settings.input
-        if settings.input.startswith("demo")
-        else location.absolute(settings.input),
-        "annotations": settings.annotations and location.absolute(settings.annotations),
-        "recipe": {key: value for key, value in to_json(recipe).items() if key != "description"},
-        "backend": settings.backend,
-        "format": settings.format,
-        "layout": settings.layout,
-        "mlperf_cache": settings.mlperf_cache,
-        "quality": quality,
-        "seed": settings.seed,
-        "max_pixels": settings.max_pixels,
-        "actor_memory": settings.actor_memory,
-        "image_seconds": settings.image_seconds,
-        "decoder": settings.decoder,
-        "damaged": settings.damaged,
-    }
-
-
-def check_apart(settings: Settings) -> None:
-    """Raises UsageError where results would overwrite what they are made from, or be taken for input the next time."""
-    if settings.output is None or settings.input.startswith("demo"):
+def check_apart(output: str | None, input: str) -> None:
+    """Raise UsageError where results would overwrite what they are made from, or be taken for input the next time."""
+    if output is None or input.startswith("demo"):
         return
-    if location.within(settings.output, settings.input):
+    if location.within(output, input):
         raise UsageError(
-            f"--output {settings.output!r} is the input folder {settings.input!r} or in it: results would overwrite originals, or be taken "
-            f"for input by the next run. Nothing was started. Give a folder beside it."
+            f"--output {output!r} is the input folder {input!r} or in it: results would overwrite "
+            f"originals, or be taken for input by the next run. Nothing was started. Give a folder beside it."
         )
-
-
-def result_names(settings: Settings) -> tuple[str, ...]:
-    """What the results are called, relative to the output (`raypipe.data.journal.Made`)."""
-    one = {"webdataset": "shard-{shard}.tar", "parquet": "part-{shard}.parquet"}.get(
-        settings.format
-    )
-    extension = {"jpeg": ".jpg", "png": ".png", "npy": ".npy"}.get(settings.format)
-    if settings.mlperf_cache is not None:
-        return (os.path.join(image_folder(settings), "{name}{suffix}.npy"),)
-    return (one or os.path.join(image_folder(settings), "{name}" + str(extension)),)
-
-
-def stored_as(settings: Settings, recipe: Recipe) -> Finish | None:
-    """What npy files hold; None: the uint8 pixels as they are."""
-    if settings.format != "npy":
-        return None
-    layout: dict[str | None, Literal["chw", "hwc"]] = {"nchw": "chw", "nhwc": "hwc"}
-    wanted = layout.get(settings.layout)
-    if recipe.finish is None:
-        return Finish(layout="chw", dtype="uint8") if wanted == "chw" else None
-    return replace(recipe.finish, layout=wanted or recipe.finish.layout)
-
-
-def check_cache_names(settings: Settings, work: pa.Table) -> None:
-    """Raises UsageError where a file of --mlperf-cache would not have the name by which MLPerf looks for it."""
-    if settings.mlperf_cache is None:
-        return
-    for name, uri in zip(
-        work.column("name").to_pylist(), work.column("uri").to_pylist(), strict=True
-    ):
-        path = location.path_of(uri)
-        if location.suffix(uri).lower() in CONTAINERS or not path.endswith(
-            f"/{name}{location.suffix(uri)}"
-        ):
-            raise UsageError(
-                f"--mlperf-cache names a file by its image file, and {uri!r} would become {name!r}: images of tars and Parquet files have no file "
-                f"of their own, and names that are taken or unsafe are changed. Leave out --mlperf-cache, or rename the image."
-            )
-
-
-CONTAINERS = (".tar", ".parquet")
 
 
 def check_free(output: str, files: Sequence[str], *, ours: Set[str]) -> None:
@@ -269,22 +256,94 @@ def check_free(output: str, files: Sequence[str], *, ours: Set[str]) -> None:
         taken = []
     if taken:
         raise UsageError(
-            f"{location.join(output, taken[0])} exists and is no result of an earlier run: it would be overwritten. Nothing was started. Give an "
-            f"--output without it."
+            f"{location.join(output, taken[0])} exists and is no result of an earlier run: it would be "
+            f"overwritten. Nothing was started. Give an --output without it."
         )
 
 
-def image_folder(settings: Settings) -> str:
-    """Sub-folder of the output for the images. With annotations the layout is MLPerf's: the image folder beside annotations/."""
-    if settings.mlperf_cache is not None:
-        recipe = catalog.get(settings.recipe)
-        finish = stored_as(settings, recipe)
-        shape = "NCHW" if finish is not None and finish.layout == "chw" else "NHWC"
-        # MLPerf's COCO loader puts this before the JSON's file names; the others take these as they are.
-        images = ("val2017",) if settings.mlperf_cache.startswith("coco") else ()
-        return "/".join(("preprocessed", settings.mlperf_cache, shape, *images))
-    return (
-        os.path.basename(location.path_of(location.absolute(settings.input)).rstrip("/"))
-        if settings.annotations
-        else ""
+def recipe_identity(recipe: Recipe) -> dict[str, Any]:
+    """What of a recipe decides the results, as JSON types."""
+    return {key: value for key, value in to_json(recipe).items() if key != "description"}
+
+
+# --- groups, composed ------------------------------------------------------------------------
+
+S = TypeVar("S", bound="Composed")
+
+
+class Composed:
+    """Settings of a job: a frozen dataclass whose fields are groups, with the flat names of their fields."""
+
+    @classmethod
+    def of(cls: type[S], **given: Any) -> S:
+        """Compose settings from flat names.
+
+        Raises:
+            UsageError: a name is unknown, or one that has no default is missing.
+        """
+        unknown = [name for name in given if name not in cls.names()]
+        if unknown:
+            raise UsageError(
+                f"there is no setting {unknown[0]!r}{did_you_mean(unknown[0], cls.names())}"
+            )
+        groups = {}
+        for field, kind in cls.groups().items():
+            mine = {name: given[name] for name in _names(kind) if name in given}
+            try:
+                groups[field] = kind(**mine)
+            except TypeError as error:
+                raise UsageError(f"settings are missing: {error}") from error
+        return cls(**groups)
+
+    @classmethod
+    def groups(cls) -> dict[str, type]:
+        """The groups, by field."""
+        hints = get_type_hints(cls)
+        return {field.name: hints[field.name] for field in fields(cls)}  # type: ignore[arg-type]
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """All flat names."""
+        return [name for kind in cls.groups().values() for name in _names(kind)]
+
+    @property
+    def flat(self) -> dict[str, Any]:
+        """All settings by their flat names."""
+        return {name: value for group in self._parts() for name, value in asdict(group).items()}
+
+    def changed(self: S, **given: Any) -> S:
+        """The same settings with other values, by flat names."""
+        return type(self).of(**{**self.flat, **given})
+
+    def check(self) -> None:
+        """Raise UsageError for a value that no run can use."""
+        for group in self._parts():
+            group.check()
+
+    def decided(self) -> dict[str, Any]:
+        """The groups that decide the results, whole, by flat names; a group may say itself what its identity is."""
+        found: dict[str, Any] = {}
+        for group in self._parts():
+            if group.decides:
+                found |= getattr(group, "identity", None) or asdict(group)
+        return found
+
+    def _parts(self) -> list[Any]:
+        return [getattr(self, name) for name in self.groups()]
+
+
+def _names(kind: type) -> list[str]:
+    return [field.name for field in fields(kind)]
+
+
+def parse(kind: type[S], arguments: list[str] | None, *, description: str | None) -> S:
+    """Settings from a command line: each flag is the flat name of a field.
+
+    Flags that are off by default have no --no- form, and the others no plain one.
+    """
+    return tyro.cli(
+        kind,
+        args=arguments,
+        description=description,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
     )

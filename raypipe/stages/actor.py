@@ -1,34 +1,134 @@
-"""What outlives an actor: which image it was at when it died."""
+"""The actor that does a stage's steps, its memory, and the track that it leaves for its successor."""
 
 import contextlib
+import ctypes
 import math
 import mmap
 import os
 import signal
 import struct
+import sys
 import threading
 import time
+import weakref
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import psutil
+import pyarrow as pa
 
 from raypipe.data.lease import is_alive
 from raypipe.images.decode import Reject
+from raypipe.stages.stage import Done, Meter, Stage, Step
 
 ACTOR_BYTES = {"opencv": 250 * 10**6, "torchvision": 600 * 10**6}
-"""Memory that an actor has before it has an image (measured: resident, libraries included)."""
+"""Memory of an actor that has no image yet, by backend (measured: resident, libraries included)."""
 
 TRIES = 3
 """An image during which the process died this often is taken to be the cause. A lower number would
 blame images that were only under way when a node was lost or somebody killed the actor."""
 
 
+class Actor:
+    """Do the steps of a stage, in a row, to one block at a time. Ray Data makes it and calls it."""
+
+    def __init__(self, *, steps: Sequence[Step], threads: int, gpu: bool, meter: Meter):
+        keep_freed_memory()
+        self._doing = [step.begin(threads=threads, gpu=gpu) for step in steps]
+        self._meter = meter
+        meter.start(next((doing.gpu for doing in self._doing if doing.gpu is not None), None))
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        with self._meter.call():
+            done: list[Done] = []
+            for doing in self._doing:
+                done.append(doing(done[-1].block if done else block))
+            self._meter.count(
+                images=done[0].images, bytes_in=done[0].bytes_in, bytes_out=done[-1].bytes_out
+            )
+            return done[-1].block
+
+
+def actor_class(stage: Stage) -> type[Actor]:
+    """Make the class of a stage's actors. Ray Data and process lists show its name."""
+    name = "".join(step.name.capitalize() for step in stage.steps)
+    return type(name, (Actor,), {"__doc__": Actor.__doc__, "__module__": __name__})
+
+
+# --- memory ----------------------------------------------------------------------------------
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed memory for the next image.
+
+    Otherwise the kernel takes it back and the process faults it in again, which was a third of a
+    decoding process's time (measured; see jobs/benchmark.py). Without glibc this does nothing.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-4, 0)  # M_MMAP_MAX
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        mallopt(-2, 64 * 2**20)  # M_TOP_PAD
+
+
+def give_back_freed_memory() -> None:
+    """Undo `keep_freed_memory` once: return free memory to the kernel. Takes milliseconds where there is much."""
+    if sys.platform != "linux":
+        return
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def new_bytes(size: int) -> np.ndarray:
+    """Allocate `size` bytes (uint8, one dimension) of any content."""
+    return np.empty(size, np.uint8)
+
+
+class Memory:
+    """Arrays of bytes in one memory mapping, which is used again once nobody holds the last array.
+
+    New memory is expensive for a process: 64 MiB took 10 to 150 ms here, the work on them 450 ms.
+    Ray has copied a block before it asks for the next one, so an actor needs one mapping. malloc
+    does not serve: Ray Data calls an actor in another thread than the one that made it, and glibc
+    has an arena for each thread.
+    """
+
+    def __init__(self, size: int):
+        self._take(size)
+
+    def _take(self, size: int) -> None:
+        # Private: mmap's default is shared memory, which gets no huge pages by default on Linux.
+        self._bytes = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # a kernel without them
+                self._bytes.madvise(mmap.MADV_HUGEPAGE)
+        np.frombuffer(self._bytes, np.uint8).fill(0)
+        self._lent: weakref.ref[np.ndarray] | None = None
+
+    def __call__(self, size: int) -> np.ndarray:
+        """Return `size` bytes (uint8, one dimension) of any content, free again when neither the array nor a view of it is left."""
+        if self._lent is not None and self._lent() is not None:
+            return new_bytes(size)
+        if size > len(self._bytes):
+            self._take(size)
+        array = np.frombuffer(self._bytes, np.uint8, size)
+        self._lent = weakref.ref(array)
+        return array
+
+
+# --- tracks ----------------------------------------------------------------------------------
+
+
 class Tracks:
     """Which row this process is at, in a file that outlives it; and which rows ended processes.
 
-    Nothing can be caught when a decoder kills its process, and nothing stops one that computes for
-    ever. Ray starts the actor again and repeats the task, for ever; so each process leaves its
+    Python cannot catch a decoder that kills its process, and cannot stop one that computes for
+    ever. Ray starts the actor again and repeats the task without end. So each process leaves its
     position in a memory-mapped file (1 us an image), and the next one on this node counts the dead.
     A process whose image takes too long says so there, and kills itself.
 
@@ -49,10 +149,8 @@ class Tracks:
         with path.open("r+b") as file:
             self._at = mmap.mmap(file.fileno(), self._POSITION.size)
         self._limit_s = image_seconds
-        self._since: tuple[int, float] = (
-            -1,
-            0.0,
-        )  # the row, and the process's CPU seconds when it began
+        # The row, and the process's CPU seconds when it began.
+        self._since: tuple[int, float] = (-1, 0.0)
         if math.isfinite(image_seconds):
             threading.Thread(target=self._watch, name="raypipe-image-seconds", daemon=True).start()
 
@@ -66,10 +164,10 @@ class Tracks:
                 path.rename(path.with_suffix(".dead"))
 
     def killers(self, shard: int) -> dict[int, Reject]:
-        """The rows of `shard` that ended processes, and why they are rejected, as far as actors that started since have found.
+        """Return the rows of `shard` that ended processes, and why they are rejected.
 
-        Looking for the dead again at each shard would cost 0.1 ms for each actor of the node; the task of one that died is
-        repeated by the one that takes its place.
+        Only the dead that actors found at their start count: the task of an actor that died is
+        repeated by its successor. Looking again at each shard would cost 0.1 ms an actor of the node.
         """
         deaths: Counter[int] = Counter()
         late: set[int] = set()
@@ -89,12 +187,12 @@ class Tracks:
         }
 
     def mark(self, shard: int, row: int) -> None:
-        """This process is now at `row` of `shard`; -1, -1: at none."""
+        """Say that this process is now at `row` of `shard`; -1, -1: at none."""
         self._POSITION.pack_into(self._at, 0, shard, row, False)
         self._since = row, time.process_time()
 
     def _watch(self) -> None:
-        """Ends the process when an image takes too long: decoders let other threads run meanwhile."""
+        """End the process when an image takes too long. Decoders release the interpreter's lock, so this thread runs."""
         while True:
             time.sleep(min(self._limit_s / 4, 1.0))
             row, begun = since = self._since

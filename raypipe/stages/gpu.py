@@ -5,7 +5,7 @@ import time
 
 import torch
 
-from raypipe.stages import GpuUse
+from raypipe.stages.stage import GpuUse
 
 EVERY_S = 0.5
 

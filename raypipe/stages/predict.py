@@ -2,9 +2,9 @@
 
 import time
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -28,10 +28,9 @@ from raypipe.models import checkpoint as checkpoints
 from raypipe.models import detection
 from raypipe.models.detection import Classes
 from raypipe.models.evaluate import Found
-from raypipe.stages import Meter
-from raypipe.stages.batches import Placer, found_in, uses_bf16
+from raypipe.models.placer import Placer, found_in, uses_bf16
 from raypipe.stages.gpu import GpuMeter
-from raypipe.stages.preprocess import keep_freed_memory
+from raypipe.stages.stage import Done
 from raypipe.stages.write import put_done, rejected_of, unread_of
 
 PREDICTIONS = pa.schema(
@@ -265,33 +264,41 @@ def _original(row: dict[str, Any], data: bytes | Reject) -> np.ndarray:
         ) from reject
 
 
+@dataclass(frozen=True, kw_only=True)
 class Predict:
-    """The actor. Ray Data calls it with one block at a time."""
+    """The step: a block of pixels (schema BLOCK) becomes predictions and a journal entry; what is left is schema DONE.
 
-    def __init__(
-        self,
-        *,
-        sink: Sink,
-        predicting: Predicting,
-        meter: Meter,
-        threads: int = 1,
-        wait_ms: float = 0.0,  # more than it takes, an image
-        device: str = "cpu",
-    ):
-        keep_freed_memory()
+    `wait_ms`: more than it takes, an image.
+    """
+
+    sink: Sink
+    predicting: Predicting
+    wait_ms: float = 0.0
+
+    name = "predict"
+    libraries = "torchvision"
+
+    def elsewhere(self, folder: str) -> Self:
+        """The same step, storing into `folder`, without waiting for anything."""
+        return replace(self, sink=replace(self.sink, root=folder), wait_ms=0.0)
+
+    def begin(self, *, threads: int, gpu: bool) -> "Predictions":
+        return Predictions(self, threads, torch.device("cuda" if gpu else "cpu"))
+
+
+class Predictions:
+    """`Predict`, begun: call it with one block at a time."""
+
+    def __init__(self, step: Predict, threads: int, device: torch.device):
         opencv.setup(threads)
         torch.set_num_threads(threads)
-        self._sink = sink
-        self._meter = meter
-        self._wait_s = wait_ms / 1000
-        self._predictor = Predictor(predicting, torch.device(device))
+        self._step = step
+        self._predictor = Predictor(step.predicting, device)
         self._reader = Reader(threads=1)
-        meter.start(GpuMeter(torch.device(device)))
+        self.gpu = GpuMeter(device)
 
-    def __call__(self, block: pa.Table) -> pa.Table:
-        with self._meter.call():
-            time.sleep(self._wait_s * block.num_rows)
-            entry = predict_block(block, self._predictor, self._sink, reader=self._reader)
-            done = put_done(self._sink.root, entry)
-            self._meter.count(images=entry.images, bytes_in=block.nbytes, bytes_out=entry.bytes)
-            return done
+    def __call__(self, block: pa.Table) -> Done:
+        step = self._step
+        time.sleep(step.wait_ms / 1000 * block.num_rows)
+        entry = predict_block(block, self._predictor, step.sink, reader=self._reader)
+        return put_done(step.sink.root, entry, bytes_in=block.nbytes)

@@ -1,13 +1,8 @@
 """The preprocess stage: one shard of work rows in, one block of pixels out, row for row."""
 
-import contextlib
-import ctypes
-import mmap
-import sys
 import time
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType, ModuleType
 from typing import Any
 
@@ -22,8 +17,8 @@ from raypipe.images.decode import MAX_PIXELS, Header, Reject, read_header
 from raypipe.images.frames import into_picture
 from raypipe.images.memory import MOST, needed
 from raypipe.images.recipe import Plan, Recipe, left_of
-from raypipe.stages import Meter
-from raypipe.stages.actor import Tracks
+from raypipe.stages.actor import Memory, Tracks, give_back_freed_memory, new_bytes
+from raypipe.stages.stage import Done
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +50,6 @@ class Preprocessing:
         return replace(self.recipe, ops=()) if self.decode_only else self.recipe
 
 
-def _new(size: int) -> np.ndarray:
-    return np.empty(size, np.uint8)
-
-
 @dataclass(frozen=True, slots=True)
 class _Planned:
     data: bytes
@@ -74,7 +65,7 @@ def preprocess_shard(
     reader: Reader,
     killers: Mapping[int, Reject] = MappingProxyType({}),
     mark: Callable[[int], None] = lambda row: None,
-    memory: Callable[[int], np.ndarray] = _new,
+    memory: Callable[[int], np.ndarray] = new_bytes,
 ) -> tuple[pa.Table, int]:
     """Read, decode and transform the images of `shard` (schema WORK).
 
@@ -365,104 +356,58 @@ def pixels(block: pa.Table) -> np.ndarray:
     return flat.reshape(len(column), height, width, 3)
 
 
-def keep_freed_memory() -> None:
-    """Tell glibc to keep freed memory for the next image instead of handing it back to the kernel and faulting it in again.
-
-    A third of a decoding process's time otherwise (measured; see the README). Elsewhere than on glibc this does nothing.
-    """
-    if sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for parameter, value in (
-            (-4, 0),
-            (-1, 2**31 - 1),
-            (-2, 64 * 2**20),
-        ):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-            mallopt(parameter, value)
-
-
 LARGE = 16_000_000
 """Pixels of an image from which on freed memory is given back after each step: what decoding took is of no use for a float
 copy of another size, and both together would be more than `--actor-memory`."""
 
 
-def give_back_freed_memory() -> None:
-    """Undo `keep_freed_memory` once: the kernel gets what is free. Takes milliseconds, where there is much."""
-    if sys.platform != "linux":
-        return
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+@dataclass(frozen=True, kw_only=True)
+class Preprocess:
+    """The step: a shard of work rows (schema WORK) becomes a block of pixels (schema BLOCK).
 
-
-class Memory:
-    """Arrays of bytes, the same memory again once nobody has the last one any more.
-
-    Memory that is new to a process is dear: 64 MiB took 10 to 150 ms here, the work on them 450. Ray has copied a block before it asks for
-    the next one, so an actor needs no more than one; and takes it before it begins. From malloc it would not be the same memory: Ray Data
-    calls an actor in another thread than it makes it in, and glibc has memory for each.
+    `tracks`: local folder, of one run. `wait_ms`: more than it takes, an image. `bytes_out`: of the
+    pixels of a shard, as far as known.
     """
 
-    def __init__(self, size: int):
-        self._take(size)
+    pixels: Preprocessing
+    tracks: str
+    reading: Reading = field(default_factory=Reading)
+    wait_ms: float = 0.0
+    bytes_out: int = 0
 
-    def _take(self, size: int) -> None:
-        # Not shared memory, which is mmap's default and for which Linux has no huge pages unless it is told to.
-        self._bytes = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):  # a kernel without them
-                self._bytes.madvise(mmap.MADV_HUGEPAGE)
-        np.frombuffer(self._bytes, np.uint8).fill(0)
-        self._lent: weakref.ref[np.ndarray] | None = None
+    name = "preprocess"
 
-    def __call__(self, size: int) -> np.ndarray:
-        """`size` bytes (uint8, one dimension), whose content is anything. They are free when neither the array is left nor a view of it."""
-        if self._lent is not None and self._lent() is not None:
-            return _new(size)
-        if size > len(self._bytes):
-            self._take(size)
-        array = np.frombuffer(self._bytes, np.uint8, size)
-        self._lent = weakref.ref(array)
-        return array
+    @property
+    def libraries(self) -> str:
+        return self.pixels.backend
+
+    def begin(self, *, threads: int, gpu: bool = False) -> "Preprocessor":
+        return Preprocessor(self, threads)
 
 
-class Preprocess:
-    """The actor. Ray Data calls it with one shard at a time."""
+class Preprocessor:
+    """`Preprocess`, begun: call it with one shard at a time."""
 
-    def __init__(
-        self,
-        *,
-        settings: Preprocessing,
-        meter: Meter,
-        tracks: str,
-        threads: int = 1,
-        reading: Reading | None = None,
-        wait_ms: float = 0.0,  # more than it takes, an image
-        bytes_out: int = 0,  # of the pixels of a shard, as far as known
-    ):
-        keep_freed_memory()
-        backend_module(settings.backend).setup(threads)
-        self._settings = settings
-        self._meter = meter
-        self._wait_s = wait_ms / 1000
-        self._reader = (reading or Reading()).reader()
-        self._tracks = Tracks(tracks, image_seconds=settings.image_seconds)
-        self._memory = Memory(bytes_out)
-        meter.start()
+    gpu = None
 
-    def __call__(self, shard: pa.Table) -> pa.Table:
-        with self._meter.call():
-            number = shard.column("shard")[0].as_py()
-            block, bytes_in = preprocess_shard(
-                shard,
-                self._settings,
-                reader=self._reader,
-                killers=self._tracks.killers(number),
-                mark=lambda row: self._tracks.mark(number, row),
-                memory=self._memory,
-            )
-            self._tracks.mark(-1, -1)
-            time.sleep(self._wait_s * shard.num_rows)
-            self._meter.count(images=block.num_rows, bytes_in=bytes_in, bytes_out=block.nbytes)
-            return block
+    def __init__(self, step: Preprocess, threads: int):
+        backend_module(step.pixels.backend).setup(threads)
+        self._pixels = step.pixels
+        self._wait_s = step.wait_ms / 1000
+        self._reader = step.reading.reader()
+        self._tracks = Tracks(step.tracks, image_seconds=step.pixels.image_seconds)
+        self._memory = Memory(step.bytes_out)
+
+    def __call__(self, block: pa.Table) -> Done:
+        number = block.column("shard")[0].as_py()
+        made, bytes_in = preprocess_shard(
+            block,
+            self._pixels,
+            reader=self._reader,
+            killers=self._tracks.killers(number),
+            mark=lambda row: self._tracks.mark(number, row),
+            memory=self._memory,
+        )
+        self._tracks.mark(-1, -1)
+        time.sleep(self._wait_s * block.num_rows)
+        return Done(block=made, images=made.num_rows, bytes_in=bytes_in, bytes_out=made.nbytes)

@@ -2,9 +2,9 @@
 
 import time
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -16,8 +16,7 @@ from raypipe.images import backend as backend_module
 from raypipe.images import opencv
 from raypipe.images.header import UNREAD
 from raypipe.images.recipe import Finish
-from raypipe.stages import Meter
-from raypipe.stages.preprocess import keep_freed_memory
+from raypipe.stages.stage import Done
 
 DONE = pa.schema([(name, pa.int64()) for name in ("shard", "images", "rejected", "unread")])
 """What the stage after preprocess says of a shard, when it is in the journal."""
@@ -140,13 +139,14 @@ def dropped_of(rows: Iterable[dict[str, Any]]) -> list[Dropped]:
     ]
 
 
-def put_done(root: str, entry: Entry) -> pa.Table:
-    """Have the journal below `root` say that the shard is done, and say so (schema DONE)."""
+def put_done(root: str, entry: Entry, *, bytes_in: int) -> Done:
+    """Put the entry of a shard into the journal below `root`, and return what it says (schema DONE)."""
     put_entry(root, entry)
     counts = (entry.shard, entry.images, len(entry.rejected), len(entry.unread))
-    return pa.table(
+    block = pa.table(
         {name: [count] for name, count in zip(DONE.names, counts, strict=True)}, schema=DONE
     )
+    return Done(block=block, images=entry.images, bytes_in=bytes_in, bytes_out=entry.bytes)
 
 
 def _finished(finish: Finish, image: np.ndarray) -> np.ndarray:
@@ -154,32 +154,43 @@ def _finished(finish: Finish, image: np.ndarray) -> np.ndarray:
     return opencv.finish(image[None], replace(finish, pad_multiple=None))[0]
 
 
+@dataclass(frozen=True, kw_only=True)
 class Write:
-    """The actor. Ray Data calls it with one block at a time."""
+    """The step: a block of pixels (schema BLOCK) becomes files and a journal entry; what is left is schema DONE.
 
-    def __init__(
-        self,
-        *,
-        sink: Sink,
-        backend: str,
-        finish: Finish | None,
-        meter: Meter,
-        threads: int = 1,
-        wait_ms: float = 0.0,  # more than it takes, an image
-    ):
-        keep_freed_memory()
-        backend_module(backend).setup(threads)
-        self._sink = sink
-        self._backend = backend
-        self._finish = finish
-        self._meter = meter
-        self._wait_s = wait_ms / 1000
-        meter.start()
+    `finish`: as for `write_block`. `wait_ms`: more than it takes, an image.
+    """
 
-    def __call__(self, block: pa.Table) -> pa.Table:
-        with self._meter.call():
-            time.sleep(self._wait_s * block.num_rows)
-            entry = write_block(block, self._sink, backend=self._backend, finish=self._finish)
-            done = put_done(self._sink.root, entry)
-            self._meter.count(images=entry.images, bytes_in=block.nbytes, bytes_out=entry.bytes)
-            return done
+    sink: Sink
+    backend: str
+    finish: Finish | None = None
+    wait_ms: float = 0.0
+
+    name = "write"
+
+    @property
+    def libraries(self) -> str:
+        return self.backend
+
+    def elsewhere(self, folder: str) -> Self:
+        """The same step, storing into `folder`, without waiting for anything."""
+        return replace(self, sink=replace(self.sink, root=folder), wait_ms=0.0)
+
+    def begin(self, *, threads: int, gpu: bool = False) -> "Writer":
+        return Writer(self, threads)
+
+
+class Writer:
+    """`Write`, begun: call it with one block at a time."""
+
+    gpu = None
+
+    def __init__(self, step: Write, threads: int):
+        backend_module(step.backend).setup(threads)
+        self._step = step
+
+    def __call__(self, block: pa.Table) -> Done:
+        step = self._step
+        time.sleep(step.wait_ms / 1000 * block.num_rows)
+        entry = write_block(block, step.sink, backend=step.backend, finish=step.finish)
+        return put_done(step.sink.root, entry, bytes_in=block.nbytes)

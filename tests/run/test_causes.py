@@ -12,7 +12,7 @@ import ray
 import ray.data
 
 from raypipe.run.causes import BREAKS, cause_of, raised_in
-from raypipe.run.command import attempt
+from raypipe.run.console import attempt
 from tests.conftest import ROOT
 from tests.run.clusters import environment
 from tests.run.test_pipeline import quiet

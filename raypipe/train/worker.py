@@ -12,14 +12,12 @@ finished (float, normalised, padded) there.
 import contextlib
 import json
 import math
-import queue
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -27,53 +25,26 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from raypipe import UsageError
 from raypipe.data import location
-from raypipe.images.recipe import Finish, Recipe
+from raypipe.data.batches import Batch, batches
+from raypipe.errors import UsageError
 from raypipe.models import checkpoint as checkpoints
 from raypipe.models import detection
 from raypipe.models.checkpoint import Checkpoint, Progress
-from raypipe.models.detection import Classes
 from raypipe.models.evaluate import Precision, mean_average_precision
-from raypipe.stages import Meter
-from raypipe.stages.batches import Batch, Placed, Placer, batches, evaluate, uses_bf16
+from raypipe.models.placer import Placed, Placer, evaluate, uses_bf16
 from raypipe.stages.gpu import GpuMeter
-
-PREFETCHED = 2
-"""Batches that wait on the device, beside the one in training."""
+from raypipe.stages.stage import Meter
+from raypipe.train.clock import Clock, lr_factor
+from raypipe.train.feed import Feed
+from raypipe.train.peers import Peers
+from raypipe.train.plan import Training
+from raypipe.train.settings import Learning
 
 TELL_EVERY_S = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Training:
-    """How to train. `rows` are of all epochs; `batch_size` is over all workers, so that results do not hang on how many there are."""
-
-    model: str
-    arguments: dict[str, Any] = field(default_factory=dict)
-    classes: Classes
-    finish: Finish
-    left: Recipe | None = None  # whose ops the workers do, on their devices
-    epochs: int
-    rows: int
-    batch_size: int
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    lr: float = 1e-3
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    schedule: Literal["cosine", "step"] = "cosine"
-    warmup: float = 0.05
-    clip: float | None = 10.0
-    amp: Literal["auto", "on", "off"] = "auto"
-    compile: bool = False
-    seed: int = 0
-    threads: int = 1
-    checkpoint_every: int | None = None
-    trust: tuple[str, ...] = ()  # classes of the user's own that a checkpoint may hold
 
 
 class Tell(Protocol):
@@ -99,99 +70,6 @@ class Assignment:
     dropped: Sequence[
         dict[str, Any]
     ] = ()  # boxes of the hold-out that could not be used (journal.Dropped)
-
-
-# --- batches ahead -------------------------------------------------------------------------------------------------------
-
-
-class Feed:
-    """Prepares items ahead in a thread; what goes wrong there is raised here."""
-
-    def __init__(
-        self, items: Iterator[Batch], prepare: Callable[[Batch], Placed], device: torch.device
-    ):
-        self._queue: queue.Queue[Placed | BaseException | None] = queue.Queue(PREFETCHED)
-        self._next: Placed | None = None
-        self._ended = self._closed = False
-        self._thread = threading.Thread(
-            target=self._fill, args=(items, prepare, device), daemon=True, name="raypipe-feed"
-        )
-        self._thread.start()
-
-    def _fill(
-        self, items: Iterator[Batch], prepare: Callable[[Batch], Placed], device: torch.device
-    ) -> None:
-        try:
-            if device.type == "cuda":
-                torch.cuda.set_device(
-                    device
-                )  # which is of the thread: else every rank would have a context on the first GPU too
-            for item in items:
-                self._queue.put(prepare(item))
-                if (
-                    self._closed
-                ):  # else it would hold batches, and the execution behind them, for ever
-                    return
-            self._queue.put(None)
-        except BaseException as error:
-            self._queue.put(error)
-
-    def peek(self) -> Placed | None:
-        """The next one, which stays the next; None at the end. Waits for it."""
-        if self._next is None and not self._ended:
-            item = self._queue.get()
-            if isinstance(item, BaseException):
-                raise item
-            self._next, self._ended = item, item is None
-        return self._next
-
-    def take(self) -> Placed:
-        """The next one."""
-        item = self.peek()
-        assert item is not None
-        self._next = None
-        return item
-
-    def close(self) -> None:
-        """End the thread, once it is done with what it prepares now."""
-        self._closed = True
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._queue.get_nowait()
-
-
-# --- workers together ----------------------------------------------------------------------------------------------------
-
-
-class Peers:
-    """The workers of the run. Small things go over gloo, also where gradients go over NCCL: then no GPU waits for them."""
-
-    def __init__(self, rank: int, size: int):
-        self.rank, self.size = rank, size
-        self._group: Any = dist.new_group(backend="gloo") if size > 1 else None
-
-    def gather(self, *numbers: int) -> np.ndarray:
-        """Everybody's numbers, int64 (size, len(numbers)), to everybody."""
-        mine = torch.tensor(numbers, dtype=torch.int64)
-        if self._group is None:
-            return mine.numpy()[None]
-        all_ = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(all_, mine, group=self._group)
-        return torch.stack(all_).numpy()
-
-    def collect(self, item: Any) -> list[Any]:
-        """Everybody's item, by rank, to rank 0; an empty list to the others."""
-        if self._group is None:
-            return [item]
-        items = [None] * self.size if self.rank == 0 else None
-        dist.gather_object(item, items, dst=0, group=self._group)
-        return items or []
-
-    def agree(self, tensors: Iterable[Tensor]) -> None:
-        """Give everybody rank 0's values of `tensors`, in place."""
-        if self._group is not None:
-            for tensor in tensors:
-                dist.broadcast(tensor, src=0)
 
 
 class _Loss(nn.Module):
@@ -235,62 +113,6 @@ def _settled_norms(model: nn.Module) -> Iterator[None]:
             norm.train()
 
 
-# --- schedule and clock --------------------------------------------------------------------------------------------------
-
-
-def lr_factor(done: float, *, schedule: str, warmup: float) -> float:
-    """What the learning rate is multiplied by when the share `done` (0 to 1) of all rows is done.
-
-    A function of rows, not of steps: it is the same with another number of workers, and after a resume. Linear warm-up over the share
-    `warmup`; then "cosine" to 0, or "step": a tenth from 2/3 on, a hundredth from 8/9 on (torchvision's and MLPerf's SSD).
-    """
-    if done < warmup:
-        return max(done / warmup, 1e-3)
-    if schedule == "step":
-        return 0.1 ** ((done >= 2 / 3) + (done >= 8 / 9))
-    return 0.5 * (1 + math.cos(math.pi * min((done - warmup) / (1 - warmup), 1.0)))
-
-
-class Clock:
-    """Where a worker's time goes, in seconds. Steps on a GPU are timed by events on its stream: nobody waits for them."""
-
-    def __init__(self, device: torch.device):
-        self._cuda = device.type == "cuda"
-        self.start()
-
-    def start(self) -> None:
-        """Count from now on: what was before is start-up."""
-        self.began = time.time()
-        self._started = time.perf_counter()
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self.seconds = dict.fromkeys(("wait", "step", "evaluate", "checkpoint"), 0.0)
-
-    @contextlib.contextmanager
-    def on(self, what: str) -> Iterator[None]:
-        """Around what the time goes on."""
-        if self._cuda and what == "step":
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            yield
-            end.record()
-            self._events.append((begin, end))
-            return
-        begun = time.perf_counter()
-        yield
-        self.seconds[what] += time.perf_counter() - begun
-
-    def read(self) -> dict[str, float]:
-        """The seconds so far by what they went on, and "wall", all since the start."""
-        waiting = []
-        for begin, end in self._events:
-            if end.query():
-                self.seconds["step"] += begin.elapsed_time(end) / 1000
-            else:
-                waiting.append((begin, end))
-        self._events = waiting
-        return {**self.seconds, "wall": time.perf_counter() - self._started}
-
-
 # --- the worker ----------------------------------------------------------------------------------------------------------
 
 
@@ -313,11 +135,13 @@ class Worker:
         torch.set_num_threads(training.threads)
         torch.manual_seed(training.seed)
         self._model = detection.build(
-            training.model, num_classes=len(training.classes) + 1, arguments=training.arguments
+            training.model.model,
+            num_classes=len(training.classes) + 1,
+            arguments=training.model.arguments,
         ).to(device)
         if device.type == "cuda":
             self._model = self._model.to(memory_format=torch.channels_last)
-        self._optimizer = optimizer_for(self._model, training)
+        self._optimizer = optimizer_for(self._model, training.learning)
         self._progress = Progress(dropped=list(assignment.dropped))
         self._consumed: list[
             str
@@ -348,10 +172,12 @@ class Worker:
         self._placer = Placer(
             device, training.finish, training.classes
         )  # of what is judged on, which actors have done whole
-        share = training.batch_size // peers.size + (peers.rank < training.batch_size % peers.size)
+        share = training.learning.batch_size // peers.size + (
+            peers.rank < training.learning.batch_size % peers.size
+        )
         self._share = max(share, 1)
         self._feed = Feed(batches(blocks, self._share), self._train_placer, device)
-        self._amp = uses_bf16(training.amp, device)
+        self._amp = uses_bf16(training.learning.amp, device)
         self._gpu = GpuMeter(device)
         assignment.meter.start(self._gpu)
         self._clock = Clock(device)
@@ -400,7 +226,7 @@ class Worker:
 
     def _run(self) -> None:
         self._model.train()
-        epochs = self._training.epochs
+        epochs = self._training.learning.epochs
         while True:
             with self._clock.on("wait"), self._assignment.meter.wait():
                 placed = self._feed.peek()
@@ -458,8 +284,8 @@ class Worker:
         training = self._training
         done = self._progress.rows / training.rows
         for group in self._optimizer.param_groups:
-            group["lr"] = training.lr * lr_factor(
-                done, schedule=training.schedule, warmup=training.warmup
+            group["lr"] = training.learning.lr * lr_factor(
+                done, schedule=training.learning.schedule, warmup=training.learning.warmup
             )
         mine: list[Tensor] = []
         targets: list[dict[str, Tensor]] = []
@@ -471,8 +297,8 @@ class Worker:
             loss = self._loss(mine, targets)
         # DDP averages over ranks; this makes it the mean over images.
         (loss * (len(mine) * self._peers.size / images)).backward()
-        if training.clip is not None:
-            nn.utils.clip_grad_norm_(self._model.parameters(), training.clip)
+        if training.learning.clip:
+            nn.utils.clip_grad_norm_(self._model.parameters(), training.learning.clip)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._lost += loss.detach() * len(mine)
@@ -484,7 +310,7 @@ class Worker:
         if not math.isfinite(lost):
             raise UsageError(
                 f"The loss became {lost} in epoch {self._progress.epoch}, by step {self._progress.step}: training diverged, and the weights are "
-                f"lost since the last checkpoint. Lower --lr (it is {self._training.lr:g}), lengthen --warmup or lower --clip."
+                f"lost since the last checkpoint. Lower --lr (it is {self._training.learning.lr:g}), lengthen --warmup or lower --clip."
             )
         return lost, self._images
 
@@ -653,14 +479,13 @@ class Worker:
         self._told, self._told_images = now, self._progress.images
 
 
-def optimizer_for(model: nn.Module, training: Training) -> torch.optim.Optimizer:
+def optimizer_for(model: nn.Module, learning: Learning) -> torch.optim.Optimizer:
     """The optimizer over all parameters that are trained."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if training.optimizer == "adamw":
-        return torch.optim.AdamW(trained, lr=training.lr, weight_decay=training.weight_decay)
-    return torch.optim.SGD(
-        trained, lr=training.lr, momentum=training.momentum, weight_decay=training.weight_decay
-    )
+    lr, decay = learning.lr, learning.weight_decay
+    if learning.optimizer == "adamw":
+        return torch.optim.AdamW(trained, lr=lr, weight_decay=decay)
+    return torch.optim.SGD(trained, lr=lr, momentum=learning.momentum, weight_decay=decay)
 
 
 class _RowLog:

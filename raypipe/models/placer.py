@@ -1,7 +1,7 @@
-"""From blocks of pixels to batches on a device, and to what a model finds in them: what training, judging and predicting share."""
+"""Batches on a device, and what a model finds in them: what training, judging and predicting share."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -9,110 +9,11 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from raypipe import UsageError
-from raypipe.data.location import StoreError
-from raypipe.data.work import images_of, unlist
+from raypipe.data.batches import Batch, Row, batches, trainable
 from raypipe.images import torchvision as on_torch
-from raypipe.images.header import UNREAD
 from raypipe.images.recipe import Finish, Recipe, left_of
 from raypipe.models.detection import Classes
 from raypipe.models.evaluate import Found, Truth
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
-    """One image of a block: pixels (height, width, 3) uint8, a view; None with a reason if it was rejected.
-
-    `dropped`: its boxes that could not be used (journal.Dropped, as a dict); `boxes_from`: the frame they were drawn in.
-    """
-
-    epoch: int
-    image_id: str
-    pixels: np.ndarray | None
-    boxes: np.ndarray
-    labels: np.ndarray
-    crowds: np.ndarray
-    reject: dict[str, str] | None
-    dropped: list[dict[str, Any]] = field(default_factory=list)
-    boxes_from: str | None = None
-    damaged: bool = False  # delivered all the same (--damaged keep)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Batch:
-    """Rows of one epoch, in order: `good` ones have pixels."""
-
-    epoch: int
-    rows: list[Row]
-
-    @property
-    def good(self) -> list[Row]:
-        return [row for row in self.rows if row.pixels is not None]
-
-
-def rows_of(block: pa.Table) -> Iterator[Row]:
-    """The rows of a block (schema BLOCK), their pixels as views of it."""
-    boxes, labels, crowds = (unlist(block.column(name)) for name in ("boxes", "labels", "crowds"))
-    names = ("epoch", "image_id", "uri", "reason", "detail", "boxes_dropped", "boxes_from")
-    for at, (row, image) in enumerate(
-        zip(block.select(names).to_pylist(), images_of(block), strict=True)
-    ):
-        yield Row(
-            epoch=row["epoch"],
-            image_id=row["image_id"],
-            pixels=image,
-            boxes=boxes[at],
-            labels=labels[at]
-            if len(boxes[at])
-            else labels[at][:0],  # of the whole image: nothing that a detector learns
-            crowds=crowds[at],
-            reject=None
-            if image is not None
-            else {name: row[name] or "" for name in ("image_id", "uri", "reason", "detail")},
-            dropped=[
-                {"image_id": row["image_id"], "uri": row["uri"], **box}
-                for box in row["boxes_dropped"] or ()
-            ],
-            boxes_from=row["boxes_from"],
-            damaged=image is not None and row["detail"] is not None,
-        )
-
-
-def check_read(reject: Mapping[str, str]) -> None:
-    """Raise StoreError where a row without pixels is none that was rejected, but one that no store gave."""
-    if reject["reason"] == UNREAD:
-        raise StoreError(
-            f"{reject['uri']} could not be read ({reject['detail']}), and without it a row would be missed"
-        )
-
-
-def batches(blocks: Iterable[pa.Table], size: int) -> Iterator[Batch]:
-    """Batches of `size` good rows, in the order of `blocks`; none spans two epochs, so the last of each may be smaller.
-
-    Raises:
-        ValueError: an epoch comes after a later one.
-        StoreError: a row could not be read. Learning goes on from the last checkpoint when it can.
-    """
-    rows: list[Row] = []
-    good = 0
-    for block in blocks:
-        for row in rows_of(block):
-            if row.reject is not None:
-                check_read(row.reject)
-            if rows and row.epoch != rows[0].epoch:
-                if row.epoch < rows[0].epoch:
-                    raise ValueError(
-                        f"a row of epoch {row.epoch} came after one of epoch {rows[0].epoch}; blocks must come in order"
-                    )
-                yield Batch(epoch=rows[0].epoch, rows=rows)
-                rows, good = [], 0
-            rows.append(row)
-            good += row.pixels is not None
-            if good == size:
-                yield Batch(epoch=row.epoch, rows=rows)
-                rows, good = [], 0
-    if rows:
-        yield Batch(epoch=rows[0].epoch, rows=rows)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -247,19 +148,6 @@ class Placer:
                 }
             )
         return targets
-
-
-def trainable(row: Row) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes (n, 4) and labels (n,) to learn from: no crowds, and none that the recipe left without an area."""
-    if len(row.labels) != len(row.boxes):
-        raise UsageError(
-            f"image {row.image_id} has {len(row.boxes)} boxes, but {len(row.labels)} labels, so it is unknown what is in them. Give a label for "
-            f"each box, or leave the image out."
-        )
-    kept = (row.boxes[:, 2] > row.boxes[:, 0]) & (row.boxes[:, 3] > row.boxes[:, 1])
-    if len(row.crowds):
-        kept &= ~row.crowds
-    return row.boxes[kept], row.labels[kept]
 
 
 def uses_bf16(amp: str, device: torch.device) -> bool:

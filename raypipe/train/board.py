@@ -27,7 +27,7 @@ class Board:
 
 @dataclass(frozen=True)
 class ToBoard:
-    """A worker's end of it (stages.train.Tell)."""
+    """A worker's end of it (train.worker.Tell)."""
 
     board: ray.actor.ActorHandle
 
@@ -48,6 +48,6 @@ class Uneven(ray.train.DataConfig):
 
 def train(config: dict[str, Any]) -> None:
     """What Ray Train runs in each worker; `config["assignment"]` refers to an Assignment."""
-    from raypipe.stages.train import work
+    from raypipe.train.worker import work
 
     work(ray.get(config["assignment"]))

@@ -10,8 +10,8 @@ from typing import Any
 import ray
 from rich.console import Console
 
-from raypipe.run.command import say
-from raypipe.run.pipeline import LINE_EVERY_S
+from raypipe.run.console import say
+from raypipe.run.progress import LINE_EVERY_S
 
 
 @dataclass

@@ -1,0 +1,82 @@
+"""What there is to compute on: versions, cores, processors, and the Ray that a run uses."""
+
+import os
+import platform
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """The Ray that a run uses.
+
+    `at_most`: actors of all stages together that there is room for. `cpus_each`: logical CPUs of each.
+    """
+
+    at_most: int
+    cpus_each: float
+    cores: float  # physical on a machine of our own, logical CPUs of a cluster
+    nodes: int
+    joined: bool
+    dashboard: str | None
+    address: str  # HOST:PORT, for who joins it
+    gpus: int = 0
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a run's results and speed depend on."""
+    names = (
+        "raypipe",
+        "ray",
+        "opencv-python-headless",
+        "torch",
+        "torchvision",
+        "simplejpeg",
+        "tifffile",
+        "pillow",
+        "numpy",
+        "pyarrow",
+    )
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except (
+            ImportError
+        ):  # PackageNotFoundError: raypipe itself, when only its source travels with a job
+            found[name] = "source" if name == "raypipe" else "missing"
+    return found
+
+
+def cores_here() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def hardware(session: Session) -> dict[str, Any]:
+    return {
+        "cores": session.cores,
+        "nodes": session.nodes,
+        "gpus": session.gpus,
+        "memory_bytes": psutil.virtual_memory().total,
+        "processor": processor(),
+    }
+
+
+def processor() -> str:
+    """What this machine's processor is called."""
+    try:
+        named = [
+            line
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ]
+    except OSError:
+        named = []
+    return (
+        named[0].partition(":")[2].strip() if named else platform.processor() or platform.machine()
+    )

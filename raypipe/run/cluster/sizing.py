@@ -1,0 +1,142 @@
+"""How many actors a run has room for, and how many each stage gets."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import psutil
+
+from raypipe.errors import UsageError
+from raypipe.insight import planner
+from raypipe.run.cluster.machine import Session, cores_here
+from raypipe.stages.actor import ACTOR_BYTES
+from raypipe.stages.stage import Stage
+
+REST_BYTES = 1500 * 10**6
+"""Memory for the driver, Ray's own processes and the system, beside the actors."""
+
+ROOM = 0.6
+"""Share of a machine's memory that actors may take; the rest is for the object store and others."""
+
+START_S = {"opencv": 1.0, "torchvision": 3.0}
+"""CPU seconds that the start of an actor costs (measured: mostly imports of libraries)."""
+
+
+def memory_for(actors: Iterable[tuple[int, str]]) -> int:
+    """Bytes of memory for a run with so many actors, each with these libraries."""
+    return sum(count * ACTOR_BYTES[libraries] for count, libraries in actors) + REST_BYTES
+
+
+def room_here(stages: Sequence[Stage], *, shard_bytes: int = 0) -> int:
+    """How many actors this machine has memory for. Actors that mostly wait may outnumber the cores.
+
+    Args:
+        shard_bytes: memory that an actor of the first stage takes for its largest shard.
+
+    Raises:
+        UsageError: there is not enough for those asked for.
+    """
+    memory = psutil.virtual_memory().total
+    first = stages[0]
+    each = max(_actor_bytes(first) + shard_bytes, *(_actor_bytes(stage) for stage in stages))
+    room = max(int(ROOM * memory / each), 2)
+    asked = [(stage.actors, stage) for stage in stages if isinstance(stage.actors, int)]
+    needed = REST_BYTES + sum(count * _actor_bytes(stage) for count, stage in asked)
+    if isinstance(first.actors, int):
+        needed += shard_bytes * first.actors
+    if needed > memory and asked:
+        raise UsageError(
+            f"{_counted(stages, {})} need about {needed / 1e9:.0f} GB of memory; this machine has "
+            f"{memory / 1e9:.0f} GB and {cores_here()} cores. Ask for fewer with {_options(stages)}."
+        )
+    return max(room, sum(count for count, _ in asked) + 1)
+
+
+def _actor_bytes(stage: Stage) -> int:
+    return max(ACTOR_BYTES[libraries] for libraries in stage.libraries)
+
+
+def _counted(stages: Sequence[Stage], counts: dict[str, int]) -> str:
+    """So many actors of each stage, in words."""
+    return " and ".join(f"{counts.get(stage.name, stage.actors)} {stage.noun}" for stage in stages)
+
+
+def _options(stages: Sequence[Stage]) -> str:
+    return " and ".join(f"--{stage.option}" for stage in stages)
+
+
+def on_gpus(count: int, noun: str, *, must: bool | None, session: Session) -> bool:
+    """Whether `count` actors, called `noun` and set by an option of that name, hold a GPU each.
+
+    Args:
+        must: they have to; they must not; None: they do where there are enough.
+
+    Raises:
+        UsageError: they have to, and there are too few.
+    """
+    if must and count > session.gpus:
+        raise UsageError(
+            f"--gpu with {count} {noun} needs as many GPUs, but Ray sees {session.gpus}. Ask for fewer "
+            f"with --{noun}, add GPU nodes, or take --cpu."
+        )
+    return must is not False and count <= session.gpus
+
+
+def seated(stage: Stage, session: Session) -> Stage:
+    """Decide whether the stage's actors hold GPUs; then there are as many as GPUs, unless it was said how many.
+
+    Raises:
+        UsageError: they have to, and there are too few.
+    """
+    count = max(session.gpus, 1) if stage.actors == "auto" else stage.actors
+    on_gpu = on_gpus(count, stage.noun, must=stage.gpu, session=session)
+    return replace(stage, gpu=on_gpu, actors=count if on_gpu else stage.actors)
+
+
+def size_pools(
+    stages: Sequence[Stage],
+    costs: Sequence[planner.StageCost] | None,
+    session: Session,
+    *,
+    images: int,
+) -> dict[str, int]:
+    """How many actors each stage starts with.
+
+    Args:
+        stages: in order, `seated`.
+        costs: of stages, timed beforehand; None or incomplete: a rule of thumb decides.
+        images: to do.
+
+    Raises:
+        UsageError: the cluster has fewer CPUs than were asked for.
+    """
+    fixed = {stage.name: stage.actors for stage in stages if isinstance(stage.actors, int)}
+    wanted = {stage.name for stage in stages}
+    on_gpu = {stage.name for stage in stages if stage.gpu}
+    seats = sum(fixed[name] for name in on_gpu)  # they take no CPU
+    room = session.at_most + seats
+    # A stage that turns out to be on GPUs was timed on a CPU.
+    known = [
+        replace(cost, actors=fixed.get(cost.name, 1))
+        for cost in costs or ()
+        if cost.name in wanted - on_gpu
+    ]
+    free = wanted - fixed.keys()
+    if free and free <= {cost.name for cost in known}:
+        start_s = max(START_S[libraries] for stage in stages for libraries in stage.libraries)
+        machine = planner.Machine(cores=session.cores, actors=session.at_most)
+        counts = dict(planner.best(known, machine, fixed=fixed, images=images, start_s=start_s))
+    else:
+        first, *others = stages
+        cpus = int(session.cores)
+        counts = {
+            stage.name: fixed.get(stage.name, max(1, int(stage.share * cpus))) for stage in others
+        }
+        counts[first.name] = max(1, min(cpus, room - sum(counts.values())))
+    counts |= fixed
+    if sum(counts.values()) > room:
+        raise UsageError(
+            f"{_counted(stages, counts)} take {sum(counts.values()) - seats} CPUs, one each, but the "
+            f"cluster has {session.at_most}: Ray would wait for ever for the rest. Ask for fewer with "
+            f"{_options(stages)}, or add nodes first."
+        )
+    return {stage.name: counts[stage.name] for stage in stages}

@@ -1,0 +1,79 @@
+"""Stages put on Ray Data. The only place that builds datasets."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+
+import pyarrow as pa
+import ray
+import ray.data
+from ray.data import ActorPoolStrategy
+from ray.util.annotations import RayDeprecationWarning
+
+from raypipe.data.work import shards
+from raypipe.run.cluster.scaling import steer
+from raypipe.run.meter import Meter
+from raypipe.stages.actor import TRIES, actor_class
+from raypipe.stages.stage import Stage
+
+
+def dataset_of(
+    work: pa.Table,
+    stages: Sequence[Stage],
+    counts: Mapping[str, int],
+    *,
+    threads: int = 1,
+    cpus_each: float = 1.0,
+    collector: ray.actor.ActorHandle | None = None,
+) -> ray.data.Dataset:
+    """Put `stages` on Ray Data, as a dataset of what the last one makes of each shard of `work`.
+
+    Nothing runs before it is consumed. One shard is one block is one call, all the way.
+
+    Args:
+        work: rows (schema WORK); they are small.
+        counts: actors of each stage.
+        threads: that OpenCV or torch may use within each actor.
+        cpus_each: logical CPUs of an actor that holds no GPU.
+        collector: gets what the actors measure; None: nobody does.
+    """
+    tables = list(shards(work))
+    # Not from_arrow: it runs a task for each table first, and Ray starts a process for each CPU.
+    dataset = ray.data.from_blocks(tables)
+    context = dataset.context
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    # A shard stays one block, however large.
+    context.target_max_block_size = 2**62
+    # The actors measure their own memory; Ray Data would start a thread for it in every task.
+    context.memory_usage_poll_interval_s = None
+    actors = {stage.name: actor_class(stage) for stage in stages}
+    if collector is not None:
+        operators = {f"MapBatches({kind.__name__})": name for name, kind in actors.items()}
+        steer(context, collector=collector, stages=operators)
+    # Ray 2.60 deprecates passing these through, without another way yet (map_batches, "ray_remote_args").
+    warnings.filterwarnings("ignore", message=".*ray_remote_args.*", category=RayDeprecationWarning)
+    # Ray would repeat the task of an actor that dies for ever. Each image may kill it TRIES times.
+    largest = max(table.num_rows for table in tables)
+    again = {"max_restarts": -1, "max_task_retries": TRIES * largest}
+    for stage in stages:
+        on_gpu = bool(stage.gpu)
+        resources = {"num_gpus": 1, "num_cpus": 0} if on_gpu else {"num_cpus": cpus_each}
+        # Not map_batches: it refuses GPUs without a number of rows, and with one Ray Data cuts and
+        # joins shards.
+        dataset = dataset.map_batches_internal(
+            actors[stage.name],
+            fn_constructor_kwargs={
+                "steps": stage.steps,
+                "threads": threads,
+                "gpu": on_gpu,
+                "meter": Meter(stage=stage.name, collector=collector),
+            },
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(
+                size=counts[stage.name], max_tasks_in_flight_per_actor=stage.in_flight
+            ),
+            **resources,
+            **again,
+        )
+    return dataset

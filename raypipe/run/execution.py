@@ -1,0 +1,391 @@
+"""One execution: what preprocess, train and predict do around their own loops, once.
+
+`executing` is the door. It starts Ray and the timing of a few images, sizes the pools, claims the output, lists
+the run where `raypipe watch` finds it, and starts its collector. The caller iterates blocks or attempts inside,
+then asks for the report.
+"""
+
+import os
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Protocol
+
+import psutil
+import pyarrow as pa
+import ray
+import ray.data
+from ray.exceptions import RayError
+from rich.console import Console
+
+from raypipe.data import location
+from raypipe.insight import planner
+from raypipe.insight import report as reports
+from raypipe.run import probe as probes
+from raypipe.run.causes import Untouched
+from raypipe.run.cluster.machine import Session, hardware, versions
+from raypipe.run.cluster.session import check_shared, ray_session
+from raypipe.run.cluster.sizing import on_gpus, seated, size_pools
+from raypipe.run.collector import Facts, collecting
+from raypipe.run.console import say
+from raypipe.run.dataset import dataset_of
+from raypipe.run.meter import busy_cpu_s
+from raypipe.run.registry import registered
+from raypipe.stages.stage import Stage
+
+SNAPSHOT_AT_MOST_S = 60.0
+
+
+class Held(Protocol):
+    """An output that this run has alone."""
+
+    def check(self) -> None:
+        """Raise LeaseLost where it has it no more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """What a run writes into, and how it takes it. `option`: the user's flag.
+
+    `take(check=...)` holds it until its end, and deletes or writes first. It calls `check` with a file that
+    it has just made there, before it deletes anything.
+    """
+
+    root: str
+    option: str
+    take: Callable[..., AbstractContextManager[Held]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """Processes beside the stages, each with a CPU or a GPU: the workers of a training. `must`: as in `on_gpus`."""
+
+    name: str
+    count: int
+    must: bool | None
+    cpus: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What an execution needs to know before it begins.
+
+    what: what is done, for the line that opens the run.
+    given: all settings by their flat names, for the report.
+    started: when the user's command was, time.time().
+    images: still to do. auto: stages whose count the planner may change.
+    shard_bytes: memory that an actor of the first stage takes for its largest shard.
+    probe: what is timed while Ray starts; None: nothing.
+    """
+
+    run_id: str
+    what: str
+    given: Mapping[str, Any]
+    started: float
+    images: int
+    stages: tuple[Stage, ...]
+    threads: int
+    output: str | None
+    recipe: str
+    shard_bytes: int = 0
+    auto: tuple[str, ...] = ()
+    probe: probes.Probe | None = None
+    claim: Claim | None = None
+    workers: Workers | None = None
+
+    @property
+    def input(self) -> str:
+        """What the user gave as --input."""
+        return str(self.given["input"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What an execution took. `wall_s` from its begin; `driver_cpu_s`: of this process, with what consumes blocks."""
+
+    wall_s: float
+    driver_cpu_s: float
+    snapshot: dict[str, Any]
+    cpu_percent: float | None
+
+
+@dataclass(kw_only=True)
+class Execution:
+    """An execution that has begun.
+
+    stages: with it decided which hold GPUs. counts: actors of each. costs: of the timing beforehand.
+    check: raises LeaseLost when another driver has taken the output.
+    """
+
+    setup: Setup
+    session: Session
+    stages: tuple[Stage, ...]
+    counts: dict[str, int]
+    costs: list[planner.StageCost] | None
+    collector: ray.actor.ActorHandle
+    workers_on_gpu: bool
+    check: Callable[[], None] = lambda: None
+    begun: float = field(default_factory=time.perf_counter)
+    begun_at: float = field(default_factory=time.time)
+    _cpu: float = field(default_factory=time.process_time)
+    _machine: Any = field(default_factory=psutil.cpu_times)
+
+    def dataset(
+        self,
+        work: pa.Table,
+        stages: Sequence[Stage] | None = None,
+        *,
+        counts: Mapping[str, int] | None = None,
+        tells: bool = True,
+    ) -> ray.data.Dataset:
+        """The stages on Ray Data, for `work` (schema WORK).
+
+        Args:
+            stages, counts: others than the execution's.
+            tells: the actors tell the collector of themselves.
+        """
+        return dataset_of(
+            work,
+            self.stages if stages is None else stages,
+            self.counts if counts is None else counts,
+            threads=self.setup.threads,
+            cpus_each=self.session.cpus_each,
+            collector=self.collector if tells else None,
+        )
+
+    def measured(self) -> Measured:
+        """What it took until now."""
+        wall_s = time.perf_counter() - self.begun
+        driver_cpu_s = time.process_time() - self._cpu
+        snapshot, cpu_percent = _collected(self.collector, since=self._machine)
+        return Measured(
+            wall_s=wall_s, driver_cpu_s=driver_cpu_s, snapshot=snapshot, cpu_percent=cpu_percent
+        )
+
+    def ready_s(self, snapshot: dict[str, Any]) -> float:
+        """When the preprocess actors of the beginning could begin: the mean, as they start one after the other."""
+        first = self.stages[0].name
+        ready = sorted(one["at"] for one in snapshot["first"] if one["stage"] == first)
+        ready = ready[: self.counts[first]]
+        return sum(ready) / len(ready) - self.begun_at if ready else 0.0
+
+    def report(
+        self,
+        measured: Measured,
+        counts: reports.Counts,
+        *,
+        outputs: list[tuple[float, int]],
+        ready_s: float | None,
+    ) -> dict[str, Any]:
+        """report.json. `outputs`: when how many rows were done; `ready_s`: when actors could begin. Both since the begin."""
+        setup = self.setup
+        names = [stage.name for stage in self.stages]
+        on_gpu = [stage.name for stage in self.stages if stage.gpu]
+        machine = hardware(self.session)
+        if setup.workers is not None:
+            names.append(setup.workers.name)
+            on_gpu += [setup.workers.name] if self.workers_on_gpu else []
+            machine["gpus"] = setup.workers.count if self.workers_on_gpu else 0
+        return reports.build(
+            run_id=setup.run_id,
+            settings=dict(setup.given),
+            versions=versions(),
+            hardware=machine,
+            counts=counts,
+            clock=reports.Clock(
+                wall_s=measured.wall_s,
+                setup_s=self.begun_at - setup.started,
+                ready_s=ready_s,
+                outputs=outputs,
+            ),
+            cpu_percent=measured.cpu_percent,
+            driver_cpu_s=0.0 if setup.workers is not None else measured.driver_cpu_s,
+            stage_names=names,
+            on_gpu=tuple(on_gpu),
+            snapshot=measured.snapshot,
+            predicted=self._predicted(),
+        )
+
+    def _predicted(self) -> float | None:
+        """Images/s by the planner, from the timing beforehand; None where that says nothing of all stages."""
+        if self.setup.workers is not None or self.costs is None:
+            return None
+        if self.counts.keys() != {cost.name for cost in self.costs}:
+            return None
+        if any(stage.gpu for stage in self.stages):
+            return None
+        machine = planner.Machine(cores=self.session.cores)
+        return planner.bound(planner.with_actors(self.costs, self.counts), machine)[0]
+
+
+@contextmanager
+def executing(setup: Setup, *, console: Console, touch: Callable[[], None]) -> Iterator[Execution]:
+    """Open an execution. Its clocks run from when this yields.
+
+    Args:
+        touch: called before anything that the user has is changed.
+
+    Raises:
+        UsageError: it cannot go on; nothing was changed.
+    """
+    beside = setup.workers.cpus if setup.workers else 0
+    with ExitStack() as stack:
+        timing = stack.enter_context(probes.started(setup.probe)) if setup.probe else None
+        say(console, "Joining Ray ..." if os.environ.get("RAY_ADDRESS") else "Starting Ray ...")
+        session = stack.enter_context(
+            ray_session(setup.stages, beside=beside, shard_bytes=setup.shard_bytes)
+        )
+        workers_on_gpu = setup.workers is not None and on_gpus(
+            setup.workers.count, "workers", must=setup.workers.must, session=session
+        )
+        costs = probes.finish(timing) if timing else None
+        first, *others = setup.stages
+        stages = (first, *(seated(stage, session) for stage in others))
+        counts = size_pools(stages, costs, session, images=setup.images)
+        check = stack.enter_context(_claimed(setup.claim, session, touch))
+        stack.enter_context(registered(setup.run_id, address=session.address, output=setup.output))
+        facts = _facts(setup, session, stages, workers_on_gpu)
+        collector = stack.enter_context(collecting(setup.run_id, facts))
+        stack.enter_context(tracks(setup.run_id))
+        execution = Execution(
+            setup=setup,
+            session=session,
+            stages=stages,
+            counts=counts,
+            costs=costs,
+            collector=collector,
+            workers_on_gpu=workers_on_gpu,
+            check=check,
+        )
+        say(console, _opening(execution))
+        say(console, _watching(setup.run_id, session))
+        collector.begin.remote(execution.begun_at)
+        yield execution
+
+
+def new_run_id(given: str | None) -> str:
+    """The run's name: the one given, or one made from the time."""
+    return given or f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
+
+
+@contextmanager
+def untouched() -> Iterator[Callable[[], None]]:
+    """Raise Untouched for an interruption before the function that this yields was called."""
+    touched = False
+
+    def touch() -> None:
+        nonlocal touched
+        touched = True
+
+    try:
+        yield touch
+    except KeyboardInterrupt as error:
+        if not touched:
+            raise Untouched from error
+        raise
+
+
+@contextmanager
+def _claimed(
+    claim: Claim | None, session: Session, touch: Callable[[], None]
+) -> Iterator[Callable[[], None]]:
+    """The output for this run alone. Yields a function that raises LeaseLost once it is not."""
+    if claim is None:
+        touch()
+        yield lambda: None
+        return
+    option = f"{claim.option} {claim.root!r}"
+
+    def check(file: str) -> None:
+        if session.nodes > 1 and not location.is_remote(file):
+            check_shared(file, option=option)
+        touch()
+
+    with claim.take(check=check) as held:
+        yield held.check
+
+
+def _facts(setup: Setup, session: Session, stages: Sequence[Stage], workers_on_gpu: bool) -> Facts:
+    on_gpu = [stage.name for stage in stages if stage.gpu]
+    workers = setup.workers
+    if workers is not None and workers_on_gpu:
+        on_gpu.append(workers.name)
+    return Facts(
+        input=setup.input,
+        output=setup.output,
+        recipe=setup.recipe,
+        backend=str(setup.given["backend"]),
+        images=setup.images,
+        cores=session.cores,
+        at_most=session.at_most + (workers.cpus if workers else 0),
+        auto=setup.auto,
+        on_gpu=tuple(on_gpu),
+        gpus=session.gpus,
+    )
+
+
+def _opening(execution: Execution) -> str:
+    setup, session = execution.setup, execution.session
+    doing = [
+        f"{execution.counts[stage.name]} {stage.doing}{' on GPU' if stage.gpu else ''}"
+        for stage in execution.stages
+    ]
+    if setup.workers is not None:
+        device = "GPU" if execution.workers_on_gpu else "CPU"
+        doing.append(f"{setup.workers.count} training on {device}")
+    elif setup.output is None:
+        doing.append("nothing written")
+    dashboard = f"; Ray dashboard: http://{session.dashboard}" if session.dashboard else ""
+    return (
+        f"Run {setup.run_id}: {setup.what}; actors: {', '.join(doing)}; "
+        f"{session.cores:g} cores{dashboard}"
+    )
+
+
+def _watching(run_id: str, session: Session) -> str:
+    """How the run is watched from elsewhere, in a line."""
+    there = f" --address {session.address}" if session.joined else ""
+    return f"Watch it: raypipe watch {run_id}{there}"
+
+
+def _collected(
+    collector: ray.actor.ActorHandle, *, since: Any
+) -> tuple[dict[str, Any], float | None]:
+    """The collector's snapshot, and the mean use of all cores, 0 to 100.
+
+    Args:
+        since: psutil.cpu_times() of this node when the execution began.
+    """
+    try:
+        snapshot = ray.get(collector.snapshot.remote(), timeout=SNAPSHOT_AT_MOST_S)
+        here = ray.get_runtime_context().get_node_id()
+        others = [seen for node, seen in snapshot["nodes"].items() if node != here]
+    except RayError:  # the collector was killed, or its node: the stages' costs died with it
+        snapshot, others = dict(reports.NOTHING_SEEN), []
+    return snapshot, _cpu_percent(since, psutil.cpu_times(), others)
+
+
+def _cpu_percent(before: Any, after: Any, others: list[dict[str, float]]) -> float | None:
+    """Mean use of all cores, 0 to 100: of this node between two psutil.cpu_times(), of `others` as their actors saw it."""
+    used = busy_cpu_s(after) - busy_cpu_s(before) + sum(node["cpu_busy_s"] for node in others)
+    total = sum(after[:8]) - sum(before[:8]) + sum(node["cpu_total_s"] for node in others)
+    return 100 * used / total if total else None
+
+
+@contextmanager
+def tracks(run_id: str) -> Iterator[None]:
+    """Delete the tracks of a run's actors on this node afterwards."""
+    try:
+        yield
+    finally:
+        shutil.rmtree(tracks_folder(run_id), ignore_errors=True)
+
+
+def tracks_folder(run_id: str) -> str:
+    """Where the preprocess actors of a run leave their tracks, on each node."""
+    return os.path.join(tempfile.gettempdir(), f"raypipe-{run_id}")

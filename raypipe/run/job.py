@@ -1,0 +1,399 @@
+"""A job on Ray Data: which rows it has to do, and its way to the end. preprocess and predict are jobs.
+
+`left_to_do` looks: it cuts the source into shards and takes off what the journal has. `carry_out` does the
+rest: it claims the output, runs the stages, and accounts for every row.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from rich.console import Console
+
+from raypipe.data import journal, location, sizes
+from raypipe.data.reader import Reading
+from raypipe.data.work import extend, make_work, named_as_before, remaining, renewed, requeued
+from raypipe.errors import UsageError
+from raypipe.images import backend as backend_module
+from raypipe.images.recipe import Recipe
+from raypipe.insight import report as reports
+from raypipe.run import probe as probes
+from raypipe.run.cluster.machine import versions
+from raypipe.run.console import say
+from raypipe.run.control import Control
+from raypipe.run.execution import (
+    Claim,
+    Execution,
+    Setup,
+    executing,
+    new_run_id,
+    tracks_folder,
+    untouched,
+)
+from raypipe.run.progress import Tally, progress
+from raypipe.run.result import (
+    Became,
+    Outcome,
+    became,
+    check_report,
+    covers,
+    leave_report,
+    ranges,
+    shown,
+)
+from raypipe.run.settings import Decoding, Running, check_free
+from raypipe.stages.preprocess import Preprocess, Preprocessing
+from raypipe.stages.stage import Stage, auto_of
+
+SHORT = 32
+"""Images of a shard below which an actor holds four blocks instead of two.
+
+Ray Data hands out tasks ten times a second, and the fastest recipes take 3 ms an image: with two, an actor
+has no work in between (12 images a shard: 174 to 244 images/s with two, 208 to 337 with four; 1 and 2 actors)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Todo:
+    """What a run has to do.
+
+    work: all rows (schema WORK). left: those that the journal does not have.
+    image_ids: what `work` calls the images of the source, in the source's order.
+    endings: files of the output that are written when all shards are done.
+    claim: what the run changes in the output before it begins; None: nothing is written.
+    shard_bytes: memory that an actor takes for the largest shard, as far as known.
+    skipped: what the listing left out, by suffix.
+    """
+
+    recipe: Recipe
+    work: pa.Table
+    left: pa.Table
+    image_ids: pa.ChunkedArray
+    endings: tuple[str, ...] = ()
+    claim: journal.Claim | None = None
+    shard_bytes: int = 0
+    skipped: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """What a job puts where. `root`: the output; None: nothing is written.
+
+    decides: what decides the results, JSON types: an output made with other settings is refused.
+    names: what the results are called (`journal.Made`).
+    endings: files of the output that are written when all shards are done.
+    """
+
+    root: str | None
+    decides: dict[str, Any]
+    names: tuple[str, ...] = ()
+    endings: tuple[str, ...] = ()
+
+
+def left_to_do(
+    recipe: Recipe,
+    source: pa.Table,
+    results: Results,
+    *,
+    decoding: Decoding,
+    running: Running,
+    skipped: Mapping[str, int] | None = None,
+) -> Todo:
+    """Cut the images of `source` (schema SOURCE) into shards, less what an earlier run has done.
+
+    Args:
+        skipped: what the listing left out, by suffix.
+
+    Raises:
+        UsageError: the output is of another run, or cannot be used. Nothing was changed.
+    """
+    check_report(running.report)
+    shape = sizes.cut(
+        recipe,
+        images=source.num_rows,
+        rows=running.shard_rows,
+        scratch=backend_module(decoding.backend).SCRATCH,
+        memory=decoding.memory,
+        max_pixels=decoding.max_pixels,
+    )
+    cut: dict[str, Any] = {**shape.arguments, "taper": running.shard_rows is None}
+    todo = partial(
+        Todo,
+        recipe=recipe,
+        endings=results.endings,
+        shard_bytes=shape.need,
+        skipped=skipped or {},
+    )
+    root = results.root
+    if root is None:
+        work = make_work(source, **cut)
+        return todo(work=work, left=work, image_ids=source.column("image_id"))
+    found = journal.look(root, results.decides, resume=running.resume)
+    stored, done = found.work, found.done
+    if stored is None:
+        work = here = make_work(source, **cut)
+        wanted = [*results.endings, *journal.named(results.names, work)]
+    else:
+        source = named_as_before(source, stored)
+        stored = requeued(stored, found.waiting, **cut)
+        work = extend(renewed(stored, source, done), source, **cut)
+        here = work.filter(_among(work, source))
+        fresh = work.filter(pc.invert(_among(work, stored)))
+        wanted = [*journal.named(results.names, fresh)]
+    check_free(root, wanted, ours=set(journal.owned(root)[0]) if found.clearing else set())
+    claim = journal.Claim(
+        root=root,
+        clears=found.clearing,
+        made=journal.Made(
+            settings=results.decides,
+            versions=versions(),
+            results=results.names,
+            endings=results.endings,
+        ),
+        work=None if found.work is not None and work.equals(found.work) else work,
+        seen=found.seen,
+    )
+    return todo(
+        work=here,
+        left=remaining(here, done),
+        image_ids=source.column("image_id"),
+        claim=claim,
+    )
+
+
+def _among(rows: pa.Table, others: pa.Table) -> pa.ChunkedArray:
+    """Which of `rows` are of images that `others` has."""
+    return pc.is_in(rows.column("image_id"), others.column("image_id").combine_chunks())
+
+
+def preprocess_stage(
+    work: pa.Table, pixels: Preprocessing, running: Running, reading: Reading, *, run_id: str
+) -> Stage:
+    """The stage that makes blocks of pixels of the shards of `work` (schema WORK)."""
+    largest = int(pc.max(work.column("shard").value_counts().field("counts")).as_py() or 0)
+    height, width = pixels.done_here.fixed_size or (0, 0)
+    return Stage(
+        steps=(
+            Preprocess(
+                pixels=pixels,
+                tracks=tracks_folder(run_id),
+                reading=reading,
+                wait_ms=running.read_ms,
+                bytes_out=largest * height * width * 3,
+            ),
+        ),
+        actors=running.actors,
+        noun="preprocess actors",
+        option="actors",
+        doing="preprocessing",
+        in_flight=4 if largest < SHORT else 2,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a run does: images are preprocessed, then go through the stage `then`, where there is one.
+
+    given: all settings by their flat names, for the report.
+    conclude: called with all images that were delivered, when their shards are done. What it returns is added
+        to the report, except "dropped": boxes (journal.Dropped) that it found to be unusable.
+    """
+
+    given: dict[str, Any]
+    running: Running
+    reading: Reading
+    pixels: Preprocessing
+    todo: Todo
+    then: Stage | None
+    conclude: Callable[[list[journal.Written]], dict[str, Any]] = lambda written: {}
+
+    @property
+    def root(self) -> str | None:
+        """The output."""
+        return self.todo.claim.root if self.todo.claim is not None else None
+
+    def stages(self, run_id: str) -> tuple[Stage, ...]:
+        """The pipeline."""
+        first = preprocess_stage(
+            self.todo.left, self.pixels, self.running, self.reading, run_id=run_id
+        )
+        return (first,) if self.then is None else (first, self.then)
+
+    def setup(self, run_id: str, *, started: float, tell: Callable[[str], None]) -> Setup:
+        """What an execution of it needs to know. `tell`: told, in a line, what takes longer."""
+        stages = self.stages(run_id)
+        auto = auto_of(stages)
+        recipe, left, claim = self.todo.recipe.name, self.todo.left, self.todo.claim
+        taken = None
+        if claim is not None:
+            take = partial(journal.claimed, claim, run_id=run_id, tell=tell)
+            taken = Claim(root=claim.root, option=claim.option, take=take)
+        return Setup(
+            run_id=run_id,
+            what=f"{left.num_rows} images, recipe {recipe}, {self.pixels.backend}",
+            given=self.given,
+            started=started,
+            images=left.num_rows,
+            stages=stages,
+            threads=self.running.threads,
+            output=self.root,
+            recipe=recipe,
+            shard_bytes=self.todo.shard_bytes,
+            auto=auto,
+            probe=probes.of(left, stages, threads=self.running.threads) if auto else None,
+            claim=taken,
+        )
+
+
+def carry_out(
+    make: Callable[[], Job],
+    *,
+    source: str,
+    consume: Callable[[pa.Table], None] | None = None,
+    console: Console | None = None,
+    began: Callable[[Control], None] = lambda control: None,
+    stop: threading.Event | None = None,
+) -> Outcome:
+    """Do the job that `make` makes, to the end.
+
+    Args:
+        source: what it lists, for the user.
+        consume: called with each block of pixels (schema BLOCK), when nothing is written.
+        console: what to tell the user on; by default the terminal (stderr).
+        began: called when the execution begins, with what looks at the run and scales it.
+        stop: when it is set, the run ends as by Ctrl-C.
+
+    Raises:
+        UsageError: the message is for the user; nothing was started.
+        KeyboardInterrupt: results so far are kept, and the same settings go on.
+    """
+    started = time.time()
+    console = console or Console(stderr=True)
+    with untouched() as touch:
+        say(console, f"Listing {source} ...")
+        job = make()
+        run_id = new_run_id(job.running.run_id)
+        todo = job.todo
+        if not todo.left.num_rows:
+            return _nothing_left(job, run_id, source=source, console=console, touch=touch)
+        if done := todo.work.num_rows - todo.left.num_rows:
+            say(console, f"Going on: {done} of {todo.work.num_rows} images are done already.")
+        setup = job.setup(run_id, started=started, tell=partial(say, console))
+        with executing(setup, console=console, touch=touch) as execution:
+            began(Control(run_id, execution.collector))
+            tally = Tally()
+            with progress(console, todo.left.num_rows) as show:
+                _iterate(job, execution, tally, consume=consume, stop=stop, show=show)
+            # Before Ray ends, which takes seconds: who is killed then has its report.
+            return _account(job, execution, tally)
+
+
+def _iterate(
+    job: Job,
+    execution: Execution,
+    tally: Tally,
+    *,
+    consume: Callable[[pa.Table], None] | None,
+    stop: threading.Event | None,
+    show: Callable[[Tally], None],
+) -> None:
+    """Take what comes out of the last stage until there is no more."""
+    blocks = execution.dataset(job.todo.left).iter_batches(
+        batch_size=None,
+        batch_format="pyarrow",
+        # Fetching ahead is for blocks of other nodes; here each block would come out one later.
+        prefetch_batches=1 if execution.session.nodes > 1 and job.then is None else 0,
+    )
+    for block in blocks:
+        tally.count(block, time.perf_counter() - execution.begun)
+        tally.tell(execution.collector)
+        show(tally)
+        if consume is not None and job.then is None:
+            with tally.consuming():
+                consume(block)
+        if stop is not None and stop.is_set():
+            raise KeyboardInterrupt
+        execution.check()
+
+
+def _nothing_left(
+    job: Job, run_id: str, *, source: str, console: Console, touch: Callable[[], None]
+) -> Outcome:
+    """The outcome of a run that finds all shards done. It makes the end again where that is missing."""
+    todo = job.todo
+    assert todo.claim is not None
+    root, total = todo.claim.root, todo.work.num_rows
+    rows = became(root, todo.work)
+    if lost := total - len(rows.written) - len(rows.rejected) - len(rows.unread):
+        raise UsageError(
+            f"The journal in {root} says that all shards are done, but its entries have {lost} of {total} "
+            f"images neither as written nor as rejected: somebody changed it, or it is a defect of raypipe. "
+            f"--no-resume does all of them again."
+        )
+    covered = covers(root, todo.work)
+    if covered:
+        say(
+            console,
+            f"Nothing to do: all {total} images of {source} are done, in {root}. --no-resume does them again.",
+        )
+    else:
+        say(
+            console,
+            f"All {total} images of {source} are done, in {root}; the run that did the last of them did not "
+            f"come to its end. Writing its report from the journal ...",
+        )
+    nothing = Outcome(report=None, rejected=rows.rejected, unread=rows.unread, rows=total)
+    if covered and all(location.exists(location.join(root, file)) for file in todo.endings):
+        return nothing
+    tell = partial(say, console)
+    with journal.claimed(todo.claim, run_id=run_id, tell=tell, check=lambda file: touch()):
+        if covered:
+            job.conclude(rows.written)
+            return nothing
+        counts = rows.counts(rows=total, before=total, skipped=todo.skipped)
+        report = reports.unmeasured(
+            run_id=run_id, settings=job.given, versions=versions(), counts=counts
+        )
+        return _conclude(job, report, rows)
+
+
+def _account(job: Job, execution: Execution, tally: Tally) -> Outcome:
+    """Write and return what became of the rows, and what it cost."""
+    measured = execution.measured()
+    todo = job.todo
+    rows = tally.became if job.root is None else became(job.root, todo.work)
+    counts = rows.counts(
+        rows=todo.work.num_rows,
+        before=todo.work.num_rows - todo.left.num_rows,
+        out=tally.images - tally.rejected - tally.unread if job.root is None else None,
+        damaged=tally.damaged,
+        skipped=todo.skipped,
+    )
+    report = execution.report(
+        measured,
+        counts,
+        outputs=tally.outputs,
+        ready_s=execution.ready_s(measured.snapshot),
+    )
+    return _conclude(job, report, rows)
+
+
+def _conclude(job: Job, report: dict[str, Any], rows: Became) -> Outcome:
+    """Write what a run leaves at its end, the report last: it says which shards all of it covers."""
+    work, root, place = job.todo.work, job.root, job.running.report
+    dropped = rows.dropped
+    pictures = shown(work, rows.rejected) if root is not None or place is not None else []
+    if root is not None:
+        extra = job.conclude(rows.written)
+        dropped = extra.pop("dropped", dropped)
+        report |= {**extra, "boxes_dropped": len(dropped)}
+        report["shards"] = ranges(work.column("shard").to_pylist())
+        journal.clear_temporary(root)  # what killed actors had under way
+        leave_report(root, f"{journal.STATE}/", report, rows.rejected, pictures, dropped)
+    if place is not None:
+        leave_report(place, "", report, rows.rejected, pictures, dropped)
+    return Outcome(report=report, rejected=rows.rejected, unread=rows.unread, rows=work.num_rows)

@@ -1,0 +1,350 @@
+"""The preprocess job: its settings, what it looks at, and its second stage, which writes."""
+
+import os
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import pyarrow as pa
+from rich.console import Console
+
+from raypipe.data import journal, location
+from raypipe.data.formats.coco import check_annotation_ids
+from raypipe.data.listing import look
+from raypipe.data.shapes import Placement, placement
+from raypipe.data.sinks import Sink, annotations_of, write_annotations
+from raypipe.data.tables import frames_of
+from raypipe.data.work import unlist, wanted_by
+from raypipe.errors import UsageError
+from raypipe.images import backend as backend_module
+from raypipe.images import catalog
+from raypipe.images.decode import Reject
+from raypipe.images.frames import into_picture
+from raypipe.images.recipe import Finish, Recipe
+from raypipe.run import result
+from raypipe.run.background import Run
+from raypipe.run.control import Control
+from raypipe.run.job import Job, Results, Todo, carry_out, left_to_do
+from raypipe.run.result import Outcome
+from raypipe.run.settings import (
+    Composed,
+    Decoding,
+    Running,
+    Source,
+    check_apart,
+    check_counts,
+    check_wait,
+    recipe_identity,
+)
+from raypipe.stages.stage import Count, Stage
+from raypipe.stages.write import Write
+
+_CONTAINERS = (".tar", ".parquet")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """What images become, and how they are stored."""
+
+    decides: ClassVar = True
+
+    recipe: str = "coco-300"
+    """Name (`raypipe recipes` lists them) or a JSON file."""
+    format: Literal["jpeg", "png", "npy", "webdataset", "parquet"] = "jpeg"
+    """How results are stored."""
+    layout: Literal["nchw", "nhwc"] | None = None
+    """Order of the axes of npy, instead of the recipe's."""
+    mlperf_cache: str | None = None
+    """Write npy files where MLPerf's inference looks for them: OUTPUT/preprocessed/NAME/NHWC or NCHW. NAME
+    is its data set (coco-300 ...)."""
+    quality: int = 95
+    """JPEG quality of what is written, 1 to 100."""
+
+    def check(self) -> None:
+        """Raise UsageError for a value that no run can use."""
+        for name, given in {"layout": self.layout, "mlperf-cache": self.mlperf_cache}.items():
+            if given is not None and self.format != "npy":
+                raise UsageError(
+                    f"--{name} {given} is for --format npy; this run writes {self.format}."
+                )
+        cache = self.mlperf_cache
+        if cache is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", cache):
+            raise UsageError(
+                f"--mlperf-cache is {cache!r}; it is the name of one of MLPerf's data sets, such as coco-300."
+            )
+        if not 1 <= self.quality <= 100:
+            raise UsageError(f"--quality is {self.quality}; JPEG quality goes from 1 to 100.")
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What an output must agree with, as JSON types."""
+        return {
+            "recipe": recipe_identity(catalog.get(self.recipe)),
+            "format": self.format,
+            "layout": self.layout,
+            "mlperf_cache": self.mlperf_cache,
+            "quality": self.quality if self.format in ("jpeg", "webdataset") else None,
+        }
+
+    def finish(self, recipe: Recipe) -> Finish | None:
+        """What npy files hold; None: the uint8 pixels as they are."""
+        if self.format != "npy":
+            return None
+        layouts: dict[str | None, Literal["chw", "hwc"]] = {"nchw": "chw", "nhwc": "hwc"}
+        wanted = layouts.get(self.layout)
+        if recipe.finish is None:
+            return Finish(layout="chw", dtype="uint8") if wanted == "chw" else None
+        return replace(recipe.finish, layout=wanted or recipe.finish.layout)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Writing:
+    """Where results go, and who writes them."""
+
+    decides: ClassVar = False
+
+    output: str | None = None
+    """Where results go; with several nodes a place that all of them see. Without it nothing is written."""
+    writers: Count = "auto"
+    """Writer actors; auto: as for --actors."""
+    store_ms: float = 0.0
+    """Have every image take so many milliseconds longer to write, as to a slow store."""
+
+    def check(self) -> None:
+        """Raise UsageError for a value that no run can use."""
+        check_counts({"writers": self.writers})
+        check_wait("store-ms", self.store_ms)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Composed):
+    """What the preprocess job takes."""
+
+    source: Source
+    decoding: Decoding = field(default_factory=Decoding)
+    stored: Stored = field(default_factory=Stored)
+    writing: Writing = field(default_factory=Writing)
+    running: Running = field(default_factory=Running)
+
+
+def run(
+    settings: Settings,
+    *,
+    consume: Callable[[pa.Table], None] | None = None,
+    console: Console | None = None,
+    began: Callable[[Control], None] = lambda control: None,
+    stop: threading.Event | None = None,
+) -> Outcome:
+    """Do what `settings` say, to the end; arguments, result and errors are those of `carry_out`."""
+    return carry_out(
+        lambda: preprocessing(settings),
+        source=settings.source.input,
+        consume=consume,
+        console=console,
+        began=began,
+        stop=stop,
+    )
+
+
+def start(
+    settings: Settings,
+    *,
+    consume: Callable[[pa.Table], None] | None = None,
+    console: Console | None = None,
+) -> Run:
+    """Begin a run in the background; the arguments are those of `run`."""
+    return Run(partial(run, settings, consume=consume, console=console))
+
+
+def preprocessing(settings: Settings) -> Job:
+    """The job.
+
+    Raises:
+        UsageError: the settings, the input or the output cannot be used. Nothing was changed.
+    """
+    todo = plan(settings)
+    then = writing(settings, todo.recipe)
+
+    def conclude(written: list[journal.Written]) -> dict[str, Any]:
+        annotations, output = settings.source.annotations, settings.writing.output
+        if annotations is None or output is None or not _annotates(settings):
+            return {}
+        rows = ((w.image_id, w.file, w.height, w.width, w.boxes, w.annotation_ids) for w in written)
+        kept = write_annotations(
+            annotations,
+            location.absolute(output),
+            rows,
+            folder=image_folder(settings),
+            placed=dict(_placed(settings.source.seed, todo, written)),
+        )
+        return {"shapes_dropped": kept.shapes_dropped}
+
+    return Job(
+        given=settings.flat,
+        running=settings.running,
+        reading=settings.running.reading(settings.source.input),
+        pixels=settings.decoding.pixels(todo.recipe, seed=settings.source.seed),
+        todo=todo,
+        then=then,
+        conclude=conclude,
+    )
+
+
+def plan(settings: Settings) -> Todo:
+    """List the input, and take off what an earlier run into the same output has done.
+
+    Raises:
+        UsageError: the settings, the input or the output cannot be used. Nothing was changed.
+    """
+    settings.check()
+    source, output = settings.source, settings.writing.output
+    check_apart(output, source.input)
+    recipe = catalog.get(settings.stored.recipe)
+    backend_module(settings.decoding.backend).check(recipe)
+    listed = look(
+        source.input,
+        annotations=source.annotations,
+        limit=settings.running.limit,
+        seed=source.seed,
+    )
+    rows = wanted_by(listed.rows, needs_boxes=recipe.needs_boxes, drops_crowds=recipe.drops_crowds)
+    if not rows.num_rows:
+        raise UsageError(
+            f"No image of {source.input!r} has boxes, which recipe {recipe.name} needs. Give --annotations."
+        )
+    check_cache_names(settings, rows)
+    annotations: tuple[str, ...] = ()
+    if source.annotations is not None and _annotates(settings):
+        annotations = (annotations_of(source.annotations),)
+        if output is not None:
+            check_annotation_ids(rows, source.annotations)
+    results = Results(
+        root=output,
+        decides=settings.decided(),
+        names=result_names(settings),
+        endings=annotations,
+    )
+    return left_to_do(
+        recipe,
+        rows,
+        results,
+        decoding=settings.decoding,
+        running=settings.running,
+        skipped=listed.skipped,
+    )
+
+
+def writing(settings: Settings, recipe: Recipe) -> Stage | None:
+    """The stage that writes what preprocess made; None: nothing is written."""
+    if settings.writing.output is None:
+        return None
+    stored, backend = settings.stored, settings.decoding.backend
+    step = Write(
+        sink=Sink(
+            format=stored.format,
+            root=location.absolute(settings.writing.output),
+            folder=image_folder(settings),
+            quality=stored.quality,
+            keeps_suffix=stored.mlperf_cache is not None,
+        ),
+        backend=backend,
+        finish=stored.finish(recipe),
+        wait_ms=settings.writing.store_ms,
+    )
+    return Stage(
+        steps=(step,),
+        actors=settings.writing.writers,
+        noun="writers",
+        option="writers",
+        doing=f"writing {stored.format}",
+        share=0.25,
+        # Ray Data hands out tasks ten times a second; two short ones leave a writer idle mostly.
+        in_flight=4,
+    )
+
+
+def _annotates(settings: Settings) -> bool:
+    """Whether the run writes the COCO JSON of its results. MLPerf's loader takes the original one beside its cache."""
+    return settings.source.annotations is not None and settings.stored.mlperf_cache is None
+
+
+def _placed(
+    seed: int, todo: Todo, written: Iterable[journal.Written]
+) -> Iterator[tuple[str, Placement]]:
+    """Where the recipe put each image, for the shapes of its annotations. Left out: where that cannot be told again."""
+    ids = todo.work.column("image_id").to_pylist()
+    known = zip(unlist(todo.work.column("boxes")), frames_of(todo.work).tolist(), strict=True)
+    boxes = dict(zip(ids, known, strict=True))
+    for image in written:
+        if len(image.source) != 2 or image.image_id not in boxes:
+            continue
+        size = image.source[0], image.source[1]
+        of, frame = boxes[image.image_id]
+        try:
+            of, _ = into_picture(of, (frame[0], frame[1]), size, image.orientation)
+            plan = todo.recipe.plan(
+                seed=seed, epoch=0, image_id=image.image_id, size=size, boxes=of
+            )
+            place = placement(plan.ops, size, image.orientation)
+        except (Reject, UsageError):
+            continue
+        same = len(plan.boxes) == len(image.boxes) and np.allclose(
+            plan.boxes, image.boxes, atol=0.01
+        )
+        # What is drawn may depend on the boxes, which may have been moved before.
+        if same or not todo.recipe.random:
+            yield image.image_id, place
+
+
+def result_names(settings: Settings) -> tuple[str, ...]:
+    """What the results are called, relative to the output (`raypipe.data.journal.Made`)."""
+    stored = settings.stored
+    if stored.mlperf_cache is not None:
+        return (os.path.join(image_folder(settings), "{name}{suffix}.npy"),)
+    if stored.format == "webdataset":
+        return ("shard-{shard}.tar",)
+    if stored.format == "parquet":
+        return ("part-{shard}.parquet",)
+    extension = {"jpeg": ".jpg", "png": ".png", "npy": ".npy"}[stored.format]
+    return (os.path.join(image_folder(settings), "{name}" + extension),)
+
+
+def image_folder(settings: Settings) -> str:
+    """Sub-folder of the output for the images.
+
+    With annotations the layout is MLPerf's: the image folder beside annotations/.
+    """
+    stored, source = settings.stored, settings.source
+    if stored.mlperf_cache is not None:
+        finish = stored.finish(catalog.get(stored.recipe))
+        shape = "NCHW" if finish is not None and finish.layout == "chw" else "NHWC"
+        # MLPerf's COCO loader puts this before the JSON's file names; the others take these as they are.
+        images = ("val2017",) if stored.mlperf_cache.startswith("coco") else ()
+        return "/".join(("preprocessed", stored.mlperf_cache, shape, *images))
+    if source.annotations is None:
+        return ""
+    return os.path.basename(location.path_of(location.absolute(source.input)).rstrip("/"))
+
+
+def check_cache_names(settings: Settings, work: pa.Table) -> None:
+    """Raise UsageError where a file of --mlperf-cache would not have the name by which MLPerf looks for it."""
+    if settings.stored.mlperf_cache is None:
+        return
+    names, uris = (work.column(column).to_pylist() for column in ("name", "uri"))
+    for name, uri in zip(names, uris, strict=True):
+        path, suffix = location.path_of(uri), location.suffix(uri)
+        if suffix.lower() in _CONTAINERS or not path.endswith(f"/{name}{suffix}"):
+            raise UsageError(
+                f"--mlperf-cache names a file by its image file, and {uri!r} would become {name!r}: images "
+                f"of tars and Parquet files have no file of their own, and names that are taken or unsafe "
+                f"are changed. Leave out --mlperf-cache, or rename the image."
+            )
+
+
+def verdict_on(outcome: Outcome, settings: Settings) -> str | None:
+    """Why a finished run counts as failed: rows lost or unread, or too many rejected. None: it does not."""
+    return result.verdict_on(outcome, settings.running, output=settings.writing.output)

@@ -1,0 +1,131 @@
+"""What came out of an execution so far, and how a person is told."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from raypipe.data import journal
+from raypipe.run.result import Became
+from raypipe.stages.write import dropped_of, rejected_of, unread_of
+
+LINE_EVERY_S = 5.0
+
+
+@dataclass
+class Tally:
+    """What came out of the execution so far. `outputs`: when (seconds) how many rows were done."""
+
+    outputs: list[tuple[float, int]] = field(default_factory=list)
+    images: int = 0
+    rejected: int = 0
+    unread: int = 0
+    damaged: int = 0  # delivered all the same
+    # Of blocks of pixels; writers put theirs into the journal.
+    became: Became = field(default_factory=Became)
+    consumed_s: float = 0.0  # in the caller's function
+    _told: float = 0.0
+
+    @property
+    def rate(self) -> str:
+        """Images/s since the first shard came out, for a person. Neither start-up nor what is to come counts."""
+        took = self.outputs[-1][0] - self.outputs[0][0] if self.outputs else 0.0
+        return f"{(self.images - self.outputs[0][1]) / took:.0f}" if took else "-"
+
+    def count(self, block: pa.Table, at_s: float) -> None:
+        """Take in what came out of the last stage: pixels (schema BLOCK) or counts (schema DONE)."""
+        if "image" in block.column_names:
+            images, rejected, unread = self._count_pixels(block)
+        else:
+            images, rejected, unread = (
+                pc.sum(block.column(name)).as_py() for name in ("images", "rejected", "unread")
+            )
+        self.unread += unread
+        self.images += images
+        self.rejected += rejected
+        self.outputs.append((at_s, images))
+
+    def _count_pixels(self, block: pa.Table) -> tuple[int, int, int]:
+        bad = block.filter(pc.is_valid(block.column("reason")))
+        rows = bad.select(journal.REJECTS.names).to_pylist()
+        boxes = block.select(("image_id", "uri", "boxes_dropped")).to_pylist()
+        self.became.dropped.extend(dropped_of(boxes))
+        self.became.boxes_from.update(block.column("boxes_from").drop_null().to_pylist())
+        rejects, waiting = rejected_of(rows), unread_of(rows)
+        self.became.rejected.extend(rejects)
+        self.became.unread.extend(waiting)
+        told = block.num_rows - block.column("detail").null_count
+        self.damaged += told - len(rejects) - len(waiting)
+        return block.num_rows, len(rejects), len(waiting)
+
+    def tell(self, collector: ray.actor.ActorHandle) -> None:
+        """Tell those who watch; twice a second is enough for them."""
+        now = time.time()
+        if now - self._told >= 0.5:
+            collector.progress.remote(now, self.images, self.rejected)
+            self._told = now
+
+    @contextmanager
+    def consuming(self) -> Iterator[None]:
+        """Around the caller's function."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.consumed_s += time.perf_counter() - begun
+
+
+@contextmanager
+def progress(console: Console, total: int) -> Iterator[Callable[[Tally], None]]:
+    """Show a progress bar in a terminal; elsewhere (a log, `ray job submit`) a line every few seconds."""
+    begun = said = time.perf_counter()
+    if not console.is_terminal:
+
+        def line(tally: Tally) -> None:
+            nonlocal said
+            now = time.perf_counter()
+            if now - said >= LINE_EVERY_S or tally.images == total:
+                said = now
+                console.print(
+                    f"{tally.images}/{total} images, {tally.rejected} rejected, "
+                    f"{tally.rate} images/s, {now - begun:.0f} s",
+                    highlight=False,
+                )
+
+        yield line
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]} images/s, {task.fields[rejected]} rejected"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bars:
+        task = bars.add_task("starting actors", total=total, rate="-", rejected=0)
+
+        def bar(tally: Tally) -> None:
+            bars.update(
+                task,
+                description="images",
+                completed=tally.images,
+                rate=tally.rate,
+                rejected=tally.rejected,
+            )
+
+        yield bar

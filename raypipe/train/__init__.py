@@ -1,0 +1,1 @@
+"""Training: batches of preprocessed images, and the loops that learn from them."""

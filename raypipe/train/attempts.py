@@ -1,0 +1,421 @@
+"""A training run: preprocess actors feed Ray Train workers, and it goes on from its last checkpoint.
+
+The work is a table: all epochs' rows, shuffled, less those that the checkpoint says were consumed. A worker that
+dies, a node that is lost and a driver that is killed all end the same way. The table is made again from the last
+checkpoint, and training goes on with as many workers and actors as there are then. Ray Train's own restarts are
+off: they would run the same dataset again.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.train
+import torch
+from ray.exceptions import RayError
+from ray.train.torch import TorchTrainer
+from rich.console import Console
+
+from raypipe.data import journal, lease, location
+from raypipe.data.batches import check_read
+from raypipe.data.location import StoreError
+from raypipe.data.sinks import Sink
+from raypipe.data.work import untouched as rows_untouched
+from raypipe.errors import UsageError
+from raypipe.images.recipe import for_evaluation
+from raypipe.models import checkpoint as checkpoints
+from raypipe.models.checkpoint import Progress
+from raypipe.run import execution as executions
+from raypipe.run import probe as probes
+from raypipe.run import result
+from raypipe.run.causes import cause_of, causes
+from raypipe.run.cluster.machine import cores_here
+from raypipe.run.cluster.session import beside_driver, joins
+from raypipe.run.console import say
+from raypipe.run.execution import Claim, Execution, Setup, executing, new_run_id
+from raypipe.run.job import preprocess_stage
+from raypipe.run.meter import Meter
+from raypipe.stages.preprocess import Preprocess
+from raypipe.stages.stage import Stage
+from raypipe.stages.write import Write
+from raypipe.train.board import Board, ToBoard, Uneven, train
+from raypipe.train.following import Watch
+from raypipe.train.plan import Todo, plan
+from raypipe.train.result import (
+    HeldOut,
+    Outcome,
+    is_complete,
+    leave,
+    report_of,
+    report_without_figures,
+)
+from raypipe.train.settings import Settings
+from raypipe.train.worker import Assignment
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """A training that has something to do. `start`: how far it is, by the checkpoint `resume`; None: it is new."""
+
+    settings: Settings
+    todo: Todo
+    run_id: str
+    storage: str  # absolute
+    start: Progress
+    resume: str | None
+    clears: bool  # what is there is deleted first
+    console: Console
+
+    @property
+    def tell(self) -> Callable[[str], None]:
+        """Tells the user a line."""
+        return partial(say, self.console)
+
+
+def run(settings: Settings, *, console: Console | None = None) -> Outcome:
+    """Do what `settings` say.
+
+    Args:
+        console: what to tell the user on; by default the terminal (stderr).
+
+    Raises:
+        UsageError: the message is for the user.
+        KeyboardInterrupt: checkpoints so far are kept, and the same settings go on.
+    """
+    started = time.time()
+    console = console or Console(stderr=True)
+    with executions.untouched() as touch:
+        this = _look(settings, console)
+        total = this.todo.work.num_rows
+        if this.resume is not None and is_complete(this.start, settings):
+            return _nothing_left(this, this.resume)
+        if this.resume is not None:
+            this.tell(
+                f"Going on from {this.resume}: {this.start.rows} of {total} rows are done, "
+                f"in {this.start.step} steps."
+            )
+        with executing(_setup(this, started), console=console, touch=touch) as execution:
+            return _train(this, execution)
+
+
+def _look(settings: Settings, console: Console) -> _Run:
+    """List, plan, and find the last checkpoint. Nothing is changed."""
+    storage = location.absolute(settings.training.storage)
+    say(console, f"Listing {settings.source.input} ...")
+    todo = plan(settings)
+    result.check_report(settings.running.report)
+    lease.check(storage, option="--storage")
+    clears = not settings.running.resume or journal.is_clearing(storage)
+    start, resume = (Progress(), None) if clears else _latest(storage, todo)
+    return _Run(
+        settings=settings,
+        todo=todo,
+        run_id=new_run_id(settings.running.run_id),
+        storage=storage,
+        start=start,
+        resume=resume,
+        clears=clears,
+        console=console,
+    )
+
+
+def _setup(this: _Run, started: float) -> Setup:
+    settings, todo, workers = this.settings, this.todo, this.settings.training
+    epochs = settings.learning.epochs
+    stage = _stage(this, this.run_id)
+    auto = ("preprocess",) if stage.actors == "auto" else ()
+    on_gpus = settings.device.must or (not settings.device.cpu and torch.cuda.is_available())
+    cpus = 0 if on_gpus else workers.workers
+    if auto and not joins():
+        stage = replace(stage, actors=max(1, cores_here() - cpus))
+    return Setup(
+        run_id=this.run_id,
+        what=(
+            f"{settings.model.model} on {todo.work.num_rows // epochs} images, {epochs} epochs, "
+            f"{todo.holdout.num_rows} held out, {len(todo.training.classes)} classes, "
+            f"recipe {todo.recipe.name}, {settings.decoding.backend}"
+        ),
+        given=settings.flat,
+        started=started,
+        images=todo.work.num_rows - this.start.rows,
+        stages=(stage,),
+        threads=settings.running.threads,
+        output=workers.storage,
+        recipe=todo.recipe.name,
+        shard_bytes=todo.shard_bytes,
+        auto=auto,
+        probe=_probe(this, stage),
+        claim=Claim(root=workers.storage, option="--storage", take=partial(_claimed, this)),
+        workers=executions.Workers(
+            name="train", count=workers.workers, must=settings.device.must, cpus=cpus
+        ),
+    )
+
+
+def _stage(this: _Run, name: str, *, holdout: bool = False) -> Stage:
+    """The stage that makes pixels to learn from, or to judge on. `name`: of the attempt."""
+    settings, todo = this.settings, this.todo
+    running, pixels, rows = settings.running, todo.pixels, todo.work
+    if holdout:
+        running = replace(running, read_ms=0.0)
+        pixels = replace(pixels, recipe=for_evaluation(todo.recipe), decode_only=False)
+        rows = todo.holdout
+    reading = running.reading(settings.source.input)
+    return preprocess_stage(rows, pixels, running, reading, run_id=name)
+
+
+def _probe(this: _Run, stage: Stage) -> probes.Probe:
+    """What storing preprocessed images and reading them again would cost, for the report's break-even."""
+    (first,) = stage.steps
+    assert isinstance(first, Preprocess)
+    return probes.Probe(
+        rows=this.todo.work,
+        first=replace(first, pixels=replace(first.pixels, decode_only=False)),
+        then=Write(
+            sink=Sink(format="parquet", root=this.storage),
+            backend=this.settings.decoding.backend,
+        ),
+        threads=this.settings.running.threads,
+        stored=True,
+    )
+
+
+@contextmanager
+def _claimed(this: _Run, *, check: Callable[[str], None]) -> Iterator[lease.Lease]:
+    """The storage for this run alone, cleared where that is asked for."""
+    storage = this.storage
+    with lease.hold(storage, run_id=this.run_id, option="--storage", tell=this.tell) as held:
+        there = checkpoints.all_in(storage)
+        if not this.clears and (there[-1] if there else None) != this.resume:
+            raise UsageError(
+                f"--storage {this.settings.training.storage!r} has changed since this run looked at it: "
+                f"another training has written there. Nothing was changed. Start this one again; it then "
+                f"goes on from what is there."
+            )
+        check(location.join(storage, lease.FILE))
+        if this.clears:
+            this.tell(f"Deleting the checkpoints in {this.settings.training.storage} ...")
+            with journal.clearing(storage):
+                for line in checkpoints.prune(storage):
+                    this.tell(line)
+                location.delete(location.join(storage, f"{journal.STATE}/report.json"))
+        yield held
+
+
+def _latest(storage: str, todo: Todo) -> tuple[Progress, str | None]:
+    """How far the training in `storage` is, and its last checkpoint. Raises UsageError if that is of another one."""
+    found = checkpoints.all_in(storage)
+    if not found:
+        return Progress(), None
+    checkpoints.check_same(found[-1], todo.deciding)
+    return checkpoints.progress_of(found[-1]), found[-1]
+
+
+def _nothing_left(this: _Run, folder: str) -> Outcome:
+    """The outcome of a training that is complete. It makes the report again where that is missing."""
+    storage, settings = this.storage, this.settings
+    epochs = settings.learning.epochs
+    report = None
+    if result.is_report(location.join(storage, journal.STATE)):
+        this.tell(
+            f"Nothing to do: all {epochs} epochs are done; the model is in {folder}. "
+            f"--no-resume trains again."
+        )
+    else:
+        this.tell(
+            f"All {epochs} epochs are done, but the run that did the last did not come to its end. "
+            f"Writing its report ..."
+        )
+        with lease.hold(storage, run_id=this.run_id, option="--storage", tell=this.tell):
+            _keep_latest(this)
+            report = report_without_figures(settings, this.todo, this.start, run_id=this.run_id)
+            leave(settings, report, this.start)
+    return Outcome(
+        report=report, progress=this.start, rows=this.todo.work.num_rows, checkpoint=folder
+    )
+
+
+def _keep_latest(this: _Run) -> None:
+    keep = checkpoints.all_in(this.storage)[-this.settings.training.keep :]
+    checkpoints.prune(this.storage, keep=keep)
+
+
+def _train(this: _Run, execution: Execution) -> Outcome:
+    """Train to the end, in as many attempts as it takes."""
+    total = this.todo.work.num_rows
+    board = ray.remote(Board).options(**beside_driver()).remote()
+    held = _held_out(this, execution)
+    watch = Watch(
+        this.console,
+        total,
+        execution.collector,
+        begun_at=execution.begun_at,
+        before=(this.start.rows, this.start.rejected),
+        rows=this.start.rows,
+    )
+    progress, folder = this.start, this.resume
+    failures = attempt = 0
+    said: str | None = None
+    while True:
+        attempt += 1
+        name = f"{this.run_id}-{attempt}"
+        try:
+            with watch.on(board), executions.tracks(name):
+                trainer = _trainer(this, execution, held, name=name, resume=folder, board=board)
+                _fit(trainer, execution.check)
+            break
+        except ray.train.TrainingFailedError as error:
+            execution.check()
+            now, latest = _latest(this.storage, this.todo)
+            failures = 1 if now.rows > progress.rows else failures + 1
+            retries = this.settings.training.retries
+            _give_up(error, failures, retries, before=said if failures > 1 else None)
+            said = cause_of(error)
+            progress, folder = now, latest
+            this.tell(
+                f"A worker ended ({said}). Going on from {folder or 'the start'}: {progress.rows} of "
+                f"{total} rows are done; retry {failures} of {retries}."
+            )
+    measured = execution.measured()
+    progress, folder = _latest(this.storage, this.todo)
+    assert folder is not None
+    _keep_latest(this)
+    report = report_of(this.settings, this.todo, execution, measured, progress, watch, held)
+    leave(this.settings, report, progress)
+    return Outcome(report=report, progress=progress, rows=total, checkpoint=folder)
+
+
+def _held_out(this: _Run, execution: Execution) -> HeldOut:
+    """Make the blocks to judge on, once: without chance they are the same in each epoch."""
+    rows = this.todo.holdout
+    if not rows.num_rows:
+        return HeldOut()
+    stage = _stage(this, this.run_id, holdout=True)
+    # These actors are up for this alone. Each takes a second of CPU to start: as long as 300 images.
+    count = min(execution.counts[stage.name], 1 + rows.num_rows // 300)
+    made = execution.dataset(rows, (stage,), counts={stage.name: count}, tells=False).materialize()
+    rejected, dropped = 0, list[dict[str, Any]]()
+    columns = [*journal.REJECTS.names, "boxes_dropped"]
+    for block in made.select_columns(columns).iter_batches(batch_format="pyarrow"):
+        for row in block.to_pylist():
+            boxes = row.pop("boxes_dropped") or ()
+            dropped += [{"image_id": row["image_id"], "uri": row["uri"], **box} for box in boxes]
+            if row["reason"] is not None:
+                check_read(row)
+                rejected += 1
+    return HeldOut(blocks=made.to_arrow_refs(), rejected=rejected, dropped=dropped)
+
+
+def _trainer(
+    this: _Run,
+    execution: Execution,
+    held: HeldOut,
+    *,
+    name: str,
+    resume: str | None,
+    board: ray.actor.ActorHandle,
+) -> TorchTrainer:
+    """Ray Train's trainer of one attempt: from checkpoint `resume` to the end, or until a worker dies."""
+    workers, todo, storage = this.settings.training, this.todo, this.storage
+    left = _left(todo.work, resume, workers.trust)
+    datasets = {}
+    if left.num_rows:
+        stage = _stage(this, name)
+        datasets["train"] = execution.dataset(left, (stage,))
+        # Epochs come one after the other, and a run is the same each time.
+        datasets["train"].context.execution_options.preserve_order = True
+    assignment = Assignment(
+        training=todo.training,
+        settings=todo.deciding,
+        attempt=location.join(storage, name),
+        resume=resume,
+        has_rows=bool(left.num_rows),
+        holdout=held.blocks,
+        dropped=held.dropped,
+        board=ToBoard(board),
+        meter=Meter(stage="train", collector=execution.collector, loops=True),
+        row_log=workers.row_log and os.path.abspath(workers.row_log),
+    )
+    on_gpu = execution.workers_on_gpu
+    where: dict[str, Any] = {"storage_path": storage}
+    if location.is_remote(storage):
+        system, path = location.filesystem(storage)
+        where = {"storage_filesystem": system, "storage_path": path}
+    return TorchTrainer(
+        train,
+        # By reference: the processes that hand it on would otherwise load torch to read it.
+        train_loop_config={"assignment": ray.put(assignment)},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers.workers,
+            use_gpu=on_gpu,
+            resources_per_worker={"GPU": 1, "CPU": 0} if on_gpu else {"CPU": 1},
+        ),
+        run_config=ray.train.RunConfig(
+            name=name,
+            **where,
+            failure_config=ray.train.FailureConfig(max_failures=0, max_preemption_failures=0),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=workers.keep),
+        ),
+        datasets=datasets,
+        dataset_config=Uneven(),
+    )
+
+
+def _left(work: pa.Table, resume: str | None, trust: Sequence[str]) -> pa.Table:
+    """The rows that the checkpoint `resume` has not consumed."""
+    if resume is None:
+        return work
+    at = checkpoints.load(resume, trusted=trust)
+    consumed = pa.array(at.consumed, pa.string())
+    return rows_untouched(work, epoch=at.progress.epoch, image_ids=consumed)
+
+
+def _fit(trainer: TorchTrainer, check: Callable[[], None]) -> None:
+    """trainer.fit() in a thread: in the main thread it would take Ctrl-C for itself.
+
+    Args:
+        check: called meanwhile; ends it by raising.
+
+    Raises:
+        ray.train.TrainingFailedError: a worker died or raised.
+    """
+    ended: list[BaseException | None] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+            ended.append(None)
+        except BaseException as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=fit, daemon=True, name="raypipe-fit")
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+        check()
+    if ended and ended[0] is not None:
+        raise ended[0]
+
+
+def _give_up(
+    error: ray.train.TrainingFailedError, failures: int, retries: int, *, before: str | None
+) -> None:
+    """Raise what ends the run: a cause that the user must remove, too many failures, or one error of code twice.
+
+    Args:
+        before: the cause of the failure before this one, at the same checkpoint.
+    """
+    chain = list(causes(error))
+    for cause in chain:
+        if isinstance(cause, UsageError | StoreError):
+            raise cause
+    died = any(isinstance(cause, RayError) for cause in chain)
+    if failures > retries or (not died and cause_of(error) == before):
+        raise error
