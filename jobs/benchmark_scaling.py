@@ -342,7 +342,7 @@ def predict(wanted: Benchmark, console: Console) -> None:
 def overhead(wanted: Benchmark, console: Console) -> None:
     """Images/s from the first block to the last, with a collector and without."""
     todo = plan(Settings(input=f"demo:{wanted.tasks}"))
-    from raypipe.run.collector import Facts, collecting
+    from raypipe.run.live.collector import Facts, collecting
 
     def rate(collector: Any) -> float:
         pools = Pools(actors=2)

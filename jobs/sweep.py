@@ -15,9 +15,9 @@ import sys
 import tyro
 from rich.console import Console
 
-from raypipe.insight.talk import terminal
 from raypipe.run.console import attempt, ended, goes_on, say
-from raypipe.run.sweeping import Settings, run
+from raypipe.sweep.command import Settings, run
+from raypipe.sweep.page import terminal
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -17,8 +17,8 @@ from raypipe.data import journal, location
 from raypipe.errors import foreign, printable
 from raypipe.images import catalog
 from raypipe.images.recipe import to_json
-from raypipe.insight.live import listing
 from raypipe.insight.report import outlook, terminal
+from raypipe.insight.screen import listing
 
 # raypipe.run brings in Ray, 2 s: only commands that need it import it, when they do.
 
@@ -177,7 +177,7 @@ def runs(command: Runs, console: Console) -> None:
     Raises:
         UsageError: there is no cluster.
     """
-    from raypipe.run import control
+    from raypipe.run.live import control
 
     found = control.runs(command.address)
     if command.json:
@@ -195,7 +195,7 @@ def watch(command: Watch, console: Console) -> None:
     """
     if not 0.1 <= command.interval <= 3600:
         raise UsageError(f"--interval is {command.interval:g}; give seconds from 0.1 to 3600.")
-    from raypipe.run import control
+    from raypipe.run.live import control
     from raypipe.watch import watch
 
     def waiting() -> None:
@@ -243,7 +243,7 @@ def scale(command: Scale, console: Console) -> None:
         UsageError: there is no cluster or no such run, or the run refuses.
     """
     name, counts = scalings(command.what)
-    from raypipe.run import control
+    from raypipe.run.live import control
 
     run = control.attach(name, address=command.address)
     accepted = run.scale(counts)

@@ -17,12 +17,12 @@ from rich.console import Console
 from rich.live import Live
 
 from raypipe import UsageError
-from raypipe.insight.live import Looking, line, remember, screen, view
 from raypipe.insight.markup import printable
+from raypipe.insight.screen import Looking, line, remember, screen, view
 
 
 class Watched(Protocol):
-    """What is watched: raypipe.run.control.Control, which brings in Ray (2 s) and is left to the caller."""
+    """What is watched: raypipe.run.live.control.Control, which brings in Ray (2 s) and is left to the caller."""
 
     run_id: str
 

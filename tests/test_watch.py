@@ -1,4 +1,4 @@
-"""The terminal side of `raypipe watch`: real pseudo-terminals and pipes, a run that plays a record back. With a real run: run/test_live.py."""
+"""The terminal side of `raypipe watch`: real pseudo-terminals and pipes, a run that plays a record back. With a real run: run/test_watching.py."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from rich.console import Console
 from raypipe import UsageError
 from raypipe.cli import main, scalings
 from raypipe.watch import keys_in, watch
-from tests.insight.test_live import record
+from tests.insight.test_screen import record
 from tests.terminals import Terminal
 
 ROOT = Path(__file__).parent.parent

@@ -221,7 +221,7 @@ def build(
         cpu_percent: mean of all cores over the run, 0 to 100.
         driver_cpu_s: CPU seconds of the process that runs it, which may do something with what comes out.
         on_gpu: stages each of whose actors holds a GPU, whether or not it could be looked at.
-        snapshot: of the run's collector (raypipe.run.collector.Collector.snapshot).
+        snapshot: of the run's collector (raypipe.run.live.collector.Collector.snapshot).
         predicted: images/s that the planner expected of the actors that the run began with.
 
     Returns:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from raypipe.errors import UsageError
-from raypipe.run.control import Control
+from raypipe.run.live.control import Control
 from raypipe.run.result import Outcome
 
 

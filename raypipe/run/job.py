@@ -25,7 +25,7 @@ from raypipe.insight import report as reports
 from raypipe.run import probe as probes
 from raypipe.run.cluster.machine import versions
 from raypipe.run.console import say
-from raypipe.run.control import Control
+from raypipe.run.live.control import Control
 from raypipe.run.execution import (
     Claim,
     Execution,

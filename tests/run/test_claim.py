@@ -20,7 +20,7 @@ from raypipe.data import journal, lease
 from raypipe.data.journal import Entry, Made, Written
 from raypipe.models import checkpoint as checkpoints
 from raypipe.models.checkpoint import Checkpoint, Progress
-from raypipe.run.control import Control
+from raypipe.run.live.control import Control
 from raypipe.run.pipeline import plan, run
 from raypipe.run.result import verdict_on
 from tests.conftest import ROOT, files, jpeg

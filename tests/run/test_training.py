@@ -22,7 +22,7 @@ from raypipe.models import checkpoint as checkpoints
 from raypipe.models.checkpoint import Checkpoint, Progress
 from raypipe.run import pipeline
 from raypipe.run.causes import cause_of
-from raypipe.run.control import attach, names
+from raypipe.run.live.control import attach, names
 from raypipe.run.settings import Settings as Preprocess
 from raypipe.run.training import Outcome, Settings, _give_up, plan, run, verdict_on
 from tests.conftest import jpeg

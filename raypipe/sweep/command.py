@@ -24,7 +24,6 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import torch
-from ray.data import DataContext
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -40,8 +39,7 @@ from raypipe.data import journal, lease, location
 from raypipe.data.formats.parquet import read_table
 from raypipe.data.reader import Reader
 from raypipe.images import backend as backend_module
-from raypipe.insight import planner, talk
-from raypipe.insight.claims import STAGES, Finding, Where, findings
+from raypipe.insight import planner
 from raypipe.run import pipeline, result, training
 from raypipe.run.causes import Untouched
 from raypipe.run.session import (
@@ -55,6 +53,9 @@ from raypipe.run.session import (
 )
 from raypipe.run.settings import Settings as Preprocess
 from raypipe.run.settings import check_apart
+from raypipe.run.starting import together
+from raypipe.sweep import page as talk
+from raypipe.sweep.claims import STAGES, Finding, Where, findings
 
 Backend = Literal["opencv", "torchvision"]
 
@@ -65,9 +66,6 @@ do not compare."""
 SHARDS_AN_ACTOR = 2
 """At the point with the most actors. Each shard costs Ray about 20 ms of CPU, whatever is in it: an image that takes OpenCV 2.9 ms took an actor 4.9 ms
 in shards of 12, 4.0 of 25, and 3.4 of 50 (medians of 2, 2 cores of an AMD EPYC, coco-300, 1 actor)."""
-
-START_AT_MOST_S = 600
-"""Actors that are not there by then never will be."""
 
 _OF_STAGE = (
     *(
@@ -430,18 +428,6 @@ def measure(point: Point, settings: Settings) -> list[dict[str, Any]]:
         location.delete_folder(scratch)
 
 
-@contextmanager
-def _together() -> Iterator[None]:
-    """Executions wait until all their actors are there, so that none begins while others still start."""
-    context = DataContext.get_current()
-    before = context.wait_for_min_actors_s
-    context.wait_for_min_actors_s = START_AT_MOST_S
-    try:
-        yield
-    finally:
-        context.wait_for_min_actors_s = before
-
-
 # --- results -------------------------------------------------------------------------------------------------------------
 
 
@@ -640,7 +626,7 @@ def run(settings: Settings, *, console: Console) -> Swept:
     writing = pipeline.writing(largest, looked.recipe)
     with contextlib.ExitStack() as stack:
         session = stack.enter_context(ray_session(largest, after=writing, beside=beside))
-        stack.enter_context(_together())
+        stack.enter_context(together())
         gpus = session.gpus
         points = grid(settings, cores=session.cores, gpus=gpus)
         if joined:

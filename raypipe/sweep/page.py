@@ -7,12 +7,13 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from raypipe.insight import claims, planner
-from raypipe.insight.claims import BACKENDS, Finding, Record, Spot, Where, curve
+from raypipe.insight import planner
 from raypipe.insight.figures import COLOURS as SO_MANY
 from raypipe.insight.figures import Series, bars, chart
 from raypipe.insight.html import document, facts, section
 from raypipe.insight.markup import DASH, known, number, table, tag, text
+from raypipe.sweep import claims
+from raypipe.sweep.claims import BACKENDS, Finding, Record, Spot, Where, curve
 
 COLOURS = {"opencv": "s0", "torchvision": "s1"}
 NAMES = {"opencv": "OpenCV", "torchvision": "torchvision"}
@@ -295,7 +296,7 @@ def figures(records: Sequence[Record], where: Where) -> dict[str, str]:
     """The figures by what they show, as HTML; those without a measurement are left out.
 
     Args:
-        records: of a sweep (raypipe.run.sweeping.RESULTS).
+        records: of a sweep (raypipe.sweep.command.RESULTS).
     """
     actors, both = "preprocess actors", "preprocess actors, with as many writers"
     drawn = {
@@ -522,7 +523,7 @@ def page(records: Sequence[Record], where: Where, about: Mapping[str, Any]) -> s
     """The sweep as a self-contained HTML document.
 
     Args:
-        records: of a sweep (raypipe.run.sweeping.RESULTS).
+        records: of a sweep (raypipe.sweep.command.RESULTS).
         about: `command` (str), `date` (str), and the tables `settings`, `versions` and `hardware`.
     """
     found = claims.findings(records, where)

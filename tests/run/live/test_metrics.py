@@ -15,11 +15,11 @@ import pytest
 import yaml
 
 from raypipe.cli import main
+from raypipe.run.live.metrics import Places, Share
 from raypipe.run.meter import Sample
-from raypipe.run.metrics import Places, Share
 from tests.run.clusters import environment, free_ports, head, wait_for
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[3]
 RUN = "metrics-run_1.0"
 
 

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-import ray
 
 from raypipe import UsageError
-from raypipe.insight import claims
-from raypipe.run import sweeping
-from raypipe.run.sweeping import Point, Settings, grid, read_results, run
+from raypipe.sweep import claims
+from raypipe.sweep import command as sweeping
+from raypipe.sweep.command import Point, Settings, grid, read_results, run
 from tests.insight.test_html import Reader
 from tests.run.clusters import environment, wait_for
 from tests.run.test_pipeline import quiet
@@ -234,14 +233,6 @@ def test_a_point_that_rejects_too_much_ends_the_sweep_as_failed_and_what_was_mea
         "2 of 60 images were rejected" in outcome.failure and "opencv, 1 actor" in outcome.failure
     )
     assert run(replace(given, max_reject_fraction=0.1), console=quiet()).failure is None
-
-
-def test_executions_are_told_to_wait_for_all_their_actors_and_others_are_not():
-    context = ray.data.DataContext.get_current()
-    before = context.wait_for_min_actors_s
-    with sweeping._together():
-        assert context.wait_for_min_actors_s == sweeping.START_AT_MOST_S
-    assert context.wait_for_min_actors_s == before
 
 
 @pytest.mark.slow

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from raypipe.insight import claims
-from raypipe.insight.claims import (
+from raypipe.sweep import claims
+from raypipe.sweep.claims import (
     Finding,
     Where,
     curve,
@@ -17,7 +17,7 @@ from raypipe.insight.claims import (
     slope,
     three,
 )
-from tests.insight.played import OPENCV, TORCHVISION, Library, record, sweep, training
+from tests.sweep.played import OPENCV, TORCHVISION, Library, record, sweep, training
 
 FAST_STORE = Library(cpu_s=0.002, encode_s=0.00001)
 SLOW_STORE = {

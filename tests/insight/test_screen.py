@@ -8,7 +8,8 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console, RenderableType
 
-from raypipe.insight.live import (
+from raypipe.insight.markup import DASH
+from raypipe.insight.screen import (
     HISTORY_S,
     LEVELS,
     Looking,
@@ -20,7 +21,6 @@ from raypipe.insight.live import (
     sparkline,
     view,
 )
-from raypipe.insight.markup import DASH
 
 HOSTILE = "x\x1b[31m[bold red]\r\n\t\x07\u202e\udc80[/]%s{}" + "w" * 300
 

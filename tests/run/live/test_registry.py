@@ -8,15 +8,15 @@ import time
 import pytest
 
 from raypipe import UsageError
-from raypipe.run import control, registry
+from raypipe.run.live import control, registry
+from raypipe.run.live.registry import entries, registered
 from raypipe.run.pipeline import start
-from raypipe.run.registry import entries, registered
 from tests.conftest import ROOT
 from tests.run.clusters import environment
 from tests.run.test_pipeline import quiet, settings
 
 RUN = (
-    "import sys, time\nfrom raypipe.run.registry import registered\n"
+    "import sys, time\nfrom raypipe.run.live.registry import registered\n"
     "with registered(sys.argv[1], address='127.0.0.1:1', output='/there'):\n    print('on', flush=True)\n    time.sleep(600)"
 )
 

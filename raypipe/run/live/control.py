@@ -10,9 +10,9 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 
 from raypipe import UsageError
-from raypipe.run import registry
+from raypipe.run.live import registry
+from raypipe.run.live.collector import NAMESPACE
 from raypipe.run.cluster.session import ENDING, check_answers, token_missing, without_rays_lines
-from raypipe.run.collector import NAMESPACE
 
 _NAME = "raypipe-"
 _ANSWER_S = 60.0
@@ -171,7 +171,7 @@ class Control:
         self._collector = collector
 
     def live(self) -> dict[str, Any]:
-        """How the run goes: JSON types, None is unknown (`raypipe.run.collector.Collector.live`).
+        """How the run goes: JSON types, None is unknown (`raypipe.run.live.collector.Collector.live`).
 
         Raises:
             UsageError: it has ended.

@@ -1,6 +1,6 @@
 """A run as it stands: the view of `raypipe watch`, and a plain line. Stands alone: reads live records, knows nothing of Ray.
 
-A live record is what raypipe.run.control.Control.live returns: JSON types, None for what is not known.
+A live record is what raypipe.run.live.control.Control.live returns: JSON types, None for what is not known.
 """
 
 from collections.abc import Iterable, Sequence

@@ -5,12 +5,12 @@ from itertools import pairwise
 
 import pytest
 
-from raypipe.insight import talk
-from raypipe.insight.claims import Where
 from raypipe.insight.figures import Series, chart
 from raypipe.insight.markup import DASH
-from tests.insight.played import Library, sweep, training
+from raypipe.sweep import page as talk
+from raypipe.sweep.claims import Where
 from tests.insight.test_html import HOSTILE, Element, Reader, figure, section, shape
+from tests.sweep.played import Library, sweep, training
 
 ABOUT = {
     "command": "python jobs/sweep.py --input photos --output out",

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from raypipe.insight.report import PoolView
-from raypipe.run.collector import Collector, Facts
+from raypipe.run.live.collector import Collector, Facts
 from raypipe.run.meter import Sample
 
 

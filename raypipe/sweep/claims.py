@@ -1,6 +1,6 @@
 """What the talk claims, judged by what a sweep measured. Pure functions: plain records in, findings out.
 
-A record is one measurement, as raypipe.run.sweeping.RESULTS has it. Time and CPU are taken from medians of the repeats. Whether time falls or is
+A record is one measurement, as raypipe.sweep.command.RESULTS has it. Time and CPU are taken from medians of the repeats. Whether time falls or is
 flat is the slope of log time over log count: -1 where twice the actors take half the time, 0 where they change nothing. A claim that
 this machine cannot decide (its cores are full before the effect could show, it has no GPU, it was not measured) is said to be just that.
 """
