@@ -1,7 +1,7 @@
 """raypipe: preprocess images for machine learning on Ray, and see per stage what limits.
 
-    outcome = raypipe.preprocess(input="photos", output="out", actors=4)
-    run = raypipe.start(input="photos", output="out")   # in the background: live(), scale(), stop(), wait()
+outcome = raypipe.preprocess(input="photos", output="out", actors=4)
+run = raypipe.start(input="photos", output="out")   # in the background: live(), scale(), stop(), wait()
 """
 
 from collections.abc import Callable

@@ -49,9 +49,7 @@ def predict(arguments: list[str] | None = None, *, description: str | None = Non
         found = outcome.report["predict"]
         judged = ""
         if found["map"] is not None:
-            judged = (
-                f"; mAP {found['map']:.3f} (at .50 {found['map50']:.3f}) by the boxes that are known"
-            )
+            judged = f"; mAP {found['map']:.3f} (at .50 {found['map50']:.3f}) by the boxes that are known"
         Console().print(f"{found['boxes']} boxes{judged}", highlight=False)
         say(
             console,

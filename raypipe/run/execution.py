@@ -31,11 +31,11 @@ from raypipe.run.causes import Untouched
 from raypipe.run.cluster.machine import Session, hardware, versions
 from raypipe.run.cluster.session import check_shared, ray_session
 from raypipe.run.cluster.sizing import on_gpus, seated, size_pools
-from raypipe.run.live.collector import Facts, collecting
 from raypipe.run.console import say
 from raypipe.run.dataset import dataset_of
-from raypipe.run.meter import busy_cpu_s
+from raypipe.run.live.collector import Facts, collecting
 from raypipe.run.live.registry import registered
+from raypipe.run.meter import busy_cpu_s
 from raypipe.stages.stage import Stage
 
 SNAPSHOT_AT_MOST_S = 60.0

@@ -25,7 +25,6 @@ from raypipe.insight import report as reports
 from raypipe.run import probe as probes
 from raypipe.run.cluster.machine import versions
 from raypipe.run.console import say
-from raypipe.run.live.control import Control
 from raypipe.run.execution import (
     Claim,
     Execution,
@@ -35,6 +34,7 @@ from raypipe.run.execution import (
     tracks_folder,
     untouched,
 )
+from raypipe.run.live.control import Control
 from raypipe.run.progress import Tally, progress
 from raypipe.run.result import (
     Became,

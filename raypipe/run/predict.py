@@ -35,8 +35,8 @@ from raypipe.models import evaluate
 from raypipe.models.evaluate import Precision, Truth, mean_average_precision
 from raypipe.run import result
 from raypipe.run.background import Run
-from raypipe.run.live.control import Control
 from raypipe.run.job import Job, Results, carry_out, left_to_do
+from raypipe.run.live.control import Control
 from raypipe.run.result import Outcome
 from raypipe.run.settings import (
     TRUST,

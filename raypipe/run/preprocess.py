@@ -27,8 +27,8 @@ from raypipe.images.frames import into_picture
 from raypipe.images.recipe import Finish, Recipe
 from raypipe.run import result
 from raypipe.run.background import Run
-from raypipe.run.live.control import Control
 from raypipe.run.job import Job, Results, Todo, carry_out, left_to_do
+from raypipe.run.live.control import Control
 from raypipe.run.result import Outcome
 from raypipe.run.settings import (
     Composed,

@@ -17,9 +17,9 @@ from ray.exceptions import RayError
 
 from raypipe.insight import planner
 from raypipe.insight.report import LAST, PoolView, verdict
+from raypipe.run.cluster.session import beside_driver
 from raypipe.run.live.metrics import Metrics
 from raypipe.run.meter import SAMPLE_EVERY_S, Sample
-from raypipe.run.cluster.session import beside_driver
 
 NAMESPACE = "raypipe"
 

@@ -10,9 +10,9 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 
 from raypipe import UsageError
+from raypipe.run.cluster.session import ENDING, check_answers, token_missing, without_rays_lines
 from raypipe.run.live import registry
 from raypipe.run.live.collector import NAMESPACE
-from raypipe.run.cluster.session import ENDING, check_answers, token_missing, without_rays_lines
 
 _NAME = "raypipe-"
 _ANSWER_S = 60.0

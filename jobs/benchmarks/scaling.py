@@ -1,9 +1,9 @@
 """What `--actors auto` reaches, whether it follows a change, and whether predictions hold: on stages that wait, so that any machine shows it.
 
-    python jobs/benchmark_scaling.py auto      # beside static allocations found by search, and beside Ray Data's own autoscaler
-    python jobs/benchmark_scaling.py change    # images grow 40 times halfway: how much of the best static allocation's rate is there 20 s later
-    python jobs/benchmark_scaling.py predict   # one run predicts 14 allocations, which are then run
-    python jobs/benchmark_scaling.py overhead  # throughput with meters, collector and steering, and without
+    python jobs/benchmarks/scaling.py auto      # beside static allocations found by search, and beside Ray Data's own autoscaler
+    python jobs/benchmarks/scaling.py change    # images grow 40 times halfway: how much of the best static allocation's rate is there 20 s later
+    python jobs/benchmarks/scaling.py predict   # one run predicts 14 allocations, which are then run
+    python jobs/benchmarks/scaling.py overhead  # throughput with meters, collector and steering, and without
 
 auto is the case of ray-project/ray#65540: two stages of 0.17 s and 0.21 s a task, the second slow to start. Ray Data's autoscaler is measured as it is in Ray 2.60, where it
 starts as many actors as the queue asks for, and as it was when that was reported, an actor at a time. Waiting takes no core, so logical CPUs may be many more than
@@ -34,17 +34,16 @@ from rich.console import Console
 from rich.table import Table
 
 from raypipe import UsageError
-from raypipe.data.sinks import Sink
 from raypipe.data.work import shards
 from raypipe.images import opencv
 from raypipe.images.recipe import Recipe, Resize
 from raypipe.insight import planner
+from raypipe.run.cluster.session import ray_here
+from raypipe.run.dataset import dataset_of
+from raypipe.run.live.collector import Facts, collecting
 from raypipe.run.meter import Meter
-from raypipe.run.pipeline import plan, preprocessed, run, start, tracks_folder
-from raypipe.run.session import Pools, ray_here
-from raypipe.run.settings import Settings
-from raypipe.stages.preprocess import Preprocess, Preprocessing
-from raypipe.stages.write import Write
+from raypipe.run.preprocess import Settings, preprocessing, run, start
+from raypipe.stages.actor import actor_class
 
 TINY = Recipe(name="tiny", ops=(Resize(height=32, width=32, antialias=False),))
 
@@ -84,8 +83,8 @@ def quiet() -> Console:
 
 def waiting(settings: Settings, **changes: Any) -> Settings:
     """0.17 s to preprocess a task, 0.21 s to write it."""
-    return replace(
-        settings, read_ms=170.0, store_ms=210.0, shard_rows=1, recipe=_file(TINY), **changes
+    return settings.changed(
+        read_ms=170.0, store_ms=210.0, shard_rows=1, recipe=_file(TINY), **changes
     )
 
 
@@ -100,37 +99,35 @@ def _file(recipe: Recipe) -> str:
 def took(settings: Settings) -> dict[str, Any]:
     """The report of one run into a folder of its own."""
     with tempfile.TemporaryDirectory(prefix="raypipe-benchmark-") as folder:
-        report = run(replace(settings, output=folder), console=quiet()).report
+        report = run(settings.changed(output=folder), console=quiet()).report
     assert report is not None and report["images_out"] == report["images_in"]
     return report
 
 
 def autoscaled_by_ray_data(settings: Settings, cpus: int, *, one_by_one: bool) -> float:
-    """Seconds of the same two stages under Ray Data's own autoscaler; `one_by_one`: as it was by default before ray-project/ray#66035."""
-    todo = plan(replace(settings, output=None))
+    """Seconds of the same two stages under Ray Data's own autoscaler.
+
+    Args:
+        one_by_one: as it was by default before ray-project/ray#66035.
+    """
     with tempfile.TemporaryDirectory(prefix="raypipe-benchmark-") as folder:
-        sink = Sink(format="jpeg", root=folder)
-        dataset = ray.data.from_arrow(list(shards(todo.work)))
-        pools: dict[str, Any] = {
-            "compute": ActorPoolStrategy(min_size=1, max_size=cpus - 1),
-            "num_cpus": 1,
-        }
-        how: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"} | pools
-        preprocess = {
-            "settings": Preprocessing(recipe=todo.recipe, backend="opencv"),
-            "tracks": tracks_folder("benchmark"),
-            "meter": Meter(stage="preprocess", collector=None),
-            "wait_ms": settings.read_ms,
-        }
-        write = {
-            "sink": sink,
-            "backend": "opencv",
-            "finish": None,
-            "meter": Meter(stage="write", collector=None),
-            "wait_ms": settings.store_ms,
-        }
-        dataset = dataset.map_batches(Preprocess, fn_constructor_kwargs=preprocess, **how)
-        dataset = dataset.map_batches(Write, fn_constructor_kwargs=write, **how)
+        job = preprocessing(settings.changed(output=folder))
+        dataset = ray.data.from_arrow(list(shards(job.todo.work)))
+        for stage in job.stages("benchmark"):
+            meter = Meter(stage=stage.name, collector=None)
+            dataset = dataset.map_batches(
+                actor_class(stage),
+                fn_constructor_kwargs={
+                    "steps": stage.steps,
+                    "threads": 1,
+                    "gpu": False,
+                    "meter": meter,
+                },
+                batch_size=None,
+                batch_format="pyarrow",
+                compute=ActorPoolStrategy(min_size=1, max_size=cpus - 1),
+                num_cpus=1,
+            )
         if one_by_one:
             context = dataset.context
             context.autoscaling_config = replace(
@@ -147,12 +144,12 @@ def autoscaled_by_ray_data(settings: Settings, cpus: int, *, one_by_one: bool) -
 
 def auto(wanted: Benchmark, console: Console) -> None:
     """Seconds for the same work: static allocations, raypipe's auto, Ray Data's autoscaler."""
-    base = waiting(Settings(input=f"demo:{wanted.tasks}", actors=1, writers=1))
+    base = waiting(Settings.of(input=f"demo:{wanted.tasks}", actors=1, writers=1))
     half = round(wanted.cpus * 0.17 / 0.38)
     static = {(p, wanted.cpus - p) for p in (half - 1, half, half + 1)}
 
     def seconds_of(**counts: Any) -> Callable[[], float]:
-        return lambda: took(replace(base, **counts))["wall_s"]
+        return lambda: took(base.changed(**counts))["wall_s"]
 
     contenders = {f"static {p} + {w}": seconds_of(actors=p, writers=w) for p, w in sorted(static)}
     contenders["raypipe auto"] = seconds_of(actors="auto", writers="auto")
@@ -194,13 +191,13 @@ def change(wanted: Benchmark, console: Console) -> None:
         half = wanted.tasks // 2
         for index, image in enumerate([small] * half + [large] * half):
             Path(folder, f"{index:06d}.png").write_bytes(image)
-        from benchmark_scaling import Wait as Imported  # so that actors find it by name
+        from scaling import Wait as Imported  # so that actors find it by name
 
         recipe = _file(Recipe(name="growing", ops=(Imported(ms_per_megapixel=100.0), *TINY.ops)))
-        base = Settings(input=folder, recipe=recipe, store_ms=20.0, shard_rows=2)
+        base = Settings.of(input=folder, recipe=recipe, store_ms=20.0, shard_rows=2)
         static = {
-            f"static {wanted.cpus - writers} + {writers}": replace(
-                base, actors=wanted.cpus - writers, writers=writers
+            f"static {wanted.cpus - writers} + {writers}": base.changed(
+                actors=wanted.cpus - writers, writers=writers
             )
             for writers in (1, 2, 3)
         }
@@ -229,7 +226,7 @@ def change(wanted: Benchmark, console: Console) -> None:
 def _followed(settings: Settings, half: int) -> tuple[float, float, str]:
     """Rates of a run in the 20 s from when its first `half` images are done, and from there to its end; and the changes that it made."""
     with tempfile.TemporaryDirectory(prefix="raypipe-benchmark-") as output:
-        run_ = start(replace(settings, output=output), console=quiet())
+        run_ = start(settings.changed(output=output), console=quiet())
         points: list[tuple[float, int]] = []
         while not run_.done:
             with contextlib.suppress(UsageError):  # it ends between the two questions
@@ -276,10 +273,10 @@ def running_rate(report: dict[str, Any]) -> float:
 
 def predict(wanted: Benchmark, console: Console) -> None:
     """One run's costs predict other allocations, which are then run: throughput once all actors run."""
-    waits = Settings(
+    waits = Settings.of(
         input="demo:20000", read_ms=60.0, store_ms=40.0, shard_rows=8, recipe=_file(TINY)
     )
-    computes = Settings(input="demo:20000", shard_rows=64)
+    computes = Settings.of(input="demo:20000", shard_rows=64)
     grid: list[tuple[str, Settings, int, list[tuple[int, int]]]] = [
         ("computing", computes, wanted.rounds, [(1, 1), (1, 2), (2, 1), (2, 2)]),
         (
@@ -300,8 +297,7 @@ def predict(wanted: Benchmark, console: Console) -> None:
     )
     errors = []
     for kind, settings, rounds, allocations in grid:
-        known = replace(
-            settings,
+        known = settings.changed(
             actors=2,
             writers=1,
             limit=wanted.tasks if kind == "computing" else wanted.tasks // 5,
@@ -318,7 +314,7 @@ def predict(wanted: Benchmark, console: Console) -> None:
                 # As many images as take 20 s, and those that pass while actors start, about 1.2 s each on two cores.
                 images = int(there * (20 + 1.2 * (actors + writers)))
                 rate = running_rate(
-                    took(replace(settings, actors=actors, writers=writers, limit=images))
+                    took(settings.changed(actors=actors, writers=writers, limit=images))
                 )
                 seen[actors, writers].append((there, rate))
                 console.print(
@@ -341,15 +337,11 @@ def predict(wanted: Benchmark, console: Console) -> None:
 
 def overhead(wanted: Benchmark, console: Console) -> None:
     """Images/s from the first block to the last, with a collector and without."""
-    todo = plan(Settings(input=f"demo:{wanted.tasks}"))
-    from raypipe.run.live.collector import Facts, collecting
+    job = preprocessing(Settings.of(input=f"demo:{wanted.tasks}"))
 
     def rate(collector: Any) -> float:
-        pools = Pools(actors=2)
-        pixels = Preprocessing(recipe=todo.recipe, backend="opencv")
-        dataset = preprocessed(
-            todo.work, pixels, pools=pools, run_id=f"overhead-{time.time()}", collector=collector
-        )
+        stages = job.stages(f"overhead-{time.time()}")
+        dataset = dataset_of(job.todo.work, stages, {"preprocess": 2}, collector=collector)
         moments = [
             (time.perf_counter(), len(block["image_id"]))
             for block in dataset.iter_batches(batch_size=None, prefetch_batches=0)
@@ -381,16 +373,16 @@ def slow_writers(seconds: float) -> Callable[[], None]:
         import functools
         import time
 
-        from raypipe.stages.write import Write
+        from raypipe.stages.write import Writer
 
-        begin = Write.__init__
+        begin = Writer.__init__
 
         @functools.wraps(begin)
-        def slowly(self: Write, **given: Any) -> None:
+        def slowly(self: Writer, *given: Any) -> None:
             time.sleep(seconds)
-            begin(self, **given)
+            begin(self, *given)
 
-        Write.__init__ = slowly  # type: ignore[method-assign]
+        Writer.__init__ = slowly  # type: ignore[method-assign]
 
     return patch
 

@@ -1,8 +1,8 @@
 """What raypipe reaches of what this machine can do: side by side, interleaved, medians.
 
-    python jobs/benchmark.py --input demo:4000                    # stream to a consumer, and write JPEG files; about 10 minutes
-    python jobs/benchmark.py --input photos/ --rounds 5 --modes stream
-    python jobs/benchmark.py --input demo:4000 --contenders plain-opencv raypipe-opencv
+    python jobs/benchmarks/throughput.py --input demo:4000                    # stream to a consumer, and write JPEG files; about 10 minutes
+    python jobs/benchmarks/throughput.py --input photos/ --rounds 5 --modes stream
+    python jobs/benchmarks/throughput.py --input demo:4000 --contenders plain-opencv raypipe-opencv
 
 Contenders: as many plain processes as cores, each looping over its share with nothing delivered (the ceiling; they get the reused
 buffers and the allocator setting that raypipe's actors get); PyTorch's DataLoader; Ray Data as its documentation does it (read_images,
@@ -35,10 +35,11 @@ from rich.table import Table
 
 from raypipe.data import demo
 from raypipe.data.listing import list_images
-from raypipe.run.pipeline import run
-from raypipe.run.session import cores_here, ray_here
-from raypipe.run.settings import Settings
-from raypipe.stages.preprocess import keep_freed_memory, pixels
+from raypipe.run.cluster.machine import cores_here
+from raypipe.run.cluster.session import ray_here
+from raypipe.run.preprocess import Settings, run
+from raypipe.stages.actor import keep_freed_memory
+from raypipe.stages.preprocess import pixels
 
 SIZE = 300
 BATCH = 64
@@ -201,9 +202,10 @@ def dataloader(paths: Paths, folder: str | None) -> Moments:
     """PyTorch's DataLoader over OpenCV, a worker a core."""
     from torch.utils.data import DataLoader
 
+    frames: Any = _Frames(paths, folder)
     loader: Any = DataLoader(
-        _Frames(paths, folder), batch_size=BATCH, num_workers=CORES, worker_init_fn=_one_thread
-    )  # type: ignore[arg-type]
+        frames, batch_size=BATCH, num_workers=CORES, worker_init_fn=_one_thread
+    )
     for batch in loader:
         yield time.perf_counter(), len(batch)
 
@@ -260,7 +262,7 @@ def raypipe(backend: Literal["opencv", "torchvision"]) -> Contender:
             assert batch[at : at + BATCH].shape[1:] == (SIZE, SIZE, 3)
 
     def contender(paths: Paths, folder: str | None) -> Timing:
-        settings = Settings(
+        settings = Settings.of(
             input=os.path.commonpath([os.path.dirname(path) for path in paths]),
             limit=len(paths),
             output=folder,

@@ -1,8 +1,8 @@
 """What preprocessing while training costs, and what else could be done instead: beside each other on your machine.
 
-    python jobs/benchmark_training.py overlap   # both at once, beside the longer of the two alone: training-bound, balanced, preprocess-bound
-    python jobs/benchmark_training.py designs   # continuous, or preprocessed once: measured from 1 epoch on, beside the report's break-even
-    python jobs/benchmark_training.py ops       # the recipe's ops in the actors, or on the training device
+    python jobs/benchmarks/training.py overlap   # both at once, beside the longer of the two alone: training-bound, balanced, preprocess-bound
+    python jobs/benchmarks/training.py designs   # continuous, or preprocessed once: measured from 1 epoch on, beside the report's break-even
+    python jobs/benchmarks/training.py ops       # the recipe's ops in the actors, or on the training device
 
 Reading an image and a training step wait for set times here (overlap, designs), so that any machine shows what is to be seen: two stages that do
 not take each other's cores. Images are 64x64 then, made before. `ops` trains ssd_tiny for real, on a GPU if there is one.
@@ -22,10 +22,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from raypipe.run import pipeline, training
-from raypipe.run.session import cores_here, ray_here
-from raypipe.run.settings import Settings as Preprocess
-from raypipe.run.training import Settings
+from raypipe.run import preprocess
+from raypipe.run.cluster.machine import cores_here
+from raypipe.run.cluster.session import ray_here
+from raypipe.train import attempts
+from raypipe.train.settings import Settings
 
 RECIPE = """{"name": "small", "ops": [{"op": "Resize", "height": 64, "width": 64}], "finish": {"scale": 0.00392156862745098}}"""
 
@@ -66,7 +67,7 @@ class Benchmark:
 
 def trained(folder: Path, **given: Any) -> dict[str, Any]:
     """The report of a training into a folder of its own."""
-    settings = Settings(
+    settings = Settings.of(
         **{
             "storage": tempfile.mkdtemp(dir=folder),
             "holdout": 0.0,
@@ -75,7 +76,7 @@ def trained(folder: Path, **given: Any) -> dict[str, Any]:
             **given,
         }
     )
-    report = training.run(settings, console=Console(quiet=True)).report
+    report = attempts.run(settings, console=Console(quiet=True)).report
     assert report is not None
     return report
 
@@ -83,7 +84,7 @@ def trained(folder: Path, **given: Any) -> dict[str, Any]:
 def waiting(folder: Path, step_ms: float, **given: Any) -> dict[str, Any]:
     """A training on CPU whose steps wait."""
     model = {
-        "model": "benchmark_training:Waiting",
+        "model": "training:Waiting",
         "model_arguments": f'{{"ms": {step_ms}}}',
         "cpu": True,
     }
@@ -92,8 +93,8 @@ def waiting(folder: Path, step_ms: float, **given: Any) -> dict[str, Any]:
 
 def preprocessed(folder: Path, **given: Any) -> dict[str, Any]:
     """The report of a preprocessing, into nothing unless an output is given."""
-    settings = Preprocess(recipe=str(folder / "small.json"), shard_rows=32, **given)
-    report = pipeline.run(settings, console=Console(quiet=True)).report
+    settings = preprocess.Settings.of(recipe=str(folder / "small.json"), shard_rows=32, **given)
+    report = preprocess.run(settings, console=Console(quiet=True)).report
     assert report is not None
     return report
 
