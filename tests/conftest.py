@@ -6,6 +6,7 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
@@ -13,6 +14,9 @@ import pytest
 import ray
 
 from raypipe.data import location
+
+if TYPE_CHECKING:
+    from tests.support.labelled import Trained
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -108,3 +112,21 @@ def files(root: Path) -> dict[str, bytes]:
 def buffer() -> io.StringIO:
     """Where a console writes in a test."""
     return io.StringIO()
+
+
+@pytest.fixture(scope="session")
+def trained(session, tmp_path_factory) -> "Trained":
+    """A training that has ended: 11 epochs of 45 photos, on 2 workers, judged on all photos.
+
+    45 is odd, so the workers get different numbers of rows. Never change it.
+    """
+    from raypipe.train.attempts import run
+    from tests.support.labelled import Trained, make_labelled, settings
+    from tests.support.runs import quiet
+
+    root = make_labelled(tmp_path_factory.mktemp("trained"))
+    judged = {"holdout_input": root / "photos", "holdout_annotations": root / "boxes.json"}
+    given = settings(root, workers=2, epochs=11, lr=5e-3, shard_rows=15, **judged)
+    console = quiet()
+    outcome = run(given, console=console)
+    return Trained(root=root, settings=given, outcome=outcome, said=console.file.getvalue())

@@ -22,11 +22,11 @@ MAY_IMPORT = {
     "insight": {"insight"},
     "watch.py": {"insight"},
     "cli.py": {"watch", "sweep", "train", "run", "data", "images", "insight"},
-    "__init__.py": set(),
+    "__init__.py": {"run"},  # inside functions: see the test of what importing brings in
     "errors.py": set(),
 }
 FOR_ALL = {"errors"}
-MAY_USE_RAY = {"run", "train", "stages"}
+MAY_USE_RAY = {"run", "train"}
 
 
 def imported(path: Path) -> set[str]:
@@ -61,13 +61,13 @@ def test_imports_point_one_way(path):
             assert room(path) in MAY_USE_RAY, f"{path.name} imports {name}"
 
 
-def test_rays_internals_are_touched_in_one_file_only():
+def test_rays_internals_are_touched_in_one_room_only():
     inside = [
         p
         for p in PACKAGE.rglob("*.py")
         if any(m.split(".")[0] == "ray" and "._" in m for m in imported(p))
     ]
-    assert inside == [PACKAGE / "run" / "scaling.py"]
+    assert inside and {path.parent for path in inside} == {PACKAGE / "run" / "cluster"}
 
 
 @pytest.mark.parametrize(
@@ -78,12 +78,12 @@ def test_rays_internals_are_touched_in_one_file_only():
         ("raypipe.data.sinks", ("torch", "ray")),
         ("raypipe.data.cutouts", ("torch", "ray")),
         ("raypipe.images.drawing", ("torch", "ray")),
-        ("raypipe.stages", ("torch", "ray")),
-        ("raypipe.stages.preprocess", ("torch",)),
-        ("raypipe.stages.write", ("torch",)),
-        ("raypipe.run.pipeline", ("torch",)),
+        ("raypipe.stages.stage", ("torch", "ray")),
+        ("raypipe.stages.preprocess", ("torch", "ray")),
+        ("raypipe.stages.write", ("torch", "ray")),
+        ("raypipe.run.preprocess", ("torch",)),
         ("raypipe.run.live.collector", ("torch",)),
-        ("raypipe.run.trainer", ("torch",)),
+        ("raypipe.train.board", ("torch",)),
         ("raypipe.models.detection", ("ray",)),
         ("raypipe.models.evaluate", ("ray", "torch")),
         ("raypipe.models.checkpoint", ("ray",)),
@@ -105,8 +105,6 @@ def test_importing_one_thing_does_not_bring_in_another(module, heavy):
 
 def test_jobs_stay_short_and_leave_ray_to_the_package():
     for path in (ROOT / "jobs").glob("*.py"):
-        if not path.name.startswith(
-            "benchmark"
-        ):  # run/__init__.py says what Ray shall read before anyone imports it
-            assert not [name for name in imported(path) if name.split(".")[0] == "ray"], path
-        assert len(path.read_text().splitlines()) < 100 or path.name.startswith("benchmark"), path
+        # run/__init__.py sets what Ray reads before anyone imports it
+        assert not [name for name in imported(path) if name.split(".")[0] == "ray"], path
+        assert len(path.read_text().splitlines()) < 100, path

@@ -15,7 +15,7 @@ from raypipe import UsageError
 from raypipe.cli import main, scalings
 from raypipe.watch import keys_in, watch
 from tests.insight.test_screen import record
-from tests.terminals import Terminal
+from tests.support.terminals import Terminal
 
 ROOT = Path(__file__).parent.parent
 

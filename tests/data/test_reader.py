@@ -21,7 +21,7 @@ from raypipe.data.listing import list_images
 from raypipe.data.reader import Reader
 from raypipe.images.decode import Reject
 from tests.data.conftest import ids, put, read, reasons
-from tests.objects import Objects, objects
+from tests.support.objects import Objects, objects
 
 
 def rows(*ranges: tuple[str, int, int]) -> pa.Table:

@@ -14,8 +14,8 @@ import ray.data
 from raypipe.run.causes import BREAKS, cause_of, raised_in
 from raypipe.run.console import attempt
 from tests.conftest import ROOT
-from tests.run.clusters import environment
-from tests.run.test_pipeline import quiet
+from tests.support.clusters import environment
+from tests.support.runs import quiet
 
 
 class Dies:

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -21,12 +20,11 @@ from raypipe.data.journal import Entry, Made, Written
 from raypipe.models import checkpoint as checkpoints
 from raypipe.models.checkpoint import Checkpoint, Progress
 from raypipe.run.live.control import Control
-from raypipe.run.pipeline import plan, run
-from raypipe.run.result import verdict_on
+from raypipe.run.preprocess import plan, run, verdict_on
 from tests.conftest import ROOT, files, jpeg
 from tests.data.test_lease import HOLD
-from tests.run.clusters import environment
-from tests.run.test_pipeline import plain_loop, quiet, settings
+from tests.support.clusters import environment
+from tests.support.runs import plain_loop, quiet, settings
 
 
 def tree(root: Path) -> dict[str, bytes]:
@@ -65,10 +63,10 @@ def wanted(made, tmp_path):
 
 
 def test_a_run_that_has_no_room_deletes_nothing(wanted):
-    before = tree(Path(wanted.output))
+    before = tree(Path(wanted.writing.output))
     with pytest.raises(UsageError, match="but the cluster has 8"):
-        run(replace(wanted, actors=1000, resume=False), console=quiet())
-    assert tree(Path(wanted.output)) == before
+        run(wanted.changed(actors=1000, resume=False), console=quiet())
+    assert tree(Path(wanted.writing.output)) == before
 
 
 @pytest.mark.parametrize(
@@ -78,14 +76,14 @@ def test_a_run_that_has_no_room_deletes_nothing(wanted):
 def test_a_cluster_that_does_not_answer_is_told_at_once_and_nothing_is_deleted(
     wanted, tmp_path, trained_somewhere, job, address
 ):
-    there = {"preprocess": wanted.output, "train": trained_somewhere}[job]
+    there = {"preprocess": wanted.writing.output, "train": trained_somewhere}[job]
     place = {"preprocess": "--output", "train": "--storage"}[job]
     before = tree(Path(there))
     command = [
         sys.executable,
         f"jobs/{job}.py",
         "--input",
-        wanted.input if job == "preprocess" else "demo:24",
+        wanted.source.input if job == "preprocess" else "demo:24",
         place,
         there,
     ]
@@ -141,15 +139,18 @@ def test_nobody_who_speaks_rays_protocol_is_told_within_seconds(wanted):
 
 def test_an_output_that_another_driver_writes_to_is_refused_and_stays(wanted):
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, wanted.output], stdout=subprocess.PIPE, text=True, cwd=ROOT
+        [sys.executable, "-c", HOLD, wanted.writing.output],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
     )
     assert process.stdout is not None and process.stdout.readline() == "held\n"
-    before = tree(Path(wanted.output))
+    before = tree(Path(wanted.writing.output))
     try:
         for resume in (True, False):
             with pytest.raises(UsageError, match=rf"run other of process {process.pid}"):
-                run(replace(wanted, resume=resume), console=quiet())
-        assert tree(Path(wanted.output)) == before
+                run(wanted.changed(resume=resume), console=quiet())
+        assert tree(Path(wanted.writing.output)) == before
     finally:
         process.kill()
         process.wait()
@@ -191,9 +192,12 @@ CLEAR = (
 
 @pytest.mark.parametrize("after", [0.3, 0.8, 1.3])
 def test_clearing_that_was_interrupted_is_finished_by_the_next_run(wanted, after, tmp_path):
-    root = Path(wanted.output)
+    root = Path(wanted.writing.output)
     process = subprocess.Popen(
-        [sys.executable, "-c", CLEAR, wanted.output], stdout=subprocess.PIPE, text=True, cwd=ROOT
+        [sys.executable, "-c", CLEAR, wanted.writing.output],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
     )
     assert process.stdout is not None and process.stdout.readline() == "begin\n"
     time.sleep(after)
@@ -214,11 +218,11 @@ def test_clearing_that_was_interrupted_is_finished_by_the_next_run(wanted, after
 
 
 def test_a_damaged_entry_does_not_stop_clearing(wanted):
-    root = Path(wanted.output)
+    root = Path(wanted.writing.output)
     (root / "_raypipe/journal/000000002.json").write_bytes(b"{")
     (root / "mine.jpg").write_bytes(b"the user's own")
     (root / "_raypipe/notes.txt").write_bytes(b"the user's own")
-    lines = journal.clear(wanted.output)
+    lines = journal.clear(wanted.writing.output)
     assert any("000000002.json" in line for line in lines)
     # Its results too: run.json and work.parquet say what they are called.
     assert sorted(tree(root)) == ["_raypipe/notes.txt", "mine.jpg"]
@@ -298,7 +302,7 @@ def test_results_that_appear_beside_the_journal_are_not_overwritten(wanted, made
     late = made / "in/late.jpg"
     late.write_bytes(jpeg(99))
     try:
-        (Path(wanted.output) / "late.jpg").write_bytes(b"the user's own")
+        (Path(wanted.writing.output) / "late.jpg").write_bytes(b"the user's own")
         with pytest.raises(UsageError, match=r"late\.jpg exists and is no result"):
             run(wanted, console=quiet())
     finally:
@@ -339,13 +343,13 @@ def interrupted(*arguments: str, when: str) -> tuple[int, str]:
 
 @pytest.mark.slow
 def test_what_is_said_after_an_interruption_never_deletes_what_is_finished(wanted):
-    root = Path(wanted.output)
+    root = Path(wanted.writing.output)
     before = tree(root)
     common = (
         "--input",
-        wanted.input,
+        wanted.source.input,
         "--output",
-        wanted.output,
+        wanted.writing.output,
         "--shard-rows",
         "4",
         "--no-resume",
@@ -366,7 +370,7 @@ def test_what_is_said_after_an_interruption_never_deletes_what_is_finished(wante
 
 
 def test_an_end_that_is_missing_is_made_again_from_the_journal(wanted):
-    state = Path(wanted.output) / "_raypipe"
+    state = Path(wanted.writing.output) / "_raypipe"
     whole = json.loads((state / "report.json").read_text())
     rejects = pq.read_table(state / "rejects.parquet")
     for name in ("report.json", "report.html", "rejects.parquet"):
@@ -391,7 +395,7 @@ def test_an_end_that_is_missing_is_made_again_from_the_journal(wanted):
 
 
 def test_an_end_that_does_not_cover_all_shards_is_made_again(wanted):
-    place = Path(wanted.output) / "_raypipe/report.json"
+    place = Path(wanted.writing.output) / "_raypipe/report.json"
     report = json.loads(place.read_text())
     for shards in ([], [[0, 2]], "damaged", None):
         place.write_text(json.dumps(report | {"shards": shards}))

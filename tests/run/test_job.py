@@ -17,10 +17,10 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import fillout_defaults, validate_config
 
-from tests.conftest import files
-from tests.run.clusters import environment, head, wait_for
+from tests.conftest import ROOT, files
+from tests.support.clusters import environment, head, wait_for
+from tests.support.runs import named
 
-ROOT = Path(__file__).parent.parent.parent
 JOB = [sys.executable, "jobs/preprocess.py"]
 
 
@@ -42,13 +42,6 @@ def started_job(*arguments: str) -> subprocess.Popen:
         text=True,
         start_new_session=True,
     )
-
-
-def named(process: psutil.Process, name: str) -> bool:
-    try:
-        return process.name().startswith(name)
-    except psutil.NoSuchProcess:
-        return False
 
 
 SLOW = (

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from raypipe import UsageError
-from raypipe.run.pipeline import run
+from raypipe.run.preprocess import run
 from tests.conftest import files, jpeg
-from tests.run.test_pipeline import quiet, settings
+from tests.support.runs import quiet, settings
 
 
 def coco(tmp_path, *, names=("000000001.jpg", "000000002.jpg", "000000003.jpg")):

@@ -6,7 +6,6 @@ import struct
 import threading
 import time
 import zlib
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from raypipe.run.pipeline import run
-from raypipe.run.result import verdict_on
-from raypipe.run.settings import Settings
+from raypipe.run.preprocess import Settings, run, verdict_on
 from tests.conftest import files, jpeg, photo
-from tests.run.test_pipeline import plain_loop, quiet, settings
+from tests.support.runs import plain_loop, quiet, settings
 
 FITTING = {
     "empty": {"empty"},
@@ -269,7 +266,7 @@ def test_bad_boxes_are_dropped_and_counted_and_their_images_stay(session, tmp_pa
             {"id": 100 + i, "image_id": i, "category_id": 1, "bbox": box, "area": 400, "iscrowd": 0}
         )
     (tmp_path / "instances.json").write_text(json.dumps(coco))
-    wanted = Settings(
+    wanted = Settings.of(
         input=str(folder),
         annotations=str(tmp_path / "instances.json"),
         output=str(tmp_path / "out"),
@@ -371,7 +368,7 @@ def test_without_an_output_what_was_not_read_is_counted_too(session, mount):
         for path in mount.glob("*.jpg"):
             path.unlink()
 
-    report = run(replace(wanted, read_ms=40.0), console=quiet(), consume=consume).report
+    report = run(wanted.changed(read_ms=40.0), console=quiet(), consume=consume).report
     assert (
         sum(seen)
         == 40

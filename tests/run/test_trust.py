@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-import tyro
 
 from raypipe import UsageError
 from raypipe.images.recipe import Recipe, Resize, from_json, to_json
 from raypipe.models import checkpoint as checkpoints
 from raypipe.models.checkpoint import Checkpoint, Progress
-from raypipe.run import predicting, training
+from raypipe.run import predict
+from raypipe.run.settings import parse
 from raypipe.stages.predict import load
+from raypipe.train.settings import Settings as Train
 from tests.models.toy import Toy
 
 RECIPE = to_json(Recipe(name="r", ops=(Resize(height=32, width=32),)))
@@ -61,8 +62,8 @@ def put(
 
 
 def job(folder: str, out: Path, *trust: str):
-    return predicting.predicting(
-        predicting.Settings(checkpoint=folder, input="demo:2", output=str(out), trust=trust)
+    return predict.predicting(
+        predict.Settings.of(checkpoint=folder, input="demo:2", output=str(out), trust=trust)
     )
 
 
@@ -121,12 +122,10 @@ def test_classes_in_the_state_are_refused_with_the_remedy_and_then_loaded(tmp_pa
 
 def test_the_flag_may_be_given_several_times():
     given = ["--trust", "a:b", "--trust", "c:d"]
-    parsed = tyro.cli(
-        predicting.Settings, args=["--checkpoint", "c", "--input", "demo", "--output", "o", *given]
-    )
-    assert parsed.trust == ("a:b", "c:d")
-    assert tyro.cli(
-        training.Settings, args=["--input", "demo", "--storage", "s", *given]
-    ).trust == ("a:b", "c:d")
+    needed = ["--checkpoint", "c", "--input", "demo", "--output", "o"]
+    parsed = parse(predict.Settings, [*needed, *given], description=None)
+    assert parsed.predicting.trust == ("a:b", "c:d")
+    parsed = parse(Train, ["--input", "demo", "--storage", "s", *given], description=None)
+    assert parsed.training.trust == ("a:b", "c:d")
     with pytest.raises(UsageError, match="--trust is 'toy'; it is module:name"):
-        predicting.Settings(checkpoint="c", input="demo", output="o", trust=("toy",)).check()
+        predict.Settings.of(checkpoint="c", input="demo", output="o", trust=("toy",)).check()

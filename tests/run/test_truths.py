@@ -9,9 +9,10 @@ import pytest
 
 from raypipe import UsageError
 from raypipe.data.listing import list_images
-from raypipe.run import training
-from raypipe.run.predicting import precision_of, truths_of
+from raypipe.run.predict import precision_of, truths_of
 from raypipe.stages.predict import PREDICTIONS
+from raypipe.train.plan import plan
+from raypipe.train.settings import Settings
 
 
 def coco(folder: Path, images: list[dict], annotations: list[dict]) -> str:
@@ -81,7 +82,7 @@ def test_a_training_that_would_see_no_box_is_refused_before_it_starts(
 ):
     images = [{"id": n, "file_name": f"{n}.jpg"} for n in range(6)]
     annotations = [{"image_id": n, "bbox": [1, 1, 9, 9], **change} for n in range(6)]
-    given = training.Settings(
+    given = Settings.of(
         input=str(tmp_path),
         annotations=coco(tmp_path, images, annotations),
         storage=str(tmp_path / "s"),
@@ -89,7 +90,7 @@ def test_a_training_that_would_see_no_box_is_refused_before_it_starts(
         holdout=0.0,
     )
     if message is None:
-        assert training.plan(given).work.num_rows
+        assert plan(given).work.num_rows
         return
     with pytest.raises(UsageError, match=message):
-        training.plan(given)
+        plan(given)

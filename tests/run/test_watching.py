@@ -10,8 +10,8 @@ import psutil
 import pytest
 
 from tests.conftest import files
-from tests.run.clusters import environment, wait_for
-from tests.terminals import Terminal
+from tests.support.clusters import environment, wait_for
+from tests.support.terminals import Terminal
 
 ROOT = Path(__file__).parent.parent.parent
 RUN = "watched-1"

@@ -16,8 +16,8 @@ from raypipe.sweep import claims
 from raypipe.sweep import command as sweeping
 from raypipe.sweep.command import Point, Settings, grid, read_results, run
 from tests.insight.test_html import Reader
-from tests.run.clusters import environment, wait_for
-from tests.run.test_pipeline import quiet
+from tests.support.clusters import environment, wait_for
+from tests.support.runs import quiet
 
 ROOT = Path(__file__).parents[2]
 

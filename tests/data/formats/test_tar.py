@@ -12,7 +12,7 @@ import pytest
 from raypipe import UsageError
 from raypipe.data.listing import list_images, look
 from tests.data.conftest import ids, names, read, reasons, tar
-from tests.objects import objects
+from tests.support.objects import objects
 
 
 @pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])

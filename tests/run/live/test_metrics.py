@@ -17,7 +17,7 @@ import yaml
 from raypipe.cli import main
 from raypipe.run.live.metrics import Places, Share
 from raypipe.run.meter import Sample
-from tests.run.clusters import environment, free_ports, head, wait_for
+from tests.support.clusters import environment, free_ports, head, wait_for
 
 ROOT = Path(__file__).parents[3]
 RUN = "metrics-run_1.0"

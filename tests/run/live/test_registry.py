@@ -10,10 +10,10 @@ import pytest
 from raypipe import UsageError
 from raypipe.run.live import control, registry
 from raypipe.run.live.registry import entries, registered
-from raypipe.run.pipeline import start
+from raypipe.run.preprocess import start
 from tests.conftest import ROOT
-from tests.run.clusters import environment
-from tests.run.test_pipeline import quiet, settings
+from tests.support.clusters import environment
+from tests.support.runs import quiet, settings
 
 RUN = (
     "import sys, time\nfrom raypipe.run.live.registry import registered\n"

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from raypipe import UsageError
+from raypipe.data.batches import batches, rows_of, trainable
 from raypipe.data.listing import list_images
 from raypipe.data.reader import Reader
 from raypipe.data.tables import SOURCE
@@ -31,9 +32,14 @@ from raypipe.images.recipe import (
 )
 from raypipe.models import checkpoint as checkpoints
 from raypipe.models.detection import Classes
-from raypipe.stages.batches import Placer, batches, rows_of, trainable
+from raypipe.models.placer import Placer
 from raypipe.stages.preprocess import Preprocessing, preprocess_shard
-from raypipe.stages.train import Assignment, Feed, Peers, Training, Worker, lr_factor
+from raypipe.train.clock import lr_factor
+from raypipe.train.feed import Feed
+from raypipe.train.peers import Peers
+from raypipe.train.plan import Training
+from raypipe.train.settings import Learning, Model
+from raypipe.train.worker import Assignment, Worker
 
 
 def block(epoch: int, numbers, *, size=(4, 6), rejected=(), boxes=1) -> pa.Table:
@@ -248,12 +254,18 @@ def assignment(folder: str, *, rows: int, epochs: int, board=None, **training) -
         "optimizer": "sgd",
         "lr": 0.05,
         "warmup": 0.0,
-        "clip": None,
+        "clip": 0.0,
+        "epochs": epochs,
+    } | training
+    mine = {"learning": Learning, "model": Model}
+    groups = {
+        group: kind(**{k: v for k, v in given.items() if k in kind.__dataclass_fields__})
+        for group, kind in mine.items()
     }
+    known = {name for kind in mine.values() for name in kind.__dataclass_fields__}
+    others = {name: value for name, value in given.items() if name not in known}
     return Assignment(
-        training=Training(
-            classes=Classes((5,)), finish=FINISH, epochs=epochs, rows=rows, **(given | training)
-        ),
+        training=Training(classes=Classes((5,)), finish=FINISH, rows=rows, **groups, **others),
         settings={},
         attempt=folder,
         resume=None,

@@ -1,57 +1,33 @@
 """Actor counts changed while a run goes on: from Python, from another process, by the planner. No row lost or done twice."""
 
-import io
 import json
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from raypipe import UsageError
 from raypipe.data import journal
-from raypipe.run import scaling
-from raypipe.run.pipeline import Run, start
-from raypipe.run.result import Outcome, verdict_on
-from raypipe.run.settings import Settings
-from tests.run.clusters import environment
-from tests.run.test_job import ROOT
-
-
-def quiet() -> Console:
-    return Console(file=io.StringIO(), width=200)
+from raypipe.run.background import Run
+from raypipe.run.cluster import scaling
+from raypipe.run.preprocess import Settings, start, verdict_on
+from raypipe.run.result import Outcome
+from tests.conftest import ROOT
+from tests.support.clusters import environment
+from tests.support.runs import quiet, running, until
 
 
 def begin(output: Path, **given) -> Run:
     """A run of waiting stages in the background: 0.1 s a shard in both, so that on any machine actors decide its rate."""
     wanted = {"actors": 2, "writers": 2, "shard_rows": 4, "read_ms": 25.0, "store_ms": 25.0} | given
-    return start(Settings(input="demo:3000", output=str(output), **wanted), console=quiet())
-
-
-def until(run: Run, met, *, at_most_s: float = 300) -> dict:
-    """The first live record that `met` accepts."""
-    ended = time.monotonic() + at_most_s
-    while True:
-        record = run.live()
-        if met(record):
-            return record
-        assert time.monotonic() < ended, record
-        time.sleep(0.1)
-
-
-def running(record: dict) -> dict[str, tuple[int, int, int]]:
-    return {
-        stage["name"]: (stage["actors"], stage["pending"], stage["draining"])
-        for stage in record["stages"]
-    }
+    return start(Settings.of(input="demo:3000", output=str(output), **wanted), console=quiet())
 
 
 def check_all_done_once(outcome: Outcome, output: Path, images: int) -> None:
     assert outcome.report is not None
-    assert verdict_on(outcome, Settings(input="demo", output=str(output))) is None
+    assert verdict_on(outcome, Settings.of(input="demo", output=str(output))) is None
     assert outcome.report["images_out"] == images
     entries = journal.read_entries(str(output), sorted(journal.done_shards(str(output))))
     done = Counter(row.image_id for entry in entries for row in entry.written)
@@ -83,7 +59,9 @@ def test_both_stages_scale_up_and_down_under_full_load_and_every_change_is_in_th
         assert {name: wanted[name] for name in step} == step
         record = until(
             run,
-            lambda record: all(running(record)[name] == (n, 0, 0) for name, n in wanted.items()),
+            lambda record, wanted=wanted: all(
+                running(record)[name] == (n, 0, 0) for name, n in wanted.items()
+            ),
         )
         # Full load: there was work for every actor all the while.
         assert (
@@ -187,12 +165,11 @@ def test_a_run_that_has_ended_says_so_and_no_other_ray_is_started_to_ask_it():
         import ray
         from rich.console import Console
         from raypipe import UsageError
-        from raypipe.run.pipeline import start
-        from raypipe.run.settings import Settings
+        import raypipe
 
-        run = start(Settings(input="demo:40", actors=1, read_ms=200.0), console=Console(quiet=True))
+        run = raypipe.start(input="demo:40", actors=1, read_ms=200.0, console=Console(quiet=True))
         run.live()
-        other = start(Settings(input="demo:60", actors=1), console=Console(quiet=True))
+        other = raypipe.start(input="demo:60", actors=1, console=Console(quiet=True))
         try:
             other.wait()
         except UsageError as error:

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -22,13 +21,12 @@ from raypipe.data import journal
 from raypipe.models import checkpoint as checkpoints
 from raypipe.models import detection
 from raypipe.run import probe
-from raypipe.run.predicting import Settings, predicting, run, start, verdict_on
+from raypipe.run.predict import Settings, predicting, run, start, verdict_on
 from raypipe.run.result import Outcome
-from tests.conftest import files
-from tests.run.labelled import RECIPE, texts
-from tests.run.test_job import ROOT, environment, named, wait_for
-from tests.run.test_pipeline import quiet
-from tests.run.test_scaling import running, until
+from tests.conftest import ROOT, files
+from tests.support.clusters import environment, wait_for
+from tests.support.labelled import RECIPE
+from tests.support.runs import named, quiet, running, texts, until
 
 pytestmark = pytest.mark.xdist_group(
     "trained"
@@ -50,7 +48,7 @@ def settings(root: Path, output: Path, **given) -> Settings:
         "cpu": True,
         "max_reject_fraction": 0.05,
     }
-    return Settings(**texts(defaults | given))
+    return Settings.of(**texts(defaults | given))
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +94,7 @@ def plain_loop(root: Path, checkpoint: str) -> Iterator[tuple[str, dict]]:
 
 def test_predictions_equal_those_of_a_plain_pytorch_loop(trained, done):
     root, training_ended = trained.root, trained.outcome
-    ours = rows_of(done[0].output)
+    ours = rows_of(done[0].predicting.output)
     theirs = dict(plain_loop(root, training_ended.checkpoint))
     assert list(ours) == list(theirs) and len(theirs) == 44
     assert sum(len(row["scores"]) for row in ours.values()) > 100
@@ -109,11 +107,13 @@ def test_predictions_equal_those_of_a_plain_pytorch_loop(trained, done):
         np.testing.assert_allclose(np.array(row["boxes"]).reshape(-1, 4), found["boxes"], atol=1e-3)
 
 
-def test_coco_results_have_the_annotations_ids_and_the_precision_that_training_had(trained, done):
+def test_coco_results_have_the_annotations_ids_and_the_precision_that_training_had(
+    trained, done, tmp_path
+):
     root, training_ended = trained.root, trained.outcome
     wanted, outcome = done
-    results = json.loads(Path(wanted.output, "predictions.json").read_text())
-    stored = rows_of(wanted.output)
+    results = json.loads(Path(wanted.predicting.output, "predictions.json").read_text())
+    stored = rows_of(wanted.predicting.output)
     assert Counter(one["image_id"] for one in results) == {
         int(i): len(row["boxes"]) for i, row in stored.items() if row["boxes"]
     }
@@ -141,10 +141,13 @@ def test_coco_results_have_the_annotations_ids_and_the_precision_that_training_h
     # COCO's own reader and judge take the files as they are.
     from faster_coco_eval import COCO, COCOeval_faster
 
-    truth = COCO(str(root / "boxes.json"), print_function=lambda *_: None)
+    known = json.loads((root / "boxes.json").read_text())
+    known["annotations"] = [one for one in known["annotations"] if one["bbox"][2]]  # with an area
+    (tmp_path / "boxes.json").write_text(json.dumps(known))
+    truth = COCO(str(tmp_path / "boxes.json"), print_function=lambda *_: None)
     judge = COCOeval_faster(
         truth,
-        truth.loadRes(str(Path(wanted.output, "predictions.json"))),
+        truth.loadRes(str(Path(wanted.predicting.output, "predictions.json"))),
         iouType="bbox",
         print_function=lambda *_: None,
     )
@@ -161,10 +164,10 @@ def test_the_report_has_the_stage_and_every_image_is_accounted_for(done):
     report = outcome.report
     assert (report["images_in"], report["images_out"], report["images_rejected"]) == (45, 44, 1)
     assert [(row.image_id, row.uri) for row in outcome.rejected] == [
-        ("8", str(Path(wanted.input, "007.jpg")))
+        ("8", str(Path(wanted.source.input, "007.jpg")))
     ]
     assert "more than --max-reject-fraction 0.01" in verdict_on(
-        outcome, replace(wanted, max_reject_fraction=0.01)
+        outcome, wanted.changed(max_reject_fraction=0.01)
     )
     preprocess, predict = report["stages"]
     assert (preprocess["name"], predict["name"]) == ("preprocess", "predict")
@@ -176,11 +179,13 @@ def test_the_report_has_the_stage_and_every_image_is_accounted_for(done):
         and predict["bytes_out"] > 0
     )
     assert predict["busy"] + predict["starved"] + predict["blocked"] == pytest.approx(1)
-    assert report["settings"]["checkpoint"] == wanted.checkpoint and report["verdict"]["stage"] in (
+    assert report["settings"]["checkpoint"] == wanted.model.checkpoint and report["verdict"][
+        "stage"
+    ] in (
         "preprocess",
         "predict",
     )
-    state = Path(wanted.output, "_raypipe")
+    state = Path(wanted.predicting.output, "_raypipe")
     assert json.loads((state / "report.json").read_text())["predict"] == report["predict"]
     assert "predict" in (state / "report.html").read_text()
     assert pq.read_table(state / "rejects.parquet").num_rows == 1
@@ -188,14 +193,14 @@ def test_the_report_has_the_stage_and_every_image_is_accounted_for(done):
 
 def test_boxes_are_drawn_on_the_images_under_their_own_names(done):
     wanted, _ = done
-    drawn = sorted(Path(wanted.output, "drawn").iterdir())
+    drawn = sorted(Path(wanted.predicting.output, "drawn").iterdir())
     assert [path.name for path in drawn] == [
         f"{number:03d}.jpg" for number in range(45) if number != 7
     ]
-    stored = rows_of(wanted.output)
+    stored = rows_of(wanted.predicting.output)
     sure = {path.name: stored[str(int(path.stem) + 1)] for path in drawn}
     for path in drawn:
-        before, after = cv2.imread(str(Path(wanted.input, path.name))), cv2.imread(str(path))
+        before, after = cv2.imread(str(Path(wanted.source.input, path.name))), cv2.imread(str(path))
         assert before.shape == after.shape == (*SIZE, 3)
         moved = np.abs(before.astype(int) - after).max() > 60
         assert moved == any(score >= 0.2 for score in sure[path.name]["scores"])
@@ -204,15 +209,19 @@ def test_boxes_are_drawn_on_the_images_under_their_own_names(done):
 def test_running_again_does_nothing_but_what_is_missing(done):
     wanted, _ = done
     before = {
-        path: path.stat().st_mtime_ns for path in Path(wanted.output).rglob("*") if path.is_file()
+        path: path.stat().st_mtime_ns
+        for path in Path(wanted.predicting.output).rglob("*")
+        if path.is_file()
     }
-    results = Path(wanted.output, "predictions.json")
+    results = Path(wanted.predicting.output, "predictions.json")
     content = results.read_bytes()
     console = quiet()
     assert run(wanted, console=console).report is None
     assert "Nothing to do: all 45 images" in console.file.getvalue()
     assert {
-        path: path.stat().st_mtime_ns for path in Path(wanted.output).rglob("*") if path.is_file()
+        path: path.stat().st_mtime_ns
+        for path in Path(wanted.predicting.output).rglob("*")
+        if path.is_file()
     } == before
     results.unlink()  # as if the run had been killed when its last shard was done
     assert run(wanted, console=quiet()).report is None
@@ -232,7 +241,7 @@ def test_other_settings_are_refused_with_the_difference(trained, done, tmp_path)
         ({"input": str(tmp_path)}, "input: "),
     ):
         with pytest.raises(UsageError, match="made with other settings") as caught:
-            predicting(replace(wanted, **given))
+            predicting(wanted.changed(**given))
         assert words in str(caught.value)
 
 
@@ -257,7 +266,7 @@ def test_without_annotations_ids_are_the_images_own_and_no_resume_starts_again(t
         f"{number:03d}.jpg" for number in range(6)
     }
     assert min(one["score"] for one in results) >= 0.05
-    again = run(replace(wanted, resume=False, min_score=0.5, limit=3), console=quiet()).report
+    again = run(wanted.changed(resume=False, min_score=0.5, limit=3), console=quiet()).report
     assert (again["images_in"], again["images_done_before"]) == (3, 0)
     assert len(rows_of(tmp_path / "out")) == 3
 
@@ -285,10 +294,8 @@ def test_a_killed_driver_goes_on_and_the_results_are_those_of_an_undisturbed_run
         "max_reject_fraction",
         "draw_score",
     )
-    wanted = replace(done[0], output=str(tmp_path / "out"))
-    flags = {
-        f"--{name.replace('_', '-')}": str(getattr(wanted, name)) for name in (*names, "output")
-    }
+    wanted = done[0].changed(output=str(tmp_path / "out"))
+    flags = {f"--{name.replace('_', '-')}": str(wanted.flat[name]) for name in (*names, "output")}
     command = [
         sys.executable,
         "jobs/predict.py",
@@ -324,7 +331,7 @@ def test_a_killed_driver_goes_on_and_the_results_are_those_of_an_undisturbed_run
     assert again.returncode == 0, again.stderr
     assert f"Going on: {45 - left} of 45 images are done already" in again.stderr
     assert "mAP 0." in again.stdout and "predict" in again.stdout
-    assert files(tmp_path / "out") == files(Path(done[0].output))
+    assert files(tmp_path / "out") == files(Path(done[0].predicting.output))
 
 
 @pytest.mark.slow
@@ -345,10 +352,12 @@ def test_the_stage_scales_by_its_name_while_it_runs(trained, tmp_path):
     going.stop()
     with pytest.raises(KeyboardInterrupt):
         going.wait()
-    entries = journal.read_entries(wanted.output, sorted(journal.done_shards(wanted.output)))
+    entries = journal.read_entries(
+        wanted.predicting.output, sorted(journal.done_shards(wanted.predicting.output))
+    )
     count = Counter(row.image_id for entry in entries for row in entry.written)
     assert count and set(count.values()) == {1} == {
-        len(entry.files) for entry in journal.read_entries(wanted.output, [0])
+        len(entry.files) for entry in journal.read_entries(wanted.predicting.output, [0])
     }
 
 
@@ -364,7 +373,7 @@ def test_auto_times_the_model_before_the_start(trained, tmp_path, monkeypatch):
     # 45 images of 40 ms of waiting and hardly any computing.
     assert predicted["actors"]["preprocess"] == 1
     assert not list((tmp_path / "out/_raypipe").glob("tmp/*"))  # what the timing stored is gone
-    assert len(rows_of(wanted.output)) == 44
+    assert len(rows_of(wanted.predicting.output)) == 44
 
 
 @pytest.mark.parametrize(

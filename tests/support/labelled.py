@@ -3,12 +3,13 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import cv2
 
-from raypipe.run.training import Outcome, Settings
+from raypipe.train.result import Outcome
+from raypipe.train.settings import Settings
 from tests.conftest import photo
+from tests.support.runs import texts
 
 RECIPE = {
     "name": "small",
@@ -56,11 +57,6 @@ def make_labelled(root: Path) -> Path:
     return root
 
 
-def texts(given: dict[str, Any]) -> dict[str, Any]:
-    """Settings as a user gives them: paths as text."""
-    return {key: str(value) if isinstance(value, Path) else value for key, value in given.items()}
-
-
 def settings(root: Path, **given) -> Settings:
     defaults = {
         "input": root / "photos",
@@ -75,7 +71,7 @@ def settings(root: Path, **given) -> Settings:
         "cpu": True,
         "max_reject_fraction": 0.05,
     }
-    return Settings(**texts(defaults | given))
+    return Settings.of(**texts(defaults | given))
 
 
 @dataclass(frozen=True)

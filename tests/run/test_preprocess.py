@@ -8,49 +8,18 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pytest
-from rich.console import Console
 
 from raypipe import UsageError
 from raypipe.data import journal, location
-from raypipe.data.reader import Reader
-from raypipe.data.sinks import FORMATS, Sink
+from raypipe.data.sinks import FORMATS
 from raypipe.data.work import shards
 from raypipe.images import catalog
 from raypipe.images.recipe import Recipe, Resize
-from raypipe.run.pipeline import plan, preprocessed, run, writing
-from raypipe.run.result import verdict_on
-from raypipe.run.session import Pools
-from raypipe.run.settings import Settings, image_folder
-from raypipe.stages.preprocess import Preprocessing, pixels, preprocess_shard
-from raypipe.stages.write import write_block
-from tests.conftest import buffer, files, jpeg
-
-
-def quiet() -> Console:
-    return Console(file=buffer(), width=200)
-
-
-def settings(**given) -> Settings:
-    given = {"actors": 2, "writers": 2, "shard_rows": 7} | given
-    return Settings(
-        **{key: str(value) if isinstance(value, Path) else value for key, value in given.items()}
-    )
-
-
-def plain_loop(wanted: Settings, root: Path) -> None:
-    """The same work without Ray: a for-loop over the same functions."""
-    todo = plan(replace(wanted, output=None))
-    pixels = Preprocessing(recipe=todo.recipe, backend=wanted.backend, seed=wanted.seed)
-    sink = Sink(format=wanted.format, root=str(root), quality=wanted.quality)
-    reader = Reader()
-    for shard in shards(todo.work):
-        block, _ = preprocess_shard(shard, pixels, reader=reader)
-        write_block(
-            block,
-            sink,
-            backend=wanted.backend,
-            finish=todo.recipe.finish if wanted.format == "npy" else None,
-        )
+from raypipe.run.dataset import dataset_of
+from raypipe.run.preprocess import Settings, image_folder, plan, preprocessing, run, verdict_on
+from raypipe.stages.preprocess import pixels
+from tests.conftest import files, jpeg
+from tests.support.runs import plain_loop, quiet, settings
 
 
 # torchvision's encoders are those of three formats; the others hold the same JPEGs, or none.
@@ -86,9 +55,9 @@ def test_distributed_output_equals_a_plain_loop_byte_for_byte(
 def test_random_augmentations_do_not_depend_on_who_does_them(session, tmp_path):
     inputs = settings(input="demo:40", recipe="ssd-300-train", format="parquet", seed=5)
     for name, actors in (("one", 1), ("three", 3)):
-        run(replace(inputs, output=str(tmp_path / name), actors=actors), console=quiet())
+        run(inputs.changed(output=str(tmp_path / name), actors=actors), console=quiet())
     assert files(tmp_path / "one") == files(tmp_path / "three")
-    other = replace(inputs, output=str(tmp_path / "other"), seed=6)
+    other = inputs.changed(output=str(tmp_path / "other"), seed=6)
     run(other, console=quiet())
     assert files(tmp_path / "one") != files(tmp_path / "other")
 
@@ -136,9 +105,9 @@ def test_other_settings_into_the_same_output_are_refused_and_no_resume_starts_ag
     wanted = settings(input=photos, output=tmp_path / "out")
     run(wanted, console=quiet())
     with pytest.raises(UsageError, match=r"format: 'jpeg' there, 'png' now"):
-        run(replace(wanted, format="png"), console=quiet())
+        run(wanted.changed(format="png"), console=quiet())
     assert len(files(tmp_path / "out")) == 60
-    run(replace(wanted, format="png", resume=False), console=quiet())
+    run(wanted.changed(format="png", resume=False), console=quiet())
     assert {Path(name).suffix for name in files(tmp_path / "out")} == {".png"}
 
 
@@ -175,7 +144,7 @@ def test_images_that_are_missing_for_one_run_are_done_when_they_are_back(photos,
     *most, last = shards(claimed(wanted))
     for shard in most:
         pretend_done(tmp_path / "out", shard)
-    (less,) = shards(claimed(replace(wanted, limit=58)))
+    (less,) = shards(claimed(wanted.changed(limit=58)))
     assert last.num_rows == 4 and less.num_rows == 2
     pretend_done(tmp_path / "out", less)
     left = claimed(wanted)
@@ -200,12 +169,10 @@ def test_a_journal_that_has_lost_images_is_not_taken_for_done(photos, tmp_path):
 
 
 def test_a_stage_on_gpus_can_be_built_on_a_machine_without(session, photos):
-    todo = plan(settings(input=photos))
-    on_gpu = replace(writing(settings(input=photos, output="out"), todo.recipe), gpu=True)
-    given = Preprocessing(recipe=todo.recipe, backend="opencv")
-    preprocessed(
-        todo.work, given, pools=Pools(actors=1, after=1), after=on_gpu, run_id="never-run"
-    )  # raises nothing
+    job = preprocessing(settings(input=photos, output="out"))
+    first, then = job.stages("never-run")
+    stages = (first, replace(then, gpu=True))
+    dataset_of(job.todo.work, stages, {"preprocess": 1, "write": 1})  # raises nothing
 
 
 def kill_workers(title: str, times: int, stop: threading.Event, killed: list[int]) -> None:
@@ -245,7 +212,7 @@ def test_an_image_that_kills_its_process_is_rejected_and_its_shard_is_delivered(
 ):
     import cv2
 
-    from tests.run.killing import DieAtBright
+    from tests.support.killing import DieAtBright
 
     white = cv2.imencode(".jpg", np.full((100, 100, 3), 255, np.uint8))[1].tobytes()
     (photos / "a" / "white.jpg").write_bytes(white)
@@ -314,11 +281,11 @@ def test_the_users_annotations_are_never_overwritten_nor_deleted(photos, tmp_pat
     wanted = settings(input=photos, annotations=own, output=tmp_path, format="parquet")
     for resume in (True, False):
         with pytest.raises(UsageError, match=r"annotations/boxes\.json exists and is no result"):
-            plan(replace(wanted, resume=resume))
+            plan(wanted.changed(resume=resume))
     # An earlier run that had no annotations has written none: --no-resume deletes none, nor anything else before it is refused.
     journal.put_made(str(tmp_path), journal.Made(settings={"recipe": "coco-300"}))
     with pytest.raises(UsageError, match="exists and is no result"):
-        plan(replace(wanted, resume=False))
+        plan(wanted.changed(resume=False))
     assert own.read_text() == content
     assert (tmp_path / "_raypipe/run.json").exists()
 
@@ -331,7 +298,7 @@ def test_annotation_ids_that_say_not_which_box_are_refused_where_they_are_writte
     wanted = settings(input=photos, annotations=tmp_path / "boxes.json", output=tmp_path / "out")
     with pytest.raises(UsageError, match="the annotation id 1 occurs twice for the image '7'"):
         plan(wanted)
-    assert plan(replace(wanted, output=None)).left.num_rows == 1
+    assert plan(wanted.changed(output=None)).left.num_rows == 1
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -20,16 +19,18 @@ from ray.train import WorkerGroupError
 from raypipe import UsageError
 from raypipe.models import checkpoint as checkpoints
 from raypipe.models.checkpoint import Checkpoint, Progress
-from raypipe.run import pipeline
 from raypipe.run.causes import cause_of
 from raypipe.run.live.control import attach, names
-from raypipe.run.settings import Settings as Preprocess
-from raypipe.run.training import Outcome, Settings, _give_up, plan, run, verdict_on
-from tests.conftest import jpeg
-from tests.run.clusters import environment, head, kill_all, listed_actors, node, wait_for
-from tests.run.labelled import RECIPE, make_labelled, settings
-from tests.run.test_job import ROOT
-from tests.run.test_pipeline import quiet
+from raypipe.run.preprocess import Settings as Preprocess
+from raypipe.run.preprocess import run as preprocess
+from raypipe.train.attempts import _give_up, run
+from raypipe.train.plan import plan
+from raypipe.train.result import Outcome, verdict_on
+from raypipe.train.settings import Settings
+from tests.conftest import ROOT, jpeg
+from tests.support.clusters import environment, head, kill_all, listed_actors, node, wait_for
+from tests.support.labelled import RECIPE, make_labelled, settings
+from tests.support.runs import quiet
 
 
 @pytest.fixture
@@ -102,10 +103,8 @@ def test_a_run_trains_on_every_row_once_an_epoch_and_reports_what_it_cost(traine
         11,
         1,
     )  # photo 7, in each epoch and held out
-    assert (report["boxes_dropped"], report["images_damaged_kept"]) == (
-        5,
-        0,
-    )  # those of held-out photos included
+    # Each of 5 photos is both trained on and judged on.
+    assert (report["boxes_dropped"], report["images_damaged_kept"]) == (5 + 5, 0)
     preprocess, train = report["stages"]
     assert (preprocess["name"], train["name"]) == ("preprocess", "train")
     assert preprocess["images"] == train["images"] == 495
@@ -205,16 +204,15 @@ def test_a_training_from_stored_images_ends_with_the_weights_of_one_from_the_sou
     (labelled / "photos/007.jpg").write_bytes(jpeg(7, height=90, width=120))
     (labelled / "small.json").write_text(json.dumps(RECIPE | {"ops": RECIPE["ops"][1:]}))
     continuous = settings(labelled, holdout=0.2, row_log=None)
-    written = Preprocess(
-        input=continuous.input,
-        annotations=continuous.annotations,
-        recipe=continuous.recipe,
+    written = Preprocess.of(
+        input=continuous.source.input,
+        annotations=continuous.source.annotations,
+        recipe=continuous.learning.recipe,
         output=str(labelled / "stored"),
         format="parquet",
     )
-    pipeline.run(written, console=quiet())
-    separate = replace(
-        continuous,
+    preprocess(written, console=quiet())
+    separate = continuous.changed(
         input=str(labelled / "stored"),
         annotations=None,
         storage=str(labelled / "separate"),
@@ -250,7 +248,7 @@ def test_a_killed_worker_goes_on_in_the_epoch_and_the_weights_are_those_of_an_un
     assert Counter(lineage(labelled)) == every_row(disturbed)
     assert outcome.report["train"]["attempts"] == 2
 
-    plain = replace(disturbed, storage=str(labelled / "undisturbed"), row_log=None)
+    plain = disturbed.changed(storage=str(labelled / "undisturbed"), row_log=None)
     undisturbed = run(plain, console=quiet())  # the mark is there now: nobody dies
     assert undisturbed.report["train"]["attempts"] == 1
     one, other = (checkpoints.load(where.checkpoint).state for where in (outcome, undisturbed))
@@ -293,7 +291,7 @@ def test_a_killed_driver_goes_on_with_the_same_command_and_other_numbers_of_work
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(below, timeout=30)
-    left = checkpoints.load(checkpoints.all_in(given.storage)[-1]).progress
+    left = checkpoints.load(checkpoints.all_in(given.training.storage)[-1]).progress
     assert (left.epoch, left.step) == (1, 8)
 
     second = subprocess.run(
@@ -355,7 +353,7 @@ def test_a_node_that_is_lost_is_replaced_by_another_and_no_row_is_missed(labelle
 @pytest.mark.slow
 def test_a_storage_that_a_node_does_not_see_is_refused_before_the_first_step(labelled, tmp_path):
     given = settings(labelled)
-    storage = Path(given.storage)
+    storage = Path(given.training.storage)
     storage.mkdir()
     (storage / "mine.txt").write_text("the user's own")
     around = environment(PYTHONPATH=str(ROOT), RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="a" * 32)
@@ -386,7 +384,7 @@ def test_a_storage_that_a_node_does_not_see_is_refused_before_the_first_step(lab
 @pytest.mark.slow
 def test_a_training_whose_images_are_away_stops_and_goes_on_when_they_are_back(labelled):
     given = settings(labelled, epochs=2, read_patience=1.0)
-    photos = Path(given.input)
+    photos = Path(given.source.input)
     command = [*command_of(given), "--read-patience", "1", "--actors", "1"]
     driver = subprocess.Popen(
         command, cwd=ROOT, env=environment(PYTHONPATH=str(ROOT)), stderr=subprocess.PIPE, text=True
@@ -425,7 +423,7 @@ def test_a_checkpoint_of_another_model_or_recipe_is_refused_with_the_difference(
     )
     (labelled / "small.json").write_text(json.dumps(RECIPE | {"ops": RECIPE["ops"][1:]}))
     with pytest.raises(UsageError) as caught:
-        run(replace(given, model="ssdlite320_mobilenet_v3_large", lr=0.5), console=quiet())
+        run(given.changed(model="ssdlite320_mobilenet_v3_large", lr=0.5), console=quiet())
     said = str(caught.value)
     assert "model.name: 'ssd_tiny' there, 'ssdlite320_mobilenet_v3_large' now" in said
     assert "lr: 0.001 there, 0.5 now" in said
@@ -434,19 +432,18 @@ def test_a_checkpoint_of_another_model_or_recipe_is_refused_with_the_difference(
     assert folder.exists()
 
 
-def test_deaths_are_retried_as_often_as_allowed_but_not_what_the_code_itself_raises_twice(labelled):
-    given = settings(labelled, retries=2)
+def test_deaths_are_retried_as_often_as_allowed_but_not_what_the_code_itself_raises_twice():
     died = WorkerGroupError("rank 0", {0: ActorDiedError()})
-    _give_up(died, 1, given, before=None)
-    _give_up(died, 2, given, before=cause_of(died))
+    _give_up(died, 1, 2, before=None)
+    _give_up(died, 2, 2, before=cause_of(died))
     with pytest.raises(WorkerGroupError):
-        _give_up(died, 3, given, before=cause_of(died))
+        _give_up(died, 3, 2, before=cause_of(died))
     defect = WorkerGroupError("rank 0", {0: ValueError("a defect of the model's own")})
-    _give_up(defect, 1, given, before=None)
+    _give_up(defect, 1, 2, before=None)
     with pytest.raises(WorkerGroupError, match="rank 0"):
-        _give_up(defect, 2, given, before=cause_of(defect))
+        _give_up(defect, 2, 2, before=cause_of(defect))
     with pytest.raises(UsageError, match="Lower --lr"):
-        _give_up(WorkerGroupError("rank 1", {1: UsageError("Lower --lr")}), 1, given, before=None)
+        _give_up(WorkerGroupError("rank 1", {1: UsageError("Lower --lr")}), 1, 2, before=None)
 
 
 def test_the_hold_out_is_a_function_of_the_seed_and_is_never_trained_on(labelled):

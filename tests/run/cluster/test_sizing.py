@@ -1,21 +1,17 @@
 from dataclasses import replace
 
+import pyarrow as pa
 import pytest
 
 from raypipe import UsageError
 from raypipe.images import catalog
 from raypipe.insight.planner import StageCost
-from raypipe.run.pipeline import writing
-from raypipe.run.session import (
-    Pools,
-    Session,
-    check_shared,
-    ray_session,
-    room_here,
-    seated,
-    size_pools,
-)
-from raypipe.run.settings import Settings
+from raypipe.run.cluster.machine import Session
+from raypipe.run.cluster.session import check_shared, ray_session
+from raypipe.run.cluster.sizing import room_here, seated, size_pools
+from raypipe.run.job import preprocess_stage
+from raypipe.run.preprocess import Settings, writing
+from raypipe.stages.stage import Stage
 
 CLUSTER = Session(
     at_most=16, cpus_each=1.0, cores=16, nodes=4, joined=True, dashboard=None, address=""
@@ -34,19 +30,32 @@ def costs(preprocess_ms: float, write_ms: float, *, waits: bool = False) -> list
 
 
 def settings(**given) -> Settings:
-    return Settings(**({"input": "demo", "output": "out"} | given))
+    return Settings.of(**({"input": "demo", "output": "out"} | given))
+
+
+def stages(wanted: Settings) -> tuple[Stage, ...]:
+    recipe = catalog.get(wanted.stored.recipe)
+    first = preprocess_stage(
+        pa.table({"shard": [0] * 100}),
+        wanted.decoding.pixels(recipe, seed=0),
+        wanted.running,
+        wanted.running.reading("demo"),
+        run_id="never-run",
+    )
+    then = writing(wanted, recipe)
+    return (first,) if then is None else (first, then)
 
 
 def sized(
     wanted: Settings, known: list[StageCost] | None, session: Session, *, images: int, **given
-) -> Pools:
-    after = writing(wanted, catalog.get(wanted.recipe))
-    after = after and seated(replace(after, **given), session)
-    return size_pools(wanted, known, session, images=images, after=after)
+) -> tuple[int, ...]:
+    first, *others = stages(wanted)
+    others = [seated(replace(stage, **given), session) for stage in others]
+    return tuple(size_pools((first, *others), known, session, images=images).values())
 
 
 def room(wanted: Settings) -> int:
-    return room_here(wanted, writing(wanted, catalog.get(wanted.recipe)))
+    return room_here(stages(wanted))
 
 
 def test_more_than_a_cluster_has_is_refused_before_starting_with_the_numbers():
@@ -54,7 +63,7 @@ def test_more_than_a_cluster_has_is_refused_before_starting_with_the_numbers():
         UsageError, match=r"30 preprocess actors and 4 writers take 34 CPUs.* has 16"
     ):
         sized(settings(actors=30, writers=4), None, CLUSTER, images=1000)
-    assert sized(settings(actors=12, writers=4), None, CLUSTER, images=1000) == Pools(12, 4)
+    assert sized(settings(actors=12, writers=4), None, CLUSTER, images=1000) == (12, 4)
 
 
 def test_a_machine_of_our_own_has_room_for_more_actors_than_cores_and_not_for_more_than_memory():
@@ -81,36 +90,37 @@ def test_a_folder_that_only_the_drivers_node_has_is_no_output_for_a_cluster(sess
 
 def test_auto_gives_each_stage_what_its_timing_asks_for():
     images = 10**9  # the start of an actor is nothing beside that
-    assert sized(settings(), costs(2.0, 0.7), LAPTOP, images=images) == Pools(
-        2, 1
+    assert sized(settings(), costs(2.0, 0.7), LAPTOP, images=images) == (
+        2,
+        1,
     )  # computing: as many as cores
     waiting = sized(settings(), costs(170, 210, waits=True), LAPTOP, images=images)
-    assert waiting.actors + waiting.after == 50 and waiting.actors / waiting.after == pytest.approx(
-        170 / 210, rel=0.05
-    )
-    assert sized(settings(), costs(2.0, 0.7), CLUSTER, images=images) == Pools(12, 4)
-    assert sized(settings(output=None), costs(2.0, 0.7)[:1], CLUSTER, images=images) == Pools(16, 0)
+    assert sum(waiting) == 50 and waiting[0] / waiting[1] == pytest.approx(170 / 210, rel=0.05)
+    assert sized(settings(), costs(2.0, 0.7), CLUSTER, images=images) == (12, 4)
+    assert sized(settings(output=None), costs(2.0, 0.7)[:1], CLUSTER, images=images) == (16,)
 
 
 def test_auto_starts_no_actors_that_would_come_too_late():
     few = sized(settings(), costs(170, 210, waits=True), LAPTOP, images=100)
-    assert few.actors + few.after < 20
+    assert sum(few) < 20
 
 
 def test_what_was_asked_for_is_not_changed_by_the_timing():
     asked = settings(actors=3)
-    assert sized(
-        asked, costs(170, 210, waits=True), replace(LAPTOP, at_most=10), images=10**9
-    ) == Pools(3, 4)
-    assert sized(
-        replace(asked, writers=2), costs(170, 210, waits=True), LAPTOP, images=10**9
-    ) == Pools(3, 2)
+    assert sized(asked, costs(170, 210, waits=True), replace(LAPTOP, at_most=10), images=10**9) == (
+        3,
+        4,
+    )
+    assert sized(asked.changed(writers=2), costs(170, 210, waits=True), LAPTOP, images=10**9) == (
+        3,
+        2,
+    )
 
 
 def test_without_a_timing_there_is_a_rule_of_thumb():
-    assert sized(settings(), None, LAPTOP, images=100) == Pools(2, 1)
-    assert sized(settings(), None, CLUSTER, images=100) == Pools(12, 4)
-    assert sized(settings(output=None), None, CLUSTER, images=100) == Pools(16, 0)
+    assert sized(settings(), None, LAPTOP, images=100) == (2, 1)
+    assert sized(settings(), None, CLUSTER, images=100) == (12, 4)
+    assert sized(settings(output=None), None, CLUSTER, images=100) == (16,)
 
 
 GPUS = replace(CLUSTER, gpus=4)
@@ -118,15 +128,15 @@ GPUS = replace(CLUSTER, gpus=4)
 
 def test_a_stage_that_may_takes_a_gpu_for_each_actor_and_no_cpu():
     known = costs(2.0, 500.0)  # timed on a CPU, which says nothing of a GPU
-    assert sized(settings(), known, GPUS, images=10**9, gpu=None) == Pools(16, 4)
-    assert sized(settings(writers=3), None, GPUS, images=100, gpu=True) == Pools(16, 3)
-    assert sized(settings(writers=3, actors=16), None, GPUS, images=100, gpu=None) == Pools(16, 3)
-    assert sized(settings(), known[:1], GPUS, images=10**9, gpu=True) == Pools(16, 4)
+    assert sized(settings(), known, GPUS, images=10**9, gpu=None) == (16, 4)
+    assert sized(settings(writers=3), None, GPUS, images=100, gpu=True) == (16, 3)
+    assert sized(settings(writers=3, actors=16), None, GPUS, images=100, gpu=None) == (16, 3)
+    assert sized(settings(), known[:1], GPUS, images=10**9, gpu=True) == (16, 4)
 
 
 def test_without_enough_gpus_it_runs_on_cpus_or_is_refused():
-    assert sized(settings(writers=5), None, GPUS, images=100, gpu=None) == Pools(11, 5)
-    assert sized(settings(), None, CLUSTER, images=100, gpu=None) == Pools(12, 4)
+    assert sized(settings(writers=5), None, GPUS, images=100, gpu=None) == (11, 5)
+    assert sized(settings(), None, CLUSTER, images=100, gpu=None) == (12, 4)
     with pytest.raises(
         UsageError, match=r"--gpu with 5 writers needs as many GPUs, but Ray sees 4"
     ):
@@ -136,10 +146,10 @@ def test_without_enough_gpus_it_runs_on_cpus_or_is_refused():
 
 
 def test_a_session_within_another_is_that_one_with_its_room(session):
-    with ray_session(settings(actors=2, writers=2)) as outer:
-        with ray_session(settings(actors=50000)) as inner:
+    with ray_session(stages(settings(actors=2, writers=2))) as outer:
+        with ray_session(stages(settings(actors=50000))) as inner:
             assert inner is outer
-        with ray_session(settings()) as again:  # the first to end has ended nothing
+        with ray_session(stages(settings())) as again:  # the first to end has ended nothing
             assert again is outer
-    with ray_session(settings()) as later:
+    with ray_session(stages(settings())) as later:
         assert later is not outer
