@@ -17,8 +17,8 @@ from raypipe.data import journal, location
 from raypipe.errors import foreign, printable
 from raypipe.images import catalog
 from raypipe.images.recipe import to_json
-from raypipe.insight.report import outlook, terminal
 from raypipe.insight.screen import listing
+from raypipe.insight.terminal import outlook, terminal
 
 # raypipe.run brings in Ray, 2 s: only commands that need it import it, when they do.
 
@@ -182,7 +182,7 @@ def runs(command: Runs, console: Console) -> None:
     found = control.runs(command.address)
     if command.json:
         for record in found:
-            print(json.dumps(record))
+            print(json.dumps(record.json()))
     else:
         console.print(listing(found) if found else "No run is going on here.")
 

@@ -1,4 +1,4 @@
-"""What `raypipe watch` does: a run in the terminal as it goes, keys that scale it, and plain lines where there is no terminal."""
+"""The loop of `raypipe watch`: a run in the terminal, keys that scale it, or plain lines."""
 
 import json
 import os
@@ -19,14 +19,15 @@ from rich.live import Live
 from raypipe import UsageError
 from raypipe.insight.markup import printable
 from raypipe.insight.screen import Looking, line, remember, screen, view
+from raypipe.insight.states import LiveRun
 
 
 class Watched(Protocol):
-    """What is watched: raypipe.run.live.control.Control, which brings in Ray (2 s) and is left to the caller."""
+    """What is watched: a raypipe.run.live.control.Control. Importing that takes 2 s, for Ray."""
 
     run_id: str
 
-    def live(self) -> dict: ...
+    def look(self) -> LiveRun: ...
 
     def scale(self, counts: dict[str, int]) -> dict[str, int]: ...
 
@@ -37,21 +38,23 @@ _ARROWS = {"\x1b[A": "up", "\x1bOA": "up", "\x1b[B": "down", "\x1bOB": "down"}
 
 
 def keys_in(data: bytes) -> list[str]:
-    """The keys that a terminal sent: characters, `up`, `down`; other escape sequences whole."""
+    """The keys that a terminal sent: characters, `up`, `down`, and other escape sequences."""
     found = re.findall(r"\x1b[\[O][0-9;]*[A-Za-z~]|.", data.decode(errors="replace"), re.DOTALL)
     return [_ARROWS.get(key, key) for key in found]
 
 
 @contextmanager
 def _keyboard(file: int) -> Iterator[Callable[[float], list[str]]]:
-    """Keys at once and without echo: yields what waits for them at most so many seconds. The terminal is given back as it was, also when
-    the process is asked to end.
+    """Read keys at once and without echo.
+
+    Yields a function that waits for keys for at most so many seconds. The terminal is restored at
+    the end, also when the process is told to end.
     """
     before = termios.tcgetattr(file)
     raw = termios.tcgetattr(file)
     raw[3] &= ~(termios.ICANON | termios.ECHO)
     raw[6][termios.VMIN], raw[6][termios.VTIME] = 1, 0
-    # Stopped by Ctrl-Z it would leave the shell a terminal that neither echoes nor scrolls.
+    # After Ctrl-Z the shell would have a terminal that neither echoes nor scrolls.
     raw[6][termios.VSUSP] = b"\0"
 
     def read(seconds: float) -> list[str]:
@@ -72,12 +75,13 @@ def _keyboard(file: int) -> Iterator[Callable[[float], list[str]]]:
             signal.signal(number, handler)
 
 
-def pressed(key: str, looking: Looking, record: dict, run: Watched) -> tuple[Looking, dict]:
-    """What is seen after `key`: it moves the selection, or scales the selected stage by one and says what became of it.
+def pressed(key: str, looking: Looking, record: LiveRun, run: Watched) -> tuple[Looking, LiveRun]:
+    """Act on `key`: move the selection, or scale the selected stage by one.
 
-    A scaling that is accepted is entered in the record, so that a key pressed again before the next update counts from there.
+    An accepted scaling is entered in the record: the same key before the next update counts from
+    there.
     """
-    stages = record["stages"]
+    stages = record.stages
     if not stages or looking.selected is None:
         return looking, record
     at = min(looking.selected, len(stages) - 1)
@@ -85,13 +89,15 @@ def pressed(key: str, looking: Looking, record: dict, run: Watched) -> tuple[Loo
         return replace(looking, selected=(at + _MOVE[key]) % len(stages), message=""), record
     if key not in _STEP:
         return looking, record
-    name = stages[at]["name"]
+    name = stages[at].name
     try:
-        wanted = run.scale({name: stages[at]["wanted"] + _STEP[key]})[name]
+        wanted = run.scale({name: stages[at].wanted + _STEP[key]})[name]
     except UsageError as refused:
         return replace(looking, message=str(refused)), record
-    changed = [stage | {"wanted": wanted} if stage["name"] == name else stage for stage in stages]
-    return replace(looking, message=f"{name}: {wanted} wanted"), record | {"stages": changed}
+    changed = tuple(
+        replace(stage, wanted=wanted) if stage.name == name else stage for stage in stages
+    )
+    return replace(looking, message=f"{name}: {wanted} wanted"), replace(record, stages=changed)
 
 
 LOOK_EVERY_S = 0.25
@@ -99,9 +105,13 @@ LOOK_EVERY_S = 0.25
 
 
 def _full_screen(
-    run: Watched, record: dict, console: Console, interval: float
-) -> tuple[dict, Looking, str | None]:
-    """The view with keys, until the run ends or the user has seen enough: what was seen last, and in the first case how it ended."""
+    run: Watched, record: LiveRun, console: Console, interval: float
+) -> tuple[LiveRun, Looking, str | None]:
+    """Show the view and take keys until the run ends or the user quits.
+
+    Returns:
+        What was seen last, and how the run ended (None: the user quit).
+    """
     looking = Looking(selected=0, history=remember((), record))
     drawn = None
     due = time.monotonic() + interval
@@ -119,7 +129,7 @@ def _full_screen(
                 looking, record = pressed(key, looking, record, run)
             if time.monotonic() >= due:
                 try:
-                    record = run.live()
+                    record = run.look()
                 except UsageError as ended:
                     return record, replace(looking, selected=None), str(ended)
                 looking = replace(looking, history=remember(looking.history, record))
@@ -127,44 +137,47 @@ def _full_screen(
 
 
 def _lines(
-    run: Watched, record: dict, form: Callable[[dict], str], interval: float
-) -> tuple[dict, str]:
-    """A line an update, until the run ends: the last record, and how it ended."""
+    run: Watched, record: LiveRun, form: Callable[[LiveRun], str], interval: float
+) -> tuple[LiveRun, str]:
+    """Print a line an update until the run ends. Returns the last record, and how it ended."""
     while True:
         print(form(record), flush=True)
         time.sleep(interval)
         try:
-            record = run.live()
+            record = run.look()
         except UsageError as ended:
             return record, str(ended)
 
 
-def _last_words(record: dict, ended: str) -> str:
-    seen = f"{ended} Last seen at {record['done']} of {record['images']} images, {record['rejected']} rejected."
-    where = (
-        ""
-        if record["output"] is None
-        else f" Its report, if it came to its end: {record['output']}/_raypipe/report.html"
+def _last_words(record: LiveRun, ended: str) -> str:
+    seen = (
+        f"{ended} Last seen at {record.done} of {record.images} images, {record.rejected} rejected."
     )
-    return printable(seen + where)
+    if record.output is not None:
+        seen += f" Its report, if it came to its end: {record.output}/_raypipe/report.html"
+    return printable(seen)
+
+
+def _as_json(record: LiveRun) -> str:
+    return json.dumps(record.json())
 
 
 def watch(run: Watched, console: Console, *, interval: float, as_json: bool, once: bool) -> None:
-    """Show `run` until it ends: on a whole screen with keys if this is a terminal, else as lines.
+    """Show `run` until it ends: a whole screen with keys in a terminal, else lines.
 
     Args:
-        interval: seconds from one update to the next.
-        as_json: a line of JSON an update, whatever this is.
-        once: one update, no keys.
+        interval: seconds between updates.
+        as_json: print a line of JSON an update, in a terminal too.
+        once: print one update and return.
 
     Raises:
-        UsageError: the run is gone already.
+        UsageError: the run has ended already.
     """
-    record = run.live()
+    record = run.look()
     terminal = (
         sys.stdin.isatty() and sys.stdout.isatty() and not console.is_dumb_terminal and not as_json
     )
-    form = json.dumps if as_json else line
+    form = _as_json if as_json else line
     if once:
         console.print(view(record, Looking(), width=console.width)) if terminal else print(
             form(record), flush=True

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from rich.console import Console
 
 from raypipe import UsageError
 from raypipe.cli import main, scalings
+from raypipe.insight.states import LiveRun
 from raypipe.watch import keys_in, watch
 from tests.insight.test_screen import record
 from tests.support.terminals import Terminal
@@ -30,7 +32,7 @@ class Playback:
         self._wanted = {"preprocess": 4, "write": 4}
         self._done = 0
 
-    def live(self) -> dict:
+    def look(self) -> LiveRun:
         if not self._left:
             if self._breaks:
                 raise RuntimeError("broken")
@@ -38,9 +40,8 @@ class Playback:
         self._left -= 1
         self._done += 100
         now = record(done=self._done, at_s=self._done / 100)
-        return now | {
-            "stages": [stage | {"wanted": self._wanted[stage["name"]]} for stage in now["stages"]]
-        }
+        stages = [replace(stage, wanted=self._wanted[stage.name]) for stage in now.stages]
+        return replace(now, stages=tuple(stages))
 
     def scale(self, counts: dict[str, int]) -> dict[str, int]:
         if sum((self._wanted | counts).values()) > 8 or min(counts.values()) < 1:

@@ -1,4 +1,4 @@
-"""Safe text and HTML from untrusted text, and figures as a person reads them: what html.py, figures.py and live.py write with."""
+"""Safe text and HTML from untrusted text, and figures as a person reads them."""
 
 from collections.abc import Sequence
 from html import escape
@@ -8,7 +8,10 @@ ARROW = "\N{RIGHTWARDS ARROW}"
 
 
 def printable(value: object) -> str:
-    """`value` in one line: newlines, escapes to the terminal, bidi overrides, lone surrogates and their like are spelled out."""
+    """`value` in one line, with every control character spelled out.
+
+    Among these are newlines, escapes to the terminal, bidi overrides and lone surrogates.
+    """
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value)
     )
@@ -20,7 +23,12 @@ def text(value: object) -> str:
 
 
 def tag(element: str, /, *inner: str, **attributes: object) -> str:
-    """An element. `inner` is HTML, attributes are escaped here; class_ stands for class, text_anchor for text-anchor."""
+    """An HTML element.
+
+    Args:
+        inner: HTML.
+        attributes: are escaped here; class_ stands for class, text_anchor for text-anchor.
+    """
     written = "".join(
         f' {name.rstrip("_").replace("_", "-")}="{text(value)}"'
         for name, value in attributes.items()
@@ -71,13 +79,26 @@ def share(value: object) -> str:
     return DASH if (figure := known(value)) is None else f"{figure:.0%}"
 
 
+def machine_use(stages: object, other: object) -> str:
+    """Who used the CPU of the machine, from percents of it; empty where that is not known."""
+    by_stages, by_others = known(stages), known(other)
+    if by_stages is None or by_others is None:
+        return ""
+    return f"{by_stages:.0f}% in the stages, {by_others:.0f}% in Ray and the system"
+
+
 def swatch(name: object, colour: str) -> str:
     """A name with its colour in front."""
     return tag("span", text(name), class_=f"key {colour}")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], name: str) -> str:
-    """`head` and `rows` are HTML. The first cell of a row names it. Scrolls in its own box, by keyboard too."""
+    """A table that scrolls in its own box, by keyboard too.
+
+    Args:
+        head: HTML, as are `rows`. The first cell of a row names it.
+        name: what a screen reader calls the table.
+    """
     top = tag("thead", tag("tr", *(tag("th", cell, scope="col") for cell in head))) if head else ""
     body = (
         tag("tr", tag("th", row[0], scope="row"), *(tag("td", cell) for cell in row[1:]))

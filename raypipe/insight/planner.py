@@ -49,6 +49,8 @@ class StageCost:
     """What one image costs a stage, and how many actors it has.
 
     `core_wait_s` is part of `busy_s`; None: not known. `on_gpu`: each of its actors holds a GPU.
+    `fixed`: its count cannot change, and it takes none of the room for actors, because it is the
+    caller's own loop (`states.CONSUME`).
     """
 
     name: str
@@ -57,6 +59,7 @@ class StageCost:
     cpu_s: float
     core_wait_s: float | None = None
     on_gpu: bool = False
+    fixed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +158,8 @@ def best(
         start_s: CPU seconds that starting an actor costs.
     """
     on_gpu = {stage.name for stage in stages if stage.on_gpu}
-    kept = set(fixed) | (on_gpu if machine.gpus is None else set())
+    alone = {stage.name for stage in stages if stage.fixed}
+    kept = set(fixed) | alone | (on_gpu if machine.gpus is None else set())
     counts = {stage.name: stage.actors if stage.name in kept else 1 for stage in stages}
     at_most = _by_cores(stages, machine)
     found: list[tuple[float, dict[str, int]]] = []
@@ -172,7 +176,7 @@ def best(
             else -rate
         )
         found.append((took_s, dict(counts)))
-        on_cpu = sum(count for name, count in counts.items() if name not in on_gpu)
+        on_cpu = sum(count for name, count in counts.items() if name not in on_gpu | alone)
         full = (
             counts[slowest] >= (machine.gpus or 0)
             if slowest in on_gpu
@@ -199,7 +203,8 @@ def better(
     most = {stage.name: max(counts[stage.name], stage.actors) for stage in free}
     return (
         most
-        if sum(most[stage.name] for stage in free if not stage.on_gpu) <= machine.actors
+        if sum(most[stage.name] for stage in free if not (stage.on_gpu or stage.fixed))
+        <= machine.actors
         else counts
     )
 
@@ -228,6 +233,7 @@ def changes(stages: Sequence[StageCost], machine: Machine, measured: float) -> l
             machine,
         )
         for stage in base
+        if not stage.fixed
     ]
     wider = replace(machine, cores=machine.cores + 1)
     cores = f"cores {machine.cores:g} -> {wider.cores:g}"
@@ -235,7 +241,7 @@ def changes(stages: Sequence[StageCost], machine: Machine, measured: float) -> l
     options.append(
         (
             f"{cores} and an actor more of each stage",
-            [replace(s, actors=s.actors + 1) for s in base],
+            [s if s.fixed else replace(s, actors=s.actors + 1) for s in base],
             wider,
         )
     )
@@ -273,6 +279,7 @@ def costs_of(stages: Sequence[Mapping[str, Any]]) -> list[StageCost]:
             cpu_s=stage["cpu_s_per_image"],
             core_wait_s=stage.get("core_wait_s_per_image"),
             on_gpu=bool(stage.get("on_gpu")),
+            fixed=bool(stage.get("fixed")),
         )
         for stage in stages
         if stage["busy_s_per_image"] and stage["actors"]["max"]
@@ -293,7 +300,7 @@ def of_report(report: Mapping[str, Any]) -> tuple[list[StageCost], Machine]:
     cores = report["hardware"]["cores"]
     machine = Machine(
         cores=cores,
-        actors=sum(cost.actors for cost in costs if not cost.on_gpu),
+        actors=sum(cost.actors for cost in costs if not (cost.on_gpu or cost.fixed)),
         gpus=sum(cost.actors for cost in costs if cost.on_gpu) or None,
         overhead_s=report.get("overhead_cpu_s_per_image") or 0.0,
     )
@@ -339,6 +346,8 @@ def outlook(
     images_per_s, limit = bound(with_actors(stages, chosen), machine)
     gains = []
     for stage in stages:
+        if stage.fixed:
+            continue
         what = f"one more {stage.name} {'worker, with its GPU' if stage.on_gpu else 'actor'}"
         gains.append((what, rate(chosen | {stage.name: chosen[stage.name] + 1}, machine)))
     wider = replace(machine, cores=machine.cores + 1, actors=machine.actors + 1)

@@ -2,7 +2,7 @@
 
 from rich.console import Console
 
-from raypipe.insight.report import terminal
+from raypipe.insight.terminal import terminal
 from raypipe.run import predict as predicting
 from raypipe.run import preprocess as preprocessing
 from raypipe.run.console import attempt, ended, goes_on, say

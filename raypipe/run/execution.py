@@ -26,6 +26,7 @@ from rich.console import Console
 from raypipe.data import location
 from raypipe.insight import planner
 from raypipe.insight import report as reports
+from raypipe.insight.states import NodeCpu, Snapshot
 from raypipe.run import probe as probes
 from raypipe.run.causes import Untouched
 from raypipe.run.cluster.machine import Session, hardware, versions
@@ -110,7 +111,7 @@ class Measured:
 
     wall_s: float
     driver_cpu_s: float
-    snapshot: dict[str, Any]
+    snapshot: Snapshot
     cpu_percent: float | None
 
 
@@ -167,10 +168,10 @@ class Execution:
             wall_s=wall_s, driver_cpu_s=driver_cpu_s, snapshot=snapshot, cpu_percent=cpu_percent
         )
 
-    def ready_s(self, snapshot: dict[str, Any]) -> float:
+    def ready_s(self, snapshot: Snapshot) -> float:
         """When the preprocess actors of the beginning could begin: the mean, as they start one after the other."""
         first = self.stages[0].name
-        ready = sorted(one["at"] for one in snapshot["first"] if one["stage"] == first)
+        ready = sorted(one.at for one in snapshot.first if one.stage == first)
         ready = ready[: self.counts[first]]
         return sum(ready) / len(ready) - self.begun_at if ready else 0.0
 
@@ -355,7 +356,7 @@ def _watching(run_id: str, session: Session) -> str:
 
 def _collected(
     collector: ray.actor.ActorHandle, *, since: Any
-) -> tuple[dict[str, Any], float | None]:
+) -> tuple[Snapshot, float | None]:
     """The collector's snapshot, and the mean use of all cores, 0 to 100.
 
     Args:
@@ -364,16 +365,16 @@ def _collected(
     try:
         snapshot = ray.get(collector.snapshot.remote(), timeout=SNAPSHOT_AT_MOST_S)
         here = ray.get_runtime_context().get_node_id()
-        others = [seen for node, seen in snapshot["nodes"].items() if node != here]
+        others = [seen for node, seen in snapshot.nodes.items() if node != here]
     except RayError:  # the collector was killed, or its node: the stages' costs died with it
-        snapshot, others = dict(reports.NOTHING_SEEN), []
+        snapshot, others = reports.NOTHING_SEEN, []
     return snapshot, _cpu_percent(since, psutil.cpu_times(), others)
 
 
-def _cpu_percent(before: Any, after: Any, others: list[dict[str, float]]) -> float | None:
+def _cpu_percent(before: Any, after: Any, others: list[NodeCpu]) -> float | None:
     """Mean use of all cores, 0 to 100: of this node between two psutil.cpu_times(), of `others` as their actors saw it."""
-    used = busy_cpu_s(after) - busy_cpu_s(before) + sum(node["cpu_busy_s"] for node in others)
-    total = sum(after[:8]) - sum(before[:8]) + sum(node["cpu_total_s"] for node in others)
+    used = busy_cpu_s(after) - busy_cpu_s(before) + sum(node.cpu_busy_s for node in others)
+    total = sum(after[:8]) - sum(before[:8]) + sum(node.cpu_total_s for node in others)
     return 100 * used / total if total else None
 
 

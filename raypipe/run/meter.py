@@ -1,7 +1,7 @@
-"""What a stage used: measured in its actors with psutil, sent to the run's collector.
+"""Measures what a stage uses: in its actors with psutil, sent to the run's collector.
 
-Each actor sends its running totals after every shard, and within a long one every second. A message costs its sender 0.2 ms, a shard 100 ms
-or more.
+Each actor sends its running totals after every shard, and every second within a long one. A message
+costs its sender 0.2 ms; a shard takes 100 ms or more.
 """
 
 import os
@@ -9,54 +9,34 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import psutil
 import ray
 
 from raypipe.data.reader import core_wait_s
+from raypipe.insight.states import Sample
 from raypipe.stages.stage import Gpu, GpuUse
 
 SAMPLE_EVERY_S = 1.0
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sample:
-    """Running totals of one actor process since it was ready."""
-
-    stage: str
-    actor: str  # of this process: a restarted actor is another one
-    node: str
-    at: float  # time.time()
-    calls: int
-    images: int
-    bytes_in: int
-    bytes_out: int
-    busy_s: float
-    under_way_s: float  # of busy_s, in a call that is not finished: its images are not counted yet
-    core_wait_s: (
-        float | None
-    )  # of busy_s, ready to run and waiting for a core; None where the system does not tell
-    cpu_s: float
-    rss_bytes: int
-    rss_peak_bytes: int
-    node_cpu_busy_s: float
-    node_cpu_total_s: float
-    starved_s: float | None = None  # without input; None: not the actor but the execution knows
-    gpu_seen_s: float = 0.0  # its GPU was looked at for so long; 0: it has none
-    gpu_busy_s: float = 0.0
-    gpu_memory_peak_bytes: int | None = None
+SHARED_MEMORY = "/dev/shm"
+"""Where Ray keeps its object store on Linux."""
 
 
 class Meter:
-    """Measures the actor it lives in and sends what it finds to `collector` (None: keeps it to itself).
+    """Measures the actor it lives in.
 
-    Busy is the wall time inside calls, and the CPU time between them: there Ray copies the block into the object store. CPU and
-    resident memory are the whole process's, threads included, from psutil; the peak is over samples, not between them. Waiting for a
-    core is that of the thread that makes the calls, from Linux's /proc/self/task/*/schedstat.
+    Busy is the wall time inside calls, and the CPU time between them, in which Ray copies the block
+    into the object store. CPU and memory are those of the whole process, threads included, from
+    psutil; peaks are over samples, not between them. Private memory is the resident memory less the
+    shared pages, so that the object store does not count once an actor. Waiting for a core is that
+    of the thread that makes the calls, from Linux's /proc/self/task/*/schedstat.
 
     Args:
-        loops: the actor is not called but takes its input by itself, as a training worker does: it is busy whenever it does not `wait`.
+        stage: the name of its stage.
+        collector: where to send the totals; None: they are only kept.
+        loops: the actor is not called but takes its input by itself, as a training worker does. It
+            is busy whenever it does not `wait`.
     """
 
     def __init__(self, *, stage: str, collector: ray.actor.ActorHandle | None, loops: bool = False):
@@ -71,7 +51,7 @@ class Meter:
         self._starved = 0.0
         self._waits_since: float | None = None
         self._process = psutil.Process()
-        # Ray may restart the actor in a new process: totals then start again under a new name.
+        # Ray may restart the actor in a new process: its totals start again under a new name.
         self._actor = f"{ray.get_runtime_context().get_actor_id() or 'driver'}-{os.getpid()}"
         self._node = ray.get_runtime_context().get_node_id()
         self._cpu_at_start = self._cpu()
@@ -97,17 +77,18 @@ class Meter:
             try:
                 if time.time() - self._sent >= SAMPLE_EVERY_S:
                     self._send()
-            except Exception:  # the run is ending and Ray with it; nobody is left to tell
+            except Exception:  # the run ends, and Ray with it: nobody is left to tell
                 return
 
     @contextmanager
     def call(self) -> Iterator[None]:
+        """Count the block as one call."""
         now = time.perf_counter()
         between = min(time.process_time() - self._cpu_left, now - self._left)
         with self._lock:
             self._busy += max(between, 0.0)
             self._entered = now
-        thread = threading.get_native_id()  # not always the one that made the actor
+        thread = threading.get_native_id()  # may differ from the one that made the actor
         waited = core_wait_s(thread)
         try:
             yield
@@ -130,6 +111,7 @@ class Meter:
 
     @contextmanager
     def wait(self) -> Iterator[None]:
+        """Count the block as waiting for input."""
         self._waits_since = time.perf_counter()
         try:
             yield
@@ -139,7 +121,7 @@ class Meter:
                 self._waits_since = None
 
     def _spent(self, now: float) -> tuple[float, float, float | None, float | None]:
-        """Seconds busy, of these in a call under way, of these ready but without a core, and starved."""
+        """Seconds busy; of these in the call under way and waiting for a core; and starved."""
         if not self._loops:
             under_way = now - self._entered if self._entered is not None else 0.0
             return self._busy + under_way, under_way, self._core_wait, None
@@ -164,7 +146,9 @@ class Meter:
         """The totals as they stand."""
         machine = psutil.cpu_times()
         with self._lock:
-            rss = self._process.memory_info().rss
+            memory = self._process.memory_info()
+            rss = memory.rss
+            shared = getattr(memory, "shared", None)  # Linux only
             self._rss_peak = max(self._rss_peak, rss)
             busy, under_way, core_wait, starved = self._spent(time.perf_counter())
             gpu = self._gpu.use() if self._gpu is not None else GpuUse()
@@ -189,6 +173,8 @@ class Meter:
                 gpu_seen_s=gpu.seen_s,
                 gpu_busy_s=gpu.busy_s,
                 gpu_memory_peak_bytes=gpu.memory_peak_bytes,
+                private_bytes=None if shared is None else rss - shared,
+                node_store_bytes=store_bytes(),
             )
 
     def _send(self) -> None:
@@ -197,6 +183,14 @@ class Meter:
         self._collector.record.remote(self.sample())
 
 
+def store_bytes() -> int | None:
+    """Shared memory in use on this node: Ray's object store, and what other programs have there."""
+    try:
+        return int(psutil.disk_usage(SHARED_MEMORY).used)
+    except OSError:  # macOS has none; there Ray's store is a file
+        return None
+
+
 def busy_cpu_s(times) -> float:
-    """CPU seconds of the machine, all cores, not idle, from psutil.cpu_times(). Waiting for a disk is idle."""
+    """CPU seconds of the machine, all cores, from psutil.cpu_times(). Waiting for a disk is idle."""
     return sum(times[:8]) - times.idle - getattr(times, "iowait", 0.0)

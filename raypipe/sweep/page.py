@@ -9,10 +9,11 @@ from rich.text import Text
 
 from raypipe.insight import planner
 from raypipe.insight.figures import COLOURS as SO_MANY
-from raypipe.insight.figures import Series, bars, chart
+from raypipe.insight.figures import bars
 from raypipe.insight.html import document, facts, section
 from raypipe.insight.markup import DASH, known, number, table, tag, text
 from raypipe.sweep import claims
+from raypipe.sweep.charts import Series, chart
 from raypipe.sweep.claims import BACKENDS, Finding, Record, Spot, Where, curve
 
 COLOURS = {"opencv": "s0", "torchvision": "s1"}

@@ -2,7 +2,7 @@
 
 from rich.console import Console
 
-from raypipe.insight.report import terminal
+from raypipe.insight.terminal import terminal
 from raypipe.run.console import attempt, ended, goes_on, say
 from raypipe.run.settings import parse
 from raypipe.train.attempts import run

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import ray
@@ -13,7 +13,7 @@ from raypipe.data.journal import Dropped, Rejected
 from raypipe.data.location import absolute
 from raypipe.insight import planner
 from raypipe.insight import report as reports
-from raypipe.insight.report import PoolView
+from raypipe.insight.states import PoolView, Snapshot
 from raypipe.models.checkpoint import Progress
 from raypipe.run import result
 from raypipe.run.cluster.machine import versions
@@ -66,9 +66,9 @@ def report_of(
         for what in ("wait", "step", "evaluate", "checkpoint", "wall")
     }
     count = settings.training.workers
-    _put_workers(measured.snapshot, spent, count)
+    snapshot = _with_workers(measured.snapshot, spent, count)
     report = execution.report(
-        measured,
+        replace(measured, snapshot=snapshot),
         _counts(todo, progress, before=watch.before[0]),
         outputs=watch.outputs,
         ready_s=watch.began and watch.began - execution.begun_at,
@@ -124,25 +124,27 @@ def leave(settings: Settings, report: dict[str, Any], progress: Progress) -> Non
         result.leave_report(settings.running.report, "", report, rejected, dropped=dropped)
 
 
-def _put_workers(snapshot: dict[str, Any], spent: dict[str, float], count: int) -> None:
+def _with_workers(snapshot: Snapshot, spent: dict[str, float], count: int) -> Snapshot:
     """Put what the workers say of themselves into the collector's snapshot.
 
     Their meters count what the feeding thread does meanwhile; the workers' own clocks know better.
     """
-    if snapshot != reports.NOTHING_SEEN:
-        view = PoolView(
-            start=count,
-            min=count,
-            max=count,
-            end=count,
-            actor_s=spent["wall"],
-            starved_s=spent["wait"],
-        )
-        snapshot["pools"]["train"] = asdict(view)
-    mine = [actor for actor in snapshot["actors"] if actor["stage"] == "train"]
+    if snapshot == reports.NOTHING_SEEN:
+        return snapshot
+    pool = PoolView(
+        start=count,
+        min=count,
+        max=count,
+        end=count,
+        actor_s=spent["wall"],
+        starved_s=spent["wait"],
+    )
     busy_s = spent["step"] + spent["evaluate"] + spent["checkpoint"]
-    for actor in mine:
-        actor["busy_s"] = busy_s / len(mine)
+    mine = [actor for actor in snapshot.actors if actor.stage == "train"]
+    told = [replace(actor, busy_s=busy_s / len(mine)) for actor in mine]
+    others = [actor for actor in snapshot.actors if actor.stage != "train"]
+    pools = {**snapshot.pools, "train": pool}
+    return replace(snapshot, pools=pools, actors=(*others, *told))
 
 
 def _counts(todo: Todo, progress: Progress, *, before: int) -> reports.Counts:

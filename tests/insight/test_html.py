@@ -45,6 +45,7 @@ def stage(name: str, **figures) -> dict:
         "busy_s_per_image": 0.01,
         "cpu_percent": 38.2,
         "rss_peak_bytes": 536_000_000,
+        "private_peak_bytes": 336_000_000,
     }
     gpu = {
         "gpu_percent": 91.0,
@@ -341,7 +342,7 @@ def test_what_was_not_measured_is_a_dash_and_never_0():
         )
     )
     rows = {row.all("th")[0].text: row.all("td") for row in section(tree, "Stages").all("tr")[1:]}
-    assert len(rows) == 14
+    assert len(rows) == 15
     for name, (full, empty, zero) in rows.items():
         if name not in ("actors", "shares of its time"):
             assert (full.text != DASH, empty.text, zero.text[0]) == (True, DASH, "0"), name

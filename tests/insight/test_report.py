@@ -1,8 +1,16 @@
 """The verdict: which stage limits, what it waits for, and what would help; and how long the work alone took."""
 
+from dataclasses import replace
+
 import pytest
 
-from raypipe.insight.report import Clock, Counts, build, notes, verdict
+from raypipe.insight import planner
+from raypipe.insight.report import Clock, Counts, build
+from raypipe.insight.states import PoolView, Sample, Shares, Snapshot, Verdict
+from raypipe.insight.terminal import notes
+from raypipe.insight.verdict import Measured, judge
+
+Seen = tuple[planner.StageCost, Shares]
 
 
 def stage(
@@ -13,19 +21,22 @@ def stage(
     cpu_ms: float,
     busy: float = 0.95,
     on_gpu: bool = False,
-) -> dict:
-    return {
-        "name": name,
-        "actors": {"start": actors, "min": actors, "max": actors, "end": actors},
-        "busy_s_per_image": busy_ms / 1000,
-        "cpu_s_per_image": cpu_ms / 1000,
-        "core_wait_s_per_image": 0.0,
-        "cpu_percent": 10.0,
-        "on_gpu": on_gpu,
-        "busy": busy,
-        "starved": 1 - busy,
-        "blocked": 0.0,
-    }
+) -> Seen:
+    cost = planner.StageCost(
+        name=name,
+        actors=actors,
+        busy_s=busy_ms / 1000,
+        cpu_s=cpu_ms / 1000,
+        core_wait_s=0.0,
+        on_gpu=on_gpu,
+    )
+    return cost, Shares(busy=busy, starved=1 - busy, blocked=0.0)
+
+
+def verdict(stages: list[Seen], cores: float, measured: float, **more: float) -> Verdict:
+    costs = [cost for cost, _ in stages]
+    shares = {cost.name: found for cost, found in stages}
+    return judge(costs, shares, Measured(cores=cores, images_per_s=measured, seconds=60.0, **more))
 
 
 def test_a_stage_that_mostly_waits_is_said_to_wait_and_for_what():
@@ -37,8 +48,8 @@ def test_a_stage_that_mostly_waits_is_said_to_wait_and_for_what():
         8,
         95.0,
     )
-    assert slow_input["stage"] == "preprocess"
-    assert "90% of that it waited for the input, not for a core." in slow_input["reason"]
+    assert slow_input.stage == "preprocess"
+    assert "90% of that it waited for the input, not for a core." in slow_input.reason
     slow_store = verdict(
         [
             stage("preprocess", actors=4, busy_ms=4, cpu_ms=4),
@@ -48,11 +59,10 @@ def test_a_stage_that_mostly_waits_is_said_to_wait_and_for_what():
         48.0,
     )
     assert (
-        slow_store["stage"] == "write"
-        and "90% of that it waited for the store" in slow_store["reason"]
+        slow_store.stage == "write" and "90% of that it waited for the store" in slow_store.reason
     )
     working = verdict([stage("preprocess", actors=1, busy_ms=4, cpu_ms=4)], 8, 240.0)
-    assert working["stage"] == "preprocess" and "waited" not in working["reason"]
+    assert working.stage == "preprocess" and "waited" not in working.reason
 
 
 @pytest.mark.parametrize(
@@ -65,10 +75,9 @@ def test_where_training_limits_the_advice_is_another_worker(on_gpu, change):
         stage("train", actors=1, busy_ms=10, cpu_ms=1, on_gpu=on_gpu),
     ]
     said = verdict(stages, 16, 95.0)
-    assert said["stage"] == "train"
-    assert said["advice"][0]["change"] == change and said["advice"][0][
-        "predicted_images_per_s"
-    ] == pytest.approx(190)
+    assert said.stage == "train"
+    assert said.advice[0].change == change
+    assert said.advice[0].predicted_images_per_s == pytest.approx(190)
 
 
 def test_what_ray_takes_of_the_cores_counts_where_it_is_measured():
@@ -76,51 +85,44 @@ def test_what_ray_takes_of_the_cores_counts_where_it_is_measured():
         stage("preprocess", actors=2, busy_ms=4.2, cpu_ms=3.0),
         stage("write", actors=2, busy_ms=1.5, cpu_ms=1.04),
     ]
-    assert verdict(stages, 2, 430.0)["stage"] == "preprocess"
-    assert "The 2 cores limit" in verdict(stages, 2, 430.0, overhead_s=0.0004)["reason"]
+    assert verdict(stages, 2, 430.0).stage == "preprocess"
+    assert "The 2 cores limit" in verdict(stages, 2, 430.0, overhead_s=0.0004).reason
 
 
 # --- the work alone: from when the last actor could begin, to the last output ---------------------------------------------
 
 
-def sample(stage: str, actor: str, at: float, *, busy: float = 0.0, node: str = "here") -> dict:
-    """Of a node of 2 cores that has been busy for so many CPU seconds; its clock began at 0."""
-    return {
-        "stage": stage,
-        "actor": actor,
-        "node": node,
-        "at": at,
-        "images": 10,
-        "busy_s": 1.0,
-        "cpu_s": 1.0,
-        "core_wait_s": 0.0,
-        "bytes_in": 0,
-        "bytes_out": 0,
-        "gpu_seen_s": 0.0,
-        "gpu_busy_s": 0.0,
-        "gpu_memory_peak_bytes": None,
-        "node_cpu_busy_s": busy,
-        "node_cpu_total_s": 2 * at,
-    }
+def sample(stage: str, actor: str, at: float, *, busy: float = 0.0, node: str = "here") -> Sample:
+    """Of a node of 2 cores that was busy for so many CPU seconds; its clock began at 0."""
+    return Sample(
+        stage=stage,
+        actor=actor,
+        node=node,
+        at=at,
+        calls=1,
+        images=10,
+        busy_s=1.0,
+        under_way_s=0.0,
+        cpu_s=1.0,
+        core_wait_s=0.0,
+        bytes_in=0,
+        bytes_out=0,
+        rss_bytes=10,
+        rss_peak_bytes=10,
+        node_cpu_busy_s=busy,
+        node_cpu_total_s=2 * at,
+    )
 
 
 def built(
-    first: list[dict],
-    last: list[dict],
+    first: list[Sample],
+    last: list[Sample],
     *,
     outputs: list[tuple[float, int]],
-    pools: dict | None = None,
+    pools: dict[str, PoolView] | None = None,
     **more,
 ) -> dict:
-    pools = pools or {"preprocess": {"start": 2}, "write": {"start": 1}}
-    snapshot = {
-        "actors": last,
-        "first": first,
-        "started": 100.0,
-        "pools": pools,
-        "rss_peak_by_stage": {},
-        "nodes": {},
-    }
+    pools = pools or {"preprocess": PoolView(start=2), "write": PoolView(start=1)}
     return build(
         run_id="x",
         settings={},
@@ -130,7 +132,7 @@ def built(
         clock=Clock(wall_s=30.0, setup_s=1.0, ready_s=2.0, outputs=outputs),
         cpu_percent=50.0,
         stage_names=["preprocess", "write"],
-        snapshot=snapshot | {"scale_events": [], "timeline": []},
+        snapshot=Snapshot(actors=tuple(last), first=tuple(first), started=100.0, pools=pools),
         **more,
     )
 
@@ -183,15 +185,14 @@ def test_cpu_that_was_neither_the_stages_nor_rays_is_said(idle_s, told):
         sample("write", "c", 101),
     ]
     # 20 s on 2 cores: 16 CPU seconds are the stages', up to 4.5 the end of three actors, and so up to 12.2 may be Ray's.
-    used = {"busy_s": 10.0, "images": 10}
     last = [
-        sample("preprocess", "a", 121, busy=40 - idle_s) | used | {"cpu_s": 6.0},
-        sample("preprocess", "b", 121, busy=40 - idle_s) | used | {"cpu_s": 6.0},
-        sample("write", "c", 121, busy=40 - idle_s) | used | {"cpu_s": 4.0},
+        replace(sample("preprocess", "a", 121, busy=40 - idle_s), busy_s=10.0, cpu_s=6.0),
+        replace(sample("preprocess", "b", 121, busy=40 - idle_s), busy_s=10.0, cpu_s=6.0),
+        replace(sample("write", "c", 121, busy=40 - idle_s), busy_s=10.0, cpu_s=4.0),
     ]
     pools = {
-        "preprocess": {"start": 2, "max": 2, "end": 2, "actor_s": 40.0},
-        "write": {"start": 1, "max": 1, "end": 1, "actor_s": 20.0},
+        "preprocess": PoolView(start=2, min=2, max=2, end=2, actor_s=40.0),
+        "write": PoolView(start=1, min=1, max=1, end=1, actor_s=20.0),
     }
     reason = built(first, last, outputs=[(11.0, 10), (21.0, 10)], pools=pools)["verdict"]["reason"]
     assert ("Other programs held about 18% of the machine's CPU" in reason) == told, reason

@@ -9,6 +9,7 @@ from rich.cells import cell_len
 from rich.console import Console, RenderableType
 
 from raypipe.insight.markup import DASH
+from raypipe.insight.planner import Change
 from raypipe.insight.screen import (
     HISTORY_S,
     LEVELS,
@@ -21,11 +22,12 @@ from raypipe.insight.screen import (
     sparkline,
     view,
 )
+from raypipe.insight.states import LiveRun, LiveStage, ScaleEvent, Verdict
 
 HOSTILE = "x\x1b[31m[bold red]\r\n\t\x07\u202e\udc80[/]%s{}" + "w" * 300
 
 
-def stage(name: str, **figures) -> dict:
+def stage(name: str, **figures) -> LiveStage:
     known = {
         "actors": 4,
         "pending": 0,
@@ -43,15 +45,19 @@ def stage(name: str, **figures) -> dict:
         "blocked": 0.2,
         "queued": 3,
     }
-    return {"name": name, **known, **figures}
+    return LiveStage(**{"name": name, **known, **figures})
 
 
-def record(**changes) -> dict:
+def event(t_s: float, stage: str, before: int, after: int, by: str) -> ScaleEvent:
+    return ScaleEvent(t_s=t_s, stage=stage, before=before, after=after, by=by)
+
+
+def record(**changes) -> LiveRun:
     reason = "preprocess limits: its 4 actors were busy 75% of the time; write was starved 70% of its time."
-    advice = [
-        {"change": "cores 2 -> 3", "predicted_images_per_s": 400.0},
-        {"change": "preprocess actors 4 -> 5", "predicted_images_per_s": 431.5},
-    ]
+    advice = (
+        Change(change="cores 2 -> 3", predicted_images_per_s=400.0),
+        Change(change="preprocess actors 4 -> 5", predicted_images_per_s=431.5),
+    )
     known = {
         "run_id": "20261124-114200-ab12",
         "at_s": 83.4,
@@ -68,26 +74,26 @@ def record(**changes) -> dict:
         "cpu_percent": 97.6,
         "actors_at_most": 8,
         "auto": True,
-        "stages": [
+        "stages": (
             stage("preprocess", wanted=8, pending=4),
             stage("write", busy=0.3, starved=0.7, blocked=0.0, queued=12),
-        ],
-        "verdict": {"stage": "preprocess", "reason": reason, "advice": advice},
-        "scale_events": [
-            {"t_s": 12.3, "stage": "preprocess", "from": 2, "to": 4, "by": "user"},
-            {"t_s": 80.3, "stage": "preprocess", "from": 4, "to": 8, "by": "auto"},
-        ],
+        ),
+        "verdict": Verdict(stage="preprocess", reason=reason, advice=advice),
+        "scale_events": (
+            event(12.3, "preprocess", 2, 4, "user"),
+            event(80.3, "preprocess", 4, 8, "auto"),
+        ),
     }
-    return known | changes
+    return LiveRun(**known | changes)
 
 
-def unknown() -> dict:
+def unknown() -> LiveRun:
     """A run that has only begun: nothing is known that could be unknown."""
     nothing = dict.fromkeys(
         ("images_per_s", "cpu_percent", "rss_bytes", "gpu_percent", "busy", "starved", "blocked")
     )
-    stages = [stage("preprocess", actors=0, images=0, queued=0, **nothing)]
-    verdict = {"stage": None, "reason": "No stage has finished a shard.", "advice": []}
+    stages = (stage("preprocess", actors=0, images=0, queued=0, **nothing),)
+    verdict = Verdict(stage=None, reason="No stage has finished a shard.")
     blank = {
         "output": None,
         "done": 0,
@@ -97,19 +103,17 @@ def unknown() -> dict:
         "cpu_percent": None,
         "at_s": 0.0,
     }
-    return record(stages=stages, verdict=verdict, scale_events=[], auto=False, **blank)
+    return record(stages=stages, verdict=verdict, scale_events=(), auto=False, **blank)
 
 
 HOSTILES = [
     record(**{field: HOSTILE}) for field in ("run_id", "input", "output", "recipe", "backend")
 ]
 HOSTILES += [
-    record(stages=[stage(HOSTILE)]),
-    record(verdict={"stage": HOSTILE, "reason": HOSTILE, "advice": []}),
+    record(stages=(stage(HOSTILE),)),
+    record(verdict=Verdict(stage=HOSTILE, reason=HOSTILE)),
 ]
-HOSTILES += [
-    record(scale_events=[{"t_s": 1.0, "stage": HOSTILE, "from": 1, "to": 2, "by": HOSTILE}])
-]
+HOSTILES += [record(scale_events=(event(1.0, HOSTILE, 1, 2, HOSTILE),))]
 
 
 class Ascii(io.StringIO):
@@ -186,11 +190,11 @@ def test_advice_is_what_keys_can_do_first_then_what_would_bring_clearly_more():
             "cores": "cores 2 -> 3",
             "nothing": "preprocess actors 4 -> 5",
         }
-        given = [
-            {"change": changes[name], "predicted_images_per_s": rate}
+        given = tuple(
+            Change(change=changes[name], predicted_images_per_s=rate)
             for name, rate in predicted.items()
-        ]
-        what = record(verdict={"stage": "write", "reason": "Because.", "advice": given})
+        )
+        what = record(verdict=Verdict(stage="write", reason="Because.", advice=given))
         return [
             text.split(":")[0].strip()
             for text in printed(view(what, Looking(), width=80), 80)
@@ -225,7 +229,8 @@ def test_a_stage_that_has_done_everything_is_done_whatever_its_actors_are_about(
     left = {"actors": 2, "wanted": 1, "queued": 0, "images_per_s": 0.0}
     text = "\n".join(
         printed(
-            view(record(stages=[stage("preprocess", images=5000, **left)]), Looking(), width=80), 80
+            view(record(stages=(stage("preprocess", images=5000, **left),)), Looking(), width=80),
+            80,
         )
     )
     assert re.search(r"preprocess +done +0 ", text)
@@ -236,7 +241,7 @@ def test_a_stage_that_has_done_everything_is_done_whatever_its_actors_are_about(
     ):
         text = "\n".join(
             printed(
-                view(record(stages=[stage("preprocess", **left | not_yet)]), Looking(), width=80),
+                view(record(stages=(stage("preprocess", **left | not_yet),)), Looking(), width=80),
                 80,
             )
         )
@@ -247,7 +252,12 @@ def test_gpu_has_a_column_where_a_stage_has_one():
     assert "GPU" not in "\n".join(printed(view(record(), Looking(), width=80), 80))
     lines = printed(
         view(
-            record(stages=[stage("train", gpu_percent=88.0), stage("preprocess")]),
+            record(
+                stages=(
+                    stage("train", gpu_percent=88.0),
+                    stage("preprocess"),
+                )
+            ),
             Looking(),
             width=80,
         ),
@@ -290,18 +300,15 @@ def test_the_sparkline_shows_the_last_minute_from_zero_to_the_highest():
 def test_the_memory_of_it_is_a_minute_long():
     history = ()
     for second in range(200):
-        history = remember(
-            history, {"at_s": float(second), "images_per_s": None if second % 2 else 1.0}
-        )
+        now = record(at_s=float(second), images_per_s=None if second % 2 else 1.0)
+        history = remember(history, now)
     assert len(history) == HISTORY_S
     assert history[0][0] == 140.0
 
 
 @pytest.mark.parametrize("size", [(80, 24), (120, 40), (80, 14)])
 def test_a_whole_screen_ends_with_the_keys_whatever_has_to_go(size):
-    events = [
-        {"t_s": float(i), "stage": "write", "from": i, "to": i + 1, "by": "auto"} for i in range(50)
-    ]
+    events = tuple(event(float(i), "write", i, i + 1, "auto") for i in range(50))
     lines = printed(
         screen(
             record(scale_events=events),
@@ -333,7 +340,14 @@ def test_markup_in_a_name_is_text():
 
 
 def test_a_plain_line_is_one_line_with_everything_a_log_needs():
-    text = line(record(stages=[stage(HOSTILE), stage("write")]))
+    text = line(
+        record(
+            stages=(
+                stage(HOSTILE),
+                stage("write"),
+            )
+        )
+    )
     assert text.isprintable()
     plain = line(record())
     assert plain.startswith(
@@ -341,7 +355,7 @@ def test_a_plain_line_is_one_line_with_everything_a_log_needs():
     )
     assert plain.endswith("; limit: preprocess")
     assert plain.isascii()
-    json.loads(json.dumps(record()))
+    json.loads(json.dumps(record().json()))
 
 
 def test_runs_are_listed_a_row_each():

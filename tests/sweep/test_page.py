@@ -5,9 +5,9 @@ from itertools import pairwise
 
 import pytest
 
-from raypipe.insight.figures import Series, chart
 from raypipe.insight.markup import DASH
 from raypipe.sweep import page as talk
+from raypipe.sweep.charts import Series, chart
 from raypipe.sweep.claims import Where
 from tests.insight.test_html import HOSTILE, Element, Reader, figure, section, shape
 from tests.sweep.played import Library, sweep, training

@@ -20,7 +20,7 @@ from ray.data._internal.actor_autoscaler.autoscaling_actor_pool import (
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data._internal.execution.operators.actor_pool_map_operator import _ActorPool
 
-from raypipe.insight.report import PoolView
+from raypipe.insight.states import PoolView
 
 _CONFIG = "raypipe.observe"
 

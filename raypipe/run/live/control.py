@@ -1,4 +1,7 @@
-"""A run from outside: which there are, how they go, and how many actors they shall have. For other processes, nodes and notebooks."""
+"""Runs from outside: which go on, how they go, and how many actors they have.
+
+For other processes, nodes and notebooks.
+"""
 
 import os
 import time
@@ -10,20 +13,21 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 
 from raypipe import UsageError
+from raypipe.insight.states import LiveRun
 from raypipe.run.cluster.session import ENDING, check_answers, token_missing, without_rays_lines
 from raypipe.run.live import registry
 from raypipe.run.live.collector import NAMESPACE
 
 _NAME = "raypipe-"
 _ANSWER_S = 60.0
-"""A collector takes half a minute to start on a machine that is busy."""
+"""A collector takes half a minute to start on a busy machine."""
 
 _joined: list[str] = []  # the address of the Ray that this module has joined, if it has
 
 
 @dataclass(frozen=True)
 class Place:
-    """A run that goes on, and the address of the Ray that it is on; None: the Ray of this process."""
+    """A run that goes on, and the address of its Ray; None: the Ray of this process."""
 
     run_id: str
     address: str | None
@@ -39,7 +43,7 @@ def connect(address: str) -> None:
     if address in _joined and ray.is_initialized():
         return
     leave()
-    # Ray would ask 20 times, 40 s each where nobody listens; who types a command wants to know sooner.
+    # Ray would ask 20 times, for 40 s each where nobody listens: too long for a typed command.
     os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "2")
     try:
         check_answers(address)
@@ -50,24 +54,26 @@ def connect(address: str) -> None:
     except (OSError, ValueError, RuntimeError) as error:
         if address == "auto":
             raise UsageError(
-                "No Ray runs on this machine, so there is no run to look at. Start one (python jobs/preprocess.py ...), or name its cluster "
-                "with --address or RAY_ADDRESS."
+                "No Ray runs on this machine, so there is no run to look at. Start one "
+                "(python jobs/preprocess.py ...), or name its cluster with --address or "
+                "RAY_ADDRESS."
             ) from error
         raise token_missing(address, error) or UsageError(
-            f"No Ray cluster answers at {address!r} ({str(error).splitlines()[0]}). Correct --address or RAY_ADDRESS."
+            f"No Ray cluster answers at {address!r} ({str(error).splitlines()[0]}). "
+            "Correct --address or RAY_ADDRESS."
         ) from error
     _joined.append(address)
 
 
 def leave() -> None:
-    """Leave the cluster that was joined here; one that the process has for other reasons stays."""
+    """Leave the cluster that was joined here. One that the process joined otherwise stays."""
     if _joined and ray.is_initialized():
         ray.shutdown()
     _joined.clear()
 
 
 def names() -> list[str]:
-    """The ids of the runs of the cluster that this process is in."""
+    """The ids of the runs of the cluster that this process has joined."""
     found = ray.util.list_named_actors(all_namespaces=True)
     return sorted(
         actor["name"].removeprefix(_NAME)
@@ -77,8 +83,10 @@ def names() -> list[str]:
 
 
 def places(address: str | None = None) -> list[Place]:
-    """The runs that go on: of the cluster at `address`; without one those of this machine, of the cluster
-    that RAY_ADDRESS names, and of the Ray that this process has. Nothing else is joined.
+    """The runs that go on.
+
+    Those of the cluster at `address`. Without one: those of this machine, of the cluster that
+    RAY_ADDRESS names, and of the Ray that this process has. No other Ray is joined.
 
     Raises:
         UsageError: there is no cluster at that address.
@@ -97,8 +105,8 @@ def places(address: str | None = None) -> list[Place]:
     return list(found.values())
 
 
-def runs(address: str | None = None) -> list[dict[str, Any]]:
-    """The live records (`Control.live`) of `places`, the newest first.
+def runs(address: str | None = None) -> list[LiveRun]:
+    """The live records of `places`, the newest first.
 
     Raises:
         UsageError: there is no cluster at that address.
@@ -106,10 +114,10 @@ def runs(address: str | None = None) -> list[dict[str, Any]]:
     records = []
     for place in places(address):
         try:
-            records.append(_at(place).live())
+            records.append(_at(place).look())
         except UsageError:  # it ended between the two questions
             continue
-    return sorted(records, key=lambda record: record["at_s"])
+    return sorted(records, key=lambda record: record.at_s)
 
 
 def attach(
@@ -122,7 +130,7 @@ def attach(
 
     Args:
         address: of its cluster, if it is known (`places`).
-        waiting: where there is none, one is waited for: this is called once before.
+        waiting: where there is none, wait for one, and call this once before.
 
     Raises:
         UsageError: there is none, several, or none of that name.
@@ -159,7 +167,8 @@ def _at(place: Place) -> "Control":
         return Control(place.run_id, ray.get_actor(f"{_NAME}{place.run_id}", namespace=NAMESPACE))
     except ValueError as error:
         raise UsageError(
-            f"The run {place.run_id} has not begun yet, or has ended. `raypipe runs` lists those that go on."
+            f"The run {place.run_id} has not begun yet, or has ended. "
+            "`raypipe runs` lists those that go on."
         ) from error
 
 
@@ -170,20 +179,37 @@ class Control:
         self.run_id = run_id
         self._collector = collector
 
-    def live(self) -> dict[str, Any]:
-        """How the run goes: JSON types, None is unknown (`raypipe.run.live.collector.Collector.live`).
+    def look(self) -> LiveRun:
+        """How the run goes.
 
         Raises:
             UsageError: it has ended.
         """
-        return self._ask("live")
+        found = self._ask("live")
+        if not isinstance(found, LiveRun):
+            raise self._other_version()
+        return found
 
-    def scale(self, counts: Mapping[str, int]) -> dict[str, int]:
-        """Have so many actors of the stages named; all wanted counts are returned. New actors take as long as their start takes, and
-        those too many finish what they have: no row is lost or done twice. `auto` leaves a stage alone from then on.
+    def live(self) -> dict[str, Any]:
+        """How the run goes, as JSON types; None is unknown (`raypipe.insight.states.LiveRun`).
 
         Raises:
-            UsageError: more than the cluster has CPUs for, less than 1, or no such stage: nothing is changed. Or the run has ended.
+            UsageError: it has ended.
+        """
+        return self.look().json()
+
+    def scale(self, counts: Mapping[str, int]) -> dict[str, int]:
+        """Set the number of actors of the stages named.
+
+        New actors take as long as their start takes. Surplus ones finish what they have: no row is
+        lost or done twice. `auto` leaves such a stage alone from then on.
+
+        Returns:
+            The wanted counts of all stages.
+
+        Raises:
+            UsageError: the counts are more than the cluster has CPUs for or below 1, or there is no
+                such stage: nothing is changed. Or the run has ended.
         """
         answer = self._ask("scale", dict(counts))
         if isinstance(answer, str):
@@ -202,12 +228,15 @@ class Control:
                 return ray.get(getattr(self._collector, question).remote(*given), timeout=_ANSWER_S)
         except GetTimeoutError as error:
             raise UsageError(
-                f"The run {self.run_id} has not answered for {_ANSWER_S:.0f} s: its cluster is overloaded, or cannot be "
-                f"reached. Nothing was changed. Try again."
+                f"The run {self.run_id} has not answered for {_ANSWER_S:.0f} s: its cluster is "
+                "overloaded, or cannot be reached. Nothing was changed. Try again."
             ) from error
         except RayError as error:
             raise gone from error
         except AttributeError as error:
-            raise UsageError(
-                f"The run {self.run_id} is one of another version of raypipe, which cannot be asked."
-            ) from error
+            raise self._other_version() from error
+
+    def _other_version(self) -> UsageError:
+        return UsageError(
+            f"The run {self.run_id} is one of another version of raypipe, which cannot be asked."
+        )

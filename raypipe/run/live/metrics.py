@@ -1,6 +1,7 @@
-"""A run's figures for Prometheus, through Ray: every node's Ray agent exports them, as `ray_raypipe_...`.
+"""A run's figures for Prometheus: the Ray agent of every node exports them, as `ray_raypipe_...`.
 
-Ray's workers hand their metrics to the agent every 10 s (metrics_report_interval_ms), so figures that are rates are means over that long.
+Ray's workers hand their metrics to the agent every 10 s (metrics_report_interval_ms), so rates are
+means over that long.
 """
 
 import time
@@ -10,11 +11,11 @@ from dataclasses import dataclass
 
 from ray.util.metrics import Counter, Gauge
 
-from raypipe.run.meter import Sample
+from raypipe.insight.states import STATES, LiveRun, Sample
 
 EXPORT_EVERY_S = 10.0
 GONE_AFTER_S = 5.0
-"""An actor that has sent nothing for so long has ended: they send every second."""
+"""An actor that has sent nothing for so long has ended: each sends every second."""
 
 Place = tuple[str, str]
 """A stage on a node."""
@@ -22,7 +23,10 @@ Place = tuple[str, str]
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """What one stage does on one node. Rates are means of the last EXPORT_EVERY_S; None before there are two looks."""
+    """What one stage does on one node.
+
+    Rates are means of the last EXPORT_EVERY_S; None until there were two looks.
+    """
 
     actors: int
     images: int
@@ -32,21 +36,19 @@ class Share:
 
 
 class Places:
-    """From actors' running totals to what happens where."""
+    """Turns the running totals of actors into shares of places."""
 
     def __init__(self) -> None:
-        self._totals: deque[tuple[float, dict[Place, int], dict[Place, float]]] = (
-            deque()
-        )  # when; images and CPU seconds by then
-        self._seen: dict[
-            str, tuple[float, float]
-        ] = {}  # actor -> when its latest sample was taken, by its clock and by ours
+        # When, and the images and CPU seconds of each place by then.
+        self._totals: deque[tuple[float, dict[Place, int], dict[Place, float]]] = deque()
+        # Of each actor, when its latest sample was taken, by its clock and by ours.
+        self._seen: dict[str, tuple[float, float]] = {}
 
     def look(self, now: float, samples: Iterable[Sample]) -> dict[Place, Share]:
         """Every place that ever had an actor.
 
         Args:
-            now: seconds of a clock that is never set.
+            now: seconds of a monotonic clock.
             samples: the latest of every actor that ever was.
         """
         images: dict[Place, int] = defaultdict(int)
@@ -56,7 +58,7 @@ class Places:
             place = (sample.stage, sample.node)
             images[place] += sample.images
             cpu_s[place] += sample.cpu_s
-            # Whether an actor is there shows in its samples' times moving: the clocks of two nodes may differ.
+            # An actor is there while the times of its samples move: clocks of nodes may differ.
             if self._seen.get(sample.actor, (None, 0.0))[0] != sample.at:
                 self._seen[sample.actor] = (sample.at, now)
             if now - self._seen[sample.actor][1] < GONE_AFTER_S:
@@ -83,12 +85,12 @@ _BY_STAGE = ("run", "stage")
 
 
 class Metrics:
-    """The metrics of one run, set from live records and the latest sample of each actor; lives in the run's collector."""
+    """The metrics of one run; lives in the run's collector."""
 
     def __init__(self, run_id: str):
         self._run = run_id
         self._places = Places()
-        self._counted: dict[tuple, float] = defaultdict(float)
+        self._counted: dict[tuple[object, ...], float] = defaultdict(float)
         self._actors = Gauge("raypipe_stage_actors", "Actors of the stage that run.", _BY_NODE)
         self._wanted = Gauge(
             "raypipe_stage_actors_wanted", "Actors that the stage is to have.", _BY_STAGE
@@ -113,10 +115,8 @@ class Metrics:
                 f"Share of its time that an actor of the stage {meaning}.",
                 _BY_STAGE,
             )
-            for state, meaning in (
-                ("busy", "works"),
-                ("starved", "has no input"),
-                ("blocked", "waits for the next stage"),
+            for state, meaning in zip(
+                STATES, ("works", "has no input", "waits for the next stage"), strict=True
             )
         }
         self._queued = Gauge(
@@ -128,28 +128,28 @@ class Metrics:
         )
         self._rejected = Counter("raypipe_run_images_rejected_total", "Images rejected.", ("run",))
 
-    def record(self, live: dict, samples: Iterable[Sample]) -> None:
-        """Set everything; about once a second.
+    def record(self, live: LiveRun, samples: Iterable[Sample]) -> None:
+        """Set everything; about twice a second.
 
         Args:
             live: the run's live record.
-            samples: of every actor that ever was its latest.
+            samples: the latest of every actor that ever was.
         """
         self._run_totals(live)
-        for stage in live["stages"]:
-            tags = {"run": self._run, "stage": stage["name"]}
-            self._wanted.set(stage["wanted"], tags)
-            self._queued.set(stage["queued"], tags)
+        for stage in live.stages:
+            tags = {"run": self._run, "stage": stage.name}
+            self._wanted.set(stage.wanted, tags)
+            self._queued.set(stage.queued, tags)
             for state, gauge in self._ratios.items():
-                if stage[state] is not None:
-                    gauge.set(stage[state], tags)
+                if (share := getattr(stage, state)) is not None:
+                    gauge.set(share, tags)
         self._by_node(self._places.look(time.monotonic(), samples))
 
-    def _run_totals(self, live: dict) -> None:
+    def _run_totals(self, live: LiveRun) -> None:
         tags = {"run": self._run}
-        self._todo.set(live["images"], tags)
-        self._raise(self._done, live["done"], tags)
-        self._raise(self._rejected, live["rejected"], tags)
+        self._todo.set(live.images, tags)
+        self._raise(self._done, live.done, tags)
+        self._raise(self._rejected, live.rejected, tags)
 
     def _raise(self, counter: Counter, total: float, tags: dict[str, str]) -> None:
         key = (counter, *tags.values())

@@ -5,9 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from raypipe.insight.report import PoolView
+from raypipe.insight.states import PoolView, Sample, ScaleEvent
 from raypipe.run.live.collector import Collector, Facts
-from raypipe.run.meter import Sample
 
 
 class Pipeline:
@@ -86,8 +85,8 @@ class Pipeline:
         self.wanted = dict(self.collector.observe(self.pools))
 
     @property
-    def events(self) -> list[dict]:
-        return self.collector.live()["scale_events"]
+    def events(self) -> tuple[ScaleEvent, ...]:
+        return self.collector.live().scale_events
 
 
 FACTS = Facts(images=10**6, cores=2, at_most=20, auto=("preprocess", "write"))
@@ -104,7 +103,7 @@ def test_auto_goes_to_the_best_allocation_and_stays_there():
     settled = len(played.events)
     played.run(120)
     assert len(played.events) == settled  # no oscillation
-    assert all(event["by"] == "auto" for event in played.events)
+    assert all(event.by == "auto" for event in played.events)
 
 
 def test_auto_follows_a_change_within_20_s_without_oscillating():
@@ -189,7 +188,7 @@ def test_what_cannot_be_changes_nothing(counts, reason):
     assert reason in played.collector.scale(counts)
     played.run(1)
     assert played.wanted == {"preprocess": 2, "write": 2} and not played.events
-    assert played.collector.live()["auto"]
+    assert played.collector.live().auto
 
 
 def test_actors_on_gpus_are_counted_by_gpus_not_by_cpus():
@@ -225,17 +224,17 @@ def test_the_live_record_says_how_it_goes_of_late():
     )
     played.run(20)
     record = played.collector.live()
-    assert record["images_per_s"] == pytest.approx(10, rel=0.1)
-    assert record["eta_s"] == pytest.approx((10**6 - record["done"]) / record["images_per_s"])
-    preprocess, write = record["stages"]
-    assert (preprocess["busy"], preprocess["starved"]) == (
+    assert record.images_per_s == pytest.approx(10, rel=0.1)
+    assert record.eta_s == pytest.approx((10**6 - record.done) / record.images_per_s)
+    preprocess, write = record.stages
+    assert (preprocess.busy, preprocess.starved) == (
         pytest.approx(0.5, abs=0.05),
         pytest.approx(0.0),
     )
-    assert preprocess["blocked"] == pytest.approx(0.5, abs=0.05)
-    assert write["busy"] == pytest.approx(1.0, abs=0.05)
-    assert record["verdict"]["stage"] == "write"
-    assert record["verdict"]["advice"][0]["change"] == "write actors 2 -> 3"
+    assert preprocess.blocked == pytest.approx(0.5, abs=0.05)
+    assert write.busy == pytest.approx(1.0, abs=0.05)
+    assert record.verdict.stage == "write"
+    assert record.verdict.advice[0].change == "write actors 2 -> 3"
 
 
 def test_a_node_whose_clock_is_behind_is_no_node_whose_actors_are_gone():
@@ -247,9 +246,9 @@ def test_a_node_whose_clock_is_behind_is_no_node_whose_actors_are_gone():
     played.run(20)
     sample = next(sample for sample in played.collector._latest.values() if sample.stage == "write")
     played.collector.record(replace(sample, actor="elsewhere", at=played.now - 60, rss_bytes=90))
-    (_, write) = played.collector.live()["stages"]
-    assert write["rss_bytes"] == 100
-    assert played.collector.snapshot()["rss_peak_by_stage"]["write"] == 100
+    (_, write) = played.collector.live().stages
+    assert write.rss_bytes == 100
+    assert played.collector.snapshot().rss_peak_by_stage["write"] == 100
 
 
 def test_a_stage_that_is_done_limits_nothing_any_more():
@@ -264,5 +263,5 @@ def test_a_stage_that_is_done_limits_nothing_any_more():
     )
     played.busy_s = {"write": 0.2}
     played.run(20)
-    verdict = played.collector.live()["verdict"]
-    assert verdict["stage"] == "write" and "preprocess" not in verdict["reason"]
+    verdict = played.collector.live().verdict
+    assert verdict.stage == "write" and "preprocess" not in verdict.reason

@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from raypipe.cli import main
+from raypipe.insight.states import Sample
 from raypipe.run.live.metrics import Places, Share
-from raypipe.run.meter import Sample
 from tests.support.clusters import environment, free_ports, head, wait_for
 
 ROOT = Path(__file__).parents[3]

@@ -1,0 +1,142 @@
+"""How many actors each stage is to have: what a person asked for, and what the planner changes."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from raypipe.insight import planner
+from raypipe.insight.states import PoolView, ScaleEvent
+
+SETTLE_S = 2.0
+"""How long costs are left alone after a change has taken effect."""
+
+WORTH_STARTING_S = 8.0
+"""With less than this left to do, new actors would hardly be ready before the end."""
+
+CALLS_PER_ACTOR = 2
+"""The planner waits for so many calls of each actor in the window: one call may be an odd one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What is known of a run when its execution begins.
+
+    `at_most`: actors of all stages together that Ray has logical CPUs for, those on GPUs not counted.
+    `auto`: stages whose count the planner may change. `on_gpu`: stages each of whose actors holds
+    one of the `gpus`.
+    """
+
+    input: str = ""
+    output: str | None = None
+    recipe: str = ""
+    backend: str = ""
+    images: int = 0
+    cores: float = 1.0
+    at_most: int = 1
+    auto: tuple[str, ...] = ()
+    on_gpu: tuple[str, ...] = ()
+    gpus: int = 0
+
+
+class Steering:
+    """The wanted counts of a run, and how they came about."""
+
+    def __init__(self, facts: Facts, started: float):
+        self._facts = facts
+        self._started = self.settled_at = started
+        self._by_hand: set[str] = set()
+        self.wanted: dict[str, int] = {}
+        self.events: list[ScaleEvent] = []
+
+    def begin(self, at: float) -> None:
+        """The execution begins."""
+        self._started = self.settled_at = at
+
+    def seen(self, stage: str, pool: PoolView) -> None:
+        """The execution has such a pool: its initial count is what is wanted until somebody asks."""
+        self.wanted.setdefault(stage, pool.start)
+
+    @property
+    def auto(self) -> set[str]:
+        """The stages that the planner may change."""
+        return set(self._facts.auto) - self._by_hand
+
+    def scale(self, counts: Mapping[str, int], now: float) -> dict[str, int] | str:
+        """Set the count of actors of some stages for good: the planner leaves them alone from then on.
+
+        Returns:
+            All wanted counts; or the reason of a refusal, and nothing is changed.
+        """
+        if (refusal := self._refusal(counts)) is not None:
+            return refusal
+        self._by_hand |= set(counts)
+        self._change(counts, "user", now)
+        return self.wanted
+
+    def _refusal(self, counts: Mapping[str, int]) -> str | None:
+        if not self.wanted:
+            return "the run has not begun yet; try again when its first actors start"
+        for stage, count in counts.items():
+            if stage not in self.wanted:
+                return f"this run has no stage {stage!r}; its stages are {', '.join(self.wanted)}"
+            if count < 1:
+                return "a stage needs at least 1 actor"
+        wanted = {**self.wanted, **counts}
+        on_gpu = {stage: count for stage, count in wanted.items() if stage in self._facts.on_gpu}
+        on_cpu = {stage: count for stage, count in wanted.items() if stage not in on_gpu}
+        if sum(on_cpu.values()) > self._facts.at_most:
+            return (
+                f"{_parts(on_cpu)} are {sum(on_cpu.values())} actors, but there is room for "
+                f"{self._facts.at_most} (a CPU of the cluster each, or memory on a machine alone)"
+            )
+        if sum(on_gpu.values()) > self._facts.gpus:
+            return f"{_parts(on_gpu)} take a GPU each, but there are {self._facts.gpus}"
+        return None
+
+    def _change(self, counts: Mapping[str, int], by: str, now: float) -> None:
+        for stage, count in counts.items():
+            if count != self.wanted[stage]:
+                at_s = max(now - self._started, 0.0)
+                event = ScaleEvent(
+                    t_s=at_s, stage=stage, before=self.wanted[stage], after=count, by=by
+                )
+                self.events.append(event)
+        self.wanted = {**self.wanted, **counts}
+        self.settled_at = now + SETTLE_S
+
+    def steer(
+        self,
+        now: float,
+        pools: Mapping[str, PoolView],
+        costs: Callable[[float], Sequence[planner.StageCost] | None],
+        left_s: float,
+    ) -> None:
+        """Let the planner change what it may, once the last change has taken effect and enough was
+        seen since.
+
+        Args:
+            costs: what an image has cost each stage since a moment; None: too little was seen.
+            left_s: seconds that the run will take, by its rate of now.
+        """
+        if not self.auto or not pools or any(pool.done for pool in pools.values()):
+            return
+        if changing(pools):
+            self.settled_at = now + SETTLE_S
+        seen = costs(self.settled_at)
+        if seen is None or left_s < WORTH_STARTING_S:
+            return
+        machine = planner.Machine(
+            cores=self._facts.cores, actors=self._facts.at_most, gpus=self._facts.gpus or None
+        )
+        fixed = {cost.name for cost in seen} - self.auto
+        counts = planner.better(seen, machine, fixed=fixed)
+        if counts is not None:
+            self._change({s: n for s, n in counts.items() if s in self.wanted}, "auto", now)
+
+
+def changing(pools: Mapping[str, PoolView]) -> bool:
+    """Whether actors start or go, or a stage has none."""
+    return any(pool.pending or pool.draining or not pool.running for pool in pools.values())
+
+
+def _parts(counts: Mapping[str, int]) -> str:
+    return " + ".join(f"{count} {stage}" for stage, count in counts.items())
