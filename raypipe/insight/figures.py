@@ -1,8 +1,8 @@
 """Figures as inline SVG, without a script: the timeline of a run, and parts of any figure.
 
 Figures have no fixed size. Lines stretch to the width (a nested `viewBox`, strokes that do not
-scale) and text is placed in percent, so it is as readable on a phone as on a wide screen. Colours are
-CSS classes of raypipe.insight.html.
+scale) and text is placed in percent, so it is as readable on a phone as on a wide screen. Colours
+are CSS classes of raypipe.insight.html.
 """
 
 import math
@@ -273,7 +273,7 @@ def _path(line: _Line, times: _Times, top: float) -> str:
 
 
 def apart(spans: Sequence[tuple[float, float]], most: int) -> list[int | None]:
-    """For each span a row in which it covers no earlier one; None where no row of `most` is free."""
+    """For each span a row in which it covers no earlier one; None where all `most` are taken."""
     taken: list[list[tuple[float, float]]] = [[] for _ in range(most)]
     rows: list[int | None] = []
     for start, end in spans:

@@ -1,17 +1,17 @@
-"""From what the stages cost to which one limits, what a change would bring, and how many actors each should have.
+"""The model: from what stages cost to which limits, what a change brings, and how many actors.
 
 Stage i needs b_i busy seconds and u_i CPU seconds an image. With c_i actors on C cores:
 
     throughput = min( min_i c_i / b_i , C / (o + sum_i u_i) )     images/s
 
-less what is lost near the point where both bounds meet: actors that wait most of the time do not take turns at the cores, but now and then
-all want them at once (`_rate`).
+o is the CPU that Ray itself spends on an image, where it was measured. Near the point where both
+bounds meet some is lost: actors that mostly wait do not take turns at the cores, but now and then
+all want one at once (`_rate`). A run reaches the share of it in which its limiting stage is busy:
+Ray hands out work ten times a second, and actors wait for that (`_reached`).
 
-A run reaches of it what its limiting stage is busy of the time: Ray hands out work ten times a second, so that actors wait for it (`_reached`).
-
-o is the CPU that Ray itself spends on an image, where it was measured; a stage that trains has a GPU for each of its actors. Busy seconds
-contain waiting for a disk or a network, which more actors do side by side; waiting for a core is taken off, for more actors only make it
-longer (`uncontended`).
+Busy seconds contain waiting for a disk or a network, which more actors do side by side. Waiting
+for a core is subtracted, because more actors only make it longer (`uncontended`). A stage that
+trains has a GPU for each of its actors.
 """
 
 import math
@@ -20,28 +20,28 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 CORES = "cores"
-"""What `bound` calls the machine's cores when no single stage's actors limit, but all of them together."""
+"""What `bound` returns where the cores limit, and not the actors of one stage."""
 
 ENOUGH = 0.95
-"""Stages are given actors until the model's throughput is this near to what the cores allow: the rest is noise."""
+"""Stages get actors until the model's throughput is this near to what the cores allow."""
 
 LEAST_REACHED = 0.9
-"""Of the model's throughput; a run in which less was reached was too short, or its input too slow, to tell."""
+"""Of the model's throughput; a run that reached less was too short, or its input too slow."""
 
 RAYS_SHARE = 0.3
-"""Of the stages' own CPU: so much more may be that of Ray's own processes."""
+"""So much of the stages' own CPU may be that of Ray's own processes besides."""
 
 RAYS_CORES = 0.3
-"""Cores that those may take besides, however little the stages do (measured: 0.25, preprocess actors waiting for one slow writer)."""
+"""Cores that Ray may take however little the stages do (measured: 0.25, with one slow writer)."""
 
 END_S = 1.5
-"""CPU seconds that the end of an actor may take, while Python and the libraries take themselves down (measured: 0.3 with OpenCV, 1.3 with torchvision)."""
+"""CPU seconds in which Python and libraries end (measured: 0.3 with OpenCV, 1.3 torchvision)."""
 
 TOLD = 10.0
-"""Percent of all cores that other programs may hold before it is said: less changes no conclusion."""
+"""Other programs are mentioned above this percent of all cores: less changes no conclusion."""
 
 WORTH = 1.05
-"""A running pool is changed when the model expects at least this ratio: less is within the noise of what stages cost."""
+"""A pool is resized where the model expects at least this ratio: less is within the noise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +64,12 @@ class StageCost:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What the stages run on. `cores` they share; `actors`: room for so many, those on GPUs not counted; `gpus`: None, those in use;
-    `overhead_s`: CPU seconds of Ray itself, an image; `reached`: share of the model's throughput that a run reaches."""
+    """What the stages run on.
+
+    `cores`: shared by all. `actors`: room for so many, those on GPUs not counted. `gpus`: None,
+    those in use. `overhead_s`: CPU seconds of Ray itself, an image. `reached`: the share of the
+    model's throughput that a run reaches.
+    """
 
     cores: float
     actors: int = 0
@@ -81,7 +85,7 @@ def bound(stages: Sequence[StageCost], machine: Machine) -> tuple[float, str]:
         (_rate(stage, stage.actors, at_most), stage.name) for stage in stages if stage.busy_s > 0
     ]
     rate, slowest = min(bounds, default=(0.0, CORES))
-    # Where actors are enough, and also in a tie, it is the cores: "more actors" would be bad advice.
+    # With enough actors, and in a tie, the cores limit: "more actors" would be bad advice.
     by_actors = min(
         (stage.actors / stage.busy_s for stage in stages if stage.busy_s > 0), default=math.inf
     )
@@ -91,15 +95,16 @@ def bound(stages: Sequence[StageCost], machine: Machine) -> tuple[float, str]:
 def _rate(stage: StageCost, actors: int, at_most: float) -> float:
     """Images/s of a stage whose actors share cores that allow `at_most`.
 
-    An image keeps an actor waiting for busy_s - cpu_s and then needs a core for cpu_s, or queues for it: the finite-source queue M/M/c//N (Kleinrock,
-    Queueing Systems I, 3.8), c being the cores' share for this stage, at_most * cpu_s, at least one. Without waiting, or with no more actors
-    than that, it is the plain bound.
+    An image keeps an actor waiting for busy_s - cpu_s, then needs a core for cpu_s or queues for
+    it. That is the finite-source queue M/M/c//N (Kleinrock, Queueing Systems I, 3.8). c is this
+    stage's share of the cores, at_most * cpu_s, at least one. Without waiting, or with no more
+    actors than c, it is the plain bound.
     """
     cores = max(at_most * stage.cpu_s, 1.0)
     waits_s = stage.busy_s - stage.cpu_s
     if actors <= cores or waits_s <= 0 or not stage.cpu_s:
         return min(actors / stage.busy_s, at_most)
-    # weight: how likely it is that so many of the actors want a core, relative to all other numbers of them.
+    # weight: how likely so many of the actors want a core, relative to other numbers of them.
     weight = total = 1.0
     served = 0.0
     for wanting in range(1, actors + 1):
@@ -122,10 +127,10 @@ def with_actors(stages: Sequence[StageCost], counts: Mapping[str, int]) -> list[
 
 
 def uncontended(stages: Sequence[StageCost], cores: float) -> list[StageCost]:
-    """`stages` with busy seconds less what is spent waiting for a core: what an image would take on a free one.
+    """`stages` with busy seconds less the waiting for a core: what an image takes on a free one.
 
-    Where that is not measured and the actors' CPU seconds fill the cores, contention can explain all of the waiting, and is taken to:
-    the measurement then says no more than that.
+    Where that waiting was not measured and the actors' CPU seconds fill the cores, contention can
+    explain all of the waiting, and is assumed to.
     """
     rate = min((stage.actors / stage.busy_s for stage in stages if stage.busy_s > 0), default=0.0)
     full = bool(cores) and rate * sum(stage.cpu_s for stage in stages) / cores >= 0.9
@@ -149,12 +154,12 @@ def best(
     images: float = math.inf,
     start_s: float = 0.0,
 ) -> dict[str, int]:
-    """The fewest actors of each stage that reach the model's highest throughput; or, with `images`, that are done with these soonest.
+    """The fewest actors of each stage that reach the highest throughput.
 
     Args:
-        stages: their costs (`uncontended`); the counts they have matter for `fixed` ones only.
+        stages: their costs (`uncontended`). Their counts matter only for `fixed` ones.
         fixed: stages whose count stays as it is.
-        images: how many there are to do.
+        images: how many there are to do: the counts that are done with these first.
         start_s: CPU seconds that starting an actor costs.
     """
     on_gpu = {stage.name for stage in stages if stage.on_gpu}
@@ -190,9 +195,10 @@ def best(
 def better(
     stages: Sequence[StageCost], machine: Machine, *, fixed: Collection[str] = ()
 ) -> dict[str, int] | None:
-    """Counts that are worth changing to, by the costs as measured with those there are; None: what there is will do.
+    """Counts that are worth changing to, by costs measured with the present ones; None: none are.
 
-    Stages that must give some up for others do; actors that only wait are left alone, as they cost memory and no time.
+    Stages give up actors only where others need the room. Actors that only wait stay: they cost
+    memory and no time.
     """
     free = uncontended(stages, machine.cores)
     now, _ = bound(free, machine)
@@ -211,7 +217,7 @@ def better(
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """Something a user can do, and the throughput the model expects of it."""
+    """Something that a user can do, and the throughput that the model expects of it."""
 
     change: str
     predicted_images_per_s: float
@@ -220,7 +226,8 @@ class Change:
 def changes(stages: Sequence[StageCost], machine: Machine, measured: float) -> list[Change]:
     """What one more actor of each stage, and one more core, would bring; best first.
 
-    The model gives the ratio; `measured` images/s anchors it, so what the model leaves out does not show as gain.
+    The model gives the ratio and `measured` (images/s) the base, so that what the model leaves out
+    does not look like a gain.
     """
     base = uncontended(stages, machine.cores)
     now, _ = bound(base, machine)
@@ -228,7 +235,8 @@ def changes(stages: Sequence[StageCost], machine: Machine, measured: float) -> l
         return []
     options = [
         (
-            f"{stage.name} {'workers' if stage.on_gpu else 'actors'} {stage.actors} -> {stage.actors + 1}{', with a GPU more' if stage.on_gpu else ''}",
+            f"{stage.name} {'workers' if stage.on_gpu else 'actors'} "
+            f"{stage.actors} -> {stage.actors + 1}{', with a GPU more' if stage.on_gpu else ''}",
             [replace(s, actors=s.actors + (s is stage)) for s in base],
             machine,
         )
@@ -250,7 +258,7 @@ def changes(stages: Sequence[StageCost], machine: Machine, measured: float) -> l
         for text, then, on in options
     ]
     distinct: list[Change] = []
-    for change in found:  # what costs more and brings no more is no advice
+    for change in found:  # a change that brings no more than another is no advice
         if all(
             abs(change.predicted_images_per_s / other.predicted_images_per_s - 1) > 0.02
             for other in distinct
@@ -260,17 +268,20 @@ def changes(stages: Sequence[StageCost], machine: Machine, measured: float) -> l
 
 
 def held_by_others(busy_percent: float, own_cores: float, cores: float) -> float:
-    """Percent of all cores that programs other than the run held, at least: what may be Ray's is not among it.
+    """Percent of all cores that other programs held, at least: what may be Ray's is not in it.
 
     Args:
         busy_percent: of all cores, by whatever ran, 0 to 100.
-        own_cores: cores that the stages themselves used meanwhile, the end of their actors included (END_S each).
+        own_cores: cores that the stages used meanwhile, with the end of their actors (END_S each).
     """
     return max(busy_percent - 100 * (own_cores * (1 + RAYS_SHARE) + RAYS_CORES) / cores, 0.0)
 
 
 def costs_of(stages: Sequence[Mapping[str, Any]]) -> list[StageCost]:
-    """What a report's stages cost as measured, with the actors that they had at the end; those that have finished no shard are left out."""
+    """What a report's stages cost as measured, with the actors that they had at the end.
+
+    Stages that finished no shard are left out.
+    """
     return [
         StageCost(
             name=stage["name"],
@@ -287,7 +298,7 @@ def costs_of(stages: Sequence[Mapping[str, Any]]) -> list[StageCost]:
 
 
 def of_report(report: Mapping[str, Any]) -> tuple[list[StageCost], Machine]:
-    """What a report says of its stages (`uncontended`, with the actors that they had at the end) and of the machine.
+    """What a report says of its stages (`costs_of`, `uncontended`) and of the machine.
 
     Raises:
         ValueError: no stage has finished a shard, so nothing is known of what it costs.
@@ -309,7 +320,7 @@ def of_report(report: Mapping[str, Any]) -> tuple[list[StageCost], Machine]:
 
 
 def _reached(report: Mapping[str, Any], limit: str) -> float:
-    """How busy what limits was, 0 to 1."""
+    """How busy the limiting stage was, 0 to 1."""
     if limit == CORES:
         busy = (report.get("work_cpu_percent") or 100.0) / 100
     else:
@@ -321,7 +332,7 @@ def _reached(report: Mapping[str, Any], limit: str) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Outlook:
-    """What a run would be on a machine. Rates are images/s; `gains`: what one more of something would bring, and the rate then."""
+    """A run on a machine. Rates are images/s; `gains`: one more of something, and the rate then."""
 
     machine: Machine
     counts: dict[str, int]
@@ -333,7 +344,7 @@ class Outlook:
 def outlook(
     stages: Sequence[StageCost], machine: Machine, counts: Mapping[str, int] | None = None
 ) -> Outlook:
-    """The best allocation on `machine` (or `counts`), its throughput and limit, and what one more actor, core or GPU would bring.
+    """The best allocation on `machine` (or `counts`), and what one more of anything would bring.
 
     Args:
         stages: their costs (`uncontended`).
@@ -364,8 +375,11 @@ def outlook(
 
 @dataclass(frozen=True, kw_only=True)
 class Designs:
-    """The two designs of a training, in seconds: preprocess in every epoch while training (`continuous_s` an epoch), or once into a store
-    (`once_s`) and train from there (`stored_s` an epoch)."""
+    """The two designs of a training, in seconds.
+
+    Preprocess in every epoch while training (`continuous_s` an epoch); or once into a store
+    (`once_s`), and train from there (`stored_s` an epoch).
+    """
 
     once_s: float
     continuous_s: float
@@ -373,8 +387,10 @@ class Designs:
 
     @property
     def break_even_epochs(self) -> float | None:
-        """From how many epochs on storing takes less time in all; None: never, as an epoch from the store saves less than 2%, within the
-        noise of what stages cost."""
+        """From how many epochs on storing takes less time in all.
+
+        None: never, because an epoch from the store saves less than 2%, which is within the noise.
+        """
         saved = self.continuous_s - self.stored_s
         return self.once_s / saved if saved > 0.02 * self.continuous_s else None
 
@@ -388,14 +404,14 @@ def designs(
     machine: Machine,
     train: StageCost | None = None,
 ) -> Designs:
-    """What both designs would take by the model.
+    """What both designs take by the model.
 
     Args:
         images: an epoch.
         preprocess: of the source, with its actors.
-        write: of what preprocessing made; its actors are chosen.
-        stored: preprocessing what was written; as many actors as `preprocess` has.
-        train: with its workers; None: whatever takes the images is fast enough.
+        write: storing what preprocessing made; its actors are chosen.
+        stored: preprocessing what was written, with as many actors as `preprocess`.
+        train: with its workers; None: training is never the slowest.
     """
     trains = [train] if train is not None else []
     first = [preprocess, write]

@@ -47,9 +47,9 @@ class Counts:
 class Clock:
     """Seconds of a run.
 
-    `setup_s`: listing, planning and starting Ray. `wall_s`: all that follows; the other fields count
-    from its start. `ready_s`: when the preprocess actors became ready, their mean (None: not known).
-    `outputs`: when each shard came out, with its images.
+    `setup_s`: listing, planning and starting Ray. `wall_s`: all that follows; the other fields
+    count from its start. `ready_s`: when the preprocess actors became ready, their mean (None: not
+    known). `outputs`: when each shard came out, with its images.
     """
 
     wall_s: float

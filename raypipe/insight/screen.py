@@ -93,7 +93,7 @@ class _Plain:
 
 
 def bar(parts: Sequence[tuple[float | None, str, str]], width: int) -> Text:
-    """A bar of `width` cells: (share, glyph, colour) side by side. Empty where a share is not known."""
+    """A bar of `width` cells, of (share, glyph, colour). Empty where a share is not known."""
     drawn, total, edge = Text(), 0.0, 0
     shares = [known(part) for part, _, _ in parts]
     if any(part is None for part in shares):
@@ -107,7 +107,7 @@ def bar(parts: Sequence[tuple[float | None, str, str]], width: int) -> Text:
 
 
 def sparkline(history: Sequence[tuple[float, float | None]], now: float, columns: int) -> str:
-    """images/s over the last HISTORY_S seconds, from 0 to the highest; blank where nothing is known."""
+    """images/s over the last HISTORY_S seconds, from 0 to the highest; blank where unknown."""
     cells: list[list[float]] = [[] for _ in range(columns)]
     for at, rate in history:
         age = now - at
@@ -124,7 +124,7 @@ def sparkline(history: Sequence[tuple[float, float | None]], now: float, columns
 
 
 def _actors(stage: LiveStage, images: int) -> str:
-    """How many actors run, and how many are wanted where that differs; "done" after all `images`."""
+    """How many actors run, and where it differs how many are wanted; "done" after all images."""
     if stage.images >= images > 0 and not stage.queued and not stage.images_per_s:
         return "done"
     return (

@@ -1,9 +1,9 @@
 """What is measured of a run, as typed records, and how a stage's time divides into states.
 
-Actors send `Sample`, the execution sends `PoolView`, the driver sends `Consumed`. The collector of the
-run keeps them and gives out a `Snapshot` (for the report) and a `LiveRun` record (for those who watch).
-Only `shares` divides time into busy, starved and blocked. The table of the report, its timeline and
-the live view all call it, so they agree.
+Actors send `Sample`, the execution sends `PoolView`, the driver sends `Consumed`. The collector of
+the run keeps them and gives out a `Snapshot` (for the report) and a `LiveRun` record (for those who
+watch). Only `shares` divides time into busy, starved and blocked. The table of the report, its
+timeline and the live view all call it, so they agree.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from raypipe.insight.planner import Change
 STATES = ("busy", "starved", "blocked")
 
 CONSUME = "consume"
-"""The stage that takes the last blocks where nothing is written: the caller's own function or loop."""
+"""The stage that takes the last blocks: the caller's own function or loop."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,7 +164,7 @@ class NodeCpu:
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """All that the collector knows when a run ends. Equal to `Snapshot()`: the collector was killed.
+    """All that the collector knows when a run ends. `Snapshot()`: the collector was killed.
 
     `actors` and `first`: the latest and the first sample of each actor. `store_peak_bytes`: shared
     memory in use on all nodes at most, which is Ray's object store, counted once.

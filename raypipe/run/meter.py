@@ -192,5 +192,5 @@ def store_bytes() -> int | None:
 
 
 def busy_cpu_s(times) -> float:
-    """CPU seconds of the machine, all cores, from psutil.cpu_times(). Waiting for a disk is idle."""
+    """CPU seconds of all cores, from psutil.cpu_times(). Waiting for a disk is idle."""
     return sum(times[:8]) - times.idle - getattr(times, "iowait", 0.0)

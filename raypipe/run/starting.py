@@ -11,7 +11,7 @@ START_AT_MOST_S = 600
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Make executions wait until all their actors are ready, so that none works while others start."""
+    """Make executions wait until all their actors are ready: none works while others start."""
     context = DataContext.get_current()
     before = context.wait_for_min_actors_s
     context.wait_for_min_actors_s = START_AT_MOST_S

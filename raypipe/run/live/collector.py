@@ -1,8 +1,8 @@
 """The run's collector: one named actor where a run meets those who measure, watch and scale it.
 
-Actors send samples, the execution sends its actor pools and takes back the wanted counts, the driver
-sends its progress. `raypipe watch | scale` and `Control` ask it. It keeps each actor's latest totals,
-so that a lost or repeated message changes nothing.
+Actors send samples, the execution sends its actor pools and takes back the wanted counts, the
+driver sends its progress. `raypipe watch | scale` and `Control` ask it. It keeps each actor's
+latest totals, so that a lost or repeated message changes nothing.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
-"""Which runs go on on this machine: a small file each in the user's cache folder, there as long as the run.
+"""The runs of this machine: a small file each in the user's cache folder, as long as the run.
 
-Each run that starts a Ray of its own is alone on it, so no Ray knows them all. The registry does, and
-whoever watches or scales joins the Ray of the run that is meant and no other.
+Each run that starts a Ray of its own is alone on it, so no Ray knows them all. The registry does,
+and whoever watches or scales joins the Ray of the run that is meant and no other.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from raypipe.errors import UsageError, foreign
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A run that goes on. `address`: HOST:PORT of its Ray. `output`: where its results go, if anywhere."""
+    """A run that goes on. `address`: HOST:PORT of its Ray. `output`: where its results go."""
 
     run_id: str
     address: str
@@ -36,8 +36,8 @@ def folder() -> Path:
 
 @contextlib.contextmanager
 def registered(run_id: str, *, address: str, output: str | None) -> Iterator[None]:
-    """Have the run in the registry until the end of the block. A cache folder that cannot be written to
-    costs only that: runs are then found by their address."""
+    """Have the run in the registry until the end of the block. A cache folder that cannot be
+    written to costs only that: runs are then found by their address."""
     me = lease.myself(run_id)
     entry = Entry(
         run_id=run_id,
@@ -63,7 +63,7 @@ def registered(run_id: str, *, address: str, output: str | None) -> Iterator[Non
 
 
 def entries() -> list[Entry]:
-    """The runs that go on, the newest first. Those of processes of this host that are gone are removed."""
+    """The runs that go on, newest first. Entries of processes of this host that ended are removed."""
     found = []
     here = lease.boot()
     for path in folder().glob("*.json"):

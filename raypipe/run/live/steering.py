@@ -20,9 +20,9 @@ CALLS_PER_ACTOR = 2
 class Facts:
     """What is known of a run when its execution begins.
 
-    `at_most`: actors of all stages together that Ray has logical CPUs for, those on GPUs not counted.
-    `auto`: stages whose count the planner may change. `on_gpu`: stages each of whose actors holds
-    one of the `gpus`.
+    `at_most`: actors of all stages together that Ray has logical CPUs for, those on GPUs not
+    counted. `auto`: stages whose count the planner may change. `on_gpu`: stages each of whose
+    actors holds one of the `gpus`.
     """
 
     input: str = ""
@@ -52,7 +52,7 @@ class Steering:
         self._started = self.settled_at = at
 
     def seen(self, stage: str, pool: PoolView) -> None:
-        """The execution has such a pool: its initial count is what is wanted until somebody asks."""
+        """The execution has such a pool: its initial count is wanted until somebody changes it."""
         self.wanted.setdefault(stage, pool.start)
 
     @property
@@ -61,7 +61,7 @@ class Steering:
         return set(self._facts.auto) - self._by_hand
 
     def scale(self, counts: Mapping[str, int], now: float) -> dict[str, int] | str:
-        """Set the count of actors of some stages for good: the planner leaves them alone from then on.
+        """Set the actors of some stages for good: the planner leaves them alone from then on.
 
         Returns:
             All wanted counts; or the reason of a refusal, and nothing is changed.

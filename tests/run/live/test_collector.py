@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from raypipe.insight.states import PoolView, Sample, ScaleEvent
+from raypipe.insight.report import Clock, Counts, build
+from raypipe.insight.states import STATES, Consumed, Moment, PoolView, Sample, ScaleEvent
 from raypipe.run.live.collector import Collector, Facts
 
 
@@ -20,6 +21,8 @@ class Pipeline:
         counts: dict[str, int],
         facts: Facts,
         start_s: float = 1.0,
+        consume_s: float = 0.0,
+        tells: bool = True,
     ):
         self.now = 1000.0
         self.busy_s = busy_s
@@ -34,6 +37,7 @@ class Pipeline:
             stage: PoolView(start=count, min=count, max=count) for stage, count in counts.items()
         }
         self.rates: list[float] = []
+        self.consume_s, self.tells = consume_s, tells
         self._tell()
 
     def run(self, seconds: float, *, step: float = 0.5) -> None:
@@ -44,6 +48,7 @@ class Pipeline:
                 else:
                     self.actors[stage] = wanted
             rate = min(math.floor(self.actors[stage]) / busy for stage, busy in self.busy_s.items())
+            rate = min(rate, 1 / self.consume_s) if self.consume_s else rate
             self.rates.append(rate)
             for stage, busy in self.busy_s.items():
                 self.images[stage] += rate * step
@@ -79,8 +84,11 @@ class Pipeline:
             self.collector.record(
                 Sample(stage=stage, actor=stage, at=self.now, **totals, **rest, **node)
             )
+        done = math.floor(min(self.images[stage] for stage in self.busy_s))
+        busy_s, total_s = done * self.consume_s, self.now - 1000.0
+        consumed = Consumed(images=done, busy_s=busy_s, waiting_s=max(total_s - busy_s, 0.0))
         self.collector.progress(
-            self.now, math.floor(min(self.images[stage] for stage in self.busy_s)), 0
+            self.now, done, 0, consumed if self.consume_s and self.tells else None
         )
         self.wanted = dict(self.collector.observe(self.pools))
 
@@ -265,3 +273,112 @@ def test_a_stage_that_is_done_limits_nothing_any_more():
     played.run(20)
     verdict = played.collector.live().verdict
     assert verdict.stage == "write" and "preprocess" not in verdict.reason
+
+
+def reported(played: Pipeline, names: list[str]) -> list[dict]:
+    """The stages as the table of the report has them."""
+    done = played.collector.live().done
+    seconds = played.now - 1000.0
+    return build(
+        run_id="test",
+        settings={},
+        versions={},
+        hardware={"cores": 2},
+        counts=Counts(images_in=done, images_out=done, rejects_by_reason={}),
+        clock=Clock(wall_s=seconds, setup_s=0.0, ready_s=0.0, outputs=[(seconds, done)]),
+        cpu_percent=50.0,
+        stage_names=names,
+        snapshot=played.collector.snapshot(),
+        consumer=played.collector._consumed and played.collector._consumed[1],
+    )["stages"]
+
+
+@pytest.mark.parametrize(
+    ("busy_s", "consume_s"),
+    [
+        ({"preprocess": 0.1, "write": 0.2}, 0.0),
+        ({"preprocess": 0.2, "write": 0.1}, 0.0),  # the last stage idles while blocks are queued
+        ({"preprocess": 0.1}, 0.2),
+        ({"preprocess": 0.1}, 0.02),
+    ],
+)
+def test_table_timeline_and_live_view_divide_the_time_of_the_same_run_alike(busy_s, consume_s):
+    counts = dict.fromkeys(busy_s, 2)
+    facts = replace(FACTS, auto=())
+    played = Pipeline(busy_s=busy_s, counts=counts, facts=facts, consume_s=consume_s)
+    played.run(60)
+    live = {stage.name: stage for stage in played.collector.live().stages}
+    table = {stage["name"]: stage for stage in reported(played, list(busy_s))}
+    timeline: dict[str, list[Moment]] = {}
+    for moment in played.collector.snapshot().timeline:
+        if moment.busy is not None and moment.t_s >= 10:
+            timeline.setdefault(moment.stage, []).append(moment)
+    assert list(live) == list(table) == [*busy_s, *(["consume"] if consume_s else [])]
+    assert set(timeline) == set(table)
+    for name, stage in table.items():
+        for state in STATES:
+            over_time = [getattr(moment, state) for moment in timeline[name]]
+            assert sum(over_time) / len(over_time) == pytest.approx(stage[state], abs=0.05)
+            assert getattr(live[name], state) == pytest.approx(stage[state], abs=0.05)
+    last = list(table)[-1]
+    assert live[last].blocked == table[last]["blocked"] == 0
+    assert all(moment.blocked == 0 for moment in timeline[last])
+
+
+def test_a_consumer_is_the_last_stage_and_cannot_be_scaled():
+    facts = replace(FACTS, auto=("preprocess",))
+    played = Pipeline(
+        busy_s={"preprocess": 0.1}, counts={"preprocess": 4}, facts=facts, consume_s=0.5
+    )
+    played.run(30)
+    live = played.collector.live()
+    assert [stage.name for stage in live.stages] == ["preprocess", "consume"]
+    assert live.verdict.stage == "consume"
+    assert live.stages[1].images_per_s == pytest.approx(2, rel=0.2)
+    assert "no stage 'consume'" in played.collector.scale({"consume": 2})
+    assert not [event for event in played.events if event.stage == "consume"]
+
+
+def test_a_rate_that_no_stage_explains_is_outside_in_the_live_view_too():
+    facts = replace(FACTS, auto=())
+    played = Pipeline(
+        busy_s={"preprocess": 0.01},
+        counts={"preprocess": 2},
+        facts=facts,
+        consume_s=0.1,
+        tells=False,
+    )
+    played.run(8)
+    assert "Too short a run" in played.collector.live().verdict.reason
+    played.run(30)
+    verdict = played.collector.live().verdict
+    assert "Something outside the stages limits" in verdict.reason and verdict.stage is None
+
+
+def test_the_live_view_shows_the_machine_and_what_no_stage_used():
+    played = Pipeline(
+        busy_s={"preprocess": 0.1}, counts={"preprocess": 2}, facts=replace(FACTS, auto=())
+    )
+    played.run(20)
+    live = played.collector.live()
+    assert live.cpu_percent == pytest.approx(100.0)  # as the node of the play says
+    assert live.stages_cpu_percent == pytest.approx(live.stages[0].cpu_percent)
+    assert live.other_cpu_percent == pytest.approx(100.0 - live.stages_cpu_percent)
+
+
+def test_memory_is_private_by_stage_and_the_store_counts_once():
+    played = Pipeline(
+        busy_s={"preprocess": 0.1}, counts={"preprocess": 2}, facts=replace(FACTS, auto=())
+    )
+    played.run(2)
+    first = played.collector._latest["preprocess"]
+    for actor in ("preprocess", "another"):
+        told = {"rss_bytes": 1000, "private_bytes": 300, "node_store_bytes": 700}
+        played.collector.record(replace(first, actor=actor, at=played.now, **told))
+    played.run(0.5)
+    (stage,) = played.collector.live().stages
+    assert played.collector.snapshot().rss_peak_by_stage == {"preprocess": 2000}
+    assert played.collector.snapshot().private_peak_by_stage == {"preprocess": 600}
+    assert played.collector.snapshot().store_peak_bytes == 700
+    assert played.collector.live().object_store_bytes == 700
+    assert stage.private_bytes is None  # one of its actors no longer tells
