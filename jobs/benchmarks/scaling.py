@@ -382,7 +382,7 @@ def slow_writers(seconds: float) -> Callable[[], None]:
             time.sleep(seconds)
             begin(self, *given)
 
-        Writer.__init__ = slowly  # type: ignore[method-assign]
+        Writer.__init__ = slowly  # type: ignore[method-assign, assignment]
 
     return patch
 

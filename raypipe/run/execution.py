@@ -26,7 +26,7 @@ from rich.console import Console
 from raypipe.data import location
 from raypipe.insight import planner
 from raypipe.insight import report as reports
-from raypipe.insight.states import NodeCpu, Snapshot
+from raypipe.insight.states import Consumed, NodeCpu, Snapshot
 from raypipe.run import probe as probes
 from raypipe.run.causes import Untouched
 from raypipe.run.cluster.machine import Session, hardware, versions
@@ -182,8 +182,15 @@ class Execution:
         *,
         outputs: list[tuple[float, int]],
         ready_s: float | None,
+        consumer: Consumed | None = None,
     ) -> dict[str, Any]:
-        """report.json. `outputs`: when how many rows were done; `ready_s`: when actors could begin. Both since the begin."""
+        """Build report.json.
+
+        Args:
+            outputs: when how many rows were done, since the begin.
+            ready_s: when actors could begin, since the begin.
+            consumer: what took the last blocks.
+        """
         setup = self.setup
         names = [stage.name for stage in self.stages]
         on_gpu = [stage.name for stage in self.stages if stage.gpu]
@@ -210,6 +217,7 @@ class Execution:
             on_gpu=tuple(on_gpu),
             snapshot=measured.snapshot,
             predicted=self._predicted(),
+            consumer=consumer,
         )
 
     def _predicted(self) -> float | None:
@@ -354,9 +362,7 @@ def _watching(run_id: str, session: Session) -> str:
     return f"Watch it: raypipe watch {run_id}{there}"
 
 
-def _collected(
-    collector: ray.actor.ActorHandle, *, since: Any
-) -> tuple[Snapshot, float | None]:
+def _collected(collector: ray.actor.ActorHandle, *, since: Any) -> tuple[Snapshot, float | None]:
     """The collector's snapshot, and the mean use of all cores, 0 to 100.
 
     Args:

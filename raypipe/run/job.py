@@ -313,8 +313,7 @@ def _iterate(
         tally.tell(execution.collector)
         show(tally)
         if consume is not None and job.then is None:
-            with tally.consuming():
-                consume(block)
+            tally.consume(consume, block)
         if stop is not None and stop.is_set():
             raise KeyboardInterrupt
         execution.check()
@@ -378,6 +377,7 @@ def _account(job: Job, execution: Execution, tally: Tally) -> Outcome:
         counts,
         outputs=tally.outputs,
         ready_s=execution.ready_s(measured.snapshot),
+        consumer=tally.consumed,
     )
     return _conclude(job, report, rows)
 

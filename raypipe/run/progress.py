@@ -19,6 +19,7 @@ from rich.progress import (
 )
 
 from raypipe.data import journal
+from raypipe.insight.states import Consumed
 from raypipe.run.result import Became
 from raypipe.stages.write import dropped_of, rejected_of, unread_of
 
@@ -36,7 +37,8 @@ class Tally:
     damaged: int = 0  # delivered all the same
     # Of blocks of pixels; writers put theirs into the journal.
     became: Became = field(default_factory=Became)
-    consumed_s: float = 0.0  # in the caller's function
+    consumed: Consumed | None = None  # what the caller's function did with the blocks
+    _free_at: float | None = None
     _told: float = 0.0
 
     @property
@@ -75,17 +77,27 @@ class Tally:
         """Tell those who watch; twice a second is enough for them."""
         now = time.time()
         if now - self._told >= 0.5:
-            collector.progress.remote(now, self.images, self.rejected)
+            collector.progress.remote(now, self.images, self.rejected, self.consumed)
             self._told = now
 
-    @contextmanager
-    def consuming(self) -> Iterator[None]:
-        """Around the caller's function."""
-        begun = time.perf_counter()
+    def consume(self, consume: Callable[[pa.Table], None], block: pa.Table) -> None:
+        """Give a block to the caller's function, and keep what that took.
+
+        The wait for the first block is start-up and does not count.
+        """
+        begun, cpu_s = time.perf_counter(), time.process_time()
+        waiting_s = 0.0 if self._free_at is None else begun - self._free_at
         try:
-            yield
+            consume(block)
         finally:
-            self.consumed_s += time.perf_counter() - begun
+            self._free_at = time.perf_counter()
+            before = self.consumed or Consumed(images=0, busy_s=0.0, waiting_s=0.0)
+            self.consumed = Consumed(
+                images=before.images + block.num_rows,
+                busy_s=before.busy_s + self._free_at - begun,
+                waiting_s=before.waiting_s + waiting_s,
+                cpu_s=before.cpu_s + time.process_time() - cpu_s,
+            )
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 import contextlib
 import json
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,8 +74,19 @@ def test_without_output_every_block_reaches_the_consumer_and_nothing_is_written(
     ).report
     assert sum(shape[0] for shape in seen) == 60
     assert {shape[1:] for shape in seen} == {(300, 300, 3)}
-    assert [stage["name"] for stage in report["stages"]] == ["preprocess"]
+    assert [stage["name"] for stage in report["stages"]] == ["preprocess", "consume"]
+    assert report["stages"][1]["images"] == 60
     assert sorted(p.name for p in tmp_path.iterdir()) == ["photos"]
+
+
+def test_a_consumer_that_takes_long_is_a_stage_and_limits(session, photos):
+    def slowly(block: pa.Table) -> None:
+        time.sleep(0.4)
+
+    report = run(settings(input=photos), consume=slowly, console=quiet()).report
+    preprocess, consume = report["stages"]
+    assert report["verdict"]["stage"] == consume["name"] == "consume"
+    assert consume["busy"] > 0.5 and consume["blocked"] == 0 and preprocess["blocked"] > 0
 
 
 def test_running_again_does_nothing_and_says_so(session, photos, tmp_path):

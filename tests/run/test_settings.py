@@ -69,7 +69,7 @@ def test_settings_have_flat_names_and_can_be_changed_by_them():
 
 
 def test_flags_are_the_flat_names():
-    words = "--input demo --output out --actors 3 --writers auto --no-resume --read-ms 1.5".split()
+    words = ["--input", "demo", "--output", "out", "--actors", "3", "--writers", "auto", "--no-resume", "--read-ms", "1.5"]
     given = parse(preprocess.Settings, words, description=None)
     wanted = {"actors": 3, "writers": "auto", "resume": False, "read_ms": 1.5}
     assert given == preprocess.Settings.of(input="demo", output="out", **wanted)
@@ -78,7 +78,7 @@ def test_flags_are_the_flat_names():
 def test_unknown_and_missing_names_are_told():
     with pytest.raises(UsageError, match="no setting 'actor'; did you mean 'actors'"):
         preprocess.Settings.of(input="demo", actor=3)
-    with pytest.raises(UsageError, match="missing.*'input'"):
+    with pytest.raises(UsageError, match=r"missing.*'input'"):
         preprocess.Settings.of(output="out")
 
 

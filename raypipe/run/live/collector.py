@@ -30,12 +30,12 @@ from raypipe.insight.states import (
     unused,
 )
 from raypipe.insight.verdict import Measured, judge
+from raypipe.run.cluster.session import beside_driver
 from raypipe.run.live.metrics import Metrics
 from raypipe.run.live.recent import WINDOW_S, Recent, of_actors, of_consumer, pools_without
 from raypipe.run.live.steering import CALLS_PER_ACTOR, Facts, Steering, changing
 from raypipe.run.live.timeline import Timeline
 from raypipe.run.meter import SAMPLE_EVERY_S
-from raypipe.run.cluster.session import beside_driver
 
 NAMESPACE = "raypipe"
 
