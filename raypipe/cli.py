@@ -16,7 +16,7 @@ from raypipe import UsageError
 from raypipe.data import journal, location
 from raypipe.errors import foreign, printable
 from raypipe.images import catalog
-from raypipe.images.recipe import to_json
+from raypipe.images.recipe_json import to_json
 from raypipe.insight.screen import listing
 from raypipe.insight.terminal import outlook, terminal
 

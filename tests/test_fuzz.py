@@ -32,7 +32,10 @@ from raypipe.data.tables import Listed
 from raypipe.data.work import make_work, wanted_by
 from raypipe.images import opencv
 from raypipe.images.decode import Reject
-from raypipe.images.recipe import HorizontalFlip, Recipe, Resize, ShortSide, from_json, to_json
+from raypipe.images.ops.augment import HorizontalFlip
+from raypipe.images.ops.geometry import Resize, ShortSide
+from raypipe.images.recipe import Recipe
+from raypipe.images.recipe_json import from_json, to_json
 from raypipe.models import checkpoint as checkpoints
 from raypipe.models.checkpoint import Checkpoint, Progress
 from raypipe.stages.predict import load

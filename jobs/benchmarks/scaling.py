@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 from unittest import mock
 
 import cv2
@@ -36,7 +36,9 @@ from rich.table import Table
 from raypipe import UsageError
 from raypipe.data.work import shards
 from raypipe.images import opencv
-from raypipe.images.recipe import Recipe, Resize
+from raypipe.images.ops.geometry import Resize
+from raypipe.images.ops.op import Op
+from raypipe.images.recipe import Recipe
 from raypipe.insight import planner
 from raypipe.run.cluster.session import ray_here
 from raypipe.run.dataset import dataset_of
@@ -49,10 +51,10 @@ TINY = Recipe(name="tiny", ops=(Resize(height=32, width=32, antialias=False),))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wait:
+class Wait(Op):
     """An op of this benchmark: waits in proportion to the image's size, as a slow decoder on another machine would."""
 
-    purpose: ClassVar[str] = "neutral"
+    purpose = "neutral"
     ms_per_megapixel: float
 
 
@@ -89,7 +91,7 @@ def waiting(settings: Settings, **changes: Any) -> Settings:
 
 
 def _file(recipe: Recipe) -> str:
-    from raypipe.images.recipe import to_json
+    from raypipe.images.recipe_json import to_json
 
     path = Path(tempfile.gettempdir()) / f"raypipe-benchmark-{recipe.name}.json"
     path.write_text(json.dumps(to_json(recipe)))

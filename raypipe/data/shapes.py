@@ -10,7 +10,9 @@ import numpy as np
 from raypipe.data.tables import real
 from raypipe.images.frames import matrix_of
 from raypipe.images.header import Reject
-from raypipe.images.recipe import Matrix, Size, after, forward
+from raypipe.images.ops.boxes import after
+from raypipe.images.ops.op import Matrix, Size
+from raypipe.images.recipe import forward
 
 _DECIMALS = 4  # as the boxes have
 

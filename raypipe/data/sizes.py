@@ -21,7 +21,8 @@ from raypipe.data.names import PARQUET
 from raypipe.data.work import SHARD_BYTES, Weights, shard_rows
 from raypipe.images.decode import MAX_PIXELS, Header, Reject, peek, read_header
 from raypipe.images.memory import needed
-from raypipe.images.recipe import Recipe, Size, for_evaluation
+from raypipe.images.ops.op import Size
+from raypipe.images.recipe import Recipe, for_evaluation
 
 PER_ENCODED_BYTE = 20
 """Bytes of pixels that an encoded byte is taken to become: JPEGs of quality 75 to 95 become 5 to 25."""

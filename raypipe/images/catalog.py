@@ -7,24 +7,21 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from raypipe import UsageError
+from raypipe.errors import did_you_mean
 from raypipe.images.header import MAX_PIXELS
-from raypipe.images.recipe import (
-    CenterCrop,
+from raypipe.images.ops.augment import (
     ColorJitter,
-    Finish,
     HorizontalFlip,
     IoUCrop,
     LargeScaleJitter,
     MultiScale,
     PhotometricDistort,
-    Recipe,
-    Resize,
-    SanitizeBoxes,
-    ShortSide,
     ZoomOut,
-    did_you_mean,
-    from_json,
 )
+from raypipe.images.ops.boxes import SanitizeBoxes
+from raypipe.images.ops.geometry import CenterCrop, Resize, ShortSide
+from raypipe.images.recipe import Finish, Recipe
+from raypipe.images.recipe_json import from_json
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _UNIT = Finish(scale=1 / 255)

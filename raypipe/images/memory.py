@@ -1,14 +1,14 @@
-"""How much memory an image takes while it is decoded and transformed, known before either is done.
+"""How much memory decoding and transforming an image takes, estimated before either starts.
 
-Bytes a pixel were measured as the peak of the process (VmHWM) on pictures of 20 megapixels; those of
-ops stand in the backends (`SCRATCH`).
+Bytes a pixel were measured as the peak of the process (VmHWM) on pictures of 20 megapixels. Those of
+ops are in the backends (`SCRATCH`).
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from raypipe.images.header import Header
-from raypipe.images.recipe import Resize, Size, output_size
+from raypipe.images.ops.geometry import Resize
+from raypipe.images.ops.op import Op, Size, as_op
 
 _DECODING = {
     "jpeg": 13,
@@ -24,25 +24,27 @@ _DECODING = {
 """Bytes a pixel while an image of each format is decoded, the result included."""
 
 _ONE_SCAN, _SEVERAL_SCANS = 3, 9
-"""The same, of a JPEG that simplejpeg decodes: several scans need all coefficients at once."""
+"""The same for a JPEG that simplejpeg decodes. Several scans need all coefficients at once."""
 
 _TURNED = 3
 UNKNOWN_OP = 30
-"""Bytes a pixel that an op takes of which nothing is known: a float32 copy or two."""
+"""Bytes a pixel assumed for an own op: one or two float32 copies."""
 
 MOST = 170
-"""Bytes a pixel that no image takes more than, whatever is done to it: where there are so many nothing has to be added up."""
+"""No image takes more bytes a pixel, whatever its recipe. With so much memory, `needed` is not called."""
 
 
 def needed(
-    header: Header, ops: Sequence[Any], scratch: Mapping[type, float], *, reduce: int = 1
+    header: Header, ops: Sequence[Op], scratch: Mapping[type, float], *, reduce: int = 1
 ) -> int:
-    """Bytes at most while an image is decoded and goes through plain `ops`, its encoded bytes not counted.
+    """The peak memory in bytes while an image is decoded and goes through plain `ops`.
+
+    Its encoded bytes are not counted.
 
     Args:
-        scratch: what each op of the backend takes, beside the images before and after it, in bytes a
-            pixel of the larger one.
-        reduce: the part of its size at which a JPEG is decoded.
+        scratch: what each op of the backend takes beside its input and output, in bytes a pixel of
+            the larger of them.
+        reduce: a JPEG is decoded at 1/`reduce` of its size.
     """
     pixels = header.height * header.width
     if header.native:
@@ -56,9 +58,9 @@ def needed(
     size: Size = (-(-header.height // reduce), -(-header.width // reduce))
     most = float(decoding)
     for op in ops:
-        after = output_size(op, size)
+        after = as_op(op).output_size(size)
         before, behind = size[0] * size[1], after[0] * after[1]
-        # A resize goes over rows first, and what it takes is of the size in between.
+        # A resize works on rows first, so its scratch has the size in between.
         worked_on = (
             max(after[0] * size[1], behind) if isinstance(op, Resize) else max(before, behind)
         )

@@ -1,19 +1,22 @@
-"""How OpenCV does it: decoding, every plain op, the finish, encoding. Images are HWC RGB uint8 arrays. Never imports torch."""
+"""The OpenCV backend: decoding, every plain op, the finish, encoding.
+
+Images are HWC RGB uint8 arrays. This module never imports torch.
+"""
 
 import functools
-import math
-import threading
 from collections.abc import Sequence
-from typing import Any
 
 import cv2
 import numpy as np
 
-from raypipe import UsageError
-from raypipe.images import recipe as ops
-from raypipe.images.decode import Header, c_messages, check_size, decode_by_pillow, orient
+from raypipe.errors import UsageError
+from raypipe.images import resize
+from raypipe.images.decode import c_messages, check_size, decode_by_pillow, orient
 from raypipe.images.decode import decode as decode_any
-from raypipe.images.recipe import Finish, Recipe, check_ops, noise, padded_size
+from raypipe.images.header import Header
+from raypipe.images.ops import augment, colour, filters, geometry
+from raypipe.images.ops.op import Op
+from raypipe.images.recipe import Finish, Recipe, check_ops
 
 _REDUCED = {
     1: 0,
@@ -29,33 +32,40 @@ _BORDERS = {
     "edge": cv2.BORDER_REPLICATE,
 }
 
-
 SCRATCH: dict[type, float] = {
-    **dict.fromkeys((ops.Crop, ops.Flip, ops.Pad, ops.Affine, ops.Brightness, ops.Permute), 0),
-    **dict.fromkeys(
-        (ops.Greyscale, ops.Gamma, ops.AutoContrast, ops.GaussianBlur, ops.Median, ops.Erase), 1
-    ),
-    ops.Contrast: 1,
-    ops.Saturation: 3,
-    ops.Sharpness: 3,
-    ops.CLAHE: 5,
-    ops.Equalize: 8,
-    ops.Bilateral: 3,
-    ops.Resize: 15,
-    ops.NonLocalMeans: 20,
-    ops.AddNoise: 15,
-    ops.Hue: 27,
+    augment.AddNoise: 15,
+    augment.Erase: 1,
+    colour.AutoContrast: 1,
+    colour.Brightness: 0,
+    colour.CLAHE: 5,
+    colour.Contrast: 1,
+    colour.Equalize: 8,
+    colour.Gamma: 1,
+    colour.Greyscale: 1,
+    colour.Hue: 27,
+    colour.Permute: 0,
+    colour.Saturation: 3,
+    filters.Bilateral: 3,
+    filters.GaussianBlur: 1,
+    filters.Median: 1,
+    filters.NonLocalMeans: 20,
+    filters.Sharpness: 3,
+    geometry.Affine: 0,
+    geometry.Crop: 0,
+    geometry.Flip: 0,
+    geometry.Pad: 0,
+    geometry.Resize: 15,
 }
-"""Bytes a pixel that an op takes beside the image before and after it (measured; `raypipe.images.memory`)."""
+"""Bytes a pixel that an op takes beside its input and output, measured (`raypipe.images.memory`)."""
 
 
 def setup(threads: int) -> None:
-    """How many threads OpenCV may use in this process. Its default is every core, which is too many with several actors."""
+    """Set the threads of OpenCV in this process. Its default, all cores, is too many for actors."""
     cv2.setNumThreads(threads)
 
 
 def check(recipe: Recipe) -> None:
-    """Raises UsageError if the recipe has an op that OpenCV cannot do."""
+    """Raise UsageError if the recipe has an op that OpenCV cannot execute."""
     check_ops(recipe, apply, "opencv", {})
 
 
@@ -67,11 +77,12 @@ def decode(
     decoder: str = "simplejpeg",
     strict: bool = True,
 ) -> np.ndarray:
-    """Decodes to HWC RGB uint8, upright. A JPEG comes at 1/`reduce` (1, 2, 4, 8) of its size, rounded up.
+    """Decode to HWC RGB uint8, upright.
 
     Args:
-        decoder: of JPEGs, one of DECODERS; "own" is OpenCV's, which says nothing of most damage.
-        strict: refuse what is damaged, as `raypipe.images.decode.decode`.
+        reduce: decode a JPEG at 1/`reduce` (1, 2, 4, 8) of its size, rounded up.
+        decoder: of JPEGs, one of DECODERS. "own" is OpenCV's, which does not report most damage.
+        strict: reject damaged images, as `raypipe.images.decode.decode`.
 
     Raises:
         Reject: it cannot be decoded, or is damaged.
@@ -87,15 +98,14 @@ def _by_opencv(data: bytes, header: Header, reduce: int) -> np.ndarray:
             image = cv2.imdecode(np.frombuffer(data, np.uint8), _COLOUR | _REDUCED[reduce])
     except cv2.error:
         image = None
-    if (
-        image is None or c_messages.appeared()
-    ):  # OpenCV keeps some images that Pillow rejects, so let Pillow decide
+    # OpenCV decodes some images that Pillow rejects, so Pillow decides.
+    if image is None or c_messages.appeared():
         return decode_by_pillow(data, header, reduce)
     return check_size(orient(image, header.orientation), header, reduce)
 
 
-def execute(image: np.ndarray, plan: Sequence[Any], out: np.ndarray) -> None:
-    """Does all ops of a plan and leaves the result in `out`: HWC uint8, contiguous, of the plan's size."""
+def execute(image: np.ndarray, plan: Sequence[Op], out: np.ndarray) -> None:
+    """Execute all ops of a plan. The result is in `out`: HWC uint8, contiguous, of the plan's size."""
     for op in plan[:-1]:
         image = apply(op, image)
     if plan:
@@ -105,36 +115,39 @@ def execute(image: np.ndarray, plan: Sequence[Any], out: np.ndarray) -> None:
 
 
 @functools.singledispatch
-def apply(op: Any, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-    """Does one plain op. It may write into `out` and return that; it never changes `image`."""
+def apply(op: Op, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """Execute one plain op. It never changes `image`. It may write into `out` and return that.
+
+    Own ops register their function here: @opencv.apply.register.
+    """
     raise UsageError(
         f"the opencv backend cannot do {op}; register a function with raypipe.images.opencv.apply"
     )
 
 
 @apply.register
-def _(op: ops.Resize, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+def _(op: geometry.Resize, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     if op.antialias and (image.shape[0] > op.height or image.shape[1] > op.width):
-        return _antialiased(image, op.height, op.width, out)
+        return resize.antialiased(image, op.height, op.width, out)
     if op.arithmetic == "float":
-        return _in_float(image, op, out)
+        return resize.in_float(image, op, out)
     if op.area:
         return cv2.resize(image, (op.width, op.height), dst=out, interpolation=cv2.INTER_AREA)
     return cv2.resize(image, (op.width, op.height), dst=out, interpolation=cv2.INTER_LINEAR)
 
 
 @apply.register
-def _(op: ops.Crop, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+def _(op: geometry.Crop, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     return image[op.top : op.top + op.height, op.left : op.left + op.width]
 
 
 @apply.register
-def _(op: ops.Flip, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+def _(op: geometry.Flip, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     return cv2.flip(image, 1 if op.axis == "horizontal" else 0, dst=out)
 
 
 @apply.register
-def _(op: ops.Pad, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+def _(op: geometry.Pad, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     return cv2.copyMakeBorder(
         image,
         op.top,
@@ -148,11 +161,10 @@ def _(op: ops.Pad, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarr
 
 
 @apply.register
-def _(op: ops.Affine, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+def _(op: geometry.Affine, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     matrix = np.array(op.matrix, np.float64).reshape(2, 3)
-    matrix[:, 2] += (
-        matrix[:, :2] @ (0.5, 0.5) - 0.5
-    )  # ours has pixels' edges at whole numbers, OpenCV's their centres
+    # Whole numbers are pixel edges here, and pixel centres in OpenCV.
+    matrix[:, 2] += matrix[:, :2] @ (0.5, 0.5) - 0.5
     size = (image.shape[1], image.shape[0])
     return cv2.warpAffine(
         image, matrix, size, dst=out, flags=cv2.INTER_LINEAR, borderValue=tuple(map(float, op.fill))
@@ -160,12 +172,12 @@ def _(op: ops.Affine, image: np.ndarray, out: np.ndarray | None = None) -> np.nd
 
 
 @apply.register
-def _(op: ops.Brightness, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+def _(op: colour.Brightness, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     return cv2.LUT(image, _table(_LEVELS * np.float32(op.factor)), dst=out)
 
 
 @apply.register
-def _(op: ops.Contrast, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+def _(op: colour.Contrast, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     mean = cv2.mean(_luma(image))[0]
     return cv2.LUT(
         image, _table(_LEVELS * np.float32(op.factor) + np.float32((1 - op.factor) * mean)), dst=out
@@ -173,13 +185,13 @@ def _(op: ops.Contrast, image: np.ndarray, out: np.ndarray | None = None) -> np.
 
 
 @apply.register
-def _(op: ops.Saturation, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+def _(op: colour.Saturation, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     grey = cv2.cvtColor(_luma(image), cv2.COLOR_GRAY2RGB)
     return cv2.addWeighted(image, op.factor, grey, 1 - op.factor, _CUT, dst=out)
 
 
 @apply.register
-def _(op: ops.Hue, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+def _(op: colour.Hue, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     hsv = cv2.cvtColor(image.astype(np.float32) * np.float32(1 / 255), cv2.COLOR_RGB2HSV)
     hsv[..., 0] += np.float32(360 * op.shift)
     hsv[..., 0] %= np.float32(360)
@@ -188,7 +200,7 @@ def _(op: ops.Hue, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarr
 
 
 @apply.register
-def _(op: ops.Permute, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+def _(op: colour.Permute, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     if out is None:
         out = np.empty_like(image, order="C")
     cv2.mixChannels(
@@ -198,12 +210,12 @@ def _(op: ops.Permute, image: np.ndarray, out: np.ndarray | None = None) -> np.n
 
 
 @apply.register
-def _(op: ops.Greyscale, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+def _(op: colour.Greyscale, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     return cv2.cvtColor(_luma(image), cv2.COLOR_GRAY2RGB, dst=out)
 
 
 @apply.register
-def _(op: ops.Gamma, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+def _(op: colour.Gamma, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     values = np.clip(
         np.float32(op.gain) * (_LEVELS / np.float32(255)) ** np.float32(op.gamma), 0, 1
     )
@@ -211,7 +223,7 @@ def _(op: ops.Gamma, image: np.ndarray, out: np.ndarray | None = None) -> np.nda
 
 
 @apply.register
-def _(op: ops.Equalize, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+def _(op: colour.Equalize, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     tables = [
         _equalized(np.bincount(image[..., channel].ravel(), minlength=256)) for channel in range(3)
     ]
@@ -219,7 +231,7 @@ def _(op: ops.Equalize, image: np.ndarray, out: np.ndarray | None = None) -> np.
 
 
 @apply.register
-def _(op: ops.AutoContrast, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+def _(op: colour.AutoContrast, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     tables = []
     for channel in range(3):
         low, high, _, _ = cv2.minMaxLoc(cv2.extractChannel(image, channel))
@@ -229,7 +241,7 @@ def _(op: ops.AutoContrast, image: np.ndarray, out: np.ndarray | None = None) ->
 
 
 @apply.register
-def _(op: ops.Sharpness, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+def _(op: filters.Sharpness, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     if min(image.shape[:2]) <= 2:
         return image
     blurred = cv2.filter2D(image, -1, _SMOOTH)
@@ -239,7 +251,7 @@ def _(op: ops.Sharpness, image: np.ndarray, out: np.ndarray | None = None) -> np
 
 
 @apply.register
-def _(op: ops.CLAHE, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+def _(op: colour.CLAHE, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     lab = cv2.cvtColor(image, cv2.COLOR_RGB2Lab)
     clahe = cv2.createCLAHE(op.clip_limit, (op.tiles, op.tiles))
     cv2.insertChannel(clahe.apply(cv2.extractChannel(lab, 0)), lab, 0)
@@ -247,174 +259,54 @@ def _(op: ops.CLAHE, image: np.ndarray, out: np.ndarray | None = None) -> np.nda
 
 
 @apply.register
-def _(op: ops.GaussianBlur, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+def _(op: filters.GaussianBlur, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     return cv2.GaussianBlur(
         image, (op.kernel, op.kernel), op.sigma, dst=out, borderType=cv2.BORDER_REFLECT_101
     )
 
 
 @apply.register
-def _(op: ops.Median, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+def _(op: filters.Median, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     return cv2.medianBlur(image, op.kernel, dst=out)
 
 
 @apply.register
-def _(op: ops.Bilateral, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+def _(op: filters.Bilateral, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     return cv2.bilateralFilter(
         np.ascontiguousarray(image), op.diameter, op.sigma_colour, op.sigma_space, dst=out
     )
 
 
 @apply.register
-def _(op: ops.NonLocalMeans, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+def _(op: filters.NonLocalMeans, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     return cv2.fastNlMeansDenoisingColored(
         image, None, op.strength, op.colour_strength, op.patch, op.search
     )
 
 
 @apply.register
-def _(op: ops.AddNoise, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-    noisy = noise(op, (image.shape[0], image.shape[1]))
+def _(op: augment.AddNoise, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    noisy = op.noise((image.shape[0], image.shape[1]))
     noisy += image
     np.rint(noisy, out=noisy)
     return np.clip(noisy, 0, 255, out=noisy).astype(np.uint8)
 
 
 @apply.register
-def _(op: ops.Erase, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+def _(op: augment.Erase, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     erased = image.copy()
     erased[op.top : op.top + op.height, op.left : op.left + op.width] = op.fill
     return erased
 
 
-class _Buffers(threading.local):
-    """Memory of each thread for what is float for a moment. New memory for each image would cost as much as the resize."""
-
-    def __init__(self) -> None:
-        self._kept: dict[str, np.ndarray] = {}
-
-    def __call__(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """A float32 array of that shape, whose content is anything."""
-        size = math.prod(shape)
-        kept = self._kept.get(name)
-        if kept is None or len(kept) < size:
-            kept = np.empty(size, np.float32)
-            if size <= _KEPT:
-                self._kept[name] = kept
-        return kept[:size].reshape(shape)
-
-
-_KEPT = 1 << 24
-"""Numbers up to which a buffer is kept: 64 MB, an image of 5.6 megapixels."""
-
-_buffers = _Buffers()
-
-
-def _in_float(image: np.ndarray, op: ops.Resize, out: np.ndarray | None) -> np.ndarray:
-    """Bilinear in float32, as MLPerf's `maybe_resize`. 640x480 to 300x300: 0.24 ms, in uint8 0.26."""
-    exact = _buffers("image", image.shape)
-    np.copyto(exact, image)
-    result = cv2.resize(
-        exact,
-        (op.width, op.height),
-        dst=_buffers("result", (op.height, op.width, 3)),
-        interpolation=cv2.INTER_LINEAR,
-    )
-    if op.rounding == "nearest":
-        return cv2.convertScaleAbs(result, dst=out)
-    if out is None:
-        out = np.empty(result.shape, np.uint8)
-    np.copyto(out, result, casting="unsafe")
-    return out
-
-
-def _antialiased(image: np.ndarray, height: int, width: int, out: np.ndarray | None) -> np.ndarray:
-    """Bilinear with a triangle as wide as the shrinking asks for, within 1 count of Pillow's and torchvision's.
-
-    OpenCV has none (INTER_AREA is a box). Both axes as matrix products, rows first, 8 bits in between. Measured on one thread, to
-    300x300, ms: from 640x480 1.2, from 4000x3000 26; Pillow 2.5 and 77, torchvision 0.4 and 4.5, INTER_AREA 1.7 and 37.
-    """
-    if height != image.shape[0]:
-        image = _weighted_rows(image, height)
-    if width != image.shape[1]:
-        return cv2.transpose(_weighted_rows(cv2.transpose(image), width), dst=out)
-    return image
-
-
-# OpenBLAS starts threads for products from 2^18 on (rows x taps x columns); actors are to keep to their own.
-_ONE_THREAD = 250_000
-
-
-def _weighted_rows(image: np.ndarray, rows: int) -> np.ndarray:
-    """Each new row a weighted sum of some old ones.
-
-    Pixels have 8 bits and weights 16, so every product and sum is exact in float32's 24: the result does not depend on the order
-    in which a BLAS adds, nor on its threads or the processor.
-    """
-    old, columns, _ = image.shape
-    flat = image.reshape(old, columns * 3)
-    starts, weights = _bands(old, rows)
-    _, band, taps = weights.shape
-    result = np.empty((rows, columns * 3), np.float32)
-    step = max(64, _ONE_THREAD // (band * taps))
-    for left in range(0, columns * 3, step):
-        part = flat[:, left : left + step]
-        for index, start in enumerate(starts):
-            target = result[index * band : (index + 1) * band, left : left + step]
-            np.matmul(
-                weights[index, : len(target)],
-                part[start : start + taps].astype(np.float32),
-                out=target,
-            )
-    return cv2.convertScaleAbs(result).reshape(rows, columns, 3)
-
-
-@functools.lru_cache(maxsize=512)
-def _bands(old: int, new: int) -> tuple[list[int], np.ndarray]:
-    """Weights for bands of new rows that lie close together: where each band's old rows start; (bands, rows in a band, old rows)."""
-    scale = old / new
-    reach = max(scale, 1.0)
-    centres = (np.arange(new) + 0.5) * scale
-    firsts = np.maximum(0, np.floor(centres - reach + 0.5).astype(int))
-    positions = firsts[:, None] + np.arange(int(2 * reach) + 2)
-    exact = np.maximum(0, 1 - np.abs((positions + 0.5 - centres[:, None]) / reach)) * (
-        positions < old
-    )
-    whole = np.rint(exact / exact.sum(axis=1, keepdims=True) * 65536)
-    whole[np.arange(new), whole.argmax(axis=1)] += 65536 - whole.sum(
-        axis=1
-    )  # what rounding left, so that white stays white
-
-    band = 8 if reach < 3 else 4  # fewer zeros against fewer products: the fastest for these
-    starts = firsts[::band]
-    lasts = (positions * (whole > 0)).max(axis=1)
-    taps = (
-        int(
-            max(
-                lasts[index : index + band].max() - start
-                for index, start in zip(range(0, new, band), starts, strict=True)
-            )
-        )
-        + 1
-    )
-    starts = np.minimum(starts, old - taps)
-    weights = np.zeros((len(starts), band, taps), np.float32)
-    some = whole > 0
-    row, _ = np.nonzero(some)
-    weights[row // band, row % band, positions[some] - starts[row // band]] = whole[some] / 65536
-    return starts.tolist(), weights
-
-
 _LEVELS = np.arange(256, dtype=np.float32)
 _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
-_CUT = -0.4999  # OpenCV rounds where torchvision cuts off; this much less makes rounding cut
-
-
+_CUT = -0.4999  # OpenCV rounds where torchvision truncates: less this, rounding truncates
 _LUMA = np.array([[0.2989, 0.587, 0.114, _CUT]])
 
 
 def _luma(image: np.ndarray) -> np.ndarray:
-    """Grey as torchvision has it: its weights (which make 0.9999), cut off."""
+    """Grey as torchvision has it: with its weights, whose sum is 0.9999, truncated."""
     return cv2.transform(image, _LUMA)
 
 
@@ -423,7 +315,11 @@ def _table(values: np.ndarray) -> np.ndarray:
 
 
 def _equalized(histogram: np.ndarray) -> np.ndarray:
-    """Pillow's rule: as many pixels to each step of the output as whole division allows, the brightest value left out."""
+    """The table of Pillow's equalize, uint8 (256,).
+
+    Each step of the output gets an equal number of pixels, by integer division. Pixels of the
+    brightest value are not counted.
+    """
     used = np.flatnonzero(histogram)
     step = (histogram.sum() - histogram[used[-1]]) // 255
     if step == 0:
@@ -433,11 +329,17 @@ def _equalized(histogram: np.ndarray) -> np.ndarray:
 
 
 def finish(batch: np.ndarray | Sequence[np.ndarray], finish: Finish) -> np.ndarray:
-    """Turns uint8 images, NHWC or a sequence of HWC, into what a model wants: float, NCHW or NHWC, padded if asked.
+    """Finish a batch of uint8 images, NHWC or a sequence of HWC.
 
-    By table: the fastest of six ways tried, and each value is the exact result rounded once. Sizes that differ need `pad_multiple`.
+    Looked up in a table: the fastest of six ways tried, and each value is rounded once.
+
+    Returns:
+        NCHW or NHWC, of the finish's dtype, padded if it says so.
+
+    Raises:
+        UsageError: sizes differ, and the finish has no `pad_multiple`.
     """
-    height, width = padded_size([image.shape[:2] for image in batch], finish.pad_multiple)
+    height, width = finish.padded_size([image.shape[:2] for image in batch])
     full = all(image.shape[:2] == (height, width) for image in batch)
     shape = (
         (len(batch), 3, height, width) if finish.layout == "chw" else (len(batch), height, width, 3)
@@ -466,10 +368,14 @@ def _finish_table(finish: Finish) -> np.ndarray:
 
 
 def encode(image: np.ndarray, format: str, quality: int) -> bytes:
-    """Encodes HWC RGB uint8 as "jpeg" (4:2:0, baseline, standard tables) or "png" (`quality` is ignored).
+    """Encode HWC RGB uint8 as "jpeg" (4:2:0, baseline, standard tables) or "png".
 
-    JPEGs are the same bytes as the torchvision backend's. PNGs hold the same pixels, but take half its time: OpenCV's default,
-    one filter and run-length matching, 12 ms for 640x480, against Pillow's choice of a filter for each row, 26 ms.
+    JPEGs are the same bytes as the torchvision backend's. PNGs hold the same pixels and take half
+    the time. OpenCV uses one filter and run-length matching, 12 ms for 640x480; Pillow chooses a
+    filter for each row, 26 ms.
+
+    Args:
+        quality: of a JPEG; ignored for a PNG.
     """
     bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
     if format == "jpeg":

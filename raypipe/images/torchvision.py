@@ -1,14 +1,15 @@
-"""How torchvision does it: decoding (simplejpeg, or Pillow as torchvision's own), every plain op, the finish, encoding.
+"""The torchvision backend: decoding, every plain op, the finish, encoding.
 
-Images are CHW RGB uint8 tensors whose memory is HWC (channels last): torchvision resizes these twice as fast. Every op also does many images of one
-size at once, (n, 3, height, width), and on whatever device they are: so a recipe's ops can be left to the device that trains.
+JPEGs are decoded by simplejpeg, or by Pillow as torchvision's own decoder. Images are CHW RGB uint8
+tensors whose memory is HWC (channels last): torchvision resizes these twice as fast. Every op also
+executes a batch of images of one size, (n, 3, height, width), on the device they are on. So a
+recipe's ops can run on the GPU that trains.
 """
 
 import contextlib
 import functools
 import io
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import cv2
 import numpy as np
@@ -17,42 +18,50 @@ from PIL import Image
 from torch.nn.functional import affine_grid, grid_sample
 from torchvision.transforms.v2 import functional
 
-from raypipe import UsageError
-from raypipe.images import recipe as ops
-from raypipe.images.decode import Header, decode_by_pillow
+from raypipe.errors import UsageError
 from raypipe.images.decode import decode as decode_any
-from raypipe.images.recipe import Finish, Recipe, check_ops, noise, padded_size
+from raypipe.images.decode import decode_by_pillow
+from raypipe.images.header import Header
+from raypipe.images.ops import augment, colour, filters, geometry
+from raypipe.images.ops.op import Op
+from raypipe.images.recipe import Finish, Recipe, check_ops
 
 _OPENCV_ONLY = "torchvision has no such filter: use --backend opencv, or another op"
-_REMEDIES = dict.fromkeys((ops.CLAHE, ops.Median, ops.Bilateral, ops.NonLocalMeans), _OPENCV_ONLY)
-
+_REMEDIES = dict.fromkeys(
+    (colour.CLAHE, filters.Median, filters.Bilateral, filters.NonLocalMeans), _OPENCV_ONLY
+)
 
 SCRATCH: dict[type, float] = {
-    **dict.fromkeys((ops.Resize, ops.Crop, ops.Flip, ops.Pad, ops.Permute, ops.Erase), 2),
-    ops.Greyscale: 8,
-    ops.AutoContrast: 15,
-    ops.Brightness: 24,
-    ops.Gamma: 27,
-    ops.Contrast: 28,
-    ops.Saturation: 28,
-    ops.Equalize: 30,
-    ops.AddNoise: 36,
-    ops.Affine: 36,
-    ops.Hue: 98,
-    ops.GaussianBlur: 140,
-    ops.Sharpness: 153,
+    augment.AddNoise: 36,
+    augment.Erase: 2,
+    colour.AutoContrast: 15,
+    colour.Brightness: 24,
+    colour.Contrast: 28,
+    colour.Equalize: 30,
+    colour.Gamma: 27,
+    colour.Greyscale: 8,
+    colour.Hue: 98,
+    colour.Permute: 2,
+    colour.Saturation: 28,
+    filters.GaussianBlur: 140,
+    filters.Sharpness: 153,
+    geometry.Affine: 36,
+    geometry.Crop: 2,
+    geometry.Flip: 2,
+    geometry.Pad: 2,
+    geometry.Resize: 2,
 }
-"""Bytes a pixel that an op takes beside the image before and after it (measured; `raypipe.images.memory`)."""
+"""Bytes a pixel that an op takes beside its input and output, measured (`raypipe.images.memory`)."""
 
 
 def setup(threads: int) -> None:
-    """How many threads torch may use in this process, and OpenCV, which turns images upright."""
+    """Set the threads in this process of torch, and of OpenCV, which turns images upright."""
     torch.set_num_threads(threads)
     cv2.setNumThreads(threads)
 
 
 def check(recipe: Recipe) -> None:
-    """Raises UsageError if the recipe has an op that torchvision cannot do."""
+    """Raise UsageError if the recipe has an op that torchvision cannot execute."""
     check_ops(recipe, apply, "torchvision", _REMEDIES)
 
 
@@ -64,11 +73,12 @@ def decode(
     decoder: str = "simplejpeg",
     strict: bool = True,
 ) -> torch.Tensor:
-    """Decodes to CHW RGB uint8, upright. A JPEG comes at 1/`reduce` (1, 2, 4, 8) of its size, rounded up.
+    """Decode to CHW RGB uint8, upright.
 
     Args:
-        decoder: of JPEGs, one of DECODERS; "own" is Pillow's, which says nothing of most damage.
-        strict: refuse what is damaged, as `raypipe.images.decode.decode`.
+        reduce: decode a JPEG at 1/`reduce` (1, 2, 4, 8) of its size, rounded up.
+        decoder: of JPEGs, one of DECODERS. "own" is Pillow's, which does not report most damage.
+        strict: reject damaged images, as `raypipe.images.decode.decode`.
 
     Raises:
         Reject: it cannot be decoded, or is damaged.
@@ -80,27 +90,32 @@ def decode(
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def execute(image: torch.Tensor, plan: Sequence[Any], out: np.ndarray) -> None:
-    """Does all ops of a plan and leaves the result in `out`: HWC uint8, contiguous, of the plan's size."""
+def execute(image: torch.Tensor, plan: Sequence[Op], out: np.ndarray) -> None:
+    """Execute all ops of a plan. The result is in `out`: HWC uint8, contiguous, of the plan's size."""
     for op in plan:
         image = apply(op, image)
     torch.from_numpy(out).permute(2, 0, 1).copy_(image)
 
 
 @functools.singledispatch
-def apply(op: Any, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
-    """Does one plain op on (..., 3, height, width) uint8; never changes `image`. `out` is there for OpenCV's sake: torchvision cannot write
-    into a given place."""
+def apply(op: Op, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
+    """Execute one plain op on (..., 3, height, width) uint8. It never changes `image`.
+
+    Own ops register their function here: @torchvision.apply.register.
+
+    Args:
+        out: as in the OpenCV backend. Not used: torchvision cannot write into given memory.
+    """
     raise UsageError(
-        f"the torchvision backend cannot do {op}; register a function with raypipe.images.torchvision.apply"
+        f"the torchvision backend cannot do {op}; register a function with "
+        "raypipe.images.torchvision.apply"
     )
 
 
 @apply.register
-def _(op: ops.Resize, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
-    if (
-        image.ndim == 3 and not image.is_contiguous()
-    ):  # a crop: gathering it first saves a third of the time; plain CHW would take longer
+def _(op: geometry.Resize, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
+    # A crop is copied first, channels last: this saves a third of the time. Plain CHW is slower.
+    if image.ndim == 3 and not image.is_contiguous():
         image = image[None].contiguous(memory_format=torch.channels_last)[0]
     if op.area:
         with _one_thread():
@@ -113,9 +128,9 @@ def _(op: ops.Resize, image: torch.Tensor, out: np.ndarray | None = None) -> tor
                 interpolation=functional.InterpolationMode.BILINEAR,
                 antialias=False,
             )
-        return (
-            (image.round_() if op.rounding == "nearest" else image).clamp_(0, 255).to(torch.uint8)
-        )
+        if op.rounding == "nearest":
+            image = image.round_()
+        return image.clamp_(0, 255).to(torch.uint8)
     return functional.resize(
         image,
         [op.height, op.width],
@@ -125,12 +140,12 @@ def _(op: ops.Resize, image: torch.Tensor, out: np.ndarray | None = None) -> tor
 
 
 @apply.register
-def _(op: ops.Crop, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
+def _(op: geometry.Crop, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
     return image[..., op.top : op.top + op.height, op.left : op.left + op.width]
 
 
 @apply.register
-def _(op: ops.Flip, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
+def _(op: geometry.Flip, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
     return (
         functional.horizontal_flip(image)
         if op.axis == "horizontal"
@@ -139,10 +154,10 @@ def _(op: ops.Flip, image: torch.Tensor, out: np.ndarray | None = None) -> torch
 
 
 @apply.register
-def _(op: ops.Pad, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
+def _(op: geometry.Pad, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
     if op.mode == "constant":
         return functional.pad(image, [op.left, op.top, op.right, op.bottom], fill=list(op.fill))
-    # torch has no border wider than the image: so each new row and column by its number.
+    # torch has no border wider than the image, so rows and columns are picked by index.
     rows, columns = (
         torch.from_numpy(np.pad(np.arange(length), border, mode=op.mode)).to(image.device)
         for length, border in (
@@ -154,84 +169,84 @@ def _(op: ops.Pad, image: torch.Tensor, out: np.ndarray | None = None) -> torch.
 
 
 @apply.register
-def _(op: ops.Affine, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
+def _(op: geometry.Affine, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
     height, width = image.shape[-2:]
     images = image.reshape(-1, 3, height, width)
     forward = np.vstack([np.array(op.matrix, np.float64).reshape(2, 3), [0, 0, 1]])
-    # grid_sample counts from -1 to 1, and asks where each pixel of the result comes from.
+    # grid_sample has coordinates from -1 to 1, and maps from the result to the image.
     pixels = np.array([[width / 2, 0, width / 2], [0, height / 2, height / 2], [0, 0, 1]])
     theta = torch.from_numpy((np.linalg.inv(pixels) @ np.linalg.inv(forward) @ pixels)[:2]).to(
         image.device, torch.float32
     )
     grid = affine_grid(theta.expand(len(images), 2, 3), list(images.shape), align_corners=False)
     fill = torch.tensor(op.fill, dtype=torch.float32, device=image.device)[:, None, None]
-    # Outside is 0 for grid_sample: less the fill before, plus it after, makes that the fill, and blends at the border.
+    # grid_sample pads with 0. Subtracting the fill before it and adding it after pads with the fill.
     moved = grid_sample(
         images - fill, grid, mode="bilinear", padding_mode="zeros", align_corners=False
     )
     return (moved + fill).round_().clamp_(0, 255).to(torch.uint8).reshape(image.shape)
 
 
-# float: torchvision multiplies uint8 by a whole number without clipping, so that it wraps around
 @apply.register
-def _(op: ops.Brightness, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
+def _(op: colour.Brightness, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
+    # An int factor would wrap around: torchvision multiplies uint8 by it without clipping.
     return functional.adjust_brightness(image, float(op.factor))
 
 
 @apply.register
-def _(op: ops.Contrast, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
+def _(op: colour.Contrast, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
     return functional.adjust_contrast(image, float(op.factor))
 
 
 @apply.register
-def _(op: ops.Saturation, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
+def _(op: colour.Saturation, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
     return functional.adjust_saturation(image, float(op.factor))
 
 
 @apply.register
-def _(op: ops.Hue, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
+def _(op: colour.Hue, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
     return functional.adjust_hue(image, float(op.shift))
 
 
 @apply.register
-def _(op: ops.Permute, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
+def _(op: colour.Permute, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
     return image[..., list(op.order), :, :]
 
 
 @apply.register
-def _(op: ops.Greyscale, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
+def _(op: colour.Greyscale, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
     return functional.rgb_to_grayscale(image, num_output_channels=3)
 
 
 @apply.register
-def _(op: ops.Gamma, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
+def _(op: colour.Gamma, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
     return functional.adjust_gamma(image, float(op.gamma), float(op.gain))
 
 
 @apply.register
-def _(op: ops.Equalize, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
+def _(op: colour.Equalize, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
     return functional.equalize(image)
 
 
 @apply.register
-def _(op: ops.AutoContrast, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
+def _(op: colour.AutoContrast, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
     return functional.autocontrast(image)
 
 
 @apply.register
-def _(op: ops.Sharpness, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
+def _(op: filters.Sharpness, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
     return functional.adjust_sharpness(image, float(op.factor))
 
 
 @apply.register
-def _(op: ops.GaussianBlur, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
+def _(op: filters.GaussianBlur, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
     return functional.gaussian_blur(image, [op.kernel, op.kernel], [op.sigma, op.sigma])
 
 
 @apply.register
-def _(op: ops.AddNoise, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
+def _(op: augment.AddNoise, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
     noisy = (
-        torch.from_numpy(noise(op, (image.shape[-2], image.shape[-1])))
+        torch.from_numpy(op.noise((image.shape[-2], image.shape[-1])))
         .permute(2, 0, 1)
         .to(image.device)
     )
@@ -239,15 +254,18 @@ def _(op: ops.AddNoise, image: torch.Tensor, out: np.ndarray | None = None) -> t
 
 
 @apply.register
-def _(op: ops.Erase, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
+def _(op: augment.Erase, image: torch.Tensor, out: np.ndarray | None = None) -> torch.Tensor:
     fill = torch.tensor(op.fill, dtype=torch.uint8, device=image.device)[:, None, None]
     return functional.erase(image, op.top, op.left, op.height, op.width, fill)
 
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Float sums depend on where torch cuts an image for its threads: up to 4.2% of the values were 1 off
-    with two threads instead of one. Results never depend on --threads."""
+    """Run torch in one thread inside `with`, so that results never depend on --threads.
+
+    Float sums depend on how torch splits an image among threads: up to 4.2% of the values were 1 off
+    with two threads.
+    """
     threads = torch.get_num_threads()
     if threads == 1:
         yield
@@ -260,7 +278,10 @@ def _one_thread() -> Iterator[None]:
 
 
 def _by_area(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """cv2.INTER_AREA on (..., 3, height, width) uint8: the mean of what each new pixel covers; at most 1 off, enlarging 3."""
+    """Resize (..., 3, height, width) uint8 as cv2.INTER_AREA: the mean of what a new pixel covers.
+
+    At most 1 off OpenCV's result; 3 where it enlarges.
+    """
     pixels = image.to(torch.float32)
     rows = _area_weights(image.shape[-2], height).to(image.device)
     columns = _area_weights(image.shape[-1], width).to(image.device)
@@ -271,8 +292,11 @@ def _by_area(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=256)
 def _area_weights(old: int, new: int) -> torch.Tensor:
-    """How much of each old pixel is in each new one, float32 (new, old); enlarging is linear between the centres, as in OpenCV."""
-    scale = 1 / (new / old)  # as OpenCV has it, to the last bit
+    """The share of each old pixel in each new one, float32 (new, old).
+
+    Enlarging is linear between pixel centres, as in OpenCV.
+    """
+    scale = 1 / (new / old)  # OpenCV's formula: equal to the last bit
     weights = np.zeros((new, old))
     for at in range(new):
         if scale >= 1:
@@ -293,11 +317,16 @@ def _area_weights(old: int, new: int) -> torch.Tensor:
 
 
 def finish(batch: torch.Tensor | Sequence[torch.Tensor], finish: Finish) -> torch.Tensor:
-    """Turns uint8 images, NHWC or a sequence of HWC, on any device, into what a model wants there: float, padded if asked.
+    """Finish a batch of uint8 images, NHWC or a sequence of HWC, on the device they are on.
 
-    The result is of shape NCHW or NHWC as the finish says; its memory stays channels last, which is what GPUs compute fastest.
+    Returns:
+        NCHW or NHWC, of the finish's dtype, padded if it says so. Its memory is channels last, with
+        which GPUs compute fastest.
+
+    Raises:
+        UsageError: sizes differ, and the finish has no `pad_multiple`.
     """
-    height, width = padded_size([tuple(image.shape[:2]) for image in batch], finish.pad_multiple)
+    height, width = finish.padded_size([(image.shape[0], image.shape[1]) for image in batch])
     if isinstance(batch, torch.Tensor) and batch.shape[1:3] == (height, width):
         result = _normalised(batch, finish)
     else:
@@ -311,7 +340,7 @@ def finish(batch: torch.Tensor | Sequence[torch.Tensor], finish: Finish) -> torc
 
 
 def _normalised(pixels: torch.Tensor, finish: Finish) -> torch.Tensor:
-    """Channels last in, channels last out. One multiplication and one addition, in place, with constants made in float64."""
+    """Normalise channels-last pixels; the constants are computed in float64."""
     std = np.array(finish.std)
     factor, shift = (
         torch.tensor(values, dtype=torch.float32, device=pixels.device)
@@ -322,16 +351,19 @@ def _normalised(pixels: torch.Tensor, finish: Finish) -> torch.Tensor:
 
 
 def encode(image: np.ndarray, format: str, quality: int) -> bytes:
-    """Encodes HWC RGB uint8 as "jpeg" (4:2:0, baseline, standard tables) or "png" (`quality` is ignored)."""
+    """Encode HWC RGB uint8 as "jpeg" (4:2:0, baseline, standard tables) or "png".
+
+    Args:
+        quality: of a JPEG; ignored for a PNG.
+    """
     file = io.BytesIO()
     if format == "jpeg":
         Image.fromarray(image).save(
             file, "JPEG", quality=quality, subsampling="4:2:0", optimize=False, progressive=False
         )
     elif format == "png":
-        Image.fromarray(image).save(
-            file, "PNG", compress_level=1, compress_type=3
-        )  # run-length matching, as OpenCV
+        # compress_type 3: run-length matching, as OpenCV.
+        Image.fromarray(image).save(file, "PNG", compress_level=1, compress_type=3)
     else:
         raise UsageError(f"images are encoded as jpeg or png, not {format!r}")
     return file.getvalue()

@@ -27,7 +27,7 @@ from raypipe.data.journal import Dropped, Rejected, differences
 from raypipe.data.tables import whole
 from raypipe.errors import foreign, printable, shown, words
 from raypipe.images.own import imported
-from raypipe.images.recipe import OPS
+from raypipe.images.recipe_json import OPS
 from raypipe.models.detection import MODELS
 
 VERSION = 1

@@ -25,9 +25,10 @@ from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.models.detection.ssd import SSD
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from raypipe import UsageError
+from raypipe.errors import UsageError, did_you_mean
+from raypipe.images.ops.op import Size
 from raypipe.images.own import imported
-from raypipe.images.recipe import Finish, Recipe, Size, did_you_mean
+from raypipe.images.recipe import Finish, Recipe
 
 
 @dataclass(frozen=True, slots=True)

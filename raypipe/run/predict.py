@@ -29,7 +29,9 @@ from raypipe.errors import UsageError, foreign
 from raypipe.images import backend as backend_module
 from raypipe.images.frames import into_picture, sound
 from raypipe.images.header import Reject
-from raypipe.images.recipe import Recipe, back, for_evaluation, from_json
+from raypipe.images.ops.op import as_op
+from raypipe.images.recipe import Recipe, for_evaluation
+from raypipe.images.recipe_json import from_json
 from raypipe.models import checkpoint as checkpoints
 from raypipe.models import evaluate
 from raypipe.models.evaluate import Precision, Truth, mean_average_precision
@@ -350,7 +352,7 @@ def _recipe(
             recipe = for_evaluation(from_json(dict(trained["recipe"]), trusted=trust))
             backend_module(backend).check(recipe)
             for op in recipe.ops:
-                back(op, (1, 1))
+                as_op(op).back((1, 1))
     except UsageError as error:
         raise UsageError(
             f"The recipe in the checkpoint {folder} cannot be followed: {error}"

@@ -18,7 +18,8 @@ from raypipe.data.patience import READ_PATIENCE_S
 from raypipe.data.reader import Reading
 from raypipe.errors import UsageError, did_you_mean
 from raypipe.images.decode import MAX_PIXELS
-from raypipe.images.recipe import Recipe, to_json
+from raypipe.images.recipe import Recipe
+from raypipe.images.recipe_json import to_json
 from raypipe.stages.actor import ACTOR_BYTES
 from raypipe.stages.preprocess import Preprocessing
 from raypipe.stages.stage import Count

@@ -6,7 +6,7 @@ from faster_coco_eval.core import mask
 from raypipe.data.shapes import Placement, moved_keypoints, moved_segmentation, placement
 from raypipe.images import opencv
 from raypipe.images.frames import into_picture
-from raypipe.images.recipe import Affine, Crop, Flip, Pad, Resize
+from raypipe.images.ops.geometry import Affine, Crop, Flip, Pad, Resize
 
 SOURCE = (60, 80)
 PLANS = {

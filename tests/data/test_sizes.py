@@ -13,7 +13,9 @@ from raypipe.data.listing import list_images
 from raypipe.data.work import make_work, shards
 from raypipe.images.catalog import get
 from raypipe.images.opencv import SCRATCH
-from raypipe.images.recipe import HorizontalFlip, Recipe, Resize
+from raypipe.images.ops.augment import HorizontalFlip
+from raypipe.images.ops.geometry import Resize
+from raypipe.images.recipe import Recipe
 
 FLIP = Recipe(name="flip", ops=(HorizontalFlip(),))
 SIDES = [200, 1200, 300, 2500, 100, 2000, 2000, 150, 400, 1500]

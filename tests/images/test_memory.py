@@ -10,7 +10,8 @@ MEASURE = """
 import io, json, sys
 import cv2, numpy as np
 from PIL import Image
-from raypipe.images import backend, recipe as ops
+from raypipe.images import backend
+from raypipe.images.ops import augment, colour, filters, geometry
 from raypipe.images.decode import read_header
 from raypipe.images.memory import needed
 
@@ -39,9 +40,9 @@ files = {
     "tiff": encoded(large, "TIFF", compression="tiff_lzw"), "avif": encoded(large, "AVIF", speed=10),
 }
 some = [
-    ops.Resize(height=300, width=300, antialias=True), ops.Flip(), ops.Hue(shift=0.1), ops.Saturation(factor=2.0),
-    ops.AddNoise(sigma=3.0, seed=1), ops.Sharpness(factor=2.0), ops.GaussianBlur(kernel=5, sigma=1.0), ops.Equalize(),
-    ops.Affine(matrix=(1, 0.1, 0, 0, 1, 0)), ops.Resize(height=4000, width=2000, antialias=True),
+    geometry.Resize(height=300, width=300, antialias=True), geometry.Flip(), colour.Hue(shift=0.1), colour.Saturation(factor=2.0),
+    augment.AddNoise(sigma=3.0, seed=1), filters.Sharpness(factor=2.0), filters.GaussianBlur(kernel=5, sigma=1.0), colour.Equalize(),
+    geometry.Affine(matrix=(1, 0.1, 0, 0, 1, 0)), geometry.Resize(height=4000, width=2000, antialias=True),
 ]
 found = {}
 for name, data in files.items():

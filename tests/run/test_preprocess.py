@@ -15,7 +15,8 @@ from raypipe.data import journal, location
 from raypipe.data.sinks import FORMATS
 from raypipe.data.work import shards
 from raypipe.images import catalog
-from raypipe.images.recipe import Recipe, Resize
+from raypipe.images.ops.geometry import Resize
+from raypipe.images.recipe import Recipe
 from raypipe.run.dataset import dataset_of
 from raypipe.run.preprocess import Settings, image_folder, plan, preprocessing, run, verdict_on
 from raypipe.stages.preprocess import pixels

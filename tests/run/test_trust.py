@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from raypipe import UsageError
-from raypipe.images.recipe import Recipe, Resize, from_json, to_json
+from raypipe.images.ops.geometry import Resize
+from raypipe.images.recipe import Recipe
+from raypipe.images.recipe_json import from_json, to_json
 from raypipe.models import checkpoint as checkpoints
 from raypipe.models.checkpoint import Checkpoint, Progress
 from raypipe.run import predict

@@ -14,7 +14,8 @@ from raypipe.data.listing import list_images
 from raypipe.data.reader import Reader
 from raypipe.data.sinks import Sink
 from raypipe.data.work import make_work
-from raypipe.images.recipe import CenterCrop, Finish, Flip, PadTo, Recipe, Resize, ShortSide
+from raypipe.images.ops.geometry import CenterCrop, Flip, PadTo, Resize, ShortSide
+from raypipe.images.recipe import Finish, Recipe
 from raypipe.models import checkpoint as checkpoints
 from raypipe.models.checkpoint import Checkpoint, Progress
 from raypipe.stages.predict import PREDICTIONS, Predicting, Predictor, load, predict_block

@@ -19,7 +19,9 @@ from raypipe.data.tables import SOURCE
 from raypipe.data.work import BLOCK, images_of, make_work
 from raypipe.images import catalog, opencv
 from raypipe.images.decode import Reject
-from raypipe.images.recipe import CenterCrop, HorizontalFlip, Recipe, Resize
+from raypipe.images.ops.augment import HorizontalFlip
+from raypipe.images.ops.geometry import CenterCrop, Resize
+from raypipe.images.recipe import Recipe
 from raypipe.stages.actor import TRIES, Tracks
 from raypipe.stages.preprocess import Memory, Preprocessing, pixels, preprocess_shard
 from tests.conftest import jpeg

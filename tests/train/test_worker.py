@@ -20,16 +20,9 @@ from raypipe.data.listing import list_images
 from raypipe.data.reader import Reader
 from raypipe.data.tables import SOURCE
 from raypipe.data.work import BLOCK, lists, make_work
-from raypipe.images.recipe import (
-    CenterCrop,
-    Finish,
-    HorizontalFlip,
-    IoUCrop,
-    PhotometricDistort,
-    Recipe,
-    Resize,
-    ZoomOut,
-)
+from raypipe.images.ops.augment import HorizontalFlip, IoUCrop, PhotometricDistort, ZoomOut
+from raypipe.images.ops.geometry import CenterCrop, Resize
+from raypipe.images.recipe import Finish, Recipe
 from raypipe.models import checkpoint as checkpoints
 from raypipe.models.detection import Classes
 from raypipe.models.placer import Placer
