@@ -1,19 +1,19 @@
-"""What is done to an image. Pure functions, no Ray."""
+"""Decoding and transforming images. Pure functions, no Ray."""
 
 from importlib import import_module
 from types import ModuleType
 
-from raypipe import UsageError
+from raypipe.errors import UsageError
 
 BACKENDS = ("opencv", "torchvision")
 DECODERS = ("simplejpeg", "own")
-"""Who decodes JPEGs: the same for both backends, noticing damage; or what the backend's library has."""
+"""Of JPEGs: simplejpeg for both backends, which detects damage; or the backend's own decoder."""
 
 
 def backend(name: str) -> ModuleType:
-    """The module that executes ops: raypipe.images.opencv or raypipe.images.torchvision, imported only when asked for.
+    """Import a backend: the module raypipe.images.opencv or raypipe.images.torchvision.
 
-    An OpenCV actor never imports torch: that costs 2 s and 300 MB each.
+    An OpenCV actor never imports torch, which takes 2 s and 300 MB.
     """
     if name not in BACKENDS:
         raise UsageError(f"There is no backend {name!r}. Use one of: {', '.join(BACKENDS)}.")

@@ -1,13 +1,12 @@
-"""The recipes by name: MLPerf's preprocessing of images, torchvision's detection presets, and one for large photos.
+"""Recipes by name: MLPerf's image preprocessing, torchvision's detection presets, large photos.
 
-Each description says where its parameters are from. `get` also takes the path of a JSON file with an own recipe.
+Each description names the source of its parameters. `get` also reads own recipes from JSON files.
 """
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
-from raypipe import UsageError
-from raypipe.errors import did_you_mean
+from raypipe.errors import UsageError, did_you_mean
 from raypipe.images.header import MAX_PIXELS
 from raypipe.images.ops.augment import (
     ColorJitter,
@@ -20,16 +19,21 @@ from raypipe.images.ops.augment import (
 )
 from raypipe.images.ops.boxes import SanitizeBoxes
 from raypipe.images.ops.geometry import CenterCrop, Resize, ShortSide
+from raypipe.images.ops.op import Op
 from raypipe.images.recipe import Finish, Recipe
 from raypipe.images.recipe_json import from_json
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _UNIT = Finish(scale=1 / 255)
 _IMAGENET = Finish(scale=1 / 255, mean=_IMAGENET_MEAN, std=_IMAGENET_STD)
-# Caffe's: no scale, BGR. Batches are padded to a multiple of 32 because the network's feature pyramid halves five times.
+# Caffe's: no scale, BGR. The network's feature pyramid halves five times, so batches are padded to
+# a multiple of 32.
 _CAFFE = Finish(mean=(102.9801, 115.9465, 122.7717), channels="bgr", pad_multiple=32)
 
-_INFERENCE = "MLPerf inference, vision/classification_and_detection/python/dataset.py (2020-11, unchanged 2026-08)"
+_INFERENCE = (
+    "MLPerf inference, vision/classification_and_detection/python/dataset.py "
+    "(2020-11, unchanged 2026-08)"
+)
 _SSD = "MLPerf training, single_stage_detector/ssd/{utils,train}.py (2020-11)"
 _MASK = "MLPerf training, object_detection/pytorch/maskrcnn_benchmark (2020-11)"
 _RETINANET = "MLPerf training, retinanet/ssd/{presets,model/transform}.py (retired by 2026-07)"
@@ -41,24 +45,25 @@ def _stretch(size: int, *, antialias: bool = False) -> Resize:
 
 
 def _inference(size: int, *, rounding: Literal["nearest", "down"] = "nearest") -> Resize:
-    """MLPerf's `maybe_resize`, which works in float32."""
+    """MLPerf's `maybe_resize`, which computes in float32."""
     return Resize(height=size, width=size, arithmetic="float", rounding=rounding)
 
 
 def _classify(
     *, area: bool = False, antialias: bool = False, rounding: Literal["nearest", "down"] = "down"
-) -> tuple[Any, ...]:
-    """The middle 224x224 of the image with its short side at 256: 87.5% of it."""
+) -> tuple[Op, ...]:
+    """Short side to 256, then the middle 224x224: 87.5% of the short side."""
     short = ShortSide(short=256, long=MAX_PIXELS, antialias=antialias, area=area)
     return (short, CenterCrop(height=224, width=224, rounding=rounding))
 
 
-# Measured on six made pictures and sizes, by the tests: OpenCV beside MLPerf's float32.
+# Measured by the tests on six generated images and sizes: OpenCV against MLPerf's float32.
 _HALF = "within half a count of MLPerf's float pixels (torchvision: 1)"
 
 _COCO_1200 = Recipe(
     name="coco-1200",
-    description=f"SSD-ResNet34 inference: 1200x1200, ImageNet normalised, channels last; {_HALF}. {_INFERENCE}",
+    description=f"SSD-ResNet34 inference: 1200x1200, ImageNet normalised, channels last; {_HALF}. "
+    f"{_INFERENCE}",
     ops=(_inference(1200),),
     finish=replace(_IMAGENET, layout="hwc"),
 )
@@ -66,7 +71,8 @@ _COCO_1200 = Recipe(
 _OPENIMAGES = {
     size: Recipe(
         name=f"openimages-{size}",
-        description=f"RetinaNet inference: {size}x{size}, 0 to 1 (the model normalises); {_HALF}. {_INFERENCE}",
+        description=f"RetinaNet inference: {size}x{size}, 0 to 1 (the model normalises); {_HALF}. "
+        f"{_INFERENCE}",
         ops=(_inference(size),),
         finish=_UNIT,
     )
@@ -76,25 +82,29 @@ _OPENIMAGES = {
 _IMAGENETS = (
     Recipe(
         name="imagenet",
-        description=f"ResNet-50 inference: short side 256 (INTER_AREA), middle 224x224, RGB less its mean, channels last. {_INFERENCE}",
+        description="ResNet-50 inference: short side 256 (INTER_AREA), middle 224x224, RGB less "
+        f"its mean, channels last. {_INFERENCE}",
         ops=_classify(area=True),
         finish=Finish(mean=(123.68, 116.78, 103.94), layout="hwc"),
     ),
     Recipe(
         name="imagenet-mobilenet",
-        description=f"MobileNet inference: short side 256, middle 224x224, -1 to 1, channels last. {_INFERENCE}",
+        description="MobileNet inference: short side 256, middle 224x224, -1 to 1, channels "
+        f"last. {_INFERENCE}",
         ops=_classify(),
         finish=Finish(scale=1 / 255, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), layout="hwc"),
     ),
     Recipe(
         name="imagenet-pytorch",
-        description=f"ResNet-50 inference in PyTorch: short side 256 (antialiased, Pillow), middle 224x224, ImageNet normalised. {_INFERENCE}",
+        description="ResNet-50 inference in PyTorch: short side 256 (antialiased, Pillow), "
+        f"middle 224x224, ImageNet normalised. {_INFERENCE}",
         ops=_classify(antialias=True, rounding="nearest"),
         finish=_IMAGENET,
     ),
     Recipe(
         name="imagenet-tflite-tpu",
-        description=f"ResNet-50 inference in TFLite: short side 256, middle 224x224, BGR less its mean, channels last. {_INFERENCE}",
+        description="ResNet-50 inference in TFLite: short side 256, middle 224x224, BGR less its "
+        f"mean, channels last. {_INFERENCE}",
         ops=_classify(),
         finish=Finish(mean=(103.939, 116.779, 123.68), channels="bgr", layout="hwc"),
     ),
@@ -102,8 +112,9 @@ _IMAGENETS = (
 
 _SSD_TRAIN = Recipe(
     name="ssd-300-train",
-    description=f"SSD-ResNet34 training: IoU crop, flip, 300x300, colour jitter, ImageNet normalised. Boxes around crowds are learned "
-    f"from, as in MLPerf; ssd-300-train-no-crowds leaves them out. {_SSD}",
+    description="SSD-ResNet34 training: IoU crop, flip, 300x300, colour jitter, ImageNet "
+    "normalised. Boxes around crowds are learned from, as in MLPerf; ssd-300-train-no-crowds "
+    f"leaves them out. {_SSD}",
     ops=(
         IoUCrop(flavour="mlperf"),
         HorizontalFlip(),
@@ -118,8 +129,9 @@ _ALL = (
     *_IMAGENETS,
     Recipe(
         name="coco-300",
-        description=f"SSD-MobileNet inference: 300x300, uint8, channels last. With OpenCV equal to MLPerf's to the bit; with torchvision "
-        f"up to 4.2% of the values are 1 off. {_INFERENCE}",
+        description="SSD-MobileNet inference: 300x300, uint8, channels last. With OpenCV equal "
+        "to MLPerf's to the bit; with torchvision up to 4.2% of the values are 1 off. "
+        f"{_INFERENCE}",
         ops=(_inference(300, rounding="down"),),
     ),
     Recipe(
@@ -133,7 +145,8 @@ _ALL = (
         replace(
             _COCO_1200,
             name=f"coco-1200-{kind}",
-            description=f"coco-1200 with channels first, as MLPerf runs it in {runtime}; {_HALF}.{more} {_INFERENCE}",
+            description=f"coco-1200 with channels first, as MLPerf runs it in {runtime}; "
+            f"{_HALF}.{more} {_INFERENCE}",
             finish=_IMAGENET,
         )
         for kind, runtime, more in (
@@ -151,7 +164,8 @@ _ALL = (
     replace(
         _SSD_TRAIN,
         name="ssd-300-train-no-crowds",
-        description=f"ssd-300-train without boxes around crowds, and without images that have no others. {_SSD}",
+        description="ssd-300-train without boxes around crowds, and without images that have no "
+        f"others. {_SSD}",
         drops_crowds=True,
     ),
     Recipe(
@@ -162,9 +176,10 @@ _ALL = (
     ),
     Recipe(
         name="mask-rcnn-train",
-        description=f"Mask R-CNN training: short side 800, long at most 1333, flip; BGR less its mean, padded to 32. Boxes have edges "
-        f"here and inclusive corners there (x2 - 1), so a box of less than a pixel is dropped here, of a pixel or less there; images with "
-        f"crowds only are left out here, and there learned from as empty. {_MASK}",
+        description="Mask R-CNN training: short side 800, long at most 1333, flip; BGR less its "
+        "mean, padded to 32. MLPerf's boxes have inclusive corners (x2 - 1): it drops boxes of a "
+        "pixel or less, raypipe those of less than a pixel. Images with crowds only are left "
+        f"out; MLPerf learns from them as empty. {_MASK}",
         ops=(ShortSide(short=800, long=1333), HorizontalFlip(), SanitizeBoxes(min_size=1)),
         finish=_CAFFE,
         needs_boxes=True,
@@ -172,14 +187,15 @@ _ALL = (
     ),
     Recipe(
         name="mask-rcnn-val",
-        description=f"Mask R-CNN evaluation: short side 800, long at most 1333; BGR less its mean, padded to 32. {_MASK}",
+        description="Mask R-CNN evaluation: short side 800, long at most 1333; BGR less its "
+        f"mean, padded to 32. {_MASK}",
         ops=(ShortSide(short=800, long=1333),),
         finish=_CAFFE,
     ),
     Recipe(
         name="retinanet-train",
-        description=f"RetinaNet training: flip, 800x800, ImageNet normalised (here after the resize, in bytes; there before, in float). "
-        f"{_RETINANET}",
+        description="RetinaNet training: flip, 800x800, ImageNet normalised (after the resize, "
+        f"in uint8; MLPerf: before it, in float). {_RETINANET}",
         ops=(HorizontalFlip(), _stretch(800)),
         finish=_IMAGENET,
         needs_boxes=True,
@@ -198,7 +214,8 @@ _ALL = (
     ),
     Recipe(
         name="torchvision-lsj",
-        description=f"Large-scale jitter: 0.1 to 2 times, cut or padded to 1024x1024; 0 to 1. {_TORCHVISION}",
+        description="Large-scale jitter: 0.1 to 2 times, cut or padded to 1024x1024; 0 to 1. "
+        f"{_TORCHVISION}",
         ops=(LargeScaleJitter(), HorizontalFlip(), SanitizeBoxes()),
         finish=_UNIT,
     ),
@@ -214,7 +231,8 @@ _ALL = (
     ),
     Recipe(
         name="torchvision-ssd",
-        description=f"Colour distortion, zoom out, IoU crop, flip; sizes as they come; 0 to 1. {_TORCHVISION}",
+        description="Colour distortion, zoom out, IoU crop, flip; sizes as they come; 0 to 1. "
+        f"{_TORCHVISION}",
         ops=(PhotometricDistort(), ZoomOut(), IoUCrop(), HorizontalFlip(), SanitizeBoxes()),
         finish=_UNIT,
     ),
@@ -224,12 +242,16 @@ _ALL = (
         ops=(IoUCrop(), HorizontalFlip(), SanitizeBoxes()),
         finish=_UNIT,
     ),
-    # Measured on 14 JPEG photos of 12 to 18 megapixels, one thread; how far off decoding whole and resizing antialiased (111 ms):
-    # at 1/8 scale 52 ms, 0.6 counts on average (PSNR 49 dB, worst photo 39); at 1/4 59 ms, 0.2 (55, 50); whole with INTER_AREA
-    # 115 ms, 0.7 (47, 38); whole with INTER_LINEAR, which is MLPerf's, 75 ms, 3.2 (37, 22).
+    # Measured on 14 JPEG photos of 12 to 18 megapixels, one thread, against decoding whole and
+    # resizing antialiased (111 ms). Mean error in counts, PSNR in dB (all photos, the worst one):
+    #   decoded at 1/8 scale        52 ms, 0.6 (49, 39)
+    #   decoded at 1/4 scale        59 ms, 0.2 (55, 50)
+    #   whole, INTER_AREA          115 ms, 0.7 (47, 38)
+    #   whole, INTER_LINEAR         75 ms, 3.2 (37, 22), MLPerf's way
     Recipe(
         name="photos-300",
-        description="Large photos to 300x300, antialiased, JPEGs decoded at a reduced scale: fast, no parity with MLPerf asked",
+        description="Large photos to 300x300, antialiased, JPEGs decoded at a reduced scale: "
+        "fast, and not meant to equal MLPerf's pixels",
         ops=(_stretch(300, antialias=True),),
         reduced_decode=True,
     ),
@@ -239,11 +261,19 @@ RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _ALL}
 
 
 def get(name: str) -> Recipe:
-    """The recipe of that name, or from that JSON file (a path that ends in .json). Raises UsageError."""
+    """The recipe of that name, or from a JSON file.
+
+    Args:
+        name: of a recipe, or a path that ends in .json.
+
+    Raises:
+        UsageError: no recipe has that name, or the file holds none.
+    """
     if name in RECIPES:
         return RECIPES[name]
     if name.lower().endswith(".json"):
         return from_json(name)
     raise UsageError(
-        f"unknown recipe {name!r}{did_you_mean(name, RECIPES)}; or give the path of a .json file with a recipe"
+        f"unknown recipe {name!r}{did_you_mean(name, RECIPES)}; or give the path of a .json file "
+        "with a recipe"
     )

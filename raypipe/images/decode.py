@@ -1,20 +1,20 @@
-"""From bytes to pixels: what both backends share, so that they agree on which images are accepted and how these look.
+"""Decode files of any format to pixels. Both backends use this, so they accept the same images.
 
-`read_header` looks at the first bytes only and says what a file is; `decode` makes pixels of it.
-Backends differ in one point: an ordinary JPEG (`Header.native`) may also be decoded by their own
-decoder (`--decoder own`). All are libjpeg-turbo and give equal pixels.
+`read_header` reads the first bytes only; `decode` makes pixels. With `--decoder own` a backend
+decodes ordinary JPEGs (`Header.native`) by its own decoder. All are libjpeg-turbo and give equal
+pixels.
 
 Every image becomes 8-bit RGB, upright, by these rules:
 
-- grey is replicated; palettes are looked up; 1-bit images become 0 and 255;
-- alpha is dropped, not blended, as `PIL.Image.convert("RGB")` and `cv2.IMREAD_COLOR` do;
-- CMYK and YCCK go through Pillow's convert, without colour profiles;
-- 16 bits keep their high byte;
-- of animations and multi-page files the first frame;
-- floating-point, signed and 32-bit integer pixels are rejected: they have no range to map from.
+- Grey is replicated, palettes are looked up, 1-bit images become 0 and 255.
+- Alpha is dropped, not blended, as `PIL.Image.convert("RGB")` and `cv2.IMREAD_COLOR` do.
+- CMYK and YCCK are converted by Pillow, without colour profiles.
+- 16 bits keep their high byte.
+- Animations and multi-page files give their first frame.
+- Floating-point, signed and 32-bit integer pixels are rejected: they have no range to map from.
 
 A `.npy` file holds such an image already: uint8 of shape (height, width, 3), RGB. README.md in this
-folder says of each format which damage is noticed.
+folder says which damage is detected in each format.
 """
 
 import ctypes
@@ -41,11 +41,11 @@ from raypipe.images.orientation import upright
 
 __all__ = ["MAX_PIXELS", "REASONS", "Header", "Reject"]  # whoever decodes needs these too
 
-# What Pillow says about odd metadata would only fill a cluster's logs: damage that matters becomes a Reject with a reason.
+# Pillow's warnings about metadata would fill a cluster's logs. Damage that matters is a Reject.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
-# The plugin classes rather than Image.open: 10 us less an image, and no second pixel limit beside ours.
+# Plugin classes instead of Image.open: 10 us less an image, and no second limit of pixels.
 _PLUGINS: dict[str, type[ImageFile]] = {
     "jpeg": JpegImagePlugin.JpegImageFile,
     "png": PngImagePlugin.PngImageFile,
@@ -58,9 +58,10 @@ FORMATS = ("jpeg", "png", "webp", "bmp", "tiff", "gif", "avif", "heif", "npy")
 
 
 def read_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Header:
-    """Reads format, size and orientation. Takes about 8 us for a JPEG, 30 to 120 for others, and decodes nothing.
+    """Read format, size and orientation. Takes about 8 us for a JPEG, 30 to 120 us for others.
 
-    Raises Reject if the bytes are no image, have more than `max_pixels`, or are a JPEG without its end.
+    Raises:
+        Reject: the bytes are no image, or a JPEG without its end, or have more than `max_pixels`.
     """
     if not data:
         raise Reject("empty", "0 bytes")
@@ -73,9 +74,7 @@ def read_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Header:
         header = _header(data, format)
     except Reject:
         raise
-    except (
-        Exception
-    ) as error:  # parsers of hostile bytes raise anything; whatever it is, this image has no header
+    except Exception as error:  # parsers of hostile bytes raise anything
         if format == "jpeg" and jpeg.EOI not in data:
             raise Reject("truncated", f"cut within the headers, after {len(data)} bytes") from error
         raise rejected(error) from error
@@ -89,7 +88,7 @@ def read_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Header:
 
 
 def peek(head: bytes) -> Header | None:
-    """The header of a JPEG or PNG by its first bytes; None: these do not tell, and `read_header` needs all of them."""
+    """The header of a JPEG or PNG by its first bytes; None: `read_header` needs all bytes."""
     format = _sniff(head)
     try:
         if format == "jpeg":
@@ -107,12 +106,12 @@ def _header(data: bytes, format: str) -> Header:
 
 
 def decode(data: bytes, header: Header, reduce: int = 1, *, strict: bool = True) -> np.ndarray:
-    """Decodes an image of any format.
+    """Decode an image of any format.
 
     Args:
-        reduce: a native JPEG comes at 1/`reduce` (1, 2, 4, 8) of its size, rounded up.
-        strict: refuse what a decoder or a checksum says is damaged, as "damaged". Otherwise what can
-            be decoded of it is returned.
+        reduce: decode a native JPEG at 1/`reduce` (1, 2, 4, 8) of its size, rounded up.
+        strict: reject images in which a decoder or a checksum finds damage, as "damaged". Otherwise
+            return the pixels that can be decoded.
 
     Returns:
         HWC RGB uint8, upright, contiguous, writable.
@@ -127,15 +126,13 @@ def decode(data: bytes, header: Header, reduce: int = 1, *, strict: bool = True)
             image, reduce = _decode_other(data, header.format, strict=strict), 1
     except Reject:
         raise
-    except (
-        Exception
-    ) as error:  # as above: zlib, struct, memory and syntax errors, all of them this image's
+    except Exception as error:  # as above: zlib, struct, memory and syntax errors
         raise rejected(error) from error
     return check_size(orient(image, header.orientation), header, reduce)
 
 
 def _decode_other(data: bytes, format: str, *, strict: bool) -> np.ndarray:
-    """As it is stored; raises anything."""
+    """Decode what is no native JPEG, without its orientation. Raises anything."""
     if format == "npy":
         return _npy_pixels(data)
     if format == "tiff":
@@ -154,12 +151,12 @@ def _decode_other(data: bytes, format: str, *, strict: bool) -> np.ndarray:
             "unsupported mode",
             f"pixels of 32 bits (Pillow's mode {image.mode!r}) have no range to map to 8 bits",
         )
-    image.info.pop("transparency", None)  # dropped in any case; convert would warn about it
+    image.info.pop("transparency", None)  # alpha is dropped; convert would warn about it
     return _pixels(image)
 
 
 _BAND = 1 << 20
-"""Pixels that are taken out of Pillow's memory at once: a copy of a whole large image takes 3 to 10 bytes a pixel."""
+"""Pixels copied from Pillow at once. A copy of a whole image would take 3 to 10 bytes a pixel."""
 
 
 def _pixels(image: Image.Image) -> np.ndarray:
@@ -177,7 +174,7 @@ def _pixels(image: Image.Image) -> np.ndarray:
 
 
 def decode_by_pillow(data: bytes, header: Header, reduce: int = 1) -> np.ndarray:
-    """Decodes a JPEG with Pillow, which says nothing of most damage. Arguments, result and errors are those of `decode`."""
+    """Decode a JPEG with Pillow, which does not report most damage. Otherwise as `decode`."""
     try:
         image = JpegImagePlugin.JpegImageFile(io.BytesIO(data))
         if reduce > 1:
@@ -190,7 +187,11 @@ def decode_by_pillow(data: bytes, header: Header, reduce: int = 1) -> np.ndarray
 
 
 def check_size(image: np.ndarray, header: Header, reduce: int = 1) -> np.ndarray:
-    """Returns the image if it has the size that its header promised (plans and buffers were made by it), else raises Reject."""
+    """Return the image if its size is the header's, by which plans and buffers were made.
+
+    Raises:
+        Reject: "corrupt": it has another size.
+    """
     size = (-(-header.height // reduce), -(-header.width // reduce))
     if image.shape[:2] != size:
         raise Reject(
@@ -200,7 +201,10 @@ def check_size(image: np.ndarray, header: Header, reduce: int = 1) -> np.ndarray
 
 
 def orient(image: np.ndarray, orientation: int) -> np.ndarray:
-    """Turns an HWC image upright by its EXIF orientation. The result is contiguous; 1 returns the image itself."""
+    """Turn an HWC image upright by its EXIF orientation.
+
+    The result is contiguous; for orientation 1 it is `image` itself.
+    """
     match orientation:
         case 2:
             return cv2.flip(image, 1)
@@ -220,12 +224,14 @@ def orient(image: np.ndarray, orientation: int) -> np.ndarray:
 
 
 _THUMBNAIL_PIXELS, _THUMBNAIL_SCANS = 40_000_000, 64
-"""Images above these are not shown: they would take the driver more than 0.7 GB, or seconds."""
+"""Larger images have no thumbnail: it would take the driver more than 0.7 GB, or seconds."""
 
 
 def thumbnail(data: bytes, *, side: int = 96) -> bytes | None:
-    """A JPEG of at most `side` pixels each way, for a person to recognise an image by; None for one that cannot be
-    decoded, is large, or takes long."""
+    """A JPEG of at most `side` pixels each way, for people to recognise an image.
+
+    None for an image that cannot be decoded, is large, or takes long.
+    """
     try:
         header = read_header(data, max_pixels=_THUMBNAIL_PIXELS)
         if header.scans and data.count(b"\xff\xda") > _THUMBNAIL_SCANS:
@@ -247,10 +253,10 @@ def thumbnail(data: bytes, *, side: int = 96) -> bytes | None:
 
 
 class _CMessages:
-    """Catches the lines that libjpeg (in OpenCV) and libtiff (in Pillow) print for damaged files, and tells if there were some.
+    """Catches the lines that libjpeg (in OpenCV) and libtiff (in Pillow) print for damaged files.
 
-    These print through C's `stderr`, and there is no other way to stop that. So within `with` this C variable points to a
-    temporary file. Python's and C++'s messages, also of other threads, do not go through it. Takes 1.7 us.
+    They print to C's `stderr`, and have no option against it. Inside `with` this C variable points
+    to a temporary file. Messages of Python and C++, in any thread, do not use it. Takes 1.7 us.
     """
 
     def __init__(self) -> None:
@@ -259,7 +265,7 @@ class _CMessages:
             libc = ctypes.CDLL(None)
             _ = (
                 libc.gnu_get_libc_version
-            )  # other C libraries have this variable in read-only memory, or not at all
+            )  # other C libraries have `stderr` read-only, or not at all
             self._stream = ctypes.c_void_p.in_dll(libc, "stderr")
             libc.tmpfile.restype = ctypes.c_void_p
             self._rewind, self._tell = libc.rewind, libc.ftell
@@ -280,7 +286,7 @@ class _CMessages:
             self._stream.value = self._real
 
     def appeared(self) -> bool:
-        """Whether something was printed within the last `with`."""
+        """Whether something was printed inside the last `with`."""
         return bool(self._lines) and self._tell(self._lines) > 0
 
 
@@ -317,9 +323,8 @@ _HEIF = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 
 def _opened(data: bytes, format: str) -> ImageFile:
     if format == "heif":
-        from pi_heif import (
-            HeifImageFile,
-        )  # loaded when needed: libheif takes as much memory as all of OpenCV's decoders
+        # Imported on demand: libheif takes as much memory as all of OpenCV's decoders.
+        from pi_heif import HeifImageFile
 
         return HeifImageFile(io.BytesIO(data))
     return _PLUGINS[format](io.BytesIO(data))
@@ -327,7 +332,7 @@ def _opened(data: bytes, format: str) -> ImageFile:
 
 def _pillow_header(data: bytes, format: str) -> Header:
     image = _opened(data, format)
-    # Behind the first scan's header FF only comes stuffed or as a marker: an EOI found there is a real one.
+    # After the first scan's header FF is stuffed or a marker, so an EOI there is a real one.
     if format == "jpeg" and data.rfind(jpeg.EOI, image.fp.tell() if image.fp else 0) < 0:
         raise Reject("truncated", f"no end-of-image marker in {len(data)} bytes")
     width, height = image.size

@@ -1,4 +1,4 @@
-"""Boxes drawn on an image, to look at."""
+"""Draw boxes on an image, for people to look at."""
 
 from collections.abc import Sequence
 
@@ -20,13 +20,15 @@ _COLOURS = (
 def draw_boxes(
     image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, texts: Sequence[str]
 ) -> np.ndarray:
-    """A copy of `image` with boxes on it, lines and letters in proportion to its size; a label always has the same colour.
+    """Draw boxes on a copy of `image`. A label always has the same colour.
+
+    Line width and text size are in proportion to the image.
 
     Args:
         image: (height, width, 3) RGB uint8.
-        boxes: (n, 4), x1 y1 x2 y2 in pixels; those drawn later are on top.
+        boxes: (n, 4), x1 y1 x2 y2 in pixels; later ones are on top.
         labels: (n,) int.
-        texts: n, put at the boxes' upper left corners. OpenCV's letters are ASCII: others become question marks.
+        texts: n, for the upper left corners. OpenCV's fonts are ASCII: other letters become "?".
     """
     drawn = image.copy()
     side = max(image.shape[:2])
@@ -39,7 +41,7 @@ def draw_boxes(
         (width, height), below = cv2.getTextSize(
             text, cv2.FONT_HERSHEY_SIMPLEX, scale, max(1, line // 2)
         )
-        # Above the box, or in it where there is no room above.
+        # The text is above the box, or inside where there is no room above.
         bottom = y1 if y1 >= height + below + line else y1 + height + below + line
         cv2.rectangle(
             drawn, (x1, bottom - height - below - line), (x1 + width, bottom), colour, cv2.FILLED

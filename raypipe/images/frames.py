@@ -1,7 +1,7 @@
-"""The frame that boxes were drawn in, and the picture's: an annotation's own size says which it was.
+"""The frame in which boxes were drawn, found by the image size that the annotations state.
 
-Annotations say how large their image was. That is the upright picture, or the picture as it is stored, before its EXIF
-orientation; or either of them at another size, because photos were resized after they were annotated.
+That size is the upright image's, or the stored image's, before its EXIF orientation is applied. Or
+it is one of these scaled, because images were resized after they were annotated.
 """
 
 from collections.abc import Callable
@@ -9,9 +9,8 @@ from collections.abc import Callable
 import numpy as np
 
 from raypipe.images.header import Reject
+from raypipe.images.ops.op import Matrix, Size
 
-Size = tuple[int, int]
-Matrix = tuple[float, float, float, float, float, float]
 UPRIGHT, STORED, SCALED, STORED_SCALED, UNCLEAR = (
     "upright",
     "stored",
@@ -24,19 +23,21 @@ UPRIGHT, STORED, SCALED, STORED_SCALED, UNCLEAR = (
 def into_picture(
     boxes: np.ndarray, frame: Size, size: Size, orientation: int
 ) -> tuple[np.ndarray, str | None]:
-    """Boxes in pixels of the upright picture, from pixels of the frame that they were drawn in.
+    """Map boxes from the frame in which they were drawn to the upright image.
 
     Args:
-        boxes: float32 (n, 4), x1 y1 x2 y2.
-        frame: height and width by the annotation; 0, 0 where it does not say.
-        size: height and width of the upright picture.
-        orientation: the EXIF number, 1 to 8, by which the stored picture is turned to be upright.
+        boxes: float32 (n, 4), x1 y1 x2 y2, in pixels of the frame.
+        frame: height and width by the annotation; 0, 0 if it does not say.
+        size: height and width of the upright image.
+        orientation: the EXIF number, 1 to 8, that turns the stored image upright.
 
     Returns:
-        The boxes, float32 (n, 4), and which frame they were in (the constants above); None where there is nothing to compare.
-        UNCLEAR: sizes cannot tell (EXIF 2 to 4, and squares), so they are taken as upright.
+        The boxes in pixels of the upright image, float32 (n, 4), and the kind of frame, one of the
+        constants above; None without a frame or boxes. UNCLEAR: the sizes cannot tell (EXIF 2 to 4,
+        and squares), and the frame is taken as upright.
 
-    Raises Reject, "bad boxes", if the frame is neither, with both sizes.
+    Raises:
+        Reject: "bad boxes": the frame fits neither the upright nor the stored image.
     """
     if frame == (0, 0) or not len(boxes):
         return boxes, None
@@ -49,16 +50,16 @@ def into_picture(
     moved = np.stack([across[:, 0], down[:, 0], across[:, 1], down[:, 1]], axis=1).astype(
         np.float32
     )
-    moved[swapped] = moved[swapped][:, [2, 3, 0, 1]]  # what was no box is none afterwards
+    moved[swapped] = moved[swapped][:, [2, 3, 0, 1]]  # swapped corners stay swapped, so invalid
     return moved, kind
 
 
 def matrix_of(frame: Size, size: Size, orientation: int) -> tuple[Matrix, str]:
-    """What takes a point (x, y) of the frame to (a x + b y + c, d x + e y + f) in the upright picture, and which frame it is.
+    """The matrix from the frame to the upright image, and the kind of frame.
 
     Arguments and errors are those of `into_picture`; the frame must be known.
     """
-    if frame == size and orientation == 1:  # nearly all
+    if frame == size and orientation == 1:  # most images
         return _TURNS[1](size), UPRIGHT
     stored = size if orientation < 5 else (size[1], size[0])
     fits_upright, fits_stored = (_same_shape(frame, of) for of in (size, stored))
@@ -69,7 +70,8 @@ def matrix_of(frame: Size, size: Size, orientation: int) -> tuple[Matrix, str]:
     if not fits_upright and not fits_stored:
         raise Reject(
             "bad boxes",
-            f"the annotations are of an image of {frame[0]}x{frame[1]} (height x width), and this one has {size[0]}x{size[1]}"
+            f"the annotations are of an image of {frame[0]}x{frame[1]} (height x width), "
+            f"and this one has {size[0]}x{size[1]}"
             + (f", or {stored[0]}x{stored[1]} as it is stored" if stored != size else ""),
         )
     drawn = size if fits_upright else stored
@@ -81,7 +83,7 @@ def matrix_of(frame: Size, size: Size, orientation: int) -> tuple[Matrix, str]:
     return matrix, STORED if frame == stored else STORED_SCALED
 
 
-# What a picture of a height and width is turned by, for each EXIF orientation (`raypipe.images.decode.orient`).
+# The matrix of each EXIF orientation for an image of a size (`raypipe.images.decode.orient`).
 _TURNS: dict[int, Callable[[Size], Matrix]] = {
     1: lambda of: (1, 0, 0, 0, 1, 0),
     2: lambda of: (-1, 0, of[1], 0, 1, 0),
@@ -95,7 +97,7 @@ _TURNS: dict[int, Callable[[Size], Matrix]] = {
 
 
 def _same_shape(one: Size, other: Size) -> bool:
-    """Whether one size is the other times a factor, but for the rounding of a side to whole pixels."""
+    """Whether the sizes have the same proportions, up to rounding of sides to whole pixels."""
     small, large = sorted((one, other), key=lambda size: size[0] * size[1])
     least = max((side - 1) / of for side, of in zip(small, large, strict=True))
     most = min((side + 1) / of for side, of in zip(small, large, strict=True))
@@ -105,15 +107,15 @@ def _same_shape(one: Size, other: Size) -> bool:
 def sound(
     boxes: np.ndarray, size: Size
 ) -> tuple[np.ndarray, np.ndarray, tuple[tuple[int, str], ...]]:
-    """The boxes that can be used, clipped to the picture.
+    """The boxes that can be used, clipped to the image.
 
     Args:
-        boxes: float32 (n, 4), x1 y1 x2 y2, in pixels of the picture.
+        boxes: float32 (n, 4), x1 y1 x2 y2, in pixels of the image.
         size: its height and width.
 
     Returns:
-        Those with an area within the picture, float32 (m, 4), clipped; which of the given ones they are, int64 (m,); and of
-        the others which they are and why they were dropped.
+        The boxes that have an area inside the image, float32 (m, 4), clipped; their indices in
+        `boxes`, int64 (m,); and for each other box its index and why it is dropped.
     """
     boxes = np.asarray(boxes, np.float32).reshape(-1, 4)
     limits = np.array([size[1], size[0], size[1], size[0]], np.float32)

@@ -1,19 +1,19 @@
-"""What the first bytes of a file say, and why an image is left out."""
+"""An image's header, and the reasons for which an image is rejected."""
 
 from dataclasses import dataclass
 
 MAX_PIXELS = 178_956_970
-"""Images with more pixels are rejected from their header: 512 MiB as RGB. Pillow refuses at the same figure by default."""
+"""Images with more pixels are rejected by their header: 512 MiB as RGB. Pillow's limit too."""
 
 UNREAD = "unread"
-"""The reason of a row whose bytes its store did not give in time. It is no reject: the next run tries again."""
+"""The store did not deliver the bytes in time. Not a reject: the next run tries the row again."""
 
 REASONS = (
     UNREAD,
     "empty",
     "not an image",
     "truncated",
-    "damaged",  # what can still be decoded is not what was encoded: --damaged keep delivers it
+    "damaged",  # can be decoded, to other pixels than were encoded: --damaged keep delivers it
     "corrupt",
     "too many pixels",
     "too large for --actor-memory",
@@ -25,20 +25,19 @@ REASONS = (
     "kills its process",
     "failed",  # an op raised something else
 )
-"""All reasons for which an image is left out, few enough to count by."""
+"""All reasons for which an image is left out: few, because reports count by them."""
 
 
 class Reject(Exception):
-    """This one image cannot be processed; the run goes on.
+    """An image cannot be processed; the run goes on without it.
 
-    `reason` is one of REASONS, for counting; `detail` says for a person what exactly is wrong.
+    reason: one of REASONS, to count by.
+    detail: what exactly is wrong, for people.
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:
         assert reason in REASONS, reason
-        super().__init__(
-            reason, detail
-        )  # these as args: that is what pickle restores an exception from
+        super().__init__(reason, detail)  # pickle restores an exception from these args
         self.reason = reason
         self.detail = detail
 
@@ -48,11 +47,12 @@ class Reject(Exception):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Header:
-    """What the first bytes of a file say.
+    """What the first bytes of a file say about the image.
 
-    `height` and `width` are those of the upright image. `orientation` is the EXIF number (1..8)
-    that decoding still has to apply. `native`: an 8-bit grey or colour JPEG, which simplejpeg or a
-    backend's own decoder takes. `scans`: it comes in several, all of which must be there.
+    height, width: of the upright image.
+    orientation: the EXIF number, 1 to 8, that decoding has to apply.
+    native: an 8-bit grey or colour JPEG, for simplejpeg or a backend's own decoder.
+    scans: a JPEG with several scans, all of which are needed.
     """
 
     format: str
@@ -69,7 +69,7 @@ class Header:
 
 
 def rejected(error: Exception) -> Reject:
-    """Sorts what a decoder raised into a reason."""
+    """The Reject for an exception of a decoder."""
     text = f"{type(error).__name__}: {error}"
     low = text.lower()
     if isinstance(error, MemoryError):

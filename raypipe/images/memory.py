@@ -1,6 +1,6 @@
 """How much memory decoding and transforming an image takes, estimated before either starts.
 
-Bytes a pixel were measured as the peak of the process (VmHWM) on pictures of 20 megapixels. Those of
+Bytes a pixel were measured as the peak of the process (VmHWM) on images of 20 megapixels. Those of
 ops are in the backends (`SCRATCH`).
 """
 
@@ -31,7 +31,7 @@ UNKNOWN_OP = 30
 """Bytes a pixel assumed for an own op: one or two float32 copies."""
 
 MOST = 170
-"""No image takes more bytes a pixel, whatever its recipe. With so much memory, `needed` is not called."""
+"""Bytes a pixel that no image exceeds, whatever its recipe. With that many free, skip `needed`."""
 
 
 def needed(

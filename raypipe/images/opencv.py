@@ -56,7 +56,7 @@ SCRATCH: dict[type, float] = {
     geometry.Pad: 0,
     geometry.Resize: 15,
 }
-"""Bytes a pixel that an op takes beside its input and output, measured (`raypipe.images.memory`)."""
+"""Bytes a pixel that an op takes beside input and output, measured (`raypipe.images.memory`)."""
 
 
 def setup(threads: int) -> None:
@@ -105,7 +105,7 @@ def _by_opencv(data: bytes, header: Header, reduce: int) -> np.ndarray:
 
 
 def execute(image: np.ndarray, plan: Sequence[Op], out: np.ndarray) -> None:
-    """Execute all ops of a plan. The result is in `out`: HWC uint8, contiguous, of the plan's size."""
+    """Execute plain ops in order. `out` gets the result: HWC uint8, contiguous, of its size."""
     for op in plan[:-1]:
         image = apply(op, image)
     if plan:

@@ -1,7 +1,8 @@
-"""How a picture has to be turned to be upright, by its EXIF and XMP.
+"""The orientation of an image by its EXIF and XMP.
 
-What PIL.ImageOps.exif_transpose turns is turned, from the same places: an EXIF block, ImageMagick's
-"Raw profile type exif" in a PNG, and where these say nothing, XMP's tiff:Orientation.
+The same images are turned as by PIL.ImageOps.exif_transpose, and the orientation is read from the
+same places: an EXIF block, ImageMagick's "Raw profile type exif" in a PNG, and without these, XMP's
+tiff:Orientation.
 """
 
 import re
@@ -21,13 +22,13 @@ _KINDS = {
     12: "d",
     16: "Q",
 }
-"""How each kind of number in a TIFF structure is packed. Two parts are a fraction."""
+"""The struct format of each TIFF number type. Two parts are a fraction."""
 
 _XMP = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
 
 
 def upright(exif: bytes, xmp: bytes = b"") -> int:
-    """The orientation, 1..8, by an EXIF block and, where that has none, an XMP packet; 1 where neither says."""
+    """The orientation, 1 to 8, from an EXIF block, else from an XMP packet, else 1."""
     found = exif_orientation(exif)
     if found is None and xmp and (match := _XMP.search(xmp)):
         found = int(match[1])
@@ -35,7 +36,10 @@ def upright(exif: bytes, xmp: bytes = b"") -> int:
 
 
 def exif_orientation(exif: bytes) -> int | None:
-    """The orientation that an EXIF block has, whatever number that is; None: none. 2 us; Pillow's whole parse takes 50."""
+    """The orientation in an EXIF block, any number; None: it has none.
+
+    Takes 2 us. Pillow parses the whole block in 50.
+    """
     while exif.startswith(b"Exif\0\0"):
         exif = exif[6:]
     order = {b"II": "<", b"MM": ">"}.get(exif[:2])
@@ -55,7 +59,7 @@ def exif_orientation(exif: bytes) -> int | None:
 
 
 def _number(exif: bytes, order: str, at: int, kind: int, count: int) -> int:
-    """The first of an entry's numbers if that is a whole one of one digit, else 0."""
+    """The first number of an entry if it is an integer of one digit, else 0."""
     packed = order + _KINDS.get(kind, "")
     if struct.calcsize(packed) * count > 4:
         (at,) = struct.unpack_from(order + "I", exif, at)

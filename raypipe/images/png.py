@@ -1,8 +1,8 @@
-"""PNG: what of its chunks decides about the pixels.
+"""PNG: the header, and the chunks that decide about pixels.
 
-A chunk that may be ignored (text, profiles, times) is left out before decoding, so that neither
-its size nor its checksum rejects a good picture. The checksums of the others are checked: Pillow
-and OpenCV skip those of the pixels.
+Ancillary chunks (text, profiles, times) are removed before decoding, so that their size or checksum
+never rejects a good image. The checksums of the others are verified here: Pillow and OpenCV skip
+those of the pixels.
 """
 
 import struct
@@ -17,7 +17,7 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _START = struct.Struct(">I4s")
 _PIXELS = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
 _MOST_TEXT = 1 << 20
-"""Bytes that a compressed text may become: one with an orientation in it has a few hundred."""
+"""Bytes of a text when decompressed, at most. One with an orientation has a few hundred."""
 
 
 def read(data: bytes) -> Header:
@@ -49,14 +49,14 @@ def read(data: bytes) -> Header:
 
 
 def pixels(data: bytes, *, strict: bool) -> bytes:
-    """The PNG with nothing but its pixels: no metadata, no transparency, no animation.
+    """The PNG with its pixels only: no metadata, no transparency, no animation.
 
     Args:
         strict: raise Reject "damaged" where a checksum is wrong.
     """
     parts = [SIGNATURE]
     for kind, start, length in _chunks(data):
-        if not kind.isalpha():  # no chunk: the decoder has the right words for it
+        if not kind.isalpha():  # not a chunk: the decoder reports it
             parts.append(data[start - 8 :])
             break
         if kind not in _PIXELS:
@@ -80,7 +80,7 @@ def pixels(data: bytes, *, strict: bool) -> bytes:
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Each chunk's kind, and where its content starts and how long it says that this is."""
+    """The kind of each chunk, the position of its content, and the length that it states."""
     at, kind = len(SIGNATURE), b""
     while at + 8 <= len(data) and kind != b"IEND":
         length, kind = _START.unpack_from(data, at)
@@ -89,7 +89,7 @@ def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 
 def _text(kind: bytes, content: bytes) -> tuple[bytes, bytes]:
-    """A text chunk's keyword and text; an empty one where it cannot be read."""
+    """A text chunk's keyword and text; an empty text if it cannot be read."""
     keyword, _, rest = content.partition(b"\0")
     if kind == b"tEXt":
         return keyword, rest
@@ -108,7 +108,7 @@ def _text(kind: bytes, content: bytes) -> tuple[bytes, bytes]:
 
 
 def _profile(text: bytes) -> bytes:
-    """What ImageMagick wrote in hexadecimal, behind a line each of nothing, kind and length."""
+    """The bytes of ImageMagick's profile: hexadecimal, after three lines (empty, kind, length)."""
     try:
         return bytes.fromhex(b"".join(text.split(b"\n")[3:]).decode("ascii"))
     except ValueError:

@@ -41,8 +41,9 @@ class Finish:
     """How batches of uint8 pixels become what a model takes: (pixel * scale - mean) / std.
 
     Computed for a whole batch, on the device that consumes it. `mean` and `std` are in the order of
-    `channels`. `pad_multiple`: images of a batch are padded with zeros at the bottom and right, after
-    normalising, to the largest height and width among them, rounded up to this multiple.
+    `channels`. `pad_multiple`: images of a batch are padded to the largest height and width among
+    them, rounded up to this multiple. The padding is zeros, after normalising, at the bottom and
+    right.
     """
 
     scale: float = 1.0
@@ -262,7 +263,7 @@ def for_evaluation(recipe: Recipe) -> Recipe:
     )
 
 
-# ------------------------------------------------------------------------------------- back and forth
+# ----------------------------------------------------------------------------------- back and forth
 
 
 def boxes_back(recipe: Recipe, boxes: np.ndarray, size: Size) -> tuple[np.ndarray, np.ndarray]:
@@ -302,7 +303,7 @@ def _backward(plain_ops: Sequence[Op], size: Size) -> tuple[Matrix, Size]:
     return matrix, at
 
 
-# ------------------------------------------------------------------------------------------- backends
+# ----------------------------------------------------------------------------------------- backends
 
 
 def check_ops(

@@ -14,7 +14,7 @@ _KEPT = 1 << 24
 
 
 class _Buffers(threading.local):
-    """Float32 scratch memory of each thread. Allocating it for each image costs as much as the resize."""
+    """Float32 scratch memory of each thread: allocating it takes as long as resizing an image."""
 
     def __init__(self) -> None:
         self._kept: dict[str, np.ndarray] = {}
@@ -59,9 +59,9 @@ def in_float(image: np.ndarray, op: Resize, out: np.ndarray | None) -> np.ndarra
 def antialiased(image: np.ndarray, height: int, width: int, out: np.ndarray | None) -> np.ndarray:
     """Resize with a triangle filter that grows with the scale, within 1 count of Pillow's result.
 
-    OpenCV has no such filter: INTER_AREA is a box. Each axis is a matrix product, rows first, rounded
-    to 8 bits in between. Milliseconds to 300x300 on one thread, from 640x480 and from 4000x3000: 1.2
-    and 26; Pillow 2.5 and 77, torchvision 0.4 and 4.5, INTER_AREA 1.7 and 37.
+    OpenCV has no such filter: INTER_AREA is a box. Each axis is a matrix product, rows first,
+    rounded to 8 bits in between. Milliseconds to 300x300 on one thread, from 640x480 and from
+    4000x3000: 1.2 and 26; Pillow 2.5 and 77, torchvision 0.4 and 4.5, INTER_AREA 1.7 and 37.
 
     Args:
         image: HWC uint8.

@@ -1,8 +1,8 @@
-"""TIFF: its samples, read by tifffile, as 8-bit RGB.
+"""TIFF: samples read by tifffile, converted to 8-bit RGB.
 
-tifffile gives the samples as they are stored, whatever the compression, tiling, planes, byte order
-and predictor. What they mean is decided here, and what is not surely right is rejected: Pillow gives
-16-bit WhiteIsZero as a negative, and separate planes of 16 bits in the wrong places.
+tifffile returns the stored samples of any compression, tiling, planes, byte order and predictor.
+Their meaning is decided here. Unclear ones are rejected: Pillow, for example, decodes 16-bit
+WhiteIsZero inverted, and misplaces separate planes of 16 bits.
 """
 
 import io
@@ -17,9 +17,8 @@ from raypipe.images import jpeg
 from raypipe.images.header import Header, Reject
 from raypipe.images.orientation import upright
 
-logging.getLogger("tifffile").setLevel(
-    logging.CRITICAL + 1
-)  # what it complains about becomes a Reject or is no matter
+# tifffile's complaints become a Reject, or do not matter.
+logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)
 
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _CMYK, _YCBCR = 0, 1, 2, 3, 5, 6
 _SAMPLES = {_WHITE_IS_ZERO: 1, _BLACK_IS_ZERO: 1, _RGB: 3, _PALETTE: 1, _CMYK: 4, _YCBCR: 3}
@@ -44,7 +43,11 @@ def read(data: bytes) -> Header:
 
 
 def decode(data: bytes, *, strict: bool) -> np.ndarray:
-    """The first page as HWC RGB uint8, as it is stored. Raises Reject, and what tifffile raises."""
+    """Decode the first page to HWC RGB uint8, without its orientation.
+
+    Raises:
+        Reject: it is damaged, or has no mapping to 8-bit RGB. Else what tifffile raises.
+    """
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         page = file.pages[0]
         _check(page)
@@ -60,7 +63,7 @@ def decode(data: bytes, *, strict: bool) -> np.ndarray:
         if page.planarconfig == 2
         else samples.reshape(shape)
     )
-    samples = samples[..., : _SAMPLES[page.photometric]]  # without alpha and whatever else there is
+    samples = samples[..., : _SAMPLES[page.photometric]]  # without alpha and other extra samples
     if colours is not None:
         return np.ascontiguousarray(
             (colours[:, samples[..., 0].astype(np.uint16)] >> 8).astype(np.uint8).transpose(1, 2, 0)
@@ -78,19 +81,22 @@ def decode(data: bytes, *, strict: bool) -> np.ndarray:
 
 
 def _check(page: tifffile.TiffPage) -> None:
-    """Raises Reject for what has no right reading as 8-bit RGB."""
+    """Raise Reject for a page without a certain mapping to 8-bit RGB."""
     photometric, bits = page.photometric, page.bitspersample
-    said = f"{getattr(photometric, 'name', photometric)}, {bits} bits, sample format {page.sampleformat}"
+    name = getattr(photometric, "name", photometric)
+    said = f"{name}, {bits} bits, sample format {page.sampleformat}"
     if page.sampleformat != 1 or not isinstance(bits, int) or bits > 16:
         raise Reject(
             "unsupported mode",
-            f"only whole numbers of 1 to 16 bits without sign have a range to map to 8 bits; this is {said}",
+            "only whole numbers of 1 to 16 bits without sign have a range to map to 8 bits; "
+            f"this is {said}",
         )
     wanted = _SAMPLES.get(photometric)
     if wanted is None or page.samplesperpixel < wanted or page.imagedepth != 1:
         raise Reject(
             "unsupported mode",
-            f"{page.samplesperpixel} samples of {said} are no picture in grey, RGB, palette, CMYK or YCbCr",
+            f"{page.samplesperpixel} samples of {said} are no picture in grey, RGB, palette, CMYK "
+            "or YCbCr",
         )
     if photometric == _CMYK and (page.tags.valueof(_INK_SET, 1) != 1 or bits != 8):
         raise Reject("unsupported mode", f"inks other than CMYK of 8 bits: {said}")
@@ -109,7 +115,7 @@ def _check(page: tifffile.TiffPage) -> None:
 
 
 def _as_bytes(samples: np.ndarray, bits: int) -> np.ndarray:
-    """Samples of `bits` as uint8: the high byte, or less bits spread over the whole range."""
+    """Samples of `bits` bits as uint8: the high byte, or fewer bits scaled to the whole range."""
     if bits == 8:
         return samples
     if bits > 8:
@@ -129,7 +135,7 @@ def _check_jpegs(page: tifffile.TiffPage, data: bytes) -> None:
 
 
 def _by_opencv(data: bytes) -> np.ndarray:
-    """YCbCr that is not JPEG: libtiff converts it, subsampled or not."""
+    """Decode YCbCr that is not JPEG: libtiff converts it, subsampled or not."""
     image = cv2.imdecode(
         np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
     )

@@ -51,7 +51,7 @@ SCRATCH: dict[type, float] = {
     geometry.Pad: 2,
     geometry.Resize: 2,
 }
-"""Bytes a pixel that an op takes beside its input and output, measured (`raypipe.images.memory`)."""
+"""Bytes a pixel that an op takes beside input and output, measured (`raypipe.images.memory`)."""
 
 
 def setup(threads: int) -> None:
@@ -91,7 +91,7 @@ def decode(
 
 
 def execute(image: torch.Tensor, plan: Sequence[Op], out: np.ndarray) -> None:
-    """Execute all ops of a plan. The result is in `out`: HWC uint8, contiguous, of the plan's size."""
+    """Execute plain ops in order. `out` gets the result: HWC uint8, contiguous, of its size."""
     for op in plan:
         image = apply(op, image)
     torch.from_numpy(out).permute(2, 0, 1).copy_(image)
@@ -180,7 +180,7 @@ def _(op: geometry.Affine, image: torch.Tensor, out: np.ndarray | None = None) -
     )
     grid = affine_grid(theta.expand(len(images), 2, 3), list(images.shape), align_corners=False)
     fill = torch.tensor(op.fill, dtype=torch.float32, device=image.device)[:, None, None]
-    # grid_sample pads with 0. Subtracting the fill before it and adding it after pads with the fill.
+    # grid_sample pads with 0. The fill is subtracted before and added after, so it pads with that.
     moved = grid_sample(
         images - fill, grid, mode="bilinear", padding_mode="zeros", align_corners=False
     )
@@ -263,8 +263,8 @@ def _(op: augment.Erase, image: torch.Tensor, out: np.ndarray | None = None) -> 
 def _one_thread() -> Iterator[None]:
     """Run torch in one thread inside `with`, so that results never depend on --threads.
 
-    Float sums depend on how torch splits an image among threads: up to 4.2% of the values were 1 off
-    with two threads.
+    Float sums depend on how torch splits an image among threads: with two threads up to 4.2% of the
+    values were 1 off.
     """
     threads = torch.get_num_threads()
     if threads == 1:

@@ -6,15 +6,14 @@ import pytest
 
 from raypipe.images import opencv, torchvision
 
-_DEBIAN = Path(
-    "/usr/share/doc/opencv-doc/examples/data"
-)  # Debian's opencv-doc; used where it is installed
+# Debian's opencv-doc; used where it is installed.
+_DEBIAN = Path("/usr/share/doc/opencv-doc/examples/data")
 _REAL = [name for name in ("fruits.jpg", "messi5.jpg") if (_DEBIAN / name).is_file()]
 _MADE = ["texture", "edges", "noise", "grey"]
 
 
 def make_photo(kind: str) -> np.ndarray:
-    """Photo-like pictures and the extremes that hurt: RGB uint8, about 400x500, odd sizes."""
+    """A photo-like image, or an extreme that is hard to process: RGB uint8, about 400x500."""
     rng = np.random.default_rng(len(kind))
     height, width = 381, 507
     if kind == "noise":
@@ -42,14 +41,14 @@ def make_photo(kind: str) -> np.ndarray:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """As in an actor. With more, small images are slower."""
+    """One thread, as in an actor. With more, small images are slower."""
     opencv.setup(1)
     torchvision.setup(1)
 
 
 @pytest.fixture(scope="session", params=[*_MADE, *_REAL])
 def picture(request) -> np.ndarray:
-    """HWC RGB uint8, one after the other: made ones, and real photos where Debian's opencv-doc is installed."""
+    """Each image in turn, HWC RGB uint8: generated ones, and real photos if installed."""
     if request.param in _MADE:
         return make_photo(request.param)
     return cv2.cvtColor(cv2.imread(str(_DEBIAN / request.param)), cv2.COLOR_BGR2RGB)

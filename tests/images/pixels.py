@@ -1,4 +1,4 @@
-"""Images as each backend has them, and how far two are apart."""
+"""Convert images between backends, and compare them."""
 
 import numpy as np
 import torch

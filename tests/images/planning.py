@@ -1,4 +1,4 @@
-"""What tests of ops and recipes plan: one image size, some boxes, recipes of given ops."""
+"""An image size, boxes on it, and plans for it: shared by the tests of ops and recipes."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""The two backends do the same to an image: each op, the finish, encoding."""
+"""Both backends give the same result for each op, the finish and encoding."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ from raypipe.images.ops.geometry import Affine, Crop, Flip, Pad, Resize, affine_
 from raypipe.images.recipe import Finish, Recipe
 from tests.images.pixels import by_torchvision, difference, tensor
 
-# The most that results may differ, in counts of 255: measured, and no more than facts known of both libraries explain.
+# How far results may differ, in counts of 255: measured, and explained by how the libraries round.
 TOLERANCE = [
     *((Resize(height=h, width=w), 1) for h, w in ((300, 300), (801, 933), (30, 600))),
     *(

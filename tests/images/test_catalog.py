@@ -1,4 +1,4 @@
-"""The recipes by name: MLPerf's and torchvision's pixels, any size, evaluation."""
+"""Recipes by name: their pixels are MLPerf's or torchvision's, for images of any size."""
 
 import io
 
@@ -19,7 +19,7 @@ from tests.images.planning import INSIDE, SIZE
 
 
 def mlperf_inference(data: bytes, size: int) -> np.ndarray:
-    """What MLPerf's reference does: decode with OpenCV, to float, to RGB, resize. Float32 HWC, 0 to 255."""
+    """MLPerf's reference: decode with OpenCV, to float, to RGB, resize. Float32 HWC, 0 to 255."""
     image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR).astype(np.float32)
     return cv2.resize(
         cv2.cvtColor(image, cv2.COLOR_BGR2RGB), (size, size), interpolation=cv2.INTER_LINEAR
@@ -27,7 +27,11 @@ def mlperf_inference(data: bytes, size: int) -> np.ndarray:
 
 
 def mlperf_classification(data: bytes, interpolation: int | None) -> np.ndarray:
-    """What it does for ImageNet: the short side to 256, in bytes, then the middle 224x224, cut off; None: Pillow's, rounded."""
+    """MLPerf's reference for ImageNet: the short side to 256, in uint8, then the middle 224x224.
+
+    Args:
+        interpolation: OpenCV's, with margins rounded down. None: Pillow's, rounded to the nearest.
+    """
     image = cv2.cvtColor(
         cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB
     )
@@ -70,7 +74,11 @@ MLPERF: dict[str, tuple] = {
 @pytest.mark.parametrize("name", MLPERF)
 @pytest.mark.parametrize("backend_name", BACKENDS)
 def test_inference_recipes_are_mlperfs(name, backend_name, picture):
-    """coco-300 and ImageNet's to the bit with OpenCV, the float ones within half a count: they stay in 8 bits. torchvision: 1."""
+    """How near each recipe is to MLPerf's pixels, on each backend.
+
+    With OpenCV coco-300 and ImageNet's are equal to the bit; the others stay in 8 bits, so they are
+    within half a count. With torchvision all are within 1.5 counts.
+    """
     how, rest = MLPERF[name]
     data = opencv.encode(picture, "jpeg", 95)
     classifies = name.startswith("imagenet")
@@ -157,7 +165,10 @@ def test_every_recipe_says_where_it_is_from():
 
 
 def test_reduced_decoding_is_nearer_to_the_antialiased_result_than_plain_resizing(scene):
-    """Why photos-300 may do it: on 14 photos of 12 megapixels, mean 0.6 counts off, plain INTER_LINEAR 3.2."""
+    """Why photos-300 does it: on 14 photos of 12 megapixels the mean error was 0.6 counts.
+
+    With plain INTER_LINEAR it was 3.2.
+    """
     rng = np.random.default_rng(0)
     large = cv2.resize(scene, (2600, 1900), interpolation=cv2.INTER_CUBIC).astype(np.int16)
     large = np.clip(large + rng.normal(0, 12, large.shape), 0, 255).astype(np.uint8)
@@ -206,7 +217,7 @@ def test_both_backends_do_every_recipe_of_the_catalog(name, scene):
 
 
 def test_jitter_within_the_tolerance_of_its_parts(picture):
-    """The whole of ssd-300-train with one plan: each of six ops may add a count, and contrast and saturation stretch these."""
+    """ssd-300-train as a whole: each op may add a count; contrast and saturation scale it."""
     for epoch in range(4):
         plan = RECIPES["ssd-300-train"].plan(
             seed=0,
@@ -218,7 +229,7 @@ def test_jitter_within_the_tolerance_of_its_parts(picture):
         results = np.empty((2, 300, 300, 3), np.uint8)
         opencv.execute(picture, plan.ops, results[0])
         torchvision.execute(tensor(picture), plan.ops, results[1])
-        # Hue of nearly grey pixels is undefined, so one count before it can be several after it; seldom.
+        # Hue is undefined for nearly grey pixels: one count before it may be several after it.
         delta = np.abs(results[0].astype(int) - results[1])
         assert delta.mean() < 0.6 and np.percentile(delta, 99.9) <= 5
 

@@ -1,4 +1,7 @@
-"""Damaged files are noticed. Run as a script for the figures of a larger trial: python tests/images/test_damage.py 1000"""
+"""Damaged files are detected.
+
+For the figures of a larger trial: python tests/images/test_damage.py 1000
+"""
 
 import io
 import sys
@@ -65,11 +68,15 @@ OTHERS = {
     "bmp": [encoded(image, "BMP") for image in PHOTOS],
 }
 WITHOUT_A_TRACE = ("webp", "webp lossless", "avif", "tiff", "bmp")
-"""Formats without checksums, whose decoders take anything for pixels: raypipe/images/README.md names them."""
+"""Formats without checksums, whose decoders decode any bytes (raypipe/images/README.md)."""
 
 
 def damaged(data: bytes, kind: str, others: list[bytes], rng: np.random.Generator) -> bytes:
-    """`data` without its middle third; with up to 4 kB of zeros, of another image or of noise; or cut and closed by an end mark."""
+    """Damage `data` in one of five ways.
+
+    It loses its middle third; gets up to 4 kB of zeros, of another image or of noise; or is cut and
+    closed by an end mark.
+    """
     if kind == "third":
         return data[: len(data) // 3] + data[2 * len(data) // 3 :]
     start = data.index(b"\xff\xda") + 14 if data[:2] == b"\xff\xd8" else min(200, len(data) // 10)
@@ -106,7 +113,7 @@ def trial(
 
 
 def test_damaged_jpegs_are_rejected():
-    """libjpeg warns of most damage. What happens to end where the picture ends leaves no trace: 1 in 1,000."""
+    """libjpeg warns of most damage. 1 in 1,000 ends by chance where the image ends: no warning."""
     seen = trial(JPEGS, 300, seed=1, kinds=KINDS)
     assert sum(count for (_, how), count in seen.items() if how == "delivered") <= 2, seen
     assert sum(count for (_, how), count in seen.items() if how == "damaged") >= 290, seen
@@ -152,14 +159,14 @@ def test_other_bytes_before_the_end_mark_are():
 
 @pytest.mark.parametrize("count", [64, 200, 3000])
 def test_zeros_in_place_of_the_last_pixels_are_no_padding(count):
-    """They decode to pixels, and what of them is left looks like padding."""
+    """Zeros decode to pixels, and the rest of them looks like padding."""
     assert {rejected(data[: -2 - count] + bytes(count) + data[-2:]).reason for data in JPEGS} == {
         "damaged"
     }
 
 
 def test_a_progressive_jpeg_cut_between_scans():
-    """libjpeg has no word for it: the picture is only blurred."""
+    """libjpeg does not report it: the image is blurred."""
     data, starts = JPEGS[2], []
     while (at := data.find(b"\xff\xda", starts[-1] + 2 if starts else 0)) >= 0:
         starts.append(at)

@@ -41,7 +41,7 @@ def npy(array: np.ndarray) -> bytes:
 
 
 def decoded(data: bytes) -> np.ndarray:
-    """The image, after checking that both backends give the same one, as the header says, fit to be worked on."""
+    """The image. Checks that both backends give the same, of the header's size, and writable."""
     header = read_header(data)
     image = opencv.decode(data, header)
     assert image.shape == (header.height, header.width, 3)
@@ -172,11 +172,11 @@ def test_orient_undoes_itself():
         np.testing.assert_array_equal(orient(orient(RGB, orientation), inverse), RGB)
 
 
-# ----------------------------------------------------------------------------------------------------------------- rejects
+# ------------------------------------------------------------------------------------------ rejects
 
 
 def reason(data: bytes, decoder: str = "simplejpeg", **options) -> str:
-    """Why an image is rejected; both backends must agree on that, and nothing else may be raised."""
+    """The reason of a reject. Both backends must agree, and nothing else may be raised."""
     try:
         header = read_header(data, **options)
     except Reject as reject:
@@ -294,7 +294,7 @@ FUZZED = {"jpeg": JPEGS["colour"], "progressive": JPEGS["progressive"]} | {
 
 @pytest.fixture
 def quiet(capfd):
-    """Fails the test if anything is printed, by C code too, or warned about."""
+    """Fail the test if anything is printed, by C code too, or warned about."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings(
@@ -309,7 +309,7 @@ def test_cut_anywhere_it_is_rejected_or_whole(name, quiet):
     data = FUZZED[name]
     for length in range(0, len(data), max(1, len(data) // 150)):
         why = reason(data[:length])
-        # Formats that end with their pixels, or with nothing that matters, may be complete before their last byte.
+        # Some formats end with pixels or with unimportant bytes: complete before their last byte.
         assert why or (
             length > len(data) * 0.8 and name not in ("jpeg", "progressive", "bmp", "npy")
         ), length

@@ -1,4 +1,4 @@
-"""What an image takes is known beforehand: measured in a process of its own, as the peak of its memory."""
+"""The estimate of an image's memory, checked against the peak of a process of its own."""
 
 import json
 import subprocess
@@ -16,7 +16,8 @@ from raypipe.images.decode import read_header
 from raypipe.images.memory import needed
 
 def peak():
-    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
+    (line,) = (line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
 
 def reset():
     open("/proc/self/clear_refs", "w").write("5")
@@ -34,15 +35,27 @@ large = cv2.resize(small, (4000, 3000), interpolation=cv2.INTER_CUBIC)
 exif = Image.Exif()
 exif[0x0112] = 6
 files = {
-    "jpeg": encoded(large, "JPEG"), "progressive": encoded(large, "JPEG", progressive=True, subsampling=0),
-    "turned": encoded(large, "JPEG", exif=exif), "png": encoded(large, "PNG", compress_level=1),
-    "palette": encoded(large[..., 0], "GIF"), "webp": encoded(large, "WEBP", method=0), "bmp": encoded(large, "BMP"),
-    "tiff": encoded(large, "TIFF", compression="tiff_lzw"), "avif": encoded(large, "AVIF", speed=10),
+    "jpeg": encoded(large, "JPEG"),
+    "progressive": encoded(large, "JPEG", progressive=True, subsampling=0),
+    "turned": encoded(large, "JPEG", exif=exif),
+    "png": encoded(large, "PNG", compress_level=1),
+    "palette": encoded(large[..., 0], "GIF"),
+    "webp": encoded(large, "WEBP", method=0),
+    "bmp": encoded(large, "BMP"),
+    "tiff": encoded(large, "TIFF", compression="tiff_lzw"),
+    "avif": encoded(large, "AVIF", speed=10),
 }
 some = [
-    geometry.Resize(height=300, width=300, antialias=True), geometry.Flip(), colour.Hue(shift=0.1), colour.Saturation(factor=2.0),
-    augment.AddNoise(sigma=3.0, seed=1), filters.Sharpness(factor=2.0), filters.GaussianBlur(kernel=5, sigma=1.0), colour.Equalize(),
-    geometry.Affine(matrix=(1, 0.1, 0, 0, 1, 0)), geometry.Resize(height=4000, width=2000, antialias=True),
+    geometry.Resize(height=300, width=300, antialias=True),
+    geometry.Flip(),
+    colour.Hue(shift=0.1),
+    colour.Saturation(factor=2.0),
+    augment.AddNoise(sigma=3.0, seed=1),
+    filters.Sharpness(factor=2.0),
+    filters.GaussianBlur(kernel=5, sigma=1.0),
+    colour.Equalize(),
+    geometry.Affine(matrix=(1, 0.1, 0, 0, 1, 0)),
+    geometry.Resize(height=4000, width=2000, antialias=True),
 ]
 found = {}
 for name, data in files.items():
@@ -56,7 +69,8 @@ image = module.decode(files["jpeg"], header)
 for op in some:
     before = reset()
     result = module.apply(op, image)
-    found[repr(op)] = [peak() - before + 3 * header.height * header.width, needed(header, (op,), module.SCRATCH)]
+    measured = peak() - before + 3 * header.height * header.width
+    found[repr(op)] = [measured, needed(header, (op,), module.SCRATCH)]
     del result
 print(json.dumps(found))
 """

@@ -1,4 +1,4 @@
-"""Metadata never decides about pixels; what it says of the orientation is followed as Pillow follows it."""
+"""Metadata never changes pixels, except its orientation, which is applied as Pillow applies it."""
 
 import io
 import struct
@@ -199,7 +199,7 @@ def test_half_of_these_are_really_turned():
     assert sum(header.height == 40 for header in headers) > len(headers) / 2
 
 
-# --------------------------------------------------------------------------------------------------- AVIF and HEIC
+# ----------------------------------------------------------------------------------- AVIF and HEIC
 
 
 def heic(**options) -> bytes:

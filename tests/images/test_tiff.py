@@ -17,7 +17,7 @@ _WHITE, _BLACK, _RGB, _PALETTE, _CMYK = 0, 1, 2, 3, 5
 
 
 def read(data: bytes) -> np.ndarray | str:
-    """The image, or why it is rejected."""
+    """The image, or the reason of its reject."""
     try:
         header = read_header(data)
         image = decode(data, header)
@@ -32,7 +32,7 @@ def high_byte(samples: np.ndarray, bits: int) -> np.ndarray:
 
 
 def made(photometric: int, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Samples, the picture that they are, and the palette."""
+    """Samples, the image that they stand for, and the palette."""
     samples = RGB.astype(np.int64) * (2**bits - 1) // 255
     if photometric == _PALETTE:
         colours = np.random.default_rng(bits).integers(0, 256, (3, 2**bits)) * 257
@@ -58,7 +58,10 @@ def made(photometric: int, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarra
 @pytest.mark.parametrize("bits", [1, 2, 4, 8, 12, 14, 16])
 @pytest.mark.parametrize("photometric", [_WHITE, _BLACK, _RGB, _PALETTE, _CMYK])
 def test_whatever_is_accepted_is_right(photometric, bits):
-    """Photometric x depth x planes x compression x tiling x byte order x predictor: 0 wrong, and few rejected."""
+    """Every combination of photometric, depth, planes, compression, tiling, order and predictor.
+
+    None is decoded wrongly, and few are rejected.
+    """
     samples, shown, colours = made(photometric, bits)
     outcomes = []
     for planar, compression, tile, order, predictor in itertools.product(

@@ -1,4 +1,7 @@
-"""A TIFF writer for tests that shares no code with what reads them: every depth, plane, tile, byte order and predictor."""
+"""A TIFF writer for tests: any depth, planes, tiles, byte order and predictor.
+
+It shares no code with the readers.
+"""
 
 import struct
 import zlib
@@ -85,7 +88,7 @@ def _bytes(part: np.ndarray, bits: int, order: str) -> bytes:
     rows = part.reshape(len(part), -1)
     if bits in (8, 16, 32):
         return rows.astype(f"{order}u{bits // 8}").tobytes()
-    # Samples of other depths follow each other without a gap, the high bit first, and rows begin at a byte.
+    # Samples of other depths are packed without gaps, high bit first; rows begin at a byte.
     single = (rows[..., None].astype(np.int64) >> np.arange(bits - 1, -1, -1)) & 1
     return np.packbits(single.reshape(len(rows), -1).astype(np.uint8), axis=1).tobytes()
 

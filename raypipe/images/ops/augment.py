@@ -22,15 +22,15 @@ from raypipe.images.ops.geometry import (
 from raypipe.images.ops.op import (
     Bound,
     Colour,
-    Factor,
-    Factors,
     Length,
-    Offset,
+    Natural,
+    NonNegative,
+    NonNegativeRange,
     Op,
+    PositiveRange,
     Probability,
     RandomOp,
     Range,
-    Scales,
     Size,
     check_contains,
     each,
@@ -77,9 +77,9 @@ class ColorJitter(RandomOp):
 
     purpose = "augment"
     keeps_size = True
-    brightness: Factor = 0.0
-    contrast: Factor = 0.0
-    saturation: Factor = 0.0
+    brightness: NonNegative = 0.0
+    contrast: NonNegative = 0.0
+    saturation: NonNegative = 0.0
     hue: Annotated[float, within(0, 0.5)] = 0.0
 
     def sample(self, rng: np.random.Generator, size: Size, boxes: np.ndarray) -> tuple[Op, ...]:
@@ -107,9 +107,9 @@ class PhotometricDistort(RandomOp):
 
     purpose = "augment"
     keeps_size = True
-    brightness: Factors = (0.875, 1.125)
-    contrast: Factors = (0.5, 1.5)
-    saturation: Factors = (0.5, 1.5)
+    brightness: NonNegativeRange = (0.875, 1.125)
+    contrast: NonNegativeRange = (0.5, 1.5)
+    saturation: NonNegativeRange = (0.5, 1.5)
     hue: Annotated[Range, rising(-0.5)] = (-0.05, 0.05)
     p: Probability = 0.5
 
@@ -141,8 +141,8 @@ class AddNoise(Op):
     """Adds Gaussian noise of `sigma` counts, drawn from `seed`: the same noise on each backend."""
 
     purpose = "augment"
-    sigma: Factor
-    seed: Offset
+    sigma: NonNegative
+    seed: Natural
 
     def noise(self, size: Size) -> np.ndarray:
         """What the backends add, float32 (height, width, 3)."""
@@ -156,7 +156,7 @@ class Noise(RandomOp):
 
     purpose = "augment"
     keeps_size = True
-    sigma: Factors = (0.0, 10.0)
+    sigma: NonNegativeRange = (0.0, 10.0)
 
     def sample(self, rng: np.random.Generator, size: Size, boxes: np.ndarray) -> tuple[Op, ...]:
         return (AddNoise(sigma=rng.uniform(*self.sigma), seed=int(rng.integers(2**63))),)
@@ -167,10 +167,10 @@ class Erase(Op):
     """Fills a rectangle inside the image with a colour. Boxes stay."""
 
     purpose = "augment"
-    top: Offset
-    left: Offset
-    height: Offset
-    width: Offset
+    top: Natural
+    left: Natural
+    height: Natural
+    width: Natural
     fill: Colour = (0, 0, 0)
 
     def output_size(self, size: Size) -> Size:
@@ -188,8 +188,8 @@ class Erasing(RandomOp):
     purpose = "augment"
     keeps_size = True
     p: Probability = 0.5
-    area: Factors = (0.02, 0.33)
-    ratio: Scales = (0.3, 3.3)
+    area: NonNegativeRange = (0.02, 0.33)
+    ratio: PositiveRange = (0.3, 3.3)
     fill: Colour = (0, 0, 0)
 
     def sample(self, rng: np.random.Generator, size: Size, boxes: np.ndarray) -> tuple[Op, ...]:
@@ -367,7 +367,7 @@ class LargeScaleJitter(RandomOp):
     purpose = "augment"
     height: Length = 1024
     width: Length = 1024
-    scale: Scales = (0.1, 2.0)
+    scale: PositiveRange = (0.1, 2.0)
     fill: Colour = _MEAN_COLOUR
     antialias: bool = True
 
@@ -401,8 +401,8 @@ class LargeScaleJitter(RandomOp):
 class RandomAffine(RandomOp):
     """Rotates, shifts, scales and shears about the image's centre.
 
-    `degrees`: at most, either way. `translate`: at most, as shares of (width, height). `shear`: in x,
-    at most, in degrees. RandomAffine(degrees=10) is a random rotation.
+    Shifts and angles are drawn up to these limits, in either direction. `translate`: shares of
+    (width, height). `shear`: in x, in degrees. RandomAffine(degrees=10) is a random rotation.
     """
 
     purpose = "augment"
@@ -411,7 +411,7 @@ class RandomAffine(RandomOp):
     translate: Annotated[
         Range, each(within(0, 1), "two shares of the image's width and height, 0 to 1")
     ] = (0.0, 0.0)
-    scale: Scales = (1.0, 1.0)
+    scale: PositiveRange = (1.0, 1.0)
     shear: Annotated[float, within(0, 80)] = 0.0
     fill: Colour = (0, 0, 0)
 

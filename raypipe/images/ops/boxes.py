@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from raypipe.images.ops.op import Factor, Matrix, Op, Size
+from raypipe.images.ops.op import Matrix, NonNegative, Op, Size
 
 NO_BOXES = np.zeros((0, 4), np.float32)
 
@@ -18,7 +18,7 @@ class SanitizeBoxes(Op):
 
     purpose = "remove"
     pixels = False
-    min_size: Factor = 1.0
+    min_size: NonNegative = 1.0
 
     def move_boxes(self, boxes: np.ndarray, size: Size) -> tuple[np.ndarray, np.ndarray]:
         keep = np.flatnonzero((boxes[:, 2:] - boxes[:, :2] >= self.min_size).all(axis=1))

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from raypipe.images.ops.op import Bound, Factor, Length, Op, within
+from raypipe.images.ops.op import Bound, NonNegative, Op, at_least, within
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -11,7 +11,7 @@ class Brightness(Op):
     """Multiplies by `factor`: 0 black, 1 unchanged."""
 
     purpose = "augment"
-    factor: Factor
+    factor: NonNegative
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,7 @@ class Contrast(Op):
     """Scales the distance from the image's mean grey by `factor`: 0 all grey, 1 unchanged."""
 
     purpose = "emphasise"
-    factor: Factor
+    factor: NonNegative
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class Saturation(Op):
     """Scales each pixel's distance from its own grey by `factor`: 0 greyscale, 1 unchanged."""
 
     purpose = "augment"
-    factor: Factor
+    factor: NonNegative
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class Hue(Op):
 
 @dataclass(frozen=True, kw_only=True)
 class Permute(Op):
-    """Reorders the channels: new channel i is old channel order[i]. (2, 1, 0) swaps red and blue."""
+    """Reorders the channels: channel i becomes the old order[i]. (2, 1, 0) swaps red and blue."""
 
     purpose = "augment"
     order: Annotated[
@@ -61,8 +61,8 @@ class Gamma(Op):
     """255 * gain * (value / 255) ** gamma: below 1 lightens shadows, above 1 darkens them."""
 
     purpose = "emphasise"
-    gamma: Factor
-    gain: Factor = 1.0
+    gamma: NonNegative
+    gain: NonNegative = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,5 +87,5 @@ class CLAHE(Op):
     """
 
     purpose = "emphasise"
-    clip_limit: Factor = 2.0
-    tiles: Length = 8
+    clip_limit: NonNegative = 2.0
+    tiles: Annotated[int, at_least(1)] = 8

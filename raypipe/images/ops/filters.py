@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from raypipe.images.header import Reject
-from raypipe.images.ops.op import Factor, Kernel, Length, Op, Size, above
+from raypipe.images.ops.op import Kernel, Length, NonNegative, Op, Size, above
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +15,7 @@ class Sharpness(Op):
     """
 
     purpose = "emphasise"
-    factor: Factor
+    factor: NonNegative
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +49,8 @@ class Bilateral(Op):
 
     purpose = "remove"
     diameter: Length = 5
-    sigma_colour: Factor = 50.0
-    sigma_space: Factor = 50.0
+    sigma_colour: NonNegative = 50.0
+    sigma_space: NonNegative = 50.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class NonLocalMeans(Op):
     """
 
     purpose = "remove"
-    strength: Factor = 3.0
-    colour_strength: Factor = 3.0
+    strength: NonNegative = 3.0
+    colour_strength: NonNegative = 3.0
     patch: Length = 7
     search: Length = 21

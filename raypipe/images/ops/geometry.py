@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import numpy as np
 
 from raypipe.images.ops.boxes import around, centred, clip, inverted, overlapping
-from raypipe.images.ops.op import Bound, Colour, Length, Matrix, Offset, Op, Size, check_contains
+from raypipe.images.ops.op import Bound, Colour, Length, Matrix, Natural, Op, Size, check_contains
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +16,7 @@ class Resize(Op):
 
     `antialias=False` is cv2.INTER_LINEAR: it skips source pixels when it shrinks more than twice.
     `antialias=True` averages over all of them (triangle filter), as Pillow and torchvision do;
-    enlarging, both are the same. `area=True` is cv2.INTER_AREA: the mean of what a new pixel covers.
+    enlarging, both are the same. `area=True` is cv2.INTER_AREA: the mean of the covered pixels.
 
     `arithmetic`: "uint8" uses weights of 11 bits, as OpenCV and Pillow do with uint8 images.
     "float" converts to float32 first, as MLPerf's inference does; for plain bilinear only.
@@ -102,8 +102,8 @@ class Crop(Op):
     """
 
     purpose = "remove"
-    top: Offset
-    left: Offset
+    top: Natural
+    left: Natural
     height: Length
     width: Length
     keep: Literal["overlap", "centre"] = "overlap"
@@ -154,15 +154,15 @@ class CenterCrop(Op):
 class Pad(Op):
     """Adds a border: a colour, or pixels of the image.
 
-    reflect: mirrored without the edge pixel; symmetric: mirrored with it; edge: repeats it. A border
-    that is wider than the image goes on back and forth, as np.pad does.
+    reflect: mirrored without the edge pixel; symmetric: mirrored with it; edge: repeats it. In a
+    border wider than the image the mirroring goes on, as in np.pad.
     """
 
     purpose = "neutral"
-    top: Offset = 0
-    left: Offset = 0
-    bottom: Offset = 0
-    right: Offset = 0
+    top: Natural = 0
+    left: Natural = 0
+    bottom: Natural = 0
+    right: Natural = 0
     fill: Colour = (0, 0, 0)
     mode: Literal["constant", "reflect", "symmetric", "edge"] = "constant"
 

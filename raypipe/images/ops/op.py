@@ -88,15 +88,15 @@ def each(bound: Bound, must_be: str) -> Bound:
 
 
 Length = Annotated[int, at_least(1)]
-Offset = Annotated[int, at_least(0)]
-Factor = Annotated[float, at_least(0)]
+Natural = Annotated[int, at_least(0)]
+NonNegative = Annotated[float, at_least(0)]
 Probability = Annotated[float, within(0, 1)]
 Kernel = Annotated[
     int, Bound(lambda value: value >= 1 and value % 2 == 1, "an odd number of pixels")
 ]
 Range = tuple[float, float]
-Factors = Annotated[Range, rising(0)]
-Scales = Annotated[Range, rising(0.001)]
+NonNegativeRange = Annotated[Range, rising(0)]
+PositiveRange = Annotated[Range, rising(0.001)]
 Colour = Annotated[tuple[int, int, int], each(within(0, 255), "red, green and blue, each 0 to 255")]
 
 
@@ -242,7 +242,7 @@ class _PixelsOnly(Op):
 
 
 def as_op(op: Op) -> Op:
-    """The op itself; for an own op that does not derive from `Op`, the methods that stand for it."""
+    """The op itself; for an own op that does not derive from `Op`, the default methods."""
     return op if isinstance(op, Op) else _PixelsOnly(op)
 
 

@@ -129,7 +129,7 @@ def test_an_op_whose_methods_would_be_ignored_is_refused(own, named):
         recipe(own())
 
 
-# --------------------------------------------------------------------------------------------- bounds
+# ------------------------------------------------------------------------------------------- bounds
 
 
 @dataclass(frozen=True, kw_only=True)
