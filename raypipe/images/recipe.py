@@ -29,7 +29,7 @@ from raypipe.images.ops.op import (
     as_op,
     at_least,
     check_bounds,
-    check_derived,
+    check_methods,
     each,
 )
 
@@ -133,7 +133,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for op in self.ops:
-            check_derived(op)
+            check_methods(op)
             height, width = as_op(op).smallest_size()
             if height * width > MAX_PIXELS:
                 raise UsageError(

@@ -216,7 +216,7 @@ class RandomOp(Op):
         Args:
             boxes: the image's boxes at this point, float32 (n, 4).
         """
-        raise NotImplementedError(f"{type(self).__name__} does not define sample")
+        raise NotImplementedError
 
     def fixed_size(self, size: Size | None) -> Size | None:
         return size if self.keeps_size else None
@@ -249,18 +249,26 @@ def as_op(op: Op) -> Op:
 _METHODS = ("expand", "sample", "output_size", "move_boxes", "back")
 
 
-def check_derived(op: Op) -> None:
-    """Raise UsageError for an own op that needs a method of `Op` and does not derive from it."""
+def check_methods(op: Op) -> None:
+    """Check the methods of an own op.
+
+    Raises:
+        UsageError: a random op lacks `sample`, or an op has methods of `Op` without deriving from it.
+    """
+    cls = type(op)
+    if isinstance(op, RandomOp) and cls.sample is RandomOp.sample:
+        raise UsageError(
+            f"{cls.__name__} is a RandomOp and draws nothing; define its sample method"
+        )
     if isinstance(op, Op):
         return
-    cls = type(op)
     defined = [name for name in _METHODS if callable(getattr(cls, name, None))]
     if getattr(op, "random", False):
         defined.append("random")
     if defined:
         raise UsageError(
             f"{cls.__name__} defines {', '.join(defined)}, but does not derive from Op or RandomOp "
-            f"of raypipe.images.ops.op, so that would be ignored; derive it from one of them"
+            "of raypipe.images.ops.op, so that would be ignored; derive it from one of them"
         )
 
 

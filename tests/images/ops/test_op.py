@@ -129,6 +129,16 @@ def test_an_op_whose_methods_would_be_ignored_is_refused(own, named):
         recipe(own())
 
 
+@dataclass(frozen=True, kw_only=True)
+class DrawsNothing(RandomOp):
+    purpose = "augment"
+
+
+def test_a_random_op_without_sample_is_refused_before_the_run():
+    with pytest.raises(UsageError, match="DrawsNothing is a RandomOp and draws nothing"):
+        recipe(DrawsNothing())
+
+
 # ------------------------------------------------------------------------------------------- bounds
 
 
