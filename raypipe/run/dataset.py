@@ -10,7 +10,7 @@ from ray.data import ActorPoolStrategy
 from ray.util.annotations import RayDeprecationWarning
 
 from raypipe.data.work import shards
-from raypipe.run.cluster.scaling import steer
+from raypipe.run.cluster import internals
 from raypipe.run.meter import Meter
 from raypipe.stages.actor import TRIES, actor_class
 from raypipe.stages.stage import Stage
@@ -47,7 +47,9 @@ def dataset_of(
     # The actors measure their own memory; Ray Data would start a thread for it in every task.
     context.memory_usage_poll_interval_s = None
     actors = {stage.name: actor_class(stage) for stage in stages}
-    if collector is not None:
+    if collector is not None and not internals.missing():
+        from raypipe.run.cluster.scaling import steer  # another Ray may lack what it imports
+
         operators = {f"MapBatches({kind.__name__})": name for name, kind in actors.items()}
         steer(context, collector=collector, stages=operators)
     # Ray 2.60 deprecates passing these through, without another way yet (map_batches, "ray_remote_args").
@@ -58,9 +60,9 @@ def dataset_of(
     for stage in stages:
         on_gpu = bool(stage.gpu)
         resources = {"num_gpus": 1, "num_cpus": 0} if on_gpu else {"num_cpus": cpus_each}
-        # Not map_batches: it refuses GPUs without a number of rows, and with one Ray Data cuts and
-        # joins shards.
-        dataset = dataset.map_batches_internal(
+        # map_batches refuses GPUs without a number of rows; with one, Ray Data cuts and joins shards.
+        map_batches = getattr(dataset, "map_batches_internal", dataset.map_batches)
+        dataset = map_batches(
             actors[stage.name],
             fn_constructor_kwargs={
                 "steps": stage.steps,

@@ -29,6 +29,7 @@ from raypipe.insight import report as reports
 from raypipe.insight.states import Consumed, NodeCpu, Snapshot
 from raypipe.run import probe as probes
 from raypipe.run.causes import Untouched
+from raypipe.run.cluster import internals
 from raypipe.run.cluster.machine import Session, hardware, versions
 from raypipe.run.cluster.session import check_shared, ray_session
 from raypipe.run.cluster.sizing import on_gpus, seated, size_pools
@@ -272,6 +273,8 @@ def executing(setup: Setup, *, console: Console, touch: Callable[[], None]) -> I
             check=check,
         )
         say(console, _opening(execution))
+        if facts.unscalable:
+            say(console, f"{facts.unscalable[0].upper()}{facts.unscalable[1:]}.")
         say(console, _watching(setup.run_id, session))
         collector.begin.remote(execution.begun_at)
         yield execution
@@ -335,6 +338,17 @@ def _facts(setup: Setup, session: Session, stages: Sequence[Stage], workers_on_g
         auto=setup.auto,
         on_gpu=tuple(on_gpu),
         gpus=session.gpus,
+        unscalable=_unscalable(),
+    )
+
+
+def _unscalable() -> str:
+    """Why actor counts cannot be changed while a run goes on; empty: they can."""
+    if not (lacks := internals.missing()):
+        return ""
+    return (
+        f"live scaling is off: this Ray ({ray.__version__}) lacks {', '.join(lacks)}, which raypipe "
+        f"knows from Ray 2.60. All else works"
     )
 
 

@@ -69,7 +69,19 @@ def test_settings_have_flat_names_and_can_be_changed_by_them():
 
 
 def test_flags_are_the_flat_names():
-    words = ["--input", "demo", "--output", "out", "--actors", "3", "--writers", "auto", "--no-resume", "--read-ms", "1.5"]
+    words = [
+        "--input",
+        "demo",
+        "--output",
+        "out",
+        "--actors",
+        "3",
+        "--writers",
+        "auto",
+        "--no-resume",
+        "--read-ms",
+        "1.5",
+    ]
     given = parse(preprocess.Settings, words, description=None)
     wanted = {"actors": 3, "writers": "auto", "resume": False, "read_ms": 1.5}
     assert given == preprocess.Settings.of(input="demo", output="out", **wanted)

@@ -1,22 +1,17 @@
-"""Ray Data's actor pools, seen and changed from inside a running execution. THE ONLY FILE THAT TOUCHES RAY'S INTERNALS.
+"""Ray Data's actor pools, seen and changed from inside a running execution.
 
-Ray has no public way to see how long a stage's actors had nothing to do, and why, nor to change a pool while it runs. An execution callback runs
-in the executor's own thread after every scheduling step, which is the only place where its state is consistent. Written against Ray 2.60
-(ray/data/_internal/execution/execution_callback.py, streaming_executor_state.py, operators/actor_pool_map_operator.py,
-actor_autoscaler/autoscaling_actor_pool.py); `check` says what is missing on another one.
+Ray has no public way to see how long a stage's actors had nothing to do, and why, nor to change a pool while it runs.
+An execution callback runs in the executor's own thread after every scheduling step. Only there its state is
+consistent. Import this module only where `internals.missing()` is empty.
 """
 
 import time
-from collections.abc import Iterable
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import ray
-from ray.data import DataContext, Dataset
-from ray.data._internal.actor_autoscaler.autoscaling_actor_pool import (
-    ActorPoolScalingRequest,
-    AutoscalingActorConfig,
-)
+from ray.data import DataContext
+from ray.data._internal.actor_autoscaler.autoscaling_actor_pool import ActorPoolScalingRequest
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data._internal.execution.operators.actor_pool_map_operator import _ActorPool
 
@@ -28,63 +23,14 @@ LOOK_EVERY_S = 0.1
 SEND_EVERY_S = 0.5
 
 
-def check() -> list[str]:
-    """What of Ray's internals is not as this file needs it; empty: all of it is."""
-    wanted: tuple[tuple[Any, Iterable[str]], ...] = (
-        (
-            ExecutionCallback,
-            ("on_execution_step", "after_execution_succeeds", "after_execution_fails"),
-        ),
-        (
-            _ActorPool,
-            (
-                *(
-                    "num_running_actors",
-                    "num_active_actors",
-                    "num_pending_actors",
-                    "current_size",
-                    "scale",
-                    "refresh_actor_state",
-                ),
-                *("_update_rank", "_release_running_actor", "_try_remove_pending_actor"),
-            ),
-        ),
-        (ActorPoolScalingRequest, ("upscale",)),
-        (DataContext, ("set_config", "get_config")),
-        (
-            Dataset,
-            ("map_batches_internal",),
-        ),  # of pipeline.py: public to developers, so it may go too
-    )
-    missing = [
-        f"{owner.__name__}.{name}"
-        for owner, names in wanted
-        for name in names
-        if not hasattr(owner, name)
-    ]
-    named = (
-        {field.name for field in fields(AutoscalingActorConfig)}
-        if is_dataclass(AutoscalingActorConfig)
-        else set()
-    )
-    missing += [
-        f"AutoscalingActorConfig.{name}"
-        for name in ("min_size", "max_size", "initial_size")
-        if name not in named
-    ]
-    if "custom_execution_callback_classes" not in {field.name for field in fields(DataContext)}:
-        missing.append("DataContext.custom_execution_callback_classes")
-    return missing
-
-
 def steer(
     context: DataContext, *, collector: ray.actor.ActorHandle, stages: dict[str, str]
 ) -> None:
-    """Have executions under `context` tell `collector` of their actor pools, and give these the sizes that it wants.
+    """Report actor pools to `collector`, and apply the sizes it asks for.
 
     Args:
         context: of the dataset that is about to run.
-        collector: gets `observe(pools)` twice a second and at the end; what it returns, {stage: count}, is done.
+        collector: gets `observe(pools)` twice a second and at the end; returns {stage: count}.
         stages: operator name (Ray Data's, such as MapBatches(Preprocess)) -> stage name.
     """
     context.set_config(_CONFIG, (collector, stages))
@@ -101,9 +47,8 @@ class _Steering(ExecutionCallback):
 
     def on_execution_step(self, executor) -> None:
         now = time.perf_counter()
-        if (
-            self._seen is None
-        ):  # what went before was no work: an execution that is told to may have waited for all its actors
+        if self._seen is None:
+            # The time before the first step is no work: it may be a wait for all actors.
             self._seen = self._sent = now
         if now - self._seen < LOOK_EVERY_S:
             return
@@ -112,7 +57,7 @@ class _Steering(ExecutionCallback):
         if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
             self._apply(self._answer)
             self._answer = None
-        # One question at a time: where the collector is slow, or gone, none pile up.
+        # One request at a time: none pile up where the collector is slow or gone.
         if self._answer is None and now - self._sent >= SEND_EVERY_S:
             self._answer = self._send(executor)
             self._sent = now
@@ -130,7 +75,7 @@ class _Steering(ExecutionCallback):
     def _apply(self, answer: ray.ObjectRef) -> None:
         try:
             wanted = ray.get(answer)
-        except ray.exceptions.RayError:  # without its collector a run goes on as it is
+        except ray.exceptions.RayError:  # a run goes on without its collector
             return
         for stage, pool in self._pools.items():
             if stage in wanted:
@@ -155,11 +100,11 @@ class _Steering(ExecutionCallback):
                 pool.release_drained()
                 running = of_ray.num_running_actors()
                 queued = state.total_enqueued_input_blocks()
-                # An actor without a task while input waits is held back by those behind it; else it has nothing to do.
+                # Idle while input waits: blocked by the stage behind. Idle otherwise: starved.
                 idle = max(running - of_ray.num_active_actors(), 0)
                 there = running + of_ray.num_pending_actors() - len(pool.draining)
                 view = self._views.get(stage) or PoolView(start=there, min=there, max=there)
-                # Shrinking at the end of the input is no scaling: Ray releases actors that have nothing left to do.
+                # Shrinking at the end of the input is no scaling: Ray releases idle actors.
                 self._views[stage] = replace(
                     view,
                     min=min(view.min, there) if queued else view.min,
@@ -177,9 +122,9 @@ class _Steering(ExecutionCallback):
 class _Pool:
     """One of Ray Data's actor pools, made to shrink under load too.
 
-    Ray releases idle actors only, and a saturated pool has none, for dispatch comes before autoscaling. So excess actors drain: they leave
-    the dispatch heaps, as actors do that died, finish what they have, and are released. A busy one is never released: its task would be
-    done again.
+    Ray releases idle actors only. A saturated pool has none, because dispatch precedes autoscaling. So
+    excess actors drain: they leave the dispatch heaps as dead actors do, finish what they have, and
+    are released. A busy actor is never released: its task would be done again.
     """
 
     def __init__(self, of_ray: _ActorPool):
@@ -187,16 +132,17 @@ class _Pool:
         self._count = of_ray.min_size()  # pools begin with a fixed size
         self.draining: set[ray.actor.ActorHandle] = set()
         self._rank = of_ray._update_rank
-        of_ray._update_rank = (
-            self._update_rank
-        )  # refresh_actor_state calls it for every actor, before every dispatch
+        # refresh_actor_state calls it for every actor, before every dispatch.
+        of_ray._update_rank = self._update_rank
 
     def _update_rank(self, actor: ray.actor.ActorHandle, state: Any, died: bool) -> None:
         self._rank(actor=actor, state=state, died=died or actor in self.draining)
 
     def want(self, count: int) -> None:
-        """Have `count` actors, starting or draining the difference. Asked again for what was asked, it does nothing: at the end of its input
-        Ray releases actors, and these are not to be started again.
+        """Start or drain actors until there are `count`.
+
+        The same count again does nothing: the actors that Ray releases at the end of the input must
+        not start again.
         """
         if count == self._count:
             return
@@ -222,8 +168,10 @@ class _Pool:
         self.release_drained()
 
     def release_drained(self) -> None:
-        """Let go of those that have finished, and have Ray's own autoscaler agree with what is there: it makes up for actors that are
-        lost, and would take draining ones for too many and release an idle one that is to stay.
+        """Release drained actors, and make the bounds of Ray's autoscaler fit.
+
+        It replaces lost actors. Without the draining ones in its bounds it would release an idle actor
+        that is to stay.
         """
         for actor in list(self.draining):
             state = self._of_ray._running_actors.get(actor)

@@ -35,6 +35,7 @@ class Facts:
     auto: tuple[str, ...] = ()
     on_gpu: tuple[str, ...] = ()
     gpus: int = 0
+    unscalable: str = ""  # why actor counts cannot be changed; empty: they can
 
 
 class Steering:
@@ -73,6 +74,8 @@ class Steering:
         return self.wanted
 
     def _refusal(self, counts: Mapping[str, int]) -> str | None:
+        if self._facts.unscalable:
+            return self._facts.unscalable
         if not self.wanted:
             return "the run has not begun yet; try again when its first actors start"
         for stage, count in counts.items():

@@ -11,12 +11,13 @@ import pytest
 from raypipe import UsageError
 from raypipe.data import journal
 from raypipe.run.background import Run
-from raypipe.run.cluster import scaling
-from raypipe.run.preprocess import Settings, start, verdict_on
+from raypipe.run.cluster import internals, scaling
+from raypipe.run.live.control import Control
+from raypipe.run.preprocess import Settings, run, start, verdict_on
 from raypipe.run.result import Outcome
-from tests.conftest import ROOT
+from tests.conftest import ROOT, files
 from tests.support.clusters import environment
-from tests.support.runs import quiet, running, until
+from tests.support.runs import plain_loop, quiet, running, settings, until
 
 
 def begin(output: Path, **given) -> Run:
@@ -37,7 +38,7 @@ def check_all_done_once(outcome: Outcome, output: Path, images: int) -> None:
 
 
 def test_rays_internals_are_as_they_are_needed():
-    assert scaling.check() == []
+    assert internals.missing() == ()
 
 
 @pytest.mark.slow
@@ -194,3 +195,33 @@ def test_a_run_that_has_ended_says_so_and_no_other_ray_is_started_to_ask_it():
     assert asked.returncode == 0, asked.stderr
     assert "Another run of this process is going on" in asked.stdout
     assert "has ended" in asked.stdout and asked.stdout.split()[-1] == "False"
+
+
+def test_on_a_ray_with_other_internals_the_run_works_and_scaling_is_refused(
+    session, photos, tmp_path, monkeypatch
+):
+    kind = "ray.data._internal.execution.operators.actor_pool_map_operator:_ActorPool"
+    other = internals.PINNED | {kind: ("current_size", "renamed_in_a_later_ray"), "ray.gone:X": ()}
+    monkeypatch.setattr(internals, "PINNED", other)
+    internals.missing.cache_clear()
+    try:
+        wanted = settings(input=photos, output=tmp_path / "out", read_ms=20.0)
+        console = quiet()
+        refused = []
+
+        def scale(control: Control) -> None:
+            with pytest.raises(
+                UsageError, match=r"live scaling is off: this Ray .* lacks"
+            ) as error:
+                control.scale({"preprocess": 3})
+            refused.append(str(error.value))
+
+        outcome = run(wanted, console=console, began=scale)
+    finally:
+        internals.missing.cache_clear()
+    said = console.file.getvalue()
+    assert refused and "_ActorPool.renamed_in_a_later_ray, ray.gone:X" in said
+    assert verdict_on(outcome, wanted) is None and outcome.report["images_out"] == 60
+    assert [stage["images"] for stage in outcome.report["stages"]] == [60, 60]
+    plain_loop(wanted, tmp_path / "plain")
+    assert files(tmp_path / "out") == files(tmp_path / "plain")
