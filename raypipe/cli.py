@@ -1,10 +1,11 @@
-"""`raypipe recipes | report | plan | runs | watch | scale | dashboard | cutouts`: operate a run, and look at it. Running is what jobs/ are for."""
+"""Start a job (preprocess, train, predict, sweep), look at runs, change them, and read their reports."""
 
 import json
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.resources import files
 from typing import Annotated, Any
 
@@ -325,10 +326,27 @@ COMMANDS: dict[str, tuple[type, Callable[[Any, Console], None]]] = {
     "cutouts": (Cutouts, cutouts),
 }
 
+JOBS = {
+    "preprocess": ("raypipe.run.command", "Preprocess images, and report which stage limits."),
+    "train": ("raypipe.train.command", "Train a detection model while images are preprocessed."),
+    "predict": ("raypipe.run.command", "Say what is in images with a model that `train` made."),
+    "sweep": ("raypipe.sweep.command", "Measure what the talk measured, and judge its claims."),
+}
+"""The jobs, as jobs/*.py: the module whose function of that name does each. It takes the arguments."""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """The `raypipe` command; returns the exit status: 0, 2 for bad arguments, 130 after Ctrl-C."""
-    commands: dict[str, Callable[..., Any]] = {name: kind for name, (kind, _) in COMMANDS.items()}
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] in JOBS:
+        module, _ = JOBS[arguments[0]]
+        return getattr(import_module(module), arguments[0])(
+            arguments[1:], prog=f"raypipe {arguments[0]}"
+        )
+    commands: dict[str, Callable[..., Any]] = {
+        **{name: _listed(about) for name, (_, about) in JOBS.items()},
+        **{name: kind for name, (kind, _) in COMMANDS.items()},
+    }
     command: Any = tyro.extras.subcommand_cli_from_dict(
         commands, prog="raypipe", description=__doc__, args=arguments
     )
@@ -342,9 +360,19 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # `raypipe watch | head`: the reader has had enough; nor is there anyone to flush for at exit
+    except BrokenPipeError:  # `raypipe watch | head`: the reader has had enough
+        # Python flushes at exit, where nobody would catch the error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _listed(about: str) -> Callable[[], None]:
+    """What the list of commands shows of a job, whose flags are known to its own module."""
+
+    def job() -> None: ...
+
+    job.__doc__ = f"{about} `--help` after it lists its flags."
+    return job
 
 
 if __name__ == "__main__":

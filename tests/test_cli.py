@@ -1,10 +1,14 @@
 """Commands that read what a run left behind. Those for running runs: test_watch.py and run/test_watching.py."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
-from raypipe.cli import main
+from raypipe.cli import JOBS, main
+from tests.conftest import ROOT
+from tests.support.clusters import environment
 
 
 def report(**given) -> dict:
@@ -90,3 +94,32 @@ def test_what_cannot_be_planned_is_said_and_exits_with_2(capsys, tmp_path, found
 def test_a_folder_without_a_report_is_named(capsys, tmp_path):
     assert main(["plan", str(tmp_path / "nowhere")]) == 2
     assert "There is no report in" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.slow
+def test_jobs_start_where_only_the_package_is_installed(tmp_path):
+    """From a built wheel, beside the libraries that are here."""
+    wheels, site = tmp_path / "wheels", tmp_path / "site"
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "wheel", "--no-deps", "-w", wheels, ROOT], check=True, cwd=tmp_path)
+    (wheel,) = wheels.iterdir()
+    subprocess.run([*pip, "install", "--no-deps", "--target", site, wheel], check=True)
+    where = environment(PYTHONPATH=str(site))
+
+    def raypipe(*words: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, site / "bin/raypipe", *words]
+        return subprocess.run(command, cwd=tmp_path, env=where, capture_output=True, text=True)
+
+    code = "import raypipe; print(raypipe.__file__)"
+    asked = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=where, capture_output=True, text=True
+    )
+    assert asked.stdout.startswith(str(site)), asked
+    for job in JOBS:
+        helped = raypipe(job, "--help")
+        assert helped.returncode == 0 and f"usage: raypipe {job}" in helped.stdout, helped
+    done = raypipe("preprocess", "--input", "demo:8", "--output", "out", "--actors", "1")
+    assert done.returncode == 0 and "8 images in = 8 out + 0 rejected" in done.stdout, done
+    assert raypipe("report", "out").stdout in done.stdout
+    refused = raypipe("predict", "--checkpoint", "none", "--input", "demo:8", "--output", "out2")
+    assert refused.returncode == 2 and "error: " in refused.stderr, refused

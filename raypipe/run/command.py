@@ -9,11 +9,19 @@ from raypipe.run.console import attempt, ended, goes_on, say
 from raypipe.run.settings import parse
 
 
-def preprocess(arguments: list[str] | None = None, *, description: str | None = None) -> int:
+def preprocess(
+    arguments: list[str] | None = None,
+    *,
+    description: str | None = None,
+    prog: str | None = None,
+) -> int:
     """Preprocess images on Ray, and report what each stage cost and which one limits."""
     console = Console(stderr=True)
     settings = parse(
-        preprocessing.Settings, arguments, description=description or preprocess.__doc__
+        preprocessing.Settings,
+        arguments,
+        description=description or preprocess.__doc__,
+        prog=prog,
     )
     output, running = settings.writing.output, settings.running
     outcome = attempt(
@@ -31,10 +39,17 @@ def preprocess(arguments: list[str] | None = None, *, description: str | None = 
     return ended(preprocessing.verdict_on(outcome, settings), console=console)
 
 
-def predict(arguments: list[str] | None = None, *, description: str | None = None) -> int:
+def predict(
+    arguments: list[str] | None = None,
+    *,
+    description: str | None = None,
+    prog: str | None = None,
+) -> int:
     """Say what is in images with a trained model, on Ray; and how good that is, where boxes are known."""
     console = Console(stderr=True)
-    settings = parse(predicting.Settings, arguments, description=description or predict.__doc__)
+    settings = parse(
+        predicting.Settings, arguments, description=description or predict.__doc__, prog=prog
+    )
     output = settings.predicting.output
     outcome = attempt(
         lambda: predicting.run(settings, console=console),

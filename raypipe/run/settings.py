@@ -337,7 +337,13 @@ def _names(kind: type) -> list[str]:
     return [field.name for field in fields(kind)]
 
 
-def parse(kind: type[S], arguments: list[str] | None, *, description: str | None) -> S:
+def parse(
+    kind: type[S],
+    arguments: list[str] | None,
+    *,
+    description: str | None,
+    prog: str | None = None,
+) -> S:
     """Settings from a command line: each flag is the flat name of a field.
 
     Flags that are off by default have no --no- form, and the others no plain one.
@@ -345,6 +351,7 @@ def parse(kind: type[S], arguments: list[str] | None, *, description: str | None
     return tyro.cli(
         kind,
         args=arguments,
+        prog=prog,
         description=description,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
     )

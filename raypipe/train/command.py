@@ -10,10 +10,15 @@ from raypipe.train.result import verdict_on
 from raypipe.train.settings import Settings
 
 
-def train(arguments: list[str] | None = None, *, description: str | None = None) -> int:
+def train(
+    arguments: list[str] | None = None,
+    *,
+    description: str | None = None,
+    prog: str | None = None,
+) -> int:
     """Train a detection model on Ray while preprocess actors make the next batches."""
     console = Console(stderr=True)
-    settings = parse(Settings, arguments, description=description or train.__doc__)
+    settings = parse(Settings, arguments, description=description or train.__doc__, prog=prog)
     storage = settings.training.storage
     outcome = attempt(
         lambda: run(settings, console=console),
