@@ -263,9 +263,8 @@ class _CMessages:
         self._lines = None
         try:
             libc = ctypes.CDLL(None)
-            _ = (
-                libc.gnu_get_libc_version
-            )  # other C libraries have `stderr` read-only, or not at all
+            # glibc only: other C libraries have `stderr` read-only, or not at all.
+            _ = libc.gnu_get_libc_version
             self._stream = ctypes.c_void_p.in_dll(libc, "stderr")
             libc.tmpfile.restype = ctypes.c_void_p
             self._rewind, self._tell = libc.rewind, libc.ftell

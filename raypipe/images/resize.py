@@ -74,7 +74,7 @@ def antialiased(image: np.ndarray, height: int, width: int, out: np.ndarray | No
     return image
 
 
-# OpenBLAS starts threads for products from 2^18 on (rows x taps x columns). An actor uses its own.
+# OpenBLAS starts threads for products from 2^18 on (rows x taps x columns). An actor uses one.
 _ONE_THREAD = 250_000
 
 

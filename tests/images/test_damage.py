@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from raypipe.images.decode import Reject, decode, read_header
+from raypipe.images.decode import decode, read_header
+from raypipe.images.header import Reject
 
 KINDS = ("third", "zeros", "foreign", "noise", "cut")
 

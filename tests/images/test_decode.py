@@ -10,8 +10,9 @@ import pytest
 from PIL import Image, ImageOps
 
 from raypipe.images import opencv, torchvision
-from raypipe.images.decode import REASONS, Header, Reject, orient, read_header
 from raypipe.images.decode import decode as decode_any
+from raypipe.images.decode import orient, read_header
+from raypipe.images.header import REASONS, Header, Reject
 from raypipe.images.orientation import upright
 
 RGB = cv2.GaussianBlur(

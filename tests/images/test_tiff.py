@@ -7,7 +7,8 @@ import pytest
 import tifffile
 from PIL import Image
 
-from raypipe.images.decode import Reject, decode, read_header
+from raypipe.images.decode import decode, read_header
+from raypipe.images.header import Reject
 from tests.images.tiffs import COMPRESSIONS, tiff
 
 RNG = np.random.default_rng(0)
