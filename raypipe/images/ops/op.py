@@ -253,10 +253,11 @@ def check_methods(op: Op) -> None:
     """Check the methods of an own op.
 
     Raises:
-        UsageError: a random op lacks `sample`, or an op has methods of `Op` without deriving from it.
+        UsageError: a random op lacks `sample`; or an op has methods of `Op` and does not derive
+            from it.
     """
     cls = type(op)
-    if isinstance(op, RandomOp) and cls.sample is RandomOp.sample:
+    if issubclass(cls, RandomOp) and cls.sample is RandomOp.sample:
         raise UsageError(
             f"{cls.__name__} is a RandomOp and draws nothing; define its sample method"
         )
