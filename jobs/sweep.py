@@ -16,7 +16,8 @@ import tyro
 from rich.console import Console
 
 from raypipe.run.console import attempt, ended, goes_on, say
-from raypipe.sweep.command import Settings, run
+from raypipe.sweep.command import run
+from raypipe.sweep.grid import Settings
 from raypipe.sweep.page import terminal
 
 

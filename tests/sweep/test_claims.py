@@ -4,19 +4,9 @@ import math
 
 import pytest
 
-from raypipe.sweep import claims
-from raypipe.sweep.claims import (
-    Finding,
-    Where,
-    curve,
-    designs,
-    findings,
-    full_at,
-    gpus,
-    ideal,
-    slope,
-    three,
-)
+from raypipe.sweep.advice import choices, designs, gpus
+from raypipe.sweep.claims import Finding, findings
+from raypipe.sweep.curves import Where, curve, full_at, ideal, others, slope, three
 from tests.sweep.played import OPENCV, TORCHVISION, Library, record, sweep, training
 
 FAST_STORE = Library(cpu_s=0.002, encode_s=0.00001)
@@ -268,7 +258,7 @@ def test_the_cheaper_library_is_the_advice_for_any_number_of_cores():
     assert "torchvision takes 2.00 times OpenCV's time with 1, 2.00 times with 20" in found.measured
     best = {
         (choice.cores, choice.backend): choice
-        for choice in claims.choices(sweep(cores=8), Where(cores=8), writing=True)
+        for choice in choices(sweep(cores=8), Where(cores=8), writing=True)
     }
     assert best[8, "opencv"].images_per_s == pytest.approx(8 / 0.003, rel=0.06)
     assert sum(best[8, "opencv"].counts.values()) >= 8
@@ -364,23 +354,23 @@ def test_reading_back_that_costs_as_much_never_pays():
 
 def test_cpu_that_was_not_the_sweep_s_is_seen():
     rows = sweep(cores=8)
-    assert claims.others(rows, 8) == 0
+    assert others(rows, 8) == 0
     loud = [
         row | {"cpu_percent": 100.0, "time_s": 20.0} for row in sweep(cores=64, actors=(1, 2, 4))
     ]
-    assert claims.others(loud, 64) > 80
-    assert claims.others([], 8) == 0
+    assert others(loud, 64) > 80
+    assert others([], 8) == 0
     waiting = {
         "images_per_s": 70.0,
         "preprocess_cpu_s": 0.004,
         "write_cpu_s": 0.003,
     }  # one writer of a slow store
     assert (
-        claims.others([waiting | {"cpu_percent": 40.0}], 2) == 0
+        others([waiting | {"cpu_percent": 40.0}], 2) == 0
     )  # 0.49 cores are the stages', 0.31 Ray's
-    assert claims.others([waiting | {"cpu_percent": 100.0}], 2) > 50
+    assert others([waiting | {"cpu_percent": 100.0}], 2) > 50
     ends = {"actors": 20, "writers": 1, "time_s": 20.0}  # 21 actors, of 1.5 CPU seconds each
-    assert claims.others([waiting | ends | {"cpu_percent": 95.0}], 2) == 0
+    assert others([waiting | ends | {"cpu_percent": 95.0}], 2) == 0
 
 
 def test_nothing_measured_is_no_error():

@@ -12,9 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from raypipe import UsageError
-from raypipe.sweep import claims
-from raypipe.sweep import command as sweeping
-from raypipe.sweep.command import Point, Settings, grid, read_results, run
+from raypipe.sweep import curves
+from raypipe.sweep.command import run
+from raypipe.sweep.grid import Point, Settings, fits, grid, largest
+from raypipe.sweep.measure import RESULTS, read_results
 from tests.insight.test_html import Reader
 from tests.support.clusters import environment, wait_for
 from tests.support.runs import quiet
@@ -110,10 +111,10 @@ def test_each_actor_of_the_largest_point_gets_several_shards_and_a_small_grid_ca
 
 def test_points_without_memory_for_their_actors_are_left_out_on_a_machine_of_our_own():
     wanted = Settings(input="demo", output="out", actors=(2, 100_000))
-    assert sweeping._largest(wanted, joined=True).actors == 100_000
-    largest = sweeping._largest(wanted, joined=False)
-    assert (largest.actors, largest.writers) == (2, 2)
-    assert {sweeping._fits(point) for point in grid(wanted, cores=2, gpus=0)} == {True, False}
+    assert largest(wanted, joined=True).actors == 100_000
+    most = largest(wanted, joined=False)
+    assert (most.actors, most.writers) == (2, 2)
+    assert {fits(point) for point in grid(wanted, cores=2, gpus=0)} == {True, False}
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +158,7 @@ def test_the_table_is_there_as_csv_too(swept):
     with (swept / "out/results.csv").open() as file:
         rows = list(csv.DictReader(file))
     table = pq.read_table(swept / "out/results.parquet")
-    assert list(rows[0]) == table.column_names == sweeping.RESULTS.names
+    assert list(rows[0]) == table.column_names == RESULTS.names
     assert [float(row["time_s"]) for row in rows] == pytest.approx(
         table.column("time_s").to_pylist()
     )
@@ -361,9 +362,9 @@ def test_a_table_that_is_none_is_refused(tmp_path):
 
 
 def test_the_stages_of_a_row_are_those_that_claims_read():
-    columns = set(sweeping.RESULTS.names)
+    columns = set(RESULTS.names)
     assert {
         f"{stage}_{what}"
-        for stage in claims.STAGES
+        for stage in curves.STAGES
         for what in ("busy_s", "cpu_s", "core_wait_s", "blocked")
     } <= columns

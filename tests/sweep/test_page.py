@@ -6,9 +6,9 @@ from itertools import pairwise
 import pytest
 
 from raypipe.insight.markup import DASH
-from raypipe.sweep import page as talk
+from raypipe.sweep import page
 from raypipe.sweep.charts import Series, chart
-from raypipe.sweep.claims import Where
+from raypipe.sweep.curves import Where
 from tests.insight.test_html import HOSTILE, Element, Reader, figure, section, shape
 from tests.sweep.played import Library, sweep, training
 
@@ -30,7 +30,7 @@ def rows() -> list[dict]:
 
 def read(records=None, where: Where | None = None, about=None) -> Element:
     return Reader(
-        talk.page(
+        page.page(
             rows() if records is None else records, where or Where(cores=16, gpus=4), about or ABOUT
         )
     ).open[0]
@@ -50,14 +50,14 @@ def test_every_claim_that_a_sweep_can_judge_has_a_row_and_a_verdict():
         str(n) for n in (*range(5, 15), *range(17, 22))
     ]
     for row in listed:
-        assert row.elements[-1].text in talk.HOLDS.values()
+        assert row.elements[-1].text in page.HOLDS.values()
         assert re.fullmatch(r"\d\d:\d\d", row.elements[1].text)
 
 
 def test_the_headline_counts_the_verdicts():
     tree = read()
     said = [row.elements[-1].text for row in section(tree, "Claims").all("tbody")[0].all("tr")]
-    counts = [said.count(talk.HOLDS[holds]) for holds in ("yes", "no", "cannot")]
+    counts = [said.count(page.HOLDS[holds]) for holds in ("yes", "no", "cannot")]
     assert tree.all("h1")[
         0
     ].text == "{} of the talk's 15 claims hold here, {} do not, {} cannot be shown.".format(*counts)
@@ -130,7 +130,7 @@ def test_nothing_in_the_page_can_run_or_load():
         assert not [
             name for name in element.attributes if name.startswith("on") or name in ("href", "src")
         ]
-    document = talk.page(rows(), Where(cores=16), ABOUT)
+    document = page.page(rows(), Where(cores=16), ABOUT)
     assert "http" not in document.replace("http-equiv", "")
     assert not re.search(r"url\(|@import", document)
 
