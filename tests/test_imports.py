@@ -30,7 +30,7 @@ MAY_USE_RAY = {"run", "train"}
 
 
 def imported(path: Path) -> set[str]:
-    """Every module that `path` imports, anywhere in it; names of `from x import y` with y, as y may be a module."""
+    """Every module that `path` imports, anywhere in it. In `from x import y`, y may be a module."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

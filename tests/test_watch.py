@@ -1,4 +1,7 @@
-"""The terminal side of `raypipe watch`: real pseudo-terminals and pipes, a run that plays a record back. With a real run: run/test_watching.py."""
+"""The terminal side of `raypipe watch`: real pseudo-terminals and pipes, a played run.
+
+With a real run: run/test_watching.py.
+"""
 
 import json
 import os
@@ -23,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 
 
 class Playback:
-    """A run of 5000 images that is there for so many updates, has room for 8 actors, and breaks if told to."""
+    """A run of 5000 images that lasts so many updates, with room for 8 actors; breaks if told."""
 
     run_id = "20261124-114200-ab12"
 

@@ -136,9 +136,9 @@ def epochs_from(epochs: float | None) -> str:
 class Gpu:
     """Where a GPU would go, of one backend, in images/s.
 
-    `now`: as it is. `training`: with one more worker that trains. `preprocessing`: if a GPU took all
-    of the preprocessing at no cost, more than any could do. `ops`: measured with the recipe's ops on
-    the GPU that trains; None: it was not.
+    `now`: as it is. `training`: with one more worker that trains. `preprocessing`: if a GPU took
+    all of the preprocessing at no cost, more than any could do. `ops`: measured with the recipe's
+    ops on the GPU that trains; None: it was not.
     """
 
     backend: str

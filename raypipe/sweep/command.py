@@ -5,8 +5,8 @@
     DIR/_raypipe/run.json              the settings that all rows share: another command into DIR
                                        must agree with them
 
-The same command goes on where it was, and ends with a table and a page. A point's run begins when all
-its actors are ready: what is measured is work, not the start of processes.
+The same command goes on where it was, and ends with a table and a page. A point's run begins when
+all its actors are ready: what is measured is work, not the start of processes.
 """
 
 import contextlib

@@ -74,7 +74,8 @@ def curve(
     """The points of one line, by count.
 
     Args:
-        writing: none, one or same, of kind "preprocess". One actor with one writer is on both lines.
+        writing: none, one or same, of kind "preprocess". One actor with one writer is on both
+        lines.
         threads: of the backend within an actor; None: the fewest that were measured.
         over: actors or workers.
         where: which of these records.

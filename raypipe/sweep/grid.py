@@ -15,13 +15,13 @@ from raypipe.run.settings import Settings as Preprocess
 Backend = Literal["opencv", "torchvision"]
 
 TALKS_ACTORS = 20
-"""The most of the talk's grid. Shards are cut for so many where a grid has fewer too, so that it can
-grow: points with shards of different sizes do not compare."""
+"""The most of the talk's grid. Shards are cut for so many where a grid has fewer too, so that it
+can grow: points with shards of different sizes do not compare."""
 
 SHARDS_AN_ACTOR = 2
 """At the point with the most actors. Each shard costs Ray about 20 ms of CPU, whatever is in it. An
-image that takes OpenCV 2.9 ms took an actor 4.9 ms in shards of 12, 4.0 of 25, and 3.4 of 50 (medians
-of 2, 2 cores of an AMD EPYC, coco-300, 1 actor)."""
+image that takes OpenCV 2.9 ms took an actor 4.9 ms in shards of 12, 4.0 of 25, and 3.4 of 50
+(medians of 2, 2 cores of an AMD EPYC, coco-300, 1 actor)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ class Settings:
     train_actors: tuple[int, ...] = (1, 2, 4, 8, 12)
     """Preprocess actors beside one training worker."""
     workers: tuple[int, ...] | None = None
-    """Training workers beside one preprocess actor; by default 1 to as many as there are GPUs, or 1 and 2 on CPUs."""
+    """Training workers beside one preprocess actor; by default 1 to all GPUs; on CPUs 1 and 2."""
     model: str | None = None
     """By default ssd300_vgg16 on GPUs, ssd_tiny on CPUs."""
     epochs: int = 1
@@ -216,7 +216,8 @@ def writers_of(writing: str, actors: int) -> int:
 def grid(settings: Settings, *, cores: float, gpus: int) -> list[Point]:
     """All points in the order of measuring: repeat by repeat, each in an order of its own.
 
-    So what changes on the machine meanwhile changes no curve's shape.
+    So what changes on the machine meanwhile changes no curve's shape. One point of each kind comes
+    first: what is left can be estimated from them (remaining.py).
     """
     found: dict[Point, None] = {}
     for backend in settings.backends:
@@ -227,8 +228,14 @@ def grid(settings: Settings, *, cores: float, gpus: int) -> list[Point]:
     for repeat in range(settings.repeats):
         points = [replace(point, repeat=repeat) for point in found]
         random.Random(f"{settings.seed}/{repeat}").shuffle(points)
-        ordered += points
+        ordered += points if repeat else _kinds_first(points)
     return ordered
+
+
+def _kinds_first(points: Sequence[Point]) -> list[Point]:
+    first = {point.kind: point for point in reversed(points)}.values()
+    ahead = [point for point in points if point in first]
+    return ahead + [point for point in points if point not in first]
 
 
 def _preprocessing(settings: Settings, backend: Backend, cores: float) -> list[Point]:

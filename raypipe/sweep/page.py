@@ -1,4 +1,4 @@
-"""The page of a sweep: a figure and a verdict for each claim, readable offline, without a script."""
+"""The page of a sweep: a figure and a verdict for each claim, readable offline."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -170,21 +170,22 @@ def _comes_to(found: Mapping[int, Finding]) -> str:
         "Serving: preprocess in parallel, and give output as many queues as it takes "
         f"({became(5, 10, 11)}).",
         "Training: look what limits first. If the GPU does, more of it helps and faster "
-        f"preprocessing does not ({became(17, 18, 19, 20)}); whether to preprocess along with it or "
-        f"once before depends on the purpose ({became(21)}).",
+        f"preprocessing does not ({became(17, 18, 19, 20)}); whether to preprocess along with it "
+        f"or once before depends on the purpose ({became(21)}).",
     )
     return "".join(tag("p", text(line)) for line in lines)
 
 
 MEASURED = (
-    "Time is that of the work alone: from the moment the last of a point's actors was ready, before "
-    "which none gets an image, to the last image out. Starting Ray and its actors, and listing the "
-    "input, are not in it. CPU is the mean use of all cores in the same span, by whatever ran on the "
-    "machine. Of repeats the median is shown, with a line from the lowest to the highest; their "
-    "order was mixed. Dashed lines are ideal: the time of the fewest actors, divided, until the CPU "
-    "that an image was measured to take fills the cores. Hollow marks have more actors than the "
-    "machine has cores. A cell decides a claim only if it took ten times what a run of its shape "
-    "spends before its first image and after its last."
+    "Time is that of the work alone: from the moment the last of a point's actors was ready, "
+    "before which none gets an image, to the last image out. Starting Ray and its actors, and "
+    "listing the input, are not in it. CPU is the mean use of all cores in the same span, by "
+    "whatever ran on the machine. Of repeats the median is shown, with a line from the lowest "
+    "to the highest; their order was mixed. Dashed lines are ideal: the time of the fewest "
+    "actors, divided, until the CPU that an image was measured to take fills the cores. "
+    "Hollow marks have more actors than the machine has cores. A cell decides a claim only if "
+    "it took ten times what a run of its shape spends before its first image and after its "
+    "last."
 )
 
 

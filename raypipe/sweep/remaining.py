@@ -1,6 +1,7 @@
-"""How long the rest of a sweep takes: for each cell a fixed cost, and images over the rate of its like.
+"""How long the rest of a sweep takes: of each cell a fixed cost, and images over a rate.
 
-The mean so far says little: a cell of 20 actors takes several times as long as one of a single actor.
+The mean so far says little: a cell of 20 actors takes several times as long as one of a single
+actor.
 """
 
 import math
@@ -15,8 +16,8 @@ from raypipe.sweep.advice import costs
 from raypipe.sweep.curves import Record, Spot
 from raypipe.sweep.grid import Point
 
-TRAINING = 4.0
-"""Fixed costs of a training against those of preprocessing, until one was measured."""
+TRAINING = 5.0
+"""A training starts as slowly as so many of the smallest runs, until one was measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,14 +34,15 @@ class _Cell:
 
     @property
     def fixed_s(self) -> float | None:
-        """Of one of its runs."""
+        """Of one of its runs, and of a training for each of its workers."""
         if self.took_s is None:
             return None
-        return max(self.took_s - self.work_s, 0.0) / len(self.rows)
+        parts = len(self.rows) * max(self.point.workers, 1)
+        return max(self.took_s - self.work_s, 0.0) / parts
 
 
 def _actors(point: Point) -> int:
-    return point.actors + point.writers + point.workers
+    return point.actors + point.writers
 
 
 def _runs(point: Point) -> int:
@@ -74,16 +76,20 @@ class Remaining:
         return sum(self._fixed_s(point) + self._work_s(point) for point in points)
 
     def _fixed_s(self, point: Point) -> float:
-        """Starting and ending the actors: a line over their number, by library where that is known."""
+        """Starting and ending actors: a line over their number, by library where that is known.
+
+        Of a training, the fixed costs of a worker count for each.
+        """
         timed = [cell for cell in self._cells if cell.fixed_s is not None]
         alike = [cell for cell in timed if _trains(cell.point) == _trains(point)]
-        factor = 1.0
-        if not alike:
-            alike, factor = timed, TRAINING if _trains(point) else 1 / TRAINING
-        own = [cell for cell in alike if cell.point.backend == point.backend]
+        cells = alike or timed
+        own = [cell for cell in cells if cell.point.backend == point.backend]
         several = len({_actors(cell.point) for cell in own}) > 1
-        chosen = own if several and len(own) > 2 else alike
-        return factor * _runs(point) * _line(chosen, _actors(point))
+        cells = own if several and len(own) > 2 else cells
+        fixed_s = _line(cells, _actors(point))
+        if not alike and _trains(point):
+            fixed_s += (TRAINING - 1) * _line(cells, 1)
+        return _runs(point) * max(point.workers, 1) * fixed_s
 
     def _work_s(self, point: Point) -> float:
         """Time of the most similar cell, scaled by what the model says of both."""
@@ -103,11 +109,14 @@ class Remaining:
         return _runs(point) / rate if rate else None
 
     def _cost(self, stage: str, count: int, point: Point) -> StageCost | None:
-        for cell in sorted(self._cells, key=lambda cell: _distance(cell.point, point)):
-            spots = [Spot(count=cell.point.actors, records=[cell.rows[0]])]
-            if cost := costs(spots, self._cores, (stage,)):
-                return planner.with_actors(cost, {stage: count})[0]
-        return None
+        """Of the most similar cell that has the stage."""
+        has = [cell for cell in self._cells if known(cell.rows[0].get(f"{stage}_busy_s"))]
+        if not has:
+            return None
+        like = min(has, key=lambda cell: _distance(cell.point, point))
+        spots = [Spot(count=like.point.actors, records=[like.rows[0]])]
+        found = costs(spots, self._cores, (stage,))
+        return planner.with_actors(found, {stage: count})[0] if found else None
 
 
 def _distance(one: Point, other: Point) -> tuple[bool, bool, bool, float]:

@@ -1,7 +1,7 @@
 """The rules by which the talk's claims are judged: small pure functions over curves.
 
-A claim that this machine cannot decide is said to be that: its cores are full before the effect could
-show, it has no GPU, or it was not measured.
+A claim that this machine cannot decide is said to be that: its cores are full before the effect
+could show, it has no GPU, or it was not measured.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""The report as a page, read back with an HTML parser: what is in it, and that nothing a file name holds becomes markup."""
+"""The report as a page, read back with an HTML parser: a file name never becomes markup."""
 
 import base64
 import copy
@@ -12,7 +12,10 @@ from raypipe.insight.figures import COLUMNS
 from raypipe.insight.html import page
 from raypipe.insight.markup import DASH
 
-HOSTILE = "</script></style></title>--><img src=x onerror=alert(1)>\"' onload='alert(1)\n\r\t\0\u202egpj.exe\u2066\udc80&lt;&#x27;"
+HOSTILE = (
+    "</script></style></title>--><img src=x onerror=alert(1)>\"' onload='alert(1)"
+    "\n\r\t\0\u202egpj.exe\u2066\udc80&lt;&#x27;"
+)
 JPEG = b"\xff\xd8\xff\xe0 not much of a picture \xff\xd9"
 VOID = {"meta", "img", "br"}
 

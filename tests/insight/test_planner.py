@@ -50,7 +50,7 @@ def test_advice_for_a_waiting_writer_is_another_writer():
 
 
 def test_more_actors_are_no_advice_when_the_cores_are_full():
-    # 4 actors on 2 cores: each image's busy time is twice its CPU time, the rest is waiting for a core.
+    # 4 actors on 2 cores: an image is busy for twice its CPU time, the rest waits for a core.
     stages = [cost("preprocess", 4, 0.004, 0.002)]
     found = changes(stages, Machine(cores=2), measured=1000.0)
     assert [(c.change, c.predicted_images_per_s) for c in found] == [
@@ -193,7 +193,8 @@ def test_advice_for_a_stage_on_gpus_is_another_worker_with_its_gpu():
 
 
 def test_actors_that_wait_and_compute_get_in_each_others_way_near_the_point_where_the_cores_limit():
-    # 12-megapixel PNGs that wait 0.48 s and need a core for 0.2 s, on 2 cores; measured were 8.1, 9.2 and 8.8 images/s with 7, 8 and 9.
+    # 12-megapixel PNGs that wait 0.48 s and need a core for 0.2 s, on 2 cores.
+    # Measured were 8.1, 9.2 and 8.8 images/s with 7, 8 and 9 actors.
     def rate(actors: int) -> float:
         stages = [cost("preprocess", actors, 0.68, 0.20), cost("write", 2, 0.04, 0.02)]
         return bound(stages, Machine(cores=2))[0]

@@ -1,4 +1,4 @@
-"""The verdict: which stage limits, what it waits for, and what would help; and how long the work alone took."""
+"""The report: the verdict over single stages, and how long the work alone took."""
 
 from dataclasses import replace
 
@@ -89,7 +89,7 @@ def test_what_ray_takes_of_the_cores_counts_where_it_is_measured():
     assert "The 2 cores limit" in verdict(stages, 2, 430.0, overhead_s=0.0004).reason
 
 
-# --- the work alone: from when the last actor could begin, to the last output ---------------------------------------------
+# --- the work alone: from when the last actor was ready, to the last output ---------------------
 
 
 def sample(stage: str, actor: str, at: float, *, busy: float = 0.0, node: str = "here") -> Sample:
@@ -184,7 +184,7 @@ def test_cpu_that_was_neither_the_stages_nor_rays_is_said(idle_s, told):
         sample("preprocess", "b", 101),
         sample("write", "c", 101),
     ]
-    # 20 s on 2 cores: 16 CPU seconds are the stages', up to 4.5 the end of three actors, and so up to 12.2 may be Ray's.
+    # 20 s on 2 cores: 16 CPU seconds are the stages', 4.5 the end of three actors, 12.2 Ray's.
     last = [
         replace(sample("preprocess", "a", 121, busy=40 - idle_s), busy_s=10.0, cpu_s=6.0),
         replace(sample("preprocess", "b", 121, busy=40 - idle_s), busy_s=10.0, cpu_s=6.0),

@@ -53,7 +53,10 @@ def event(t_s: float, stage: str, before: int, after: int, by: str) -> ScaleEven
 
 
 def record(**changes) -> LiveRun:
-    reason = "preprocess limits: its 4 actors were busy 75% of the time; write was starved 70% of its time."
+    reason = (
+        "preprocess limits: its 4 actors were busy 75% of the time; "
+        "write was starved 70% of its time."
+    )
     advice = (
         Change(change="cores 2 -> 3", predicted_images_per_s=400.0),
         Change(change="preprocess actors 4 -> 5", predicted_images_per_s=431.5),
@@ -351,7 +354,8 @@ def test_a_plain_line_is_one_line_with_everything_a_log_needs():
     assert text.isprintable()
     plain = line(record())
     assert plain.startswith(
-        "83 s: 1234/5000 images, 3 rejected, 345 images/s, 10 s left, CPU 98% of 2 cores; preprocess: actors 4 -> 8, "
+        "83 s: 1234/5000 images, 3 rejected, 345 images/s, 10 s left, CPU 98% of 2 cores; "
+        "preprocess: actors 4 -> 8, "
     )
     assert plain.endswith("; limit: preprocess")
     assert plain.isascii()

@@ -1,4 +1,4 @@
-"""Verdicts over planted cases: runs of which it is known what limits, as records through the report."""
+"""Verdicts over planted cases: records of runs whose limit is known, through the report."""
 
 from dataclasses import dataclass, field, replace
 

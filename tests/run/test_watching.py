@@ -1,4 +1,4 @@
-"""`raypipe runs | watch | scale` beside a real run: another process, a Ray that ends with the run, a real terminal."""
+"""`raypipe runs | watch | scale` beside a real run, in a real terminal."""
 
 import json
 import re
@@ -36,7 +36,7 @@ def address_of(run: subprocess.Popen) -> str | None:
 
 @pytest.fixture
 def run(tmp_path):
-    """A run whose actors wait rather than work, so that their number decides its speed on any machine; with its address."""
+    """A run whose actors wait: their number decides its speed on any machine. With its address."""
     job = [
         sys.executable,
         "jobs/preprocess.py",

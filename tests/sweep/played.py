@@ -1,4 +1,4 @@
-"""Sweeps played by the planner's model, of machines that nobody has here: what is true of them is known."""
+"""Sweeps played by the planner's model, of machines that nobody has here."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ IMAGES = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class Library:
-    """What an image costs a library: CPU and wall seconds, to preprocess, to encode, and to preprocess what was stored."""
+    """What an image costs a library, in seconds: to preprocess, encode, and preprocess again."""
 
     cpu_s: float
     encode_s: float = 0.001
@@ -102,7 +102,7 @@ def training(
     actors: tuple[int, ...] = (1, 2, 4, 12),
     workers=(1, 2, 4),
 ) -> list[dict]:
-    """Training, with both libraries: over actors with one worker, and over workers with one actor."""
+    """Training with both libraries: over actors with one worker, over workers with one actor."""
     rows = []
     for backend, library in {"opencv": OPENCV, "torchvision": TORCHVISION}.items():
         for count, of_training in sorted({(n, 1) for n in actors} | {(1, n) for n in workers}):

@@ -1,11 +1,12 @@
-"""Claims judged from played sweeps, of which it is known what holds: for each claim a machine where it does, does not, or cannot be shown."""
+"""Claims judged from played sweeps: machines where each holds, does not, or cannot be shown."""
 
 import math
+import re
 
 import pytest
 
 from raypipe.sweep.advice import choices, designs, gpus
-from raypipe.sweep.claims import Finding, findings
+from raypipe.sweep.claims import Finding, findings, too_short
 from raypipe.sweep.curves import Where, curve, full_at, ideal, others, slope, three
 from tests.sweep.played import OPENCV, TORCHVISION, Library, record, sweep, training
 
@@ -300,7 +301,7 @@ def test_training_on_a_gpu_that_limits():
     (opencv, _) = gpus(training(), Where(cores=16, gpus=4))
     assert (opencv.now, opencv.training, opencv.preprocessing) == pytest.approx((50, 100, 50))
     assert opencv.ops is None
-    # One actor measured, sixteen cores: it is not for want of preprocessing that a second GPU would idle.
+    # One actor measured, sixteen cores: preprocessing would keep a second GPU busy.
     (fast, _) = gpus(training(train_s=0.0015), Where(cores=16, gpus=4))
     assert fast.training == pytest.approx(2 * fast.now, rel=0.1)
     on_gpu = record(
@@ -335,7 +336,7 @@ def test_one_gpu_cannot_show_what_more_bring():
 
 def test_when_preprocessing_once_has_paid():
     alone, trained = designs(sweep(cores=8) + training(cores=8, train_s=0.02), Where(cores=8))[:2]
-    # An image: 2 ms of CPU every epoch, or 3 ms once and 0.4 ms an epoch, which saves 1.6: paid back after 1.9 epochs.
+    # An image: 2 ms of CPU an epoch, or 3 ms once and 0.4 an epoch: paid back after 1.9 epochs.
     assert (alone.backend, alone.trainer) == ("opencv", None)
     assert alone.cpu.break_even_epochs == pytest.approx(3 / 1.6) == alone.clock.break_even_epochs
     # A training of 50 images/s takes as long either way.
@@ -384,3 +385,46 @@ def test_nothing_measured_is_no_error():
         for row in sweep(cores=2)
     ]
     assert {finding.holds for finding in findings(empty, Where(cores=2))} == {"cannot"}
+
+
+# --- cells that are too short -------------------------------------------------------------------
+
+
+def with_fixed(rows: list[dict], seconds: float) -> list[dict]:
+    return [row | {"fixed_s": seconds} for row in rows]
+
+
+def test_cells_shorter_than_ten_times_their_fixed_cost_decide_no_claim():
+    rows = sweep(cores=64)
+    long = judged(with_fixed(rows, 0.001))
+    assert {claim: finding.holds for claim, finding in long.items()} == verdicts(rows)
+    short = judged(with_fixed(rows, 0.65))
+    for claim in (5, 6, 10, 14):
+        assert long[claim].holds != "cannot" and short[claim].holds == "cannot"
+        assert short[claim].measured == long[claim].measured
+        assert "--limit" in short[claim].why and long[claim].why in short[claim].why
+
+
+def test_what_is_said_of_short_cells_names_a_limit_that_would_be_enough():
+    rows = with_fixed(sweep(cores=64, actors=(1, 2)), 0.15)
+    times = [row["time_s"] for row in rows]
+    assert min(times) < 1.5 < max(times)
+    short = [row for row in rows if row["time_s"] < 1.5]
+    said = too_short(rows)
+    assert said.startswith(f"{len(short)} of {len(rows)} cells decide no claim")
+    limit = int(re.search(r"--limit (\d+)", said)[1])
+    longer = [row | {"time_s": limit / row["images_per_s"]} for row in rows]
+    assert too_short(longer) == ""
+    shorter = [row | {"time_s": 0.85 * limit / row["images_per_s"]} for row in rows]
+    assert too_short(shorter) != ""
+
+
+def test_cells_that_are_long_enough_still_decide_beside_short_ones():
+    rows = sweep(cores=64)
+    mixed = [row | {"fixed_s": 0.06 if row["actors"] < 8 else 9.0} for row in rows]
+    found = judged(mixed)
+    assert found[5].holds == "yes" and "from 1 to 4" in found[5].measured
+
+
+def test_rows_of_older_sweeps_which_have_no_fixed_cost_decide():
+    assert too_short(sweep(cores=64)) == ""

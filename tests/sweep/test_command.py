@@ -1,4 +1,4 @@
-"""A sweep on a real local Ray: small, but all of it; and as a user runs it, with Ctrl-C in between."""
+"""A sweep on a real local Ray: small, but all of it; and as a user runs it, with Ctrl-C."""
 
 import csv
 import signal
@@ -14,7 +14,7 @@ import pytest
 from raypipe import UsageError
 from raypipe.sweep import curves
 from raypipe.sweep.command import run
-from raypipe.sweep.grid import Point, Settings, fits, grid, largest
+from raypipe.sweep.grid import Settings
 from raypipe.sweep.measure import RESULTS, read_results
 from tests.insight.test_html import Reader
 from tests.support.clusters import environment, wait_for
@@ -34,87 +34,6 @@ def settings(root: Path, **given) -> Settings:
         "shard_rows": 3,
     }
     return Settings(**tiny | given)
-
-
-def points(**given) -> list[Point]:
-    asked = Settings(input="demo", output="out", **{"repeats": 1, "backends": ("opencv",)} | given)
-    return grid(asked, cores=4, gpus=0)
-
-
-def test_the_grid_has_each_point_once_a_repeat_in_an_order_of_its_own():
-    found = points(actors=(1, 2, 4), backends=("opencv", "torchvision"), repeats=3)
-    each = [
-        [replace(point, repeat=0) for point in found if point.repeat == repeat]
-        for repeat in range(3)
-    ]
-    assert set(each[0]) == set(each[1]) == set(each[2])
-    assert each[0] != each[1] != each[2]
-    assert set(Counter(found).values()) == {1}
-    assert [point.repeat for point in found] == sorted(point.repeat for point in found)
-    pairs = {(point.actors, point.writers) for point in found if point.kind == "preprocess"}
-    assert pairs == {
-        (1, 0),
-        (2, 0),
-        (4, 0),
-        (1, 1),
-        (2, 1),
-        (4, 1),
-        (2, 2),
-        (4, 4),
-    }  # one writer and as many are the same for 1 actor
-
-
-def test_other_numbers_of_threads_are_measured_without_writers():
-    found = points(actors=(1, 2), threads=(1, 8))
-    assert {(p.threads, p.writers) for p in found if p.kind == "preprocess"} == {
-        (1, 0),
-        (8, 0),
-        (1, 1),
-        (1, 2),
-    }
-
-
-def test_storing_is_measured_with_as_many_actors_as_cores_and_not_at_all_without_writing():
-    assert [(p.actors, p.writers) for p in points(actors=(1, 2, 4, 8)) if p.kind == "stored"] == [
-        (4, 4)
-    ]
-    assert [p.actors for p in points(actors=(8, 16)) if p.kind == "stored"] == [8]
-    assert not [p for p in points(writers=("none",)) if p.kind == "stored"]
-
-
-def test_training_is_measured_over_actors_with_one_worker_and_over_workers_with_one_actor():
-    found = [p for p in points(train=True, train_actors=(1, 4)) if p.kind == "train"]
-    assert {(p.actors, p.workers, p.device) for p in found} == {
-        (1, 1, "cpu"),
-        (4, 1, "cpu"),
-        (1, 2, "cpu"),
-    }
-    on_gpus = grid(
-        Settings(input="demo", output="out", train=True, train_actors=(1, 4), repeats=1),
-        cores=4,
-        gpus=3,
-    )
-    assert {(p.actors, p.workers, p.device) for p in on_gpus if p.kind == "train"} == {
-        *((1, n, "gpu") for n in (1, 2, 3)),
-        (4, 1, "gpu"),
-    }
-    assert [p.actors for p in on_gpus if p.kind == "ops" and p.backend == "opencv"] == [1]
-
-
-def test_each_actor_of_the_largest_point_gets_several_shards_and_a_small_grid_can_grow():
-    assert Settings(input="demo", output="out").rows == 25  # 40 shards for 20 actors
-    assert Settings(input="demo", output="out", actors=(1,)).rows == 25
-    assert Settings(input="demo", output="out", actors=(1, 50)).rows == 10
-    assert Settings(input="demo", output="out", limit=10).rows == 1
-    assert Settings(input="demo", output="out", shard_rows=5).rows == 5
-
-
-def test_points_without_memory_for_their_actors_are_left_out_on_a_machine_of_our_own():
-    wanted = Settings(input="demo", output="out", actors=(2, 100_000))
-    assert largest(wanted, joined=True).actors == 100_000
-    most = largest(wanted, joined=False)
-    assert (most.actors, most.writers) == (2, 2)
-    assert {fits(point) for point in grid(wanted, cores=2, gpus=0)} == {True, False}
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +137,7 @@ def test_a_delayed_store_delays_each_writer_and_the_page_says_so(session, tmp_pa
     writing = {
         row["writers"]: row for row in read_results(given.output) if row["kind"] == "preprocess"
     }
-    # 24 images of 20 ms, one after the other or two at a time: no machine is so slow that this would not show.
+    # 24 images of 20 ms, one after the other or two at a time: that shows on any machine.
     assert writing[1]["time_s"] >= 0.48 and writing[2]["time_s"] >= 0.24
     assert "20 ms longer to write" in Path(given.output, "sweep.html").read_text()
 
@@ -239,7 +158,8 @@ def test_a_point_that_rejects_too_much_ends_the_sweep_as_failed_and_what_was_mea
 @pytest.mark.slow
 def test_training_is_measured_and_on_a_cpu_it_is_said_that_there_is_no_gpu(session, tmp_path):
     (tmp_path / "small.json").write_text(
-        '{"name": "small", "ops": [{"op": "Resize", "height": 64, "width": 64}], "needs_boxes": true}'
+        '{"name": "small", "ops": [{"op": "Resize", "height": 64, "width": 64}], '
+        '"needs_boxes": true}'
     )
     given = settings(
         tmp_path,
@@ -356,7 +276,8 @@ def test_a_table_that_is_none_is_refused(tmp_path):
     (tmp_path / "out/results.parquet").write_bytes(b"no table")
     with pytest.raises(
         UsageError,
-        match=r"cannot read the table of a sweep's results .*results\.parquet: .* Remove it to measure again",
+        match=r"cannot read the table of a sweep's results .*results\.parquet: .* "
+        r"Remove it to measure again",
     ):
         read_results(str(tmp_path / "out"))
 

@@ -63,7 +63,7 @@ def registered(run_id: str, *, address: str, output: str | None) -> Iterator[Non
 
 
 def entries() -> list[Entry]:
-    """The runs that go on, newest first. Entries of processes of this host that ended are removed."""
+    """The runs that go on, newest first. Entries of processes that ended here are removed."""
     found = []
     here = lease.boot()
     for path in folder().glob("*.json"):

@@ -1,4 +1,4 @@
-"""What a collector makes of what it is told, without Ray: the clock and the pipeline that it watches are played here."""
+"""The collector without Ray: the clock and the pipeline that it watches are played here."""
 
 import math
 from dataclasses import replace
@@ -11,8 +11,10 @@ from raypipe.run.live.collector import Collector, Facts
 
 
 class Pipeline:
-    """Two stages that take their costs, in steps of half a second, and follow what the collector wants as Ray does: actors take a second
-    to start, one after the other, and finish what they have before they go."""
+    """Stages with given costs, in steps of half a second, that follow the collector as Ray does.
+
+    Actors take a second to start, one after the other, and finish what they have before they go.
+    """
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What a run exports: scraped by a real Prometheus, asked with the very expressions of the dashboard that raypipe ships."""
+"""What a run exports: scraped by a real Prometheus, asked with the expressions of the dashboard."""
 
 import contextlib
 import dataclasses
@@ -157,7 +157,7 @@ def test_an_actor_that_is_gone_leaves_its_images_and_takes_its_memory():
 )
 def test_every_expression_of_the_shipped_dashboard_has_data_in_a_real_prometheus(tmp_path):
     wanted = expressions(shipped())
-    # Ray's workers report every 10 s; half of it keeps the test short, and the figures of a machine under load from growing stale.
+    # Ray's workers report every 10 s. Half of it keeps the test short and figures fresh.
     env = environment(
         RAY_metrics_report_interval_ms="5000", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="a" * 32
     )

@@ -17,7 +17,8 @@ from tests.support.runs import quiet, settings
 
 RUN = (
     "import sys, time\nfrom raypipe.run.live.registry import registered\n"
-    "with registered(sys.argv[1], address='127.0.0.1:1', output='/there'):\n    print('on', flush=True)\n    time.sleep(600)"
+    "with registered(sys.argv[1], address='127.0.0.1:1', output='/there'):\n"
+    "    print('on', flush=True)\n    time.sleep(600)"
 )
 
 
