@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -28,17 +28,21 @@ from raypipe import UsageError
 from raypipe.data import journal, lease, location
 from raypipe.data.reader import Reader
 from raypipe.images import backend as backend_module
-from raypipe.run import pipeline, training
+from raypipe.run import preprocess
 from raypipe.run.causes import Untouched
-from raypipe.run.session import Session, cores_here, joins, processor, ray_session, versions
-from raypipe.run.settings import check_apart
+from raypipe.run.cluster.machine import Session, cores_here, processor, versions
+from raypipe.run.cluster.session import joins, ray_session
+from raypipe.run.console import attempt, ended, goes_on, say
+from raypipe.run.settings import check_apart, parse
 from raypipe.run.starting import together
 from raypipe.sweep import page
 from raypipe.sweep.claims import Finding, findings, too_short
 from raypipe.sweep.curves import Record, Where
-from raypipe.sweep.grid import Point, Settings, fits, grid, largest
+from raypipe.sweep.grid import Point, check, fits, grid, largest, preprocessing, training
 from raypipe.sweep.measure import Failed, is_of, measure, put_results, read_results
 from raypipe.sweep.remaining import Remaining
+from raypipe.sweep.settings import Settings
+from raypipe.train.plan import plan
 
 RESULT_FILES = ("results.parquet", "results.csv", "sweep.html")
 
@@ -63,27 +67,12 @@ def deciding(settings: Settings) -> dict[str, Any]:
 
     As JSON types.
     """
-    names = ("recipe", "limit", "format", "quality", "seed", "read_ms", "store_ms")
     return {
-        **{name: _absolute(getattr(settings, name)) for name in ("input", "annotations")},
-        **{name: getattr(settings, name) for name in names},
+        **settings.decided(),
         "shard_rows": settings.rows,
         "machine": {"processor": processor(), "cores": cores_here()},
         "versions": versions(),
     }
-
-
-def deciding_training(settings: Settings) -> dict[str, Any]:
-    """What the rows of training share besides. Kept apart: training can be measured later."""
-    names = ("train_recipe", "model", "epochs", "batch_size")
-    return {
-        "train_input": _absolute(settings.train_input),
-        **{name: getattr(settings, name) for name in names},
-    }
-
-
-def _absolute(place: str | None) -> str | None:
-    return place if place is None or place.startswith("demo") else location.absolute(place)
 
 
 def clear(output: str) -> None:
@@ -98,10 +87,10 @@ def clear(output: str) -> None:
 
 def _parts(settings: Settings) -> dict[str, dict[str, Any]]:
     """What decides the rows, by where it is noted."""
-    parts = {settings.output: deciding(settings)}
-    if settings.train:
-        training_place = location.join(settings.output, f"{journal.STATE}/training")
-        parts[training_place] = deciding_training(settings)
+    parts = {settings.grid.output: deciding(settings)}
+    if settings.training.train:
+        training_place = location.join(settings.grid.output, f"{journal.STATE}/training")
+        parts[training_place] = settings.training.decided()
     return parts
 
 
@@ -114,9 +103,9 @@ def look(settings: Settings) -> tuple[list[dict[str, Any]], bool]:
         UsageError: the output has rows of other settings, files that are no sweep's, or another
             driver.
     """
-    root = settings.output
+    root = settings.grid.output
     lease.check(root, option="--output")
-    clears = not settings.resume or journal.is_clearing(root)
+    clears = not settings.grid.resume or journal.is_clearing(root)
     ours = (
         location.exists(location.join(root, f"{journal.STATE}/run.json"))
         if clears
@@ -139,7 +128,7 @@ def look(settings: Settings) -> tuple[list[dict[str, Any]], bool]:
 def claim(settings: Settings, *, clears: bool) -> None:
     """Delete what is there, where that was asked for, and note what decides the rows."""
     if clears:
-        clear(settings.output)
+        clear(settings.grid.output)
     for place, wanted in _parts(settings).items():
         if journal.read_made(place) is None:
             journal.put_made(place, journal.Made(settings=wanted, versions=versions()))
@@ -155,13 +144,16 @@ def leave(
 ) -> list[Finding]:
     """Write the table and the page of what was measured so far."""
     where = Where(
-        cores=rows[0]["cores"], gpus=gpus, read_ms=settings.read_ms, store_ms=settings.store_ms
+        cores=rows[0]["cores"],
+        gpus=gpus,
+        read_ms=settings.cells.read_ms,
+        store_ms=settings.cells.store_ms,
     )
     days = sorted({row["at"][:10] for row in rows})
     about = {
         "command": command,
         "date": " to ".join(dict.fromkeys((days[0], days[-1]))),
-        "settings": asdict(settings) | {"shard_rows": settings.rows},
+        "settings": settings.flat | {"shard_rows": settings.rows},
         "versions": versions(),
         "hardware": {
             "cores": where.cores,
@@ -172,12 +164,34 @@ def leave(
             **({"no_memory_for": list(left_out)} if left_out else {}),
         },
     }
-    put_results(settings.output, rows)
-    location.write(settings.output, "sweep.html", page.page(rows, where, about).encode())
+    put_results(settings.grid.output, rows)
+    location.write(settings.grid.output, "sweep.html", page.page(rows, where, about).encode())
     return findings(rows, where)
 
 
 # --- the sweep ----------------------------------------------------------------------------------
+
+
+def sweep(
+    arguments: list[str] | None = None,
+    *,
+    description: str | None = None,
+    prog: str | None = None,
+) -> int:
+    """Measure here what the talk measured, and judge its claims."""
+    console = Console(stderr=True)
+    settings = parse(Settings, arguments, description=description or sweep.__doc__, prog=prog)
+    kept = f"What is measured is in {settings.grid.output}."
+    again = goes_on(resume=settings.grid.resume)
+    swept = attempt(lambda: run(settings, console=console), kept=kept, again=again, console=console)
+    if isinstance(swept, int):
+        return swept
+    if swept.findings:
+        Console().print(page.terminal(swept.findings))
+        if swept.warning:
+            console.print(swept.warning, style="yellow", markup=False, highlight=False)
+        say(console, f"page: {settings.grid.output}/sweep.html")
+    return ended(swept.failure and f"{swept.failure}\n{kept} {again}", console=console)
 
 
 def run(settings: Settings, *, console: Console) -> Swept:
@@ -187,35 +201,37 @@ def run(settings: Settings, *, console: Console) -> Swept:
         UsageError: the message is for the user; nothing was measured.
         KeyboardInterrupt: what was measured is kept, and the same settings go on.
     """
-    settings.check()
+    check(settings)
     joined = joins()
-    most = settings.preprocess(largest(settings, joined=joined), output=settings.output)
-    check_apart(most)
-    looked = pipeline.plan(replace(most, output=None))
-    for backend in settings.backends:
-        backend_module(backend).check(looked.recipe)
-    if settings.train:
+    output = settings.grid.output
+    most = preprocessing(settings, largest(settings, joined=joined), output=output)
+    check_apart(output, settings.source.input)
+    job = preprocess.preprocessing(most.changed(output=None))
+    for backend in settings.grid.backends:
+        backend_module(backend).check(job.todo.recipe)
+    if settings.training.train:
         first = Point(kind="train", backend="opencv", actors=1, threads=1, workers=1)
-        training.plan(settings.training(first, storage=settings.output))
+        plan(training(settings, first, storage=output))
     rows, clears = look(settings)
     beside = 0
-    if settings.train and not torch.cuda.is_available():
-        beside = max(settings.workers or (2,))
+    if settings.training.train and not torch.cuda.is_available():
+        beside = max(settings.training.workers or (2,))
     console.print("Starting Ray ...", highlight=False)
-    writing = pipeline.writing(most, looked.recipe)
+    then = preprocess.writing(most, job.todo.recipe)
+    stages = (*job.stages("sweep"), *([then] if then else []))
     tell = partial(console.print, markup=False, highlight=False)
     with contextlib.ExitStack() as stack:
-        session = stack.enter_context(ray_session(most, after=writing, beside=beside))
+        session = stack.enter_context(ray_session(stages, beside=beside))
         stack.enter_context(together())
         if joined:
             _check_room(settings, session)
         held = stack.enter_context(
-            lease.hold(settings.output, run_id="sweep", option="--output", tell=tell)
+            lease.hold(settings.grid.output, run_id="sweep", option="--output", tell=tell)
         )
         claim(settings, clears=clears)
         points, left_out = _points(settings, session, joined=joined, tell=tell)
         # Once before, so that no point is the one that reads from a cold disk.
-        for _ in Reader(threads=8).read(looked.work):
+        for _ in Reader(threads=8).read(job.todo.work):
             pass
         failure = None
         found: list[Finding] = []
@@ -275,7 +291,7 @@ def _measure_all(
             begun = time.perf_counter()
             fresh = measure(point, settings)
             rows += fresh
-            put_results(settings.output, rows)
+            put_results(settings.grid.output, rows)
             remaining.add(point, fresh, time.perf_counter() - begun)
             show(point, fresh[-1], remaining.seconds(left[place:]) or 0.0)
 

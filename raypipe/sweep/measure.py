@@ -1,7 +1,6 @@
 """One measurement: the run of a point, and the row that it becomes. And where rows are kept."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -14,10 +13,12 @@ from raypipe.data import journal, location
 from raypipe.data.formats.parquet import read_table
 from raypipe.errors import foreign
 from raypipe.insight import planner
-from raypipe.run import pipeline, result, training
-from raypipe.run.settings import Settings as Preprocess
+from raypipe.run import preprocess
 from raypipe.sweep.curves import STAGES
-from raypipe.sweep.grid import Point, Settings
+from raypipe.sweep.grid import Point, preprocessing, training
+from raypipe.sweep.settings import Settings
+from raypipe.train import attempts
+from raypipe.train.result import verdict_on
 
 _OF_STAGE = (
     ("busy_s", "busy_s_per_image"),
@@ -113,31 +114,30 @@ def measure(point: Point, settings: Settings) -> list[dict[str, Any]]:
         Failed: it lost images, or rejected too many.
     """
     quiet = Console(quiet=True, force_terminal=False)
-    scratch = location.join(settings.output, f"{journal.STATE}/point")
+    scratch = location.join(settings.grid.output, f"{journal.STATE}/point")
     location.delete_folder(scratch)
 
-    def run(given: Preprocess, kind: str) -> dict[str, Any]:
-        outcome = pipeline.run(given, console=quiet)
-        if failure := result.verdict_on(outcome, given):
+    def run(given: preprocess.Settings, kind: str) -> dict[str, Any]:
+        outcome = preprocess.run(given, console=quiet)
+        if failure := preprocess.verdict_on(outcome, given):
             raise Failed(f"{point}: {failure}")
         assert outcome.report is not None
         return record(point, outcome.report, kind=kind)
 
     try:
         if point.workers:
-            given = settings.training(point, storage=scratch)
-            trained = training.run(given, console=quiet)
-            if failure := training.verdict_on(trained, given):
+            given = training(settings, point, storage=scratch)
+            trained = attempts.run(given, console=quiet)
+            if failure := verdict_on(trained, given):
                 raise Failed(f"{point}: {failure}")
             assert trained.report is not None
             return [record(point, trained.report, kind=point.kind)]
         if point.kind == "stored":
-            first = replace(settings.preprocess(point, output=scratch), format="parquet")
-            again = replace(first, input=scratch, output=None, annotations=None)
+            first = preprocessing(settings, point, output=scratch).changed(format="parquet")
+            again = first.changed(input=scratch, output=None, annotations=None)
             return [run(first, "store"), run(again, "stored")]
-        return [
-            run(settings.preprocess(point, output=scratch if point.writers else None), "preprocess")
-        ]
+        output = scratch if point.writers else None
+        return [run(preprocessing(settings, point, output=output), "preprocess")]
     finally:
         location.delete_folder(scratch)
 

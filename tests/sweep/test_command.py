@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -14,8 +13,8 @@ import pytest
 from raypipe import UsageError
 from raypipe.sweep import curves
 from raypipe.sweep.command import run
-from raypipe.sweep.grid import Settings
 from raypipe.sweep.measure import RESULTS, read_results
+from raypipe.sweep.settings import Settings
 from tests.insight.test_html import Reader
 from tests.support.clusters import environment, wait_for
 from tests.support.runs import quiet
@@ -33,7 +32,7 @@ def settings(root: Path, **given) -> Settings:
         "limit": 24,
         "shard_rows": 3,
     }
-    return Settings(**tiny | given)
+    return Settings.of(**tiny | given)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +125,7 @@ def test_no_resume_starts_again(session, tmp_path):
     one = settings(tmp_path, actors=(1,), writers=("none",))
     run(one, console=quiet())
     first = read_results(one.output)
-    run(replace(one, limit=12, resume=False), console=quiet())
+    run(one.changed(limit=12, resume=False), console=quiet())
     (row,) = read_results(one.output)
     assert row["images"] == 12 and row["run_id"] != first[0]["run_id"]
 
@@ -152,7 +151,7 @@ def test_a_point_that_rejects_too_much_ends_the_sweep_as_failed_and_what_was_mea
     assert (
         "2 of 60 images were rejected" in outcome.failure and "opencv, 1 actor" in outcome.failure
     )
-    assert run(replace(given, max_reject_fraction=0.1), console=quiet()).failure is None
+    assert run(given.changed(max_reject_fraction=0.1), console=quiet()).failure is None
 
 
 @pytest.mark.slow

@@ -3,11 +3,14 @@
 from collections import Counter
 from dataclasses import replace
 
-from raypipe.sweep.grid import Point, Settings, fits, grid, largest
+from raypipe.sweep.grid import Point, fits, grid, largest
+from raypipe.sweep.settings import Settings
 
 
 def points(**given) -> list[Point]:
-    asked = Settings(input="demo", output="out", **{"repeats": 1, "backends": ("opencv",)} | given)
+    asked = Settings.of(
+        input="demo", output="out", **{"repeats": 1, "backends": ("opencv",)} | given
+    )
     return grid(asked, cores=4, gpus=0)
 
 
@@ -65,7 +68,7 @@ def test_training_is_measured_over_actors_with_one_worker_and_over_workers_with_
         (1, 2, "cpu"),
     }
     on_gpus = grid(
-        Settings(input="demo", output="out", train=True, train_actors=(1, 4), repeats=1),
+        Settings.of(input="demo", output="out", train=True, train_actors=(1, 4), repeats=1),
         cores=4,
         gpus=3,
     )
@@ -77,15 +80,15 @@ def test_training_is_measured_over_actors_with_one_worker_and_over_workers_with_
 
 
 def test_each_actor_of_the_largest_point_gets_several_shards_and_a_small_grid_can_grow():
-    assert Settings(input="demo", output="out").rows == 25  # 40 shards for 20 actors
-    assert Settings(input="demo", output="out", actors=(1,)).rows == 25
-    assert Settings(input="demo", output="out", actors=(1, 50)).rows == 10
-    assert Settings(input="demo", output="out", limit=10).rows == 1
-    assert Settings(input="demo", output="out", shard_rows=5).rows == 5
+    assert Settings.of(input="demo", output="out").rows == 25  # 40 shards for 20 actors
+    assert Settings.of(input="demo", output="out", actors=(1,)).rows == 25
+    assert Settings.of(input="demo", output="out", actors=(1, 50)).rows == 10
+    assert Settings.of(input="demo", output="out", limit=10).rows == 1
+    assert Settings.of(input="demo", output="out", shard_rows=5).rows == 5
 
 
 def test_points_without_memory_for_their_actors_are_left_out_on_a_machine_of_our_own():
-    wanted = Settings(input="demo", output="out", actors=(2, 100_000))
+    wanted = Settings.of(input="demo", output="out", actors=(2, 100_000))
     assert largest(wanted, joined=True).actors == 100_000
     most = largest(wanted, joined=False)
     assert (most.actors, most.writers) == (2, 2)

@@ -4,8 +4,9 @@ import random
 
 import pytest
 
-from raypipe.sweep.grid import Point, Settings, grid
+from raypipe.sweep.grid import Point, grid
 from raypipe.sweep.remaining import Remaining
+from raypipe.sweep.settings import Settings
 from tests.sweep.played import IMAGES, Library, record, training
 
 CORES = 2
@@ -49,7 +50,7 @@ def took_s(point: Point, rows: list[dict], noise: float) -> float:
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("train", [False, True])
 def test_the_time_left_is_right_within_a_third_from_the_fifth_cell_on(seed, train):
-    settings = Settings(input="demo", output="out", repeats=1, seed=seed, train=train)
+    settings = Settings.of(input="demo", output="out", repeats=1, seed=seed, train=train)
     points = grid(settings, cores=CORES, gpus=0)
     chance = random.Random(seed)
     cells = [(point, rows_of(point)) for point in points]
