@@ -23,11 +23,10 @@ from rich.console import Console
 
 from raypipe import UsageError, cli
 from raypipe.data import journal, sizes
-from raypipe.data.formats.coco import check_annotation_ids
+from raypipe.data.formats.coco import check_annotation_ids, write_annotations
 from raypipe.data.listing import look
 from raypipe.data.reader import Reader
 from raypipe.data.shapes import Placement
-from raypipe.data.sinks import write_annotations
 from raypipe.data.tables import Listed
 from raypipe.data.work import make_work, wanted_by
 from raypipe.images import opencv

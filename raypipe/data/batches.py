@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from raypipe.data.location import StoreError
-from raypipe.data.work import images_of, unlist
+from raypipe.data.tables import images_of, unlist
 from raypipe.errors import UsageError
 from raypipe.images.header import UNREAD
 

@@ -37,10 +37,8 @@ from raypipe import UsageError
 from raypipe.data import lease, location
 from raypipe.data.formats.parquet import read_table
 from raypipe.data.names import OUTSIDE, STATE
-from raypipe.data.work import WORK
+from raypipe.data.tables import DROPPED, REJECTS, WORK
 from raypipe.errors import foreign, printable
-
-REJECTS = pa.schema([(name, pa.string()) for name in ("image_id", "uri", "reason", "detail")])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -262,17 +260,6 @@ def put_work(root: str, work: pa.Table) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(work, sink, compression="zstd")
     location.write(root, f"{STATE}/work.parquet", sink.getvalue())
-
-
-DROPPED = pa.schema(
-    [
-        pa.field("image_id", pa.string()),
-        pa.field("uri", pa.string()),
-        pa.field("box", pa.list_(pa.float32(), 4)),
-        pa.field("annotation_id", pa.int64()),
-        pa.field("reason", pa.string()),
-    ]
-)
 
 
 def dropped_parquet(dropped: Iterable[Dropped]) -> pa.Buffer:

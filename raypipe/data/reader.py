@@ -1,13 +1,11 @@
 """From rows of a source to the images' bytes: read where they are needed, ahead of who needs them."""
 
-import functools
 import itertools
 import os
-import stat
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,24 +14,21 @@ import pyarrow as pa
 
 from raypipe import UsageError
 from raypipe.data import demo
+from raypipe.data.formats import files
+from raypipe.data.formats.files import Range, unreadable
 from raypipe.data.formats.parquet import ParquetReader
 from raypipe.data.location import (
     ERRORS,
-    BeyondEnd,
     StoreError,
     is_remote,
     local_path,
     one_line,
     path_of,
-    read_range,
     short,
 )
 from raypipe.data.names import PARQUET
 from raypipe.data.patience import READ_PATIENCE_S, Patience
 from raypipe.images.header import UNREAD, Reject
-
-MAX_BYTES = 512 << 20
-"""Encoded images above this are rejected instead of read: 0.5 GiB for one image is an accident or an attack."""
 
 CHUNK_ROWS = 16  # at most, in one I/O thread's turn
 CHUNK_BYTES = 4 << 20
@@ -44,13 +39,6 @@ _WORTH_S = 1e-4  # of waiting, a row: an image of 90 kB takes 1.5 ms to decode
 _GAP = (
     64 << 10
 )  # bytes between two ranges up to which reading them in one go is cheaper than another request
-
-
-@dataclass(frozen=True, slots=True)
-class _Range:
-    uri: str
-    offset: int
-    length: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,7 +97,7 @@ class Reader:
         are missing or forbidden are tried once more, together; where nothing can be read, it is the store's failure.
         """
         ranges = [
-            _Range(uri, offset, length)
+            Range(uri, offset, length)
             for uri, offset, length in zip(
                 rows["uri"].to_pylist(),
                 rows["offset"].to_pylist(),
@@ -120,7 +108,7 @@ class Reader:
         return self._settled(ranges, self._ahead(ranges))
 
     def _settled(
-        self, ranges: list[_Range], found: Iterator[bytes | Reject]
+        self, ranges: list[Range], found: Iterator[bytes | Reject]
     ) -> Iterator[bytes | Reject]:
         """`found` with those that are missing tried once more: from the first of them on, all are read
         before any is given."""
@@ -132,7 +120,7 @@ class Reader:
             yield one
 
     def _again(
-        self, ranges: list[_Range], found: list[bytes | Reject], *, nothing: bool
+        self, ranges: list[Range], found: list[bytes | Reject], *, nothing: bool
     ) -> Iterator[bytes | Reject]:
         missing = [row for row, one in enumerate(found) if isinstance(one, _Missing)]
         if self._patience_s:
@@ -155,7 +143,7 @@ class Reader:
             time.sleep(pause)
         for row in missing:
             if isinstance(one := found[row], _Missing):
-                found[row] = _unreadable(one.detail)
+                found[row] = unreadable(one.detail)
         found.reverse()
         while found:
             yield found.pop()
@@ -178,7 +166,7 @@ class Reader:
         )
         return self._stores.setdefault(store, Patience(self._patience_s))
 
-    def _ahead(self, ranges: list[_Range]) -> Iterator[bytes | Reject]:
+    def _ahead(self, ranges: list[Range]) -> Iterator[bytes | Reject]:
         todo = deque(_chunks(ranges, self._threads))
         local = not ranges or not is_remote(ranges[0].uri)
         near = self._threads == 0 or (self._threads == 1 and _TELLS and local)
@@ -198,7 +186,7 @@ class Reader:
         if self._pool is None:
             return
         pool = self._pool
-        flying: deque[tuple[list[_Range], Future[list[bytes | Reject]]]] = deque()
+        flying: deque[tuple[list[Range], Future[list[bytes | Reject]]]] = deque()
         try:
             while todo or flying:
                 while todo and len(flying) < 2 * self._threads:
@@ -220,7 +208,7 @@ class Reader:
             for _, future in flying:
                 future.cancel()
 
-    def _read(self, ranges: list[_Range]) -> list[bytes | Reject]:
+    def _read(self, ranges: list[Range]) -> list[bytes | Reject]:
         """The first of the ranges, at least one: it stops when it has read more than a chunk's bytes."""
         out: list[bytes | Reject] = []
         size = 0
@@ -233,11 +221,11 @@ class Reader:
                     return out
         return out
 
-    def _groups(self, run: list[_Range]) -> Iterator[list[_Range]]:
+    def _groups(self, run: list[Range]) -> Iterator[list[Range]]:
         if _kind(run[0].uri) == "parquet":
             yield run
             return
-        group: list[_Range] = []
+        group: list[Range] = []
         for one in run:
             if group and not _follows(group, one):
                 yield group
@@ -245,7 +233,7 @@ class Reader:
             group.append(one)
         yield group
 
-    def _fetch(self, uri: str, group: list[_Range]) -> list[bytes | Reject]:
+    def _fetch(self, uri: str, group: list[Range]) -> list[bytes | Reject]:
         """The ranges of a group; of a Parquet file perhaps only the first, at least one.
 
         A store that does not answer is waited for (`Patience`).
@@ -259,11 +247,11 @@ class Reader:
         except (FileNotFoundError, PermissionError, NotADirectoryError) as error:
             return [_Missing(f"{uri}: {one_line(error)}", short(error))] * len(group)
         except (ValueError, *ERRORS) as error:  # ValueError: also what Arrow calls invalid
-            return [_unreadable(f"{uri}: {one_line(error)}")] * (
+            return [unreadable(f"{uri}: {one_line(error)}")] * (
                 len(group) if isinstance(error, ValueError) else count
             )
 
-    def _fetch_once(self, uri: str, group: list[_Range]) -> list[bytes | Reject]:
+    def _fetch_once(self, uri: str, group: list[Range]) -> list[bytes | Reject]:
         match _kind(uri):
             case "parquet":
                 return self._parquet.read(uri, [one.offset for one in group], most=CHUNK_BYTES)
@@ -271,9 +259,9 @@ class Reader:
                 seed, _, index = uri.removeprefix("demo://").partition("/")
                 return [demo.read(int(seed), int(index))]
             case "remote":
-                return _read_remote(uri, group)
+                return files.read_remote(uri, group)
             case _:
-                return _read_local(local_path(uri), group)
+                return files.read_local(local_path(uri), group)
 
 
 def core_wait_s(thread: int) -> float | None:
@@ -295,7 +283,7 @@ def _off_s() -> float:
     )
 
 
-def _chunks(ranges: list[_Range], threads: int) -> Iterator[list[_Range]]:
+def _chunks(ranges: list[Range], threads: int) -> Iterator[list[Range]]:
     """Rows that one I/O thread reads in a row: enough to make its hand-over cheap, few enough that all threads have some.
 
     Only one if each is a request of its own to a remote store.
@@ -318,7 +306,7 @@ def _kind(uri: str) -> str:
     return "remote" if is_remote(uri) else "local"
 
 
-def _follows(group: list[_Range], one: _Range) -> bool:
+def _follows(group: list[Range], one: Range) -> bool:
     last = group[-1]
     if last.length < 0 or one.length < 0:
         return False
@@ -326,90 +314,6 @@ def _follows(group: list[_Range], one: _Range) -> bool:
     return (
         end <= one.offset <= end + _GAP and one.offset + one.length - group[0].offset <= CHUNK_BYTES
     )
-
-
-def _read_local(path: str, group: list[_Range]) -> list[bytes | Reject]:
-    # Not open(): os.open, fstat and read are what is needed. Not blocking, for whoever names a pipe x.jpg.
-    descriptor = os.open(
-        path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
-    )
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            return [_unreadable(f"{path}: not a regular file")] * len(group)
-        return _slices(path, status.st_size, group, functools.partial(_pread, descriptor))
-    finally:
-        os.close(descriptor)
-
-
-def _pread(descriptor: int, length: int, offset: int) -> bytes:
-    data = os.pread(descriptor, length, offset)
-    while len(data) < length:
-        more = os.pread(descriptor, length - len(data), offset + len(data))
-        if not more:
-            break
-        data += more
-    return data
-
-
-def _read_remote(uri: str, group: list[_Range]) -> list[bytes | Reject]:
-    first, last = group[0], group[-1]
-    if first.offset < 0:
-        return [_beyond(uri, 0, one) for one in group]
-    stop = None if last.length < 0 else last.offset + last.length
-    if stop is not None and stop - first.offset > MAX_BYTES:
-        return [_too_long(uri, stop - first.offset)] * len(group)
-    try:
-        data, size = read_range(uri, first.offset, stop)
-    except BeyondEnd:
-        data, size = b"", -1
-    size = first.offset + len(data) if size < 0 else size
-    return _slices(uri, size, group, lambda length, offset: data[offset - first.offset :][:length])
-
-
-def _slices(
-    name: str, size: int, group: list[_Range], read_at: Callable[[int, int], bytes]
-) -> list[bytes | Reject]:
-    """The ranges of a file of `size` bytes, which follow each other, with one call of read_at(length, offset)."""
-    first, last = group[0], group[-1]
-    start = first.offset
-    stop = size if last.length < 0 else min(last.offset + last.length, size)
-    if start == stop and len(group) == 1:
-        return [_empty(name)] if first.length <= 0 else [_beyond(name, size, first)]
-    if stop - start > MAX_BYTES:
-        return [_too_long(name, stop - start)] * len(group)
-    data = read_at(stop - start, start) if 0 <= start < stop else b""
-    if len(group) == 1 and len(data) == (first.length if first.length >= 0 else size - start):
-        return [data]
-    out: list[bytes | Reject] = []
-    for one in group:
-        length = one.length if one.length >= 0 else size - one.offset
-        piece = data[one.offset - start : one.offset - start + length]
-        if length == 0:
-            out.append(_empty(name))
-        elif one.offset < 0 or len(piece) != length:
-            out.append(_beyond(name, size, one))
-        else:
-            out.append(piece)
-    return out
-
-
-def _empty(name: str) -> Reject:
-    return Reject("empty", f"{name}: zero bytes")
-
-
-def _beyond(name: str, size: int, one: _Range) -> Reject:
-    return _unreadable(
-        f"{name}: cut short: {one.length} bytes from {one.offset} on, but the file has {size}"
-    )
-
-
-def _too_long(name: str, size: int) -> Reject:
-    return _unreadable(f"{name}: {size} bytes for one image, more than {MAX_BYTES}")
-
-
-def _unreadable(detail: str) -> Reject:
-    return Reject("unreadable", detail)
 
 
 class _Missing(Reject):

@@ -1,12 +1,13 @@
-"""The table of work: one row an image, one run of rows a shard, all epochs in one table.
+"""The table of work: one row an image, all epochs in one table, cut into shards of adjacent rows.
 
-A run's table is stored beside its results. Rows keep their shard for ever, so the name of a part file, which is a function
-of its shard, never changes; rows found later get new shards. What is still to do is the table less the journal.
+A run's table is stored beside its results. A row keeps its shard for ever, so the names of part
+files never change. Rows that are found later get new shards. The work left to do is the table less
+the journal.
 """
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,76 +15,40 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raypipe.data.names import unique_names
-from raypipe.data.tables import SOURCE
-
-WORK = pa.schema([pa.field("epoch", pa.int32()), pa.field("shard", pa.int64()), *SOURCE])
-
-DROPPED = pa.list_(
-    pa.struct(
-        [
-            pa.field("box", pa.list_(pa.float32(), 4)),
-            pa.field("annotation_id", pa.int64()),  # null: it has none
-            pa.field("reason", pa.string()),
-        ]
-    )
-)
-"""Boxes of an image that cannot be used, as the source has them, and why."""
-
-BLOCK = pa.schema(
-    [
-        pa.field("epoch", pa.int32()),
-        pa.field("shard", pa.int64()),
-        pa.field("image_id", pa.string()),
-        pa.field("name", pa.string()),
-        pa.field("uri", pa.string()),
-        pa.field("offset", pa.int64()),
-        pa.field("length", pa.int64()),
-        pa.field("source_height", pa.int32()),  # of the image as it is shown, before the recipe
-        pa.field("source_width", pa.int32()),
-        pa.field("height", pa.int32()),
-        pa.field("width", pa.int32()),
-        pa.field(
-            "image", pa.large_binary()
-        ),  # HWC RGB uint8; null: rejected. Large: 16 photos of 50 MP pass 2 GiB
-        pa.field("reason", pa.string()),  # null: fine
-        pa.field(
-            "detail", pa.string()
-        ),  # of the reason; without one, what is damaged in an image that was kept
-        *(SOURCE.field(name) for name in ("boxes", "labels", "crowds", "annotation_ids")),
-        pa.field(
-            "orientation", pa.int8()
-        ),  # the EXIF number that made the picture upright; null: rejected
-        pa.field(
-            "boxes_from", pa.string()
-        ),  # the frame that boxes were in (raypipe.images.frames); null: not known
-        pa.field("boxes_dropped", DROPPED),
-    ]
-)
-"""What a preprocess actor makes of a shard: the same rows in the same order, with pixels or with a reason. Where the bytes are (uri, offset,
-length) and the source's size stay with them, for who wants to look at the original again."""
+from raypipe.data.tables import SOURCE, WORK, lists, unlist
 
 SHARD_BYTES = 64 * 2**20
-"""Output of one shard. A Ray Data task costs about 7 ms, on a machine where a 300x300 image costs 2.3: 64 MiB (248 of them) take 4% less
-CPU in all than 32 MiB (median of interleaved runs), and the next doubling would only delay the first output and fill the object store."""
+"""Output of one shard.
+
+A Ray Data task costs about 7 ms, where a 300x300 image costs 2.3 ms. 64 MiB (248 such images) take
+4% less CPU than 32 MiB (median of interleaved runs). The next doubling would only delay the first
+output and fill the object store.
+"""
 
 MIN_SHARD_ROWS, MAX_SHARD_ROWS = 16, 256
-"""Below 16 rows even the costliest recipes feel the task; above 256 small images wait too long for their shard."""
+"""Below 16 rows, a task's overhead shows even for the costliest recipes.
+
+Above 256, small images wait too long for their shard.
+"""
 
 SHARDS_AT_LEAST = 16
-"""A small input is still cut into this many shards, so that several actors have something to do and progress shows."""
+"""A small input still has this many shards: several actors have work, and progress shows."""
 
 MIN_SMALL_ROWS = 8
 
 TAPERED, TAPER = 8, 4
-"""The last 1/8 of the rows are cut into shards of 1/4 the size: at the end of the input actors wait for the slowest of them, on average half a
-shard each (4% of a run over 20 shards by 2 actors), and a task more costs 7 ms."""
+"""The last 1/8 of the rows is cut into shards of 1/4 the size.
+
+At the end of the input, actors wait for the slowest of them: half a shard each on average (4% of a
+run over 20 shards by 2 actors). One more task costs 7 ms.
+"""
 
 
 def shard_rows(*, rows: int, row_bytes: int) -> int:
     """How many of `rows` images, each `row_bytes` of output, make a shard.
 
-    A function of the input and the recipe alone, never of the actors: the same command on another machine gives the same
-    part files.
+    The number depends on the input and the recipe alone, never on the actors. So the same command
+    makes the same part files on any machine.
     """
     by_bytes = min(max(SHARD_BYTES // max(row_bytes, 1), MIN_SHARD_ROWS), MAX_SHARD_ROWS)
     by_count = max(-(-rows // SHARDS_AT_LEAST), MIN_SMALL_ROWS)
@@ -91,7 +56,8 @@ def shard_rows(*, rows: int, row_bytes: int) -> int:
 
 
 def wanted_by(source: pa.Table, *, needs_boxes: bool, drops_crowds: bool) -> pa.Table:
-    """`source` as a recipe wants it: without boxes around crowds, then without images that have no box."""
+    """`source` as a recipe wants it: first without boxes around crowds, then without images that
+    have no box."""
     if drops_crowds:
         crowds = unlist(source.column("crowds"))
         for name in ("boxes", "labels", "annotation_ids"):
@@ -114,11 +80,15 @@ def _with(table: pa.Table, name: str, column: pa.Array) -> pa.Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """What rows take in an actor, bytes, int64 (n,) each; and what a shard may.
+    """The memory that rows need in an actor, and the memory that a shard may need. All in bytes.
 
-    `out`: of the result as it usually is; a shard is large enough when it has `target` of these.
-    `held`: of each until its shard is done, at most. `peak`: while one is worked on. A shard takes
-    the sum of what it holds and the largest peak, and that is at most `memory`.
+    A shard needs the sum of its rows' `held` and the largest `peak`; this is at most `memory`.
+
+    Attributes:
+        out: int64 (n,), the usual size of a row's result.
+        held: int64 (n,), at most held for a row until its shard is done.
+        peak: int64 (n,), at most needed in addition while the row is processed.
+        target: a shard with this much `out` is large enough.
     """
 
     out: np.ndarray
@@ -128,7 +98,7 @@ class Weights:
     target: int | None
 
     def taken(self, order: np.ndarray) -> "Weights":
-        """The same of rows in another order."""
+        """The weights of the rows in another order."""
         return replace(self, out=self.out[order], held=self.held[order], peak=self.peak[order])
 
 
@@ -145,11 +115,15 @@ def make_work(
     shuffle_seed: int | None = None,
     first_shard: int = 0,
 ) -> pa.Table:
-    """The table of work for `source` (schema SOURCE), `epochs` times, in shards of at most `rows_per_shard` rows, and of what fits
-    into memory where `weigh` says what rows take.
+    """The table of work for `source` (schema SOURCE). A shard never spans two epochs.
 
-    A shard never spans two epochs. With `taper` the last ones are smaller, so that actors finish together. With `shuffle_seed`, each epoch has a permutation of its own, a function of the seed and
-    the epoch. Shard numbers go on from `first_shard`.
+    Args:
+        rows_per_shard: at most.
+        taper: make the last shards smaller, so that actors finish together.
+        weigh: says what memory rows need, so that each shard fits.
+        epochs: how often each row of `source` is there.
+        shuffle_seed: gives each epoch its own permutation, a function of the seed and the epoch.
+        first_shard: the number of the first shard.
     """
     parts = []
     all_weights = weights = None if weigh is None else weigh(source)
@@ -208,8 +182,10 @@ _NUMBERED = re.compile(r"(.*)#\d+", re.DOTALL)
 
 
 def named_as_before(source: pa.Table, work: pa.Table) -> pa.Table:
-    """`source` with the image ids that `work` has for the same bytes, where ids are the source's numbering of a name that occurs several times:
-    that changes when others of this name are added before them. Ids that an image brings along stay as they are.
+    """`source` with the image ids that `work` has for the same bytes.
+
+    Only numbered ids (`a.jpg#2`) of a name that occurs several times change: their numbers shift
+    when another image of this name is added before them. Ids that an image brings along stay.
     """
     if not any(
         pc.any(pc.match_substring_regex(table.column("image_id"), r"#\d+$")).as_py()
@@ -236,7 +212,7 @@ def named_as_before(source: pa.Table, work: pa.Table) -> pa.Table:
     for image_id, uri, offset in before:
         places.setdefault((name_of(image_id), uri, offset), []).append(image_id)
     taken, named = {image_id for image_id, _, _ in before}, []
-    numbers: Counter[str] = Counter()  # of each name, those that are known to be taken
+    numbers: Counter[str] = Counter()  # of each name, the numbers known to be taken
     for image_id, uri, offset in listed:
         name = name_of(image_id)
         known = places.get((name, uri, offset))
@@ -253,10 +229,11 @@ def named_as_before(source: pa.Table, work: pa.Table) -> pa.Table:
 
 
 def renewed(work: pa.Table, source: pa.Table, done: Set[int]) -> pa.Table:
-    """`work` without the rows that are neither in a shard of `done` nor among `source`; those that are still to do are as `source` has them now,
-    but for their shard and their name.
+    """`work` brought up to date with `source`.
 
-    A shard that was done without a row would count as done: should the row come back, it gets a shard of its own.
+    Rows in shards of `done` stay. Other rows are dropped if `source` no longer has them; else they
+    get what `source` says now, and keep their shard and their name. A dropped row that comes back
+    gets a new shard, because its old one may be done by then.
     """
     at = pc.index_in(
         work.column("image_id"), value_set=source.column("image_id").combine_chunks()
@@ -282,7 +259,10 @@ def requeued(
     taper: bool = False,
     weigh: Weigh | None = None,
 ) -> pa.Table:
-    """`work` with the rows in `waiting` (image ids, by shard) in new shards at its end; they keep their names."""
+    """`work` with the rows in `waiting` (image ids, by shard) moved to new shards at its end.
+
+    They keep their names.
+    """
     if not waiting:
         return work
     keys = zip(work.column("shard").to_pylist(), work.column("image_id").to_pylist(), strict=True)
@@ -303,13 +283,13 @@ def extend(
     taper: bool = False,
     weigh: Weigh | None = None,
 ) -> pa.Table:
-    """`work` with those rows of `source` added, in new shards, whose image id it does not have yet."""
+    """`work` with the rows of `source` whose image ids are new, in new shards."""
     known = set(work.column("image_id").to_pylist())
     new = np.array(
         [image_id not in known for image_id in source.column("image_id").to_pylist()], dtype=bool
     )
     fresh = source.filter(pa.array(new))
-    # Names that are on disk stay; what clashes with one of them gets another.
+    # Names on disk stay. A new name that clashes with one of them is changed.
     names = unique_names(fresh.column("name").to_pylist(), taken=work.column("name").to_pylist())
     fresh = _with(fresh, "name", pa.array(names, pa.string()))
     first = (work.column("shard").to_numpy().max() + 1) if work.num_rows else 0
@@ -320,7 +300,7 @@ def extend(
 
 
 def in_shards(work: pa.Table, numbers: Set[int]) -> pa.Array:
-    """Of each row of `work`, whether its shard is among `numbers`."""
+    """Whether the shard of each row of `work` is among `numbers`."""
     return pa.array(
         np.isin(work.column("shard").to_numpy(), np.fromiter(numbers, np.int64, len(numbers)))
     )
@@ -332,7 +312,10 @@ def remaining(work: pa.Table, done: Set[int]) -> pa.Table:
 
 
 def untouched(work: pa.Table, *, epoch: int, image_ids: pa.Array) -> pa.Table:
-    """The rows of `work` from `epoch` on, less those of `epoch` itself that are among `image_ids`; shards keep their numbers."""
+    """The rows of `work` from `epoch` on, without the rows of `epoch` whose id is in `image_ids`.
+
+    Shards keep their numbers.
+    """
     epochs = work.column("epoch")
     fresh = pc.invert(pc.is_in(work.column("image_id"), value_set=image_ids))
     return work.filter(pc.or_(pc.greater(epochs, epoch), pc.and_(pc.equal(epochs, epoch), fresh)))
@@ -347,71 +330,3 @@ def shards(work: pa.Table) -> Iterator[pa.Table]:
     starts = np.flatnonzero(np.diff(numbers, prepend=numbers[0] - 1))
     for start, stop in zip(starts, [*starts[1:], len(numbers)], strict=True):
         yield work.slice(start, stop - start)
-
-
-def image_column(block: pa.Table) -> pa.LargeBinaryArray:
-    """The pixels of a block (schema BLOCK) as one array."""
-    chunks = block.column("image")
-    return (
-        chunks.chunk(0) if chunks.num_chunks == 1 else chunks.combine_chunks()
-    )  # which copies even a single chunk
-
-
-def images_of(block: pa.Table) -> list[np.ndarray | None]:
-    """The image of each row of a block (schema BLOCK), HWC RGB uint8, a view of the block's memory; None: rejected."""
-    column = image_column(block)
-    _, offsets, values = column.buffers()
-    if values is None:  # none has pixels
-        return [None] * len(column)
-    flat = np.frombuffer(values, np.uint8)
-    ends = np.frombuffer(offsets, np.int64)[
-        column.offset : column.offset + len(column) + 1
-    ].tolist()
-    shapes = zip(
-        block.column("height").to_pylist(),
-        block.column("width").to_pylist(),
-        column.is_valid().to_pylist(),
-        strict=True,
-    )
-    rows = zip(ends[:-1], ends[1:], shapes, strict=True)
-    return [
-        flat[start:end].reshape(height, width, 3) if good else None
-        for start, end, (height, width, good) in rows
-    ]
-
-
-def lists(values: Iterable[np.ndarray], type_: pa.ListType) -> pa.Array:
-    """One list a row of `values` ((n,) or (n, 4) arrays) as an Arrow array of `type_`, without a Python object per element."""
-    arrays = list(values)
-    offsets = np.zeros(len(arrays) + 1, np.int32)
-    np.cumsum([len(a) for a in arrays], out=offsets[1:])
-    element = type_.value_type
-    flat: pa.Array
-    if pa.types.is_fixed_size_list(element):
-        boxes = [np.asarray(a, np.float32).reshape(-1) for a in arrays]
-        numbers = np.concatenate(boxes) if boxes else np.empty(0, np.float32)
-        flat = pa.FixedSizeListArray.from_arrays(
-            pa.array(numbers, element.value_type), element.list_size
-        )
-    else:
-        flat = pa.array(np.concatenate(arrays) if arrays else np.empty(0), element)
-    return pa.ListArray.from_arrays(pa.array(offsets), flat, type=type_)
-
-
-def unlist(column: pa.ChunkedArray | pa.Array) -> list[np.ndarray]:
-    """The inverse of `lists`: an array a row, (n,) or (n, 4). A null is an empty one."""
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    element = array.type.value_type
-    flat = array.flatten()
-    if not len(
-        flat
-    ):  # np.split costs 16 us a row, 1% of a small image, and most sources have no boxes
-        of_one = element.value_type if pa.types.is_fixed_size_list(element) else element
-        shape = (0, element.list_size) if pa.types.is_fixed_size_list(element) else (0,)
-        return [np.empty(shape, of_one.to_pandas_dtype())] * len(array)
-    if pa.types.is_fixed_size_list(element):
-        values = flat.flatten().to_numpy(zero_copy_only=False).reshape(-1, element.list_size)
-    else:
-        values = flat.to_numpy(zero_copy_only=False)
-    lengths = array.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
-    return np.split(values, np.cumsum(lengths)[:-1]) if len(lengths) else []

@@ -23,8 +23,14 @@ from raypipe.data.formats.parquet import read_table
 from raypipe.data.journal import Dropped
 from raypipe.data.listing import look
 from raypipe.data.sinks import Sink
-from raypipe.data.tables import ANNOTATION_FIELDS, SOURCE, frames_of, whole
-from raypipe.data.work import unlist
+from raypipe.data.tables import (
+    ANNOTATION_FIELDS,
+    PREDICTIONS,
+    SOURCE,
+    frames_of,
+    unlist,
+    whole,
+)
 from raypipe.errors import UsageError, foreign
 from raypipe.images import backend as backend_module
 from raypipe.images.frames import into_picture, sound
@@ -52,7 +58,7 @@ from raypipe.run.settings import (
     check_trust,
     check_wait,
 )
-from raypipe.stages.predict import DRAWN, PART, PREDICTIONS, Predict, Predicting, load
+from raypipe.stages.predict import DRAWN, PART, Predict, Predicting, load
 from raypipe.stages.stage import Count, Stage
 
 RESULTS = "predictions.json"

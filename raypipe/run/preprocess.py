@@ -13,12 +13,12 @@ import pyarrow as pa
 from rich.console import Console
 
 from raypipe.data import journal, location
-from raypipe.data.formats.coco import check_annotation_ids
+from raypipe.data.formats.coco import annotations_of, check_annotation_ids, write_annotations
 from raypipe.data.listing import look
 from raypipe.data.shapes import Placement, placement
-from raypipe.data.sinks import Sink, annotations_of, write_annotations
-from raypipe.data.tables import frames_of
-from raypipe.data.work import unlist, wanted_by
+from raypipe.data.sinks import Sink
+from raypipe.data.tables import frames_of, unlist
+from raypipe.data.work import wanted_by
 from raypipe.errors import UsageError
 from raypipe.images import backend as backend_module
 from raypipe.images import catalog

@@ -18,7 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from raypipe.data import journal
+from raypipe.data.tables import REJECTS
 from raypipe.insight.states import Consumed
 from raypipe.run.result import Became
 from raypipe.stages.write import dropped_of, rejected_of, unread_of
@@ -62,7 +62,7 @@ class Tally:
 
     def _count_pixels(self, block: pa.Table) -> tuple[int, int, int]:
         bad = block.filter(pc.is_valid(block.column("reason")))
-        rows = bad.select(journal.REJECTS.names).to_pylist()
+        rows = bad.select(REJECTS.names).to_pylist()
         boxes = block.select(("image_id", "uri", "boxes_dropped")).to_pylist()
         self.became.dropped.extend(dropped_of(boxes))
         self.became.boxes_from.update(block.column("boxes_from").drop_null().to_pylist())

@@ -17,8 +17,7 @@ from raypipe.data import location
 from raypipe.data.journal import Entry, Written
 from raypipe.data.reader import Reader
 from raypipe.data.sinks import Sink
-from raypipe.data.tables import BOXES, whole
-from raypipe.data.work import lists, unlist
+from raypipe.data.tables import PREDICTIONS, lists, unlist, whole
 from raypipe.errors import UsageError, foreign, shown, words
 from raypipe.images import opencv
 from raypipe.images.decode import Reject, read_header
@@ -32,21 +31,6 @@ from raypipe.models.placer import Placer, found_in, uses_bf16
 from raypipe.stages.gpu import GpuMeter
 from raypipe.stages.stage import Done
 from raypipe.stages.write import put_done, rejected_of, unread_of
-
-PREDICTIONS = pa.schema(
-    [
-        pa.field("image_id", pa.string()),
-        pa.field("uri", pa.string()),
-        pa.field("height", pa.int32()),
-        pa.field("width", pa.int32()),
-        pa.field("boxes", BOXES),
-        pa.field("labels", pa.list_(pa.int64())),
-        pa.field("scores", pa.list_(pa.float32())),
-        pa.field("orientation", pa.int8()),
-    ]
-)
-"""A row an image that could be preprocessed. Size and boxes are of the original image, as it is shown; labels are the data set's category ids;
-orientation: the EXIF number that turned the stored image."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from raypipe.data.reader import CHUNK_BYTES, CHUNK_ROWS, Reader, Reading
-from raypipe.data.tables import frames_of
-from raypipe.data.work import BLOCK, image_column, lists, unlist
+from raypipe.data.tables import BLOCK, frames_of, image_column, lists, unlist
 from raypipe.images import backend as backend_module
 from raypipe.images.decode import MAX_PIXELS, Header, Reject, read_header
 from raypipe.images.frames import into_picture

@@ -12,14 +12,12 @@ import pyarrow.compute as pc
 
 from raypipe.data.journal import Dropped, Entry, Rejected, Unread, Written, put_entry
 from raypipe.data.sinks import Sink, write_shard
+from raypipe.data.tables import DONE
 from raypipe.images import backend as backend_module
 from raypipe.images import opencv
 from raypipe.images.header import UNREAD
 from raypipe.images.recipe import Finish
 from raypipe.stages.stage import Done
-
-DONE = pa.schema([(name, pa.int64()) for name in ("shard", "images", "rejected", "unread")])
-"""What the stage after preprocess says of a shard, when it is in the journal."""
 
 
 def write_block(block: pa.Table, sink: Sink, *, backend: str, finish: Finish | None) -> Entry:

@@ -27,6 +27,7 @@ from raypipe.data import journal, lease, location
 from raypipe.data.batches import check_read
 from raypipe.data.location import StoreError
 from raypipe.data.sinks import Sink
+from raypipe.data.tables import REJECTS
 from raypipe.data.work import untouched as rows_untouched
 from raypipe.errors import UsageError
 from raypipe.images.recipe import for_evaluation
@@ -302,7 +303,7 @@ def _held_out(this: _Run, execution: Execution) -> HeldOut:
     count = min(execution.counts[stage.name], 1 + rows.num_rows // 300)
     made = execution.dataset(rows, (stage,), counts={stage.name: count}, tells=False).materialize()
     rejected, dropped = 0, list[dict[str, Any]]()
-    columns = [*journal.REJECTS.names, "boxes_dropped"]
+    columns = [*REJECTS.names, "boxes_dropped"]
     for block in made.select_columns(columns).iter_batches(batch_format="pyarrow"):
         for row in block.to_pylist():
             boxes = row.pop("boxes_dropped") or ()

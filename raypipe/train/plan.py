@@ -11,8 +11,8 @@ import pyarrow as pa
 
 from raypipe.data import sizes
 from raypipe.data.listing import list_images, look
-from raypipe.data.tables import Listed
-from raypipe.data.work import make_work, unlist, wanted_by
+from raypipe.data.tables import Listed, unlist
+from raypipe.data.work import make_work, wanted_by
 from raypipe.errors import UsageError
 from raypipe.images import backend as backend_module
 from raypipe.images import catalog

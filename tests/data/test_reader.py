@@ -16,6 +16,7 @@ import pytest
 
 from raypipe import UsageError
 from raypipe.data import reader
+from raypipe.data.formats import files
 from raypipe.data.formats.parquet import ParquetReader
 from raypipe.data.listing import list_images
 from raypipe.data.reader import Reader
@@ -85,9 +86,9 @@ def test_order_is_that_of_the_rows_over_many_chunks(tmp_path):
 def test_read_ahead_is_bounded_in_rows(tmp_path, monkeypatch):
     put(tmp_path, *(f"{i:04d}.jpg" for i in range(1000)))
     opened = []
-    original = reader._read_local
+    original = files.read_local
     monkeypatch.setattr(
-        reader, "_read_local", lambda path, group: opened.append(path) or original(path, group)
+        files, "read_local", lambda path, group: opened.append(path) or original(path, group)
     )
     with contextlib.closing(Reader(2)) as one:
         stream = one.read(list_images(str(tmp_path)))
@@ -109,7 +110,7 @@ def test_one_thread_reads_ahead_where_reading_waits_and_stays_out_of_the_way_whe
     table = list_images(str(tmp_path / name))
     contents = read(table)
     waited_s, slow, here = 0.0, False, []
-    original = reader._read_local
+    original = files.read_local
 
     def watched(path, group):
         nonlocal waited_s
@@ -118,7 +119,7 @@ def test_one_thread_reads_ahead_where_reading_waits_and_stays_out_of_the_way_whe
             waited_s += 0.02
         return original(path, group)
 
-    monkeypatch.setattr(reader, "_read_local", watched)
+    monkeypatch.setattr(files, "read_local", watched)
     monkeypatch.setattr(reader, "_off_s", lambda: waited_s)
     monkeypatch.setattr(reader, "_TELLS", True)
     with contextlib.closing(Reader(1)) as one:
@@ -166,7 +167,7 @@ def test_read_ahead_is_bounded_in_bytes(tmp_path, monkeypatch):
             file.write(bytes([i]))
             file.truncate(3 << 20)
     held, peak, lock = 0, 0, threading.Lock()
-    original = reader._read_local
+    original = files.read_local
 
     def counted(path, group):
         nonlocal held, peak
@@ -176,7 +177,7 @@ def test_read_ahead_is_bounded_in_bytes(tmp_path, monkeypatch):
             peak = max(peak, held)
         return data
 
-    monkeypatch.setattr(reader, "_read_local", counted)
+    monkeypatch.setattr(files, "read_local", counted)
     with contextlib.closing(Reader(2)) as one:
         for i, data in enumerate(one.read(list_images(str(tmp_path)))):
             assert data[0] == i
@@ -190,9 +191,9 @@ def test_few_rows_are_shared_by_all_threads(tmp_path, monkeypatch):
     """A shard of large photos has 16 rows: on slow storage they must not wait for each other."""
     contents = put(tmp_path, *(f"{i:02d}.jpg" for i in range(16)))
     together = threading.Barrier(4, timeout=20)
-    original = reader._read_local
+    original = files.read_local
     monkeypatch.setattr(
-        reader, "_read_local", lambda path, group: together.wait() >= 0 and original(path, group)
+        files, "read_local", lambda path, group: together.wait() >= 0 and original(path, group)
     )
     assert read(list_images(str(tmp_path)), threads=4) == list(contents.values())
 
@@ -220,7 +221,7 @@ def test_a_consumer_that_stops_leaves_the_reader_usable(tmp_path):
 
 
 def test_one_image_of_absurd_size_is_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(reader, "MAX_BYTES", 1000)
+    monkeypatch.setattr(files, "MAX_BYTES", 1000)
     (tmp_path / "a.jpg").write_bytes(bytes(1001))
     (result,) = read(list_images(str(tmp_path)))
     assert isinstance(result, Reject) and "1001 bytes" in result.detail

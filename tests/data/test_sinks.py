@@ -16,10 +16,11 @@ import pytest
 
 from raypipe import UsageError
 from raypipe.data import location
+from raypipe.data.formats.coco import write_annotations
 from raypipe.data.listing import list_images, look
 from raypipe.data.reader import Reader
-from raypipe.data.sinks import FORMATS, Sink, Written, write_annotations, write_shard
-from raypipe.data.work import BLOCK
+from raypipe.data.sinks import FORMATS, Sink, Written, write_shard
+from raypipe.data.tables import BLOCK
 from raypipe.images import opencv
 from raypipe.images.decode import Reject, read_header
 

@@ -2,18 +2,15 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from raypipe.data.tables import SOURCE
+from raypipe.data.tables import SOURCE, WORK, lists, unlist
 from raypipe.data.work import (
-    WORK,
     extend,
-    lists,
     make_work,
     named_as_before,
     remaining,
     renewed,
     shard_rows,
     shards,
-    unlist,
     untouched,
     wanted_by,
 )

@@ -9,8 +9,8 @@ import pytest
 
 from raypipe import UsageError
 from raypipe.data.listing import list_images
+from raypipe.data.tables import PREDICTIONS
 from raypipe.run.predict import precision_of, truths_of
-from raypipe.stages.predict import PREDICTIONS
 from raypipe.train.plan import plan
 from raypipe.train.settings import Settings
 

@@ -13,12 +13,13 @@ from raypipe import UsageError
 from raypipe.data.listing import list_images
 from raypipe.data.reader import Reader
 from raypipe.data.sinks import Sink
+from raypipe.data.tables import PREDICTIONS
 from raypipe.data.work import make_work
 from raypipe.images.ops.geometry import CenterCrop, Flip, PadTo, Resize, ShortSide
 from raypipe.images.recipe import Finish, Recipe
 from raypipe.models import checkpoint as checkpoints
 from raypipe.models.checkpoint import Checkpoint, Progress
-from raypipe.stages.predict import PREDICTIONS, Predicting, Predictor, load, predict_block
+from raypipe.stages.predict import Predicting, Predictor, load, predict_block
 from raypipe.stages.preprocess import Preprocessing, preprocess_shard
 from tests.conftest import photo
 from tests.models.toy import Toy

@@ -15,8 +15,8 @@ from PIL import Image
 
 from raypipe.data.listing import list_images
 from raypipe.data.reader import Reader
-from raypipe.data.tables import SOURCE
-from raypipe.data.work import BLOCK, images_of, make_work
+from raypipe.data.tables import BLOCK, SOURCE, images_of
+from raypipe.data.work import make_work
 from raypipe.images import catalog, opencv
 from raypipe.images.decode import Reject
 from raypipe.images.ops.augment import HorizontalFlip

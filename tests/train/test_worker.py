@@ -18,8 +18,8 @@ from raypipe import UsageError
 from raypipe.data.batches import batches, rows_of, trainable
 from raypipe.data.listing import list_images
 from raypipe.data.reader import Reader
-from raypipe.data.tables import SOURCE
-from raypipe.data.work import BLOCK, lists, make_work
+from raypipe.data.tables import BLOCK, SOURCE, lists
+from raypipe.data.work import make_work
 from raypipe.images.ops.augment import HorizontalFlip, IoUCrop, PhotometricDistort, ZoomOut
 from raypipe.images.ops.geometry import CenterCrop, Resize
 from raypipe.images.recipe import Finish, Recipe

@@ -1,38 +1,56 @@
-"""COCO JSONs: which images one lists, with their boxes, and which numbers stand in it."""
+"""COCO JSONs: their images and annotations, and the JSON of the images that were written."""
 
 import json
 import logging
+import math
 import os
 import posixpath
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from raypipe.data.location import ERRORS, absolute, is_remote, join, local_uri, one_line, read
+from raypipe.data.location import (
+    ERRORS,
+    absolute,
+    is_remote,
+    join,
+    local_uri,
+    one_line,
+    path_of,
+    read,
+    write,
+)
 from raypipe.data.names import suffix_of
+from raypipe.data.shapes import Placement, moved_keypoints, moved_segmentation
 from raypipe.data.tables import Listed, box_lists, flag, frame, lists_of, real, rows, whole
 from raypipe.errors import UsageError, foreign, printable, shown, words
 
 log = logging.getLogger(__name__)
 
+# --- listing -----------------------------------------------------------------------------------
+
 
 def list_coco(
     input: str, annotations: str, limit: int | None, *, there: Iterable[str] = ()
 ) -> Listed:
-    """List the images of a COCO JSON in its order, whether the file exists below the folder `input` or not.
+    """The images of a COCO JSON in its order, even if their files do not exist below `input`.
 
     Args:
-        there: the files below `input`, by their paths in it. Those that the JSON does not name are counted as skipped.
+        there: paths of files below `input`. Files that the JSON does not name count as skipped.
 
-    Raises UsageError if `input` is no folder, or the JSON is none of COCO's.
+    Raises:
+        UsageError: `input` is no folder, or the JSON is not COCO.
     """
     root = absolute(input)
     if not is_remote(root) and not os.path.isdir(root):
         raise UsageError(
-            f"{input!r} is no directory; with annotations the input is the directory that the JSON's file names are in"
+            f"{input!r} is no directory; with annotations the input is the directory that the "
+            "JSON's file names are in"
         )
     coco = read_coco(annotations)
     images = coco["images"]
@@ -70,51 +88,6 @@ def _not_named(images: list[Any], there: Iterable[str]) -> Counter[str]:
     return Counter(suffix_of(path) for path in there if path not in named)
 
 
-def read_coco(location: str) -> dict[str, Any]:
-    """A COCO JSON: an object with a non-empty list `images`. Raises UsageError if it is not that."""
-    try:
-        data = read(location)
-    except ERRORS as error:
-        raise UsageError(f"cannot read the annotations {location!r}: {one_line(error)}") from error
-    with foreign(f"the annotations {location!r}", remedy="Write them again."):
-        try:
-            coco = json.loads(data)
-        except ValueError as error:
-            raise UsageError(
-                f"the annotations {location!r} are not JSON: {printable(one_line(error))}"
-            ) from error
-    if not isinstance(coco, dict) or not isinstance(coco.get("images"), list):
-        raise UsageError(
-            f'the annotations {location!r} are JSON, but not COCO: there is no list "images" in them'
-        )
-    if not coco["images"]:
-        raise UsageError(f'the annotations {location!r} list no image: "images" is empty')
-    if not isinstance(coco.get("annotations"), list | None):
-        raise UsageError(f'the annotations {location!r} are not COCO: "annotations" is no list')
-    return coco
-
-
-def image_key(image_id: Any) -> str:
-    """An image's id as text, the same for 1, 1.0 and "1". Raises TypeError or ValueError if it is no text or whole number."""
-    if isinstance(image_id, str):
-        image_id.encode()  # JSON can spell what is no Unicode
-        return image_id
-    return str(image_id) if type(image_id) is int else str(whole(image_id, below=1 << 1024))
-
-
-def annotation_id(annotation: dict[str, Any], position: int) -> int:
-    """The annotation's id, or what stands for it in tables of raypipe, where it is missing or no 64-bit integer.
-
-    That is a function of its position in the JSON's list, and negative where the JSON has another id for it.
-    """
-    try:
-        return whole(annotation["id"])
-    except KeyError:
-        return position
-    except (TypeError, ValueError, OverflowError):
-        return -1 - position
-
-
 def _index(location: str, images: list[Any]) -> dict[str, int]:
     """The position of each image by its key, in order."""
     index_of: dict[str, int] = {}
@@ -128,13 +101,13 @@ def _index(location: str, images: list[Any]) -> dict[str, int]:
                 image["file_name"].encode()
             except (KeyError, TypeError, AttributeError, ValueError) as error:
                 raise UsageError(
-                    f"{location!r}: image number {position} has no id or no file_name that can be used "
-                    f"({words(error)}): {shown(image)}"
+                    f"{location!r}: image number {position} has no id or no file_name that can be "
+                    f"used ({words(error)}): {shown(image)}"
                 ) from error
             if key in index_of:
                 raise UsageError(
-                    f"{location!r}: the image id {image['id']!r} occurs twice, so it is not clear which image its annotations "
-                    "belong to; make the ids unique"
+                    f"{location!r}: the image id {image['id']!r} occurs twice, so it is not clear "
+                    "which image its annotations belong to; make the ids unique"
                 )
             index_of[key] = position
     return index_of
@@ -143,7 +116,7 @@ def _index(location: str, images: list[Any]) -> dict[str, int]:
 def _annotations(
     location: str, annotations: list[Any], index_of: dict[str, int]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Of all annotations with a box: boxes (n, 4) xyxy, labels, crowds, ids, and the positions of their images, each (n,)."""
+    """Boxes (n, 4), xyxy; and labels, crowds, ids and positions of images, (n,) each."""
     boxes: list[tuple[float, float, float, float]] = []
     labels: list[int] = []
     crowds: list[bool] = []
@@ -172,7 +145,7 @@ def _annotations(
             owners.append(owner)
     for why, count in left_out.items():
         log.warning("%s: %d annotations %s; they are ignored", location, count, why)
-    with np.errstate(over="ignore"):  # beyond float32 is infinite, which is a bad box and no more
+    with np.errstate(over="ignore"):  # what exceeds float32 becomes infinite: a bad box
         xyxy = np.asarray(boxes, np.float64).reshape(-1, 4).astype(np.float32)
     return (
         xyxy,
@@ -183,14 +156,232 @@ def _annotations(
     )
 
 
+# --- reading -----------------------------------------------------------------------------------
+
+
+def read_coco(location: str) -> dict[str, Any]:
+    """A COCO JSON: an object with a non-empty list `images`.
+
+    Raises:
+        UsageError: it cannot be read, or is not that.
+    """
+    try:
+        data = read(location)
+    except ERRORS as error:
+        raise UsageError(f"cannot read the annotations {location!r}: {one_line(error)}") from error
+    with foreign(f"the annotations {location!r}", remedy="Write them again."):
+        try:
+            coco = json.loads(data)
+        except ValueError as error:
+            raise UsageError(
+                f"the annotations {location!r} are not JSON: {printable(one_line(error))}"
+            ) from error
+    if not isinstance(coco, dict) or not isinstance(coco.get("images"), list):
+        raise UsageError(
+            f'the annotations {location!r} are JSON, but not COCO: there is no list "images" '
+            "in them"
+        )
+    if not coco["images"]:
+        raise UsageError(f'the annotations {location!r} list no image: "images" is empty')
+    if not isinstance(coco.get("annotations"), list | None):
+        raise UsageError(f'the annotations {location!r} are not COCO: "annotations" is no list')
+    return coco
+
+
+def image_key(image_id: Any) -> str:
+    """An image's id as text, the same for 1, 1.0 and "1".
+
+    Raises:
+        TypeError, ValueError: it is neither text nor a whole number.
+    """
+    if isinstance(image_id, str):
+        image_id.encode()  # raises for lone surrogates, which JSON can spell
+        return image_id
+    return str(image_id) if type(image_id) is int else str(whole(image_id, below=1 << 1024))
+
+
+def annotation_id(annotation: dict[str, Any], position: int) -> int:
+    """The annotation's id; if it is missing or no 64-bit integer, a number made of its position.
+
+    That number is negative if the JSON has an id that does not fit.
+    """
+    try:
+        return whole(annotation["id"])
+    except KeyError:
+        return position
+    except (TypeError, ValueError, OverflowError):
+        return -1 - position
+
+
 def check_annotation_ids(source: pa.Table, annotations: str) -> None:
-    """Raises UsageError where an image of `source` (schema SOURCE) has an annotation id twice: which box is which is then unclear."""
+    """Check that no image of `source` (schema SOURCE) has an annotation id twice.
+
+    Raises:
+        UsageError: one has, so its boxes cannot be told apart.
+    """
     for image_id, ids in zip(
         source["image_id"].to_pylist(), source["annotation_ids"].to_pylist(), strict=True
     ):
         if len(set(ids)) < len(ids):
             again = next(one for one in ids if ids.count(one) > 1)
             raise UsageError(
-                f"{annotations!r}: the annotation id {again} occurs twice for the image {image_id!r}, so it is not clear which "
-                "of its boxes is which, and the JSON of what is written would be wrong; make the ids unique"
+                f"{annotations!r}: the annotation id {again} occurs twice for the image "
+                f"{image_id!r}, so it is not clear which of its boxes is which, and the JSON of what is written "
+                "would be wrong; make the ids unique"
             )
+
+
+# --- writing -----------------------------------------------------------------------------------
+
+
+def annotations_of(source: str) -> str:
+    """Where `write_annotations` puts the JSON made from `source`, relative to the output."""
+    return "annotations/" + posixpath.basename(path_of(source))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Annotations:
+    """The JSON that was written.
+
+    Attributes:
+        file: relative to the root.
+        shapes_dropped: annotations whose segmentation or keypoints were left out.
+    """
+
+    file: str
+    shapes_dropped: int
+
+
+def write_annotations(
+    source: str,
+    root: str,
+    rows: Iterable[tuple[str, str, int, int, Any, Any]],
+    *,
+    folder: str = "",
+    placed: Mapping[str, Placement] = MappingProxyType({}),
+    tmp: str = "_raypipe/tmp",
+) -> Annotations:
+    """Write the COCO JSON of the written images, made from `source`, as `root/annotations/NAME`.
+
+    This is the layout of MLPerf's upscale_coco. Height, width, file_name and bbox become those of
+    the written image, and area is scaled with the box. Segmentation and keypoints move with the
+    image. They are left out if they make no sense, or if it is unknown where the image went.
+    Everything else stays, except:
+
+    - images without a row, and their annotations;
+    - annotations whose id no row has: the recipe dropped their box.
+
+    Args:
+        rows: of each written image its id, file, height, width, boxes and annotation ids. The file
+            is relative to `root`; boxes are (m, 4) xyxy in pixels of the written image.
+        folder: files are below it; file_name does not contain it.
+        placed: where each image went, as far as known, by its id.
+
+    Raises:
+        UsageError: `source` is no COCO JSON.
+    """
+    coco = read_coco(source)
+    written = {image_id: rest for image_id, *rest in rows}
+    images = []
+    boxes: dict[tuple[str, int], list[float]] = {}  # ids need only be unique within an image
+    for image in coco["images"]:
+        image_id = image_key(image["id"])
+        if (row := written.get(image_id)) is None:
+            continue
+        file, height, width, moved, ids = row
+        name = file.removeprefix(folder.strip("/") + "/") if folder else file
+        images.append({**image, "file_name": name, "height": height, "width": width})
+        keys = [(image_id, identity) for identity in ids]
+        boxes.update(zip(keys, np.asarray(moved, np.float64).reshape(-1, 4).tolist(), strict=True))
+    sizes = {image_key(image["id"]): _frame(image) for image in coco["images"]}
+    categories = coco.get("categories")
+    known = (
+        [one for one in categories if isinstance(one, dict)] if isinstance(categories, list) else []
+    )
+    names = {
+        one["id"]: _names(one) for one in known if isinstance(one.get("id"), int | float | str)
+    }
+    annotations, dropped = [], 0
+    for position, annotation in enumerate(coco.get("annotations") or []):
+        image_id = image_key(annotation["image_id"])
+        if image_id in written and annotation.get("bbox"):  # listing ignored the others
+            box = boxes.get((image_id, annotation_id(annotation, position)))
+            if box is not None:
+                place = placed.get(image_id)
+                moved_, lost = _moved(
+                    annotation, box, place and place.of_frame(sizes[image_id]), names
+                )
+                annotations.append(moved_)
+                dropped += lost
+    result = {**coco, "images": images}
+    if "annotations" in coco:
+        result["annotations"] = annotations
+    file = annotations_of(source)
+    write(root, file, json.dumps(result).encode(), tmp=tmp)
+    return Annotations(file=file, shapes_dropped=dropped)
+
+
+def _frame(image: dict[str, Any]) -> tuple[int, int] | None:
+    """The height and width of an image by the JSON; None if it does not say."""
+    try:
+        height, width = (int(real(image.get(name))) for name in ("height", "width"))
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return (height, width) if height >= 1 and width >= 1 else None
+
+
+def _names(category: dict[str, Any]) -> list[str]:
+    names = category.get("keypoints")
+    return [str(name) for name in names] if isinstance(names, list) else []
+
+
+def _shapes(
+    annotation: dict[str, Any], place: Placement | None, names: Mapping[Any, list[str]]
+) -> tuple[dict[str, Any], bool]:
+    """The moved segmentation and keypoints; and whether one of them was left out."""
+    moved: dict[str, Any] = {}
+    lost = False
+    if annotation.get("segmentation"):
+        segmentation = place and moved_segmentation(annotation["segmentation"], place)
+        moved |= {"segmentation": segmentation} if segmentation else {}
+        lost |= not segmentation
+    elif "segmentation" in annotation:
+        moved["segmentation"] = annotation["segmentation"]
+    if annotation.get("keypoints"):
+        points = place and moved_keypoints(
+            annotation["keypoints"], place, names.get(annotation.get("category_id"), [])
+        )
+        moved |= (
+            {"keypoints": points, "num_keypoints": sum(value > 0 for value in points[2::3])}
+            if points
+            else {}
+        )
+        lost |= not points
+    return moved, lost
+
+
+def _moved(
+    annotation: dict[str, Any],
+    box: list[float],
+    place: Placement | None,
+    names: Mapping[Any, list[str]],
+) -> tuple[dict[str, Any], bool]:
+    kept = {
+        key: value
+        for key, value in annotation.items()
+        if key not in ("segmentation", "keypoints", "num_keypoints")
+    }
+    left, top, right, bottom = box
+    # Four decimals: the precision of float32 boxes, and half the file's size.
+    kept["bbox"] = [round(value, 4) for value in (left, top, right - left, bottom - top)]
+    if isinstance(area := annotation.get("area"), int | float):
+        before = real(annotation["bbox"][2]) * real(annotation["bbox"][3])
+        after = (right - left) * (bottom - top)
+        scaled = (
+            real(float(area) if isinstance(area, bool) else area) * after / before
+            if before > 0
+            else after
+        )
+        kept["area"] = round(scaled if math.isfinite(scaled) else after, 4)
+    shapes, lost = _shapes(annotation, place, names)
+    return kept | shapes, lost

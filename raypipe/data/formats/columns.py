@@ -1,4 +1,4 @@
-"""Which column of a Parquet file holds images, and what its tensors say as pixels."""
+"""The column of a Parquet file that holds images, and one of its values as an image."""
 
 import io
 import json
@@ -27,6 +27,7 @@ _IMAGE_COLUMNS = (
     "pixels",
     "tensor",
 )
+_MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"\x93NUMPY")
 _TENSORS = (
     "ray.data.arrow_tensor",
     "ray.data.arrow_tensor_v2",
@@ -36,7 +37,11 @@ _TENSORS = (
 
 
 def image_column(schema: pa.Schema, uri: str, extensions: dict[str, tuple[str, bytes]]) -> str:
-    """The column that holds the images. Raises UsageError if there is none, or no telling which."""
+    """The column that holds the images.
+
+    Raises:
+        UsageError: there is none, or several are possible.
+    """
     named, encoded, tensors = set(), [], []
     for column in schema:
         extension = extensions.get(column.name, ("",))[0]
@@ -48,20 +53,21 @@ def image_column(schema: pa.Schema, uri: str, extensions: dict[str, tuple[str, b
         elif extension in _TENSORS or deep == 3 or is_shaped(column.type):
             tensors.append(column.name)
         elif deep == 2 or (deep == 1 and {"height", "width"} <= {*schema.names}):
-            named.add(column.name)  # grey pixels, or flat ones: only where the name says so
+            named.add(column.name)  # grey or flat pixels, but only if the name says so
     alone = [of[0] for of in (encoded, tensors) if len(of) == 1]
     for name in (*_IMAGE_COLUMNS, *alone):
         if name in named or name in encoded or name in tensors:
             return name
     raise UsageError(
-        f"{uri!r} has no column with images that can be told by its name or as the only one of bytes or tensors: its columns "
-        f"are {', '.join(f'{column.name} ({column.type})' for column in schema)}. Name it 'image', and write encoded bytes or "
-        "whole numbers"
+        f"{uri!r} has no column with images that can be told by its name or as the only one of "
+        "bytes or tensors: its columns are "
+        f"{', '.join(f'{column.name} ({column.type})' for column in schema)}. "
+        "Name it 'image', and write encoded bytes or whole numbers"
     )
 
 
 def holds_bytes(type: pa.DataType) -> bool:
-    """Whether values are encoded images, or structs with one as Hugging Face writes them."""
+    """Whether values are encoded images, or Hugging Face's structs that contain one."""
     if pa.types.is_struct(type):
         return any(
             type.field(i).name == "bytes" and holds_bytes(type.field(i).type)
@@ -79,7 +85,7 @@ def holds_bytes(type: pa.DataType) -> bool:
 
 
 def is_shaped(type: pa.DataType) -> bool:
-    """Whether values are tensors of different shapes, as Ray stores them: a flat list `data` and its `shape`."""
+    """Whether values are Ray's tensors of different shapes: a flat list `data` and its `shape`."""
     fields = (
         {type.field(i).name: type.field(i).type for i in range(type.num_fields)}
         if pa.types.is_struct(type)
@@ -89,7 +95,7 @@ def is_shaped(type: pa.DataType) -> bool:
 
 
 def is_list(type: pa.DataType) -> bool:
-    """Whether values are lists, of whatever kind."""
+    """Whether values are lists of any kind."""
     return (
         pa.types.is_list(type) or pa.types.is_large_list(type) or pa.types.is_fixed_size_list(type)
     )
@@ -104,14 +110,14 @@ def depth(type: pa.DataType) -> int:
 
 
 class _Nothing(pickle.Unpickler):
-    """Reads tuples and numbers, and nothing that has a name."""
+    """Unpickles tuples and numbers, and refuses every class and function."""
 
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"{module}.{name}")
 
 
 def shape_of(extension: str, parameters: bytes) -> tuple[int, ...] | None:
-    """The shape of all tensors of a column, by its extension type; None if they differ, or it is not known."""
+    """The shape of all tensors of a column, by its extension type; None if unknown or different."""
     if extension not in _TENSORS:
         return None
     try:
@@ -131,7 +137,10 @@ def shape_of(extension: str, parameters: bytes) -> tuple[int, ...] | None:
 
 
 def pixels(where: str, values: pa.Array, shape: tuple[int, ...] | None) -> bytes | Reject:
-    """A tensor of whole numbers from 0 to 255 as an RGB image: (height, width) or with 1, 3 or 4 channels, last or first."""
+    """A tensor of whole numbers from 0 to 255 as an RGB image, in the bytes of a .npy file.
+
+    It is (height, width), or has 1, 3 or 4 channels, last or first.
+    """
     nested: list[int] = []
     while is_list(values.type):
         lengths = pc.unique(pc.list_value_length(values)).to_pylist()
@@ -160,3 +169,66 @@ def pixels(where: str, values: pa.Array, shape: tuple[int, ...] | None) -> bytes
             f"{where}: a tensor of shape {array.shape} is no image: give (height, width, 3)",
         )
     return npy(np.repeat(array, 3, axis=2) if array.shape[2] == 1 else array[:, :, :3])
+
+
+def image_at(
+    where: str,
+    table: pa.Table,
+    name: str,
+    row: int,
+    *,
+    shape: tuple[int, ...] | None,
+    raw: bool,
+) -> bytes | Reject:
+    """The image in column `name` of a row: encoded bytes, or pixels as the bytes of a .npy file.
+
+    Args:
+        where: the file and row, for a reject.
+        shape: of every tensor of the column, if they have one.
+        raw: bytes that can be raw pixels are.
+    """
+    column = table[name].slice(row, 1)
+    type = column.type
+    if is_list(type) or is_shaped(type):
+        if not column[0].is_valid:
+            return _nothing(where)
+        values = column.combine_chunks()
+        if is_list(type):
+            return pixels(where, values, shape or _said(table, row, depth(type)))
+        return pixels(where, values.field("data"), tuple(values.field("shape")[0].as_py() or ()))
+    value = column[0].as_py()
+    if isinstance(value, dict):
+        if value["bytes"] is None and value.get("path"):
+            return Reject("unreadable", f"{where}: holds no bytes, only the path {value['path']!r}")
+        value = value["bytes"]
+    if value is None:
+        return _nothing(where)
+    if not value:
+        return Reject("empty", f"{where}: zero bytes")
+    height, width = _sides(table, row)
+    # A small PNG may have this length by chance, and raw pixels may begin like a JPEG. So raypipe
+    # marks its own files.
+    fits = isinstance(height, int) and isinstance(width, int) and len(value) == height * width * 3
+    if fits and (raw or not value.startswith(_MAGIC)):
+        return npy(np.frombuffer(value, np.uint8).reshape(height, width, 3))
+    return value
+
+
+def _nothing(where: str) -> Reject:
+    return Reject("empty", f"{where}: no bytes")
+
+
+def _sides(table: pa.Table, row: int) -> tuple[Any, Any]:
+    if not {"height", "width"} <= {*table.column_names}:
+        return None, None
+    return table["height"][row].as_py(), table["width"][row].as_py()
+
+
+def _said(table: pa.Table, row: int, depth: int) -> tuple[int, ...] | None:
+    """The shape of a flat list of pixels, by the columns `height` and `width`."""
+    height, width = _sides(table, row)
+    return (
+        (height, width, -1)
+        if depth == 1 and isinstance(height, int) and isinstance(width, int)
+        else None
+    )

@@ -1,50 +1,44 @@
-"""WebDataset tars: which images one holds, where their bytes are, and which sidecars belong to which image.
+"""WebDataset tars: their images and sidecars, and how a shard becomes one.
 
-A `.json` or `.cls` member belongs to the image with its full name (`a.0.jpg.json`) or full stem (`a.0.json` to `a.0.jpg`); else,
-as in WebDataset, to the images whose key, the name up to the first dot, is its stem (`a.json` to `a.left.jpg` and
-`a.right.jpg`). It may come before or after them, next to them or not.
+Rows are ranges of bytes of the tar, so `raypipe.data.reader` reads members as it reads files.
+
+A `.json` or `.cls` member is a sidecar. It belongs to the image with its full name (`a.0.jpg.json`)
+or its full stem (`a.0.json` to `a.0.jpg`). Else, as in WebDataset, it belongs to the images whose
+key, the name up to the first dot, is its stem (`a.json` to `a.left.jpg` and `a.right.jpg`). It may
+stand anywhere in the tar.
 """
 
 import io
 import json
 import logging
-import os
 import posixpath
 import tarfile
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
-from raypipe.data.location import (
-    ERRORS,
-    Ranges,
-    filesystem,
-    is_remote,
-    local_path,
-    local_uri,
-    object_store,
-    one_line,
-)
+import numpy as np
+import pyarrow as pa
+
+from raypipe.data.formats import tarstream
+from raypipe.data.formats.tarstream import MAX_MEMBER_BYTES
+from raypipe.data.location import ERRORS, local_uri
 from raypipe.data.names import SUFFIXES, suffix_of
-from raypipe.data.patience import Patience
-from raypipe.data.tables import Listed, flag, frame, real, rows, text, whole
+from raypipe.data.tables import Listed, flag, frame, images_of, real, rows, text, whole
 from raypipe.errors import UsageError, printable, words
 
 log = logging.getLogger(__name__)
 
-MAX_SIDECAR_BYTES = 64 << 20
-"""Sidecars above this make no sense: a million boxes take 60 MB as text."""
-
-_MAX_READ = MAX_SIDECAR_BYTES + 512
 _MOST = 1 << 62  # bytes of a member: a header may claim more than a table holds
 _SIDECARS = (".json", ".cls")
 
 
 @dataclass(frozen=True, slots=True)
 class _Member:
-    """An image, or a sidecar with its `content`. `run`: a number that members of one key, side by side, have in common."""
+    """An image, or a sidecar with its `content`.
+
+    run: a number that adjacent members of one key share.
+    """
 
     path: str
     run: int
@@ -55,7 +49,7 @@ class _Member:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sidecar:
-    """What is known of one image."""
+    """The annotations of one image."""
 
     image_id: str | None = None
     boxes: list[list[float]] = field(default_factory=list)
@@ -65,13 +59,17 @@ class Sidecar:
     frame: tuple[int, int] = (0, 0)
 
 
+# --- listing ---------------------------------------------------------------------------------
+
+
 def list_tar(uri: str, limit: int | None) -> Listed:
-    """The images of a tar in its order, with what their sidecars say.
+    """The images of a tar in its order, with the annotations of their sidecars.
 
-    The whole tar is read through, also with a `limit`: sidecars may come after all images. A tar that breaks off gives what
-    was before the break, and a warning.
+    The whole tar is read, even with a `limit`, because sidecars may come after all images. A tar
+    that breaks off gives the members before the break, and a warning.
 
-    Raises UsageError if it is no tar, or its store fails.
+    Raises:
+        UsageError: it is no tar, or its store fails.
     """
     skipped: Counter[str] = Counter()
     images: list[_Member] = []
@@ -101,7 +99,7 @@ def list_tar(uri: str, limit: int | None) -> Listed:
             sidecar = parse_sidecar(
                 *(of[kind].content if kind in of else None for kind in _SIDECARS)
             )
-        except Exception as error:  # foreign text: whatever it raises, this image goes without
+        except Exception as error:  # foreign text: this image goes without annotations
             bad.append((member.path, words(error)))
             sidecar = Sidecar()
         found.append((sidecar, all(alone[id(one)] == 1 for one in of.values())))
@@ -109,10 +107,10 @@ def list_tar(uri: str, limit: int | None) -> Listed:
         first = f"that of {printable(bad[0][0])}: {bad[0][1]}"
         why = "make no sense; their images go without annotations"
         log.warning("%s: %d .json or .cls files %s. The first is %s", uri, len(bad), why, first)
-    # An id that a sidecar gives to several images is none of theirs.
+    # A sidecar of several images gives none of them its id.
     own = [sidecar.image_id if single else None for sidecar, single in found]
     stems = [posixpath.splitext(member.path)[0] for member in images]
-    # The webdataset sink writes the dots of a name as %2E, because a key ends at its first dot.
+    # `tar_of` writes the dots of a name as %2E, because a key ends at its first dot.
     names = [
         member.path if one is None else member.path.replace("%2E", ".").replace("%25", "%")
         for member, one in zip(images, own, strict=True)
@@ -133,15 +131,81 @@ def list_tar(uri: str, limit: int | None) -> Listed:
     return Listed(table, skipped)
 
 
-# --- which sidecar belongs to which image ----------------------------------------------------------------------------------
+def _members(uri: str, skipped: Counter[str]) -> Iterator[_Member]:
+    """The images and sidecars of a tar, in its order; other members are counted in `skipped`."""
+    count = 0
+    key, run = None, 0
+    places: dict[str, tuple[int, int]] = {}  # of the images so far, as links may lead to them
+    try:
+        for info, read in tarstream.members(uri):
+            count += 1
+            base = posixpath.basename(info.name)
+            if info.isdir() or base.startswith("."):
+                continue
+            if (here := _key(info.name)) != key:
+                key, run = here, run + 1
+            lower = info.name.lower()
+            if lower.endswith(SUFFIXES):
+                place = _place(info, places)
+                if place is None:
+                    skipped["(link to nothing, or sparse)"] += 1
+                    continue
+                places[posixpath.normpath(info.name)] = place
+                yield _Member(info.name, run, *place)
+            elif lower.endswith(_SIDECARS) and info.isreg() and not info.issparse():
+                yield _Member(
+                    info.name, run, content=read() if info.size <= MAX_MEMBER_BYTES else b""
+                )
+            else:
+                skipped[suffix_of(base)] += 1
+    except UsageError:
+        raise
+    except Exception as error:  # foreign bytes: tarfile raises many kinds of errors
+        if count and isinstance(error, ERRORS):
+            raise UsageError(
+                f"cannot read the tar {uri!r} to its end: {words(error)}. Nothing was started"
+            ) from error
+        if count == 0:
+            raise UsageError(
+                f"cannot read the tar {uri!r}: {words(error)}. It must exist and be an "
+                "uncompressed tar; unpack .tar.gz first, because images inside it cannot be reached one by one"
+            ) from error
+        log.warning(
+            "%s breaks off after %d members (%s); what came after is lost",
+            uri,
+            count,
+            words(error),
+        )
+        skipped["(tar that breaks off)"] += 1
+
+
+def _place(info: tarfile.TarInfo, places: dict[str, tuple[int, int]]) -> tuple[int, int] | None:
+    """The offset and length of a member's bytes; None if they are nowhere in the tar.
+
+    A link has those of the image among `places` that it leads to.
+    """
+    if info.isreg():
+        return None if info.issparse() else (info.offset_data, min(info.size, _MOST))
+    if info.islnk():
+        return places.get(posixpath.normpath(info.linkname))
+    if info.issym():
+        return places.get(
+            posixpath.normpath(posixpath.join(posixpath.dirname(info.name), info.linkname))
+        )
+    return None
+
+
+# --- which sidecar belongs to which image ----------------------------------------------------
 
 
 def join_sidecars(
     images: list[str], runs: list[int], sidecars: Iterable[_Member]
 ) -> tuple[list[dict[str, _Member]], list[_Member]]:
-    """The sidecars of each image by their suffix (.json, .cls), and those that belong to none.
+    """The sidecars of each image by their suffix (.json, .cls), and the sidecars of no image.
 
-    `images`: paths in the tar, in order; `runs`: as in `_Member`, of each.
+    Args:
+        images: paths in the tar, in order.
+        runs: `_Member.run` of each.
     """
     by: dict[str, dict[str, list[int]]] = {
         name: defaultdict(list) for name in ("path", "stem", "key")
@@ -152,14 +216,14 @@ def join_sidecars(
         by["key"][_key(path)].append(at)
     joined: list[dict[str, _Member]] = [{} for _ in images]
     waiting = list(sidecars)
-    for how in ("path", "stem", "key"):  # the closest kind of belonging comes first for all of them
+    for how in ("path", "stem", "key"):  # from the closest match to the loosest
         left = []
         for sidecar in waiting:
             stem, suffix = posixpath.splitext(sidecar.path)
             kind = suffix.lower()
             free = [at for at in by[how].get(stem, ()) if kind not in joined[at]]
             beside = [at for at in free if runs[at] == sidecar.run]
-            # Several images of one path are samples of their own, as in two tars that were put together: one each.
+            # Images of one path are separate samples, as in two joined tars: one sidecar each.
             taken = {images[at]: at for at in reversed(beside or free)}
             for at in taken.values():
                 joined[at][kind] = sidecar
@@ -176,7 +240,7 @@ def _key(path: str) -> str:
 
 
 def parse_sidecar(json_: bytes | None, cls: bytes | None) -> Sidecar:
-    """What .json (if it is written as our sink writes it) and .cls say. Raises anything where they make no sense."""
+    """The annotations in .json (as `tar_of` writes it) and .cls. For nonsense, any exception."""
     found = json.loads(json_) if json_ is not None else {}
     image_id = found.get("image_id") if isinstance(found, dict) else None
     image_id = None if image_id is None else str(image_id)
@@ -203,246 +267,44 @@ def parse_sidecar(json_: bytes | None, cls: bytes | None) -> Sidecar:
     )
 
 
-# --- members ---------------------------------------------------------------------------------------------------------------
+# --- writing ---------------------------------------------------------------------------------
+
+_TOLD = ("image_id", "name", "height", "width", "boxes", "labels", "crowds", "annotation_ids")
 
 
-def _members(uri: str, skipped: Counter[str]) -> Iterator[_Member]:
-    """The images and sidecars of a tar, in its order; other members are counted."""
-    count = 0
-    key, run = None, 0
-    places: dict[str, tuple[int, int]] = {}  # of the images so far, for links to them
-    try:
-        for info, read in _entries(uri):
-            count += 1
-            base = posixpath.basename(info.name)
-            if info.isdir() or base.startswith("."):
-                continue
-            if (here := _key(info.name)) != key:
-                key, run = here, run + 1
-            lower = info.name.lower()
-            if lower.endswith(SUFFIXES):
-                place = _place(info, places)
-                if place is None:
-                    skipped["(link to nothing, or sparse)"] += 1
-                    continue
-                places[posixpath.normpath(info.name)] = place
-                yield _Member(info.name, run, *place)
-            elif lower.endswith(_SIDECARS) and info.isreg() and not info.issparse():
-                yield _Member(
-                    info.name, run, content=read() if info.size <= MAX_SIDECAR_BYTES else b""
-                )
-            else:
-                skipped[suffix_of(base)] += 1
-    except UsageError:
-        raise
-    except (
-        Exception
-    ) as error:  # foreign bytes: tarfile raises many kinds, and others from within itself
-        if count and isinstance(error, ERRORS):
-            raise UsageError(
-                f"cannot read the tar {uri!r} to its end: {words(error)}. Nothing was started"
-            ) from error
-        if count == 0:
-            raise UsageError(
-                f"cannot read the tar {uri!r}: {words(error)}. It must exist and be an uncompressed tar; unpack .tar.gz first, "
-                "because images inside it cannot be reached one by one"
-            ) from error
-        log.warning(
-            "%s breaks off after %d members (%s); what was behind that is lost",
-            uri,
-            count,
-            words(error),
-        )
-        skipped["(tar that breaks off)"] += 1
+def tar_of(
+    block: pa.Table, encode: Callable[[np.ndarray, str, int], bytes], quality: int
+) -> memoryview:
+    """The good rows of a block (schema BLOCK) as a tar: `key.jpg`, `key.json`, perhaps `key.cls`.
 
-
-def _place(info: tarfile.TarInfo, places: dict[str, tuple[int, int]]) -> tuple[int, int] | None:
-    """Where the bytes of a member are, offset and length; of a link, those of the image among `places` that it leads to. None: nowhere in the tar."""
-    if info.isreg():
-        return None if info.issparse() else (info.offset_data, min(info.size, _MOST))
-    if info.islnk():
-        return places.get(posixpath.normpath(info.linkname))
-    if info.issym():
-        return places.get(
-            posixpath.normpath(posixpath.join(posixpath.dirname(info.name), info.linkname))
-        )
-    return None
-
-
-def _entries(uri: str) -> Iterator[tuple[tarfile.TarInfo, Any]]:
-    """The members of a tar, each with what reads its content. Raises UsageError if the store fails, anything if the tar is bad."""
-    with (
-        _opened(uri) as source,
-        tarfile.open(fileobj=source, mode="r:", tarinfo=_Strict, ignore_zeros=True) as tar,
-    ):
-        for info in tar:
-            tar.members = []  # type: ignore[attr-defined]  # else it keeps a kilobyte a member
-
-            def read(info: tarfile.TarInfo = info) -> bytes:
-                source.seek(info.offset_data)
-                content = source.read(info.size)
-                if len(content) < info.size:
-                    raise EOFError("unexpected end of data")
-                return content
-
-            yield info, read
-
-
-class _Strict(tarfile.TarInfo):
-    """A damaged header is an error everywhere; tarfile takes it for the tar's end, unless it is the first.
-
-    Blocks of zeros are the end mark, and more tars may follow it (`cat a.tar b.tar`): they are passed over.
+    Equal rows give equal bytes.
     """
-
-    @classmethod
-    def fromtarfile(cls, tar: tarfile.TarFile) -> "_Strict":
-        begun = tar.offset
-        try:
-            info = super().fromtarfile(tar)
-        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
-            source: Any = tar.fileobj
-            behind = source.skip_zeros(begun)
-            source.seek(behind)
-            tar.offset = behind - tarfile.BLOCKSIZE  # tarfile adds one
-            raise
-        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:  # type: ignore[attr-defined]
-            if begun > 0:
-                raise tarfile.SubsequentHeaderError(str(error)) from error  # type: ignore[attr-defined]
-            raise tarfile.ReadError(str(error)) from error
-        if info.size < 0 or tar.offset <= begun:
-            raise tarfile.SubsequentHeaderError(f"a member of {info.size} bytes")  # type: ignore[attr-defined]
-        return info
-
-
-# tarfile reads from _Local or _Forward, in turns of at most _MAX_READ bytes: a header may claim any size. Both can
-# `skip_zeros`: give the offset of the first block of 512 bytes, from an offset on, that is not all zeros; or of the end.
-
-
-def _bounded(size: int) -> int:
-    if not 0 <= size <= _MAX_READ:
-        raise tarfile.ReadError(f"a header of {size} bytes")
-    return size
-
-
-class _Local:
-    """A local file. Unbuffered: a buffer would read 8 KiB for every header of 512 bytes and be thrown away by the next seek."""
-
-    def __init__(self, file: io.FileIO):
-        self._file = file
-        self._size = os.fstat(file.fileno()).st_size
-        self.tell, self.close = file.tell, file.close
-
-    def seek(self, offset: int) -> int:
-        if not 0 <= offset <= self._size:
-            raise tarfile.ReadError("unexpected end of data")
-        return self._file.seek(offset)
-
-    def read(self, size: int) -> bytes:
-        return _whole_read(self._file, _bounded(size))
-
-    def skip_zeros(self, offset: int) -> int:
-        self._file.seek(offset)
-        while chunk := self._file.read(1 << 20):
-            if left := len(chunk.lstrip(b"\0")):
-                return offset + (len(chunk) - left) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
-            offset += len(chunk)
-        return offset
-
-
-def _whole_read(file: Any, size: int) -> bytes:
-    data = file.read(size)
-    while len(data) < size and (more := file.read(size - len(data))):
-        data += more
-    return data
-
-
-class _Forward:
-    """A stream of a store: a request for each header would be slower than reading everything, at usual image sizes.
-
-    Seeks forward by reading, and backward within the last chunk.
-    """
-
-    _CHUNK = 8 << 20  # a request each, of an object store
-
-    def __init__(self, uri: str, stream: Any):
-        self._uri, self._stream = uri, stream
-        self._chunk, self._start, self._at = b"", 0, 0
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int) -> int:
-        if offset < self._start:
-            raise tarfile.ReadError("a member that begins before the one in front of it")
-        self._at = offset
-        return offset
-
-    def close(self) -> None:
-        self._stream.close()
-
-    def read(self, size: int) -> bytes:
-        parts = []
-        left = _bounded(size)
-        while left:
-            here = self._at - self._start
-            if here >= len(self._chunk) and not self._next():
-                break
-            if (here := self._at - self._start) >= len(self._chunk):
+    rows = block.select(_TOLD).to_pylist()
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for row, image in zip(rows, images_of(block), strict=True):
+            if image is None:
                 continue
-            part = self._chunk[here : here + left]
-            parts.append(part)
-            self._at += len(part)
-            left -= len(part)
-        return b"".join(parts)
-
-    def skip_zeros(self, offset: int) -> int:
-        self.seek(offset)
-        while block := self.read(tarfile.BLOCKSIZE):
-            if block.strip(b"\0"):
-                return self._at - len(block)
-        return self._at
-
-    def _next(self) -> bool:
-        try:
-            chunk = self._stream.read(self._CHUNK)
-        except ERRORS as error:
-            raise UsageError(
-                f"cannot read the tar {self._uri!r} to its end: {one_line(error)}. Nothing was started; try again when the "
-                "store answers"
-            ) from error
-        before = self._chunk[
-            -tarfile.BLOCKSIZE :
-        ]  # tarfile steps back by a byte, and to a block that it has seen
-        self._start += len(self._chunk) - len(before)
-        self._chunk = before + chunk
-        return bool(chunk)
+            folder, _, base = row["name"].rpartition("/")
+            # A key ends at its first dot, so dots in the name are escaped; listing undoes that.
+            key = posixpath.join(folder, base.replace("%", "%25").replace(".", "%2E"))
+            sidecar = {
+                "image_id": row["image_id"],
+                "height": row["height"],
+                "width": row["width"],
+                "boxes": row["boxes"] or [],
+                "labels": row["labels"] or [],
+                "crowds": row["crowds"] or [],
+                "annotation_ids": row["annotation_ids"] or [],
+            }
+            _add(tar, key + ".jpg", encode(image, "jpeg", quality))
+            _add(tar, key + ".json", json.dumps(sidecar).encode())
+            if len(sidecar["labels"]) == 1 and not sidecar["boxes"]:
+                _add(tar, key + ".cls", str(sidecar["labels"][0]).encode())
+    return buffer.getbuffer()
 
 
-def _stream(uri: str) -> Any:
-    """A remote file to read from its beginning on. A store that fails meanwhile is asked again."""
-    if object_store(uri) is not None:
-        patience = Patience()
-        return Ranges(uri, lambda read: patience.call(read, uri))
-    system, path = filesystem(uri)
-    return system.open_input_stream(path, buffer_size=8 << 20)
-
-
-@contextmanager
-def _opened(uri: str) -> Iterator[Any]:
-    if is_remote(uri):
-        try:
-            stream = _stream(uri)
-        except ERRORS as error:
-            raise UsageError(
-                f"cannot read the tar {uri!r}: {one_line(error)}. It must exist, and its store must answer"
-            ) from error
-        with closing(_Forward(uri, stream)) as source:
-            yield source
-        return
-    path = local_path(uri)
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise UsageError(
-            f"cannot read the tar {uri!r}: it is no regular file; give one that can be read at any place"
-        )
-    with closing(_Local(open(path, "rb", buffering=0))) as source:
-        yield source
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)  # its defaults: mtime 0, uid 0, gid 0, mode 644
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from raypipe import UsageError
-from raypipe.data.formats import parquet
+from raypipe.data.formats import parquet, parquetfile
 from raypipe.data.listing import list_images
 from raypipe.images.decode import Reject
 from tests.data.conftest import ids, names, read, reasons, tar
@@ -171,8 +171,8 @@ def test_parquet_damaged_after_listing(tmp_path):
 
 
 def test_a_large_row_group_is_read_in_pieces_and_in_any_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(parquet, "LARGE_GROUP", 10_000)
-    monkeypatch.setattr(parquet, "_PIECE", 2000)
+    monkeypatch.setattr(parquetfile, "LARGE_GROUP", 10_000)
+    monkeypatch.setattr(parquetfile, "_PIECE", 2000)
     pictures = [os.urandom(500 + i) for i in range(60)]
     pq.write_table(
         pa.table({"image": pictures, "label": list(range(60))}),
@@ -185,7 +185,9 @@ def test_a_large_row_group_is_read_in_pieces_and_in_any_order(tmp_path, monkeypa
     order = np.random.default_rng(0).permutation(60)
     assert read(table.take(order)) == [pictures[i] for i in order]
     pieces = list(
-        parquet._pieces(parquet._images_in(str(tmp_path / "a.parquet")).file, 0, ["image"], 20_000)
+        parquetfile.pieces(
+            parquetfile.images_in(str(tmp_path / "a.parquet")).file, 0, ["image"], 20_000
+        )
     )
     assert len(pieces) > 8 and sum(piece.num_rows for piece in pieces) == 40
 
