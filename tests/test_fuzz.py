@@ -22,7 +22,7 @@ from PIL import Image
 from rich.console import Console
 
 from raypipe import UsageError, cli
-from raypipe.data import journal, sizes
+from raypipe.data import journal, outputs, sizes
 from raypipe.data.formats.coco import check_annotation_ids, write_annotations
 from raypipe.data.listing import look
 from raypipe.data.reader import Reader
@@ -213,7 +213,7 @@ def work(path: Path) -> None:
 
 
 def made(path: Path) -> None:
-    journal.check_settings(str(path.parent.parent), {"a": 1})
+    outputs.check_settings(str(path.parent.parent), {"a": 1})
 
 
 def report(path: Path) -> None:

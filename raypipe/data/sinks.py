@@ -66,7 +66,7 @@ class Written:
     """The files of one shard.
 
     Attributes:
-        files: relative to the root. For jpeg, png and npy one a good row, in order; else at most one.
+        files: relative to the root. jpeg, png, npy: one a good row, in order; else at most one.
         bytes: of all files.
     """
 

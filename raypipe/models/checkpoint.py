@@ -23,7 +23,8 @@ import torch
 from raypipe import UsageError
 from raypipe.data import location
 from raypipe.data.formats.parquet import read_table
-from raypipe.data.journal import Dropped, Rejected, differences
+from raypipe.data.journal import Dropped, Rejected
+from raypipe.data.outputs import differences
 from raypipe.data.tables import whole
 from raypipe.errors import foreign, printable, shown, words
 from raypipe.images.own import imported

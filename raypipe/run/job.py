@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from rich.console import Console
 
-from raypipe.data import journal, location, sizes
+from raypipe.data import journal, location, outputs, sizes
 from raypipe.data.reader import Reading
 from raypipe.data.work import extend, make_work, named_as_before, remaining, renewed, requeued
 from raypipe.errors import UsageError
@@ -74,7 +74,7 @@ class Todo:
     left: pa.Table
     image_ids: pa.ChunkedArray
     endings: tuple[str, ...] = ()
-    claim: journal.Claim | None = None
+    claim: outputs.Claim | None = None
     shard_bytes: int = 0
     skipped: Mapping[str, int] = field(default_factory=dict)
 
@@ -84,7 +84,7 @@ class Results:
     """What a job puts where. `root`: the output; None: nothing is written.
 
     decides: what decides the results, JSON types: an output made with other settings is refused.
-    names: what the results are called (`journal.Made`).
+    names: what the results are called (`outputs.Made`).
     endings: files of the output that are written when all shards are done.
     """
 
@@ -132,23 +132,23 @@ def left_to_do(
     if root is None:
         work = make_work(source, **cut)
         return todo(work=work, left=work, image_ids=source.column("image_id"))
-    found = journal.look(root, results.decides, resume=running.resume)
+    found = outputs.look(root, results.decides, resume=running.resume)
     stored, done = found.work, found.done
     if stored is None:
         work = here = make_work(source, **cut)
-        wanted = [*results.endings, *journal.named(results.names, work)]
+        wanted = [*results.endings, *outputs.named(results.names, work)]
     else:
         source = named_as_before(source, stored)
         stored = requeued(stored, found.waiting, **cut)
         work = extend(renewed(stored, source, done), source, **cut)
         here = work.filter(_among(work, source))
         fresh = work.filter(pc.invert(_among(work, stored)))
-        wanted = [*journal.named(results.names, fresh)]
-    check_free(root, wanted, ours=set(journal.owned(root)[0]) if found.clearing else set())
-    claim = journal.Claim(
+        wanted = [*outputs.named(results.names, fresh)]
+    check_free(root, wanted, ours=set(outputs.owned(root)[0]) if found.clearing else set())
+    claim = outputs.Claim(
         root=root,
         clears=found.clearing,
-        made=journal.Made(
+        made=outputs.Made(
             settings=results.decides,
             versions=versions(),
             results=results.names,
@@ -230,7 +230,7 @@ class Job:
         recipe, left, claim = self.todo.recipe.name, self.todo.left, self.todo.claim
         taken = None
         if claim is not None:
-            take = partial(journal.claimed, claim, run_id=run_id, tell=tell)
+            take = partial(outputs.claimed, claim, run_id=run_id, tell=tell)
             taken = Claim(root=claim.root, option=claim.option, take=take)
         return Setup(
             run_id=run_id,
@@ -349,7 +349,7 @@ def _nothing_left(
     if covered and all(location.exists(location.join(root, file)) for file in todo.endings):
         return nothing
     tell = partial(say, console)
-    with journal.claimed(todo.claim, run_id=run_id, tell=tell, check=lambda file: touch()):
+    with outputs.claimed(todo.claim, run_id=run_id, tell=tell, check=lambda file: touch()):
         if covered:
             job.conclude(rows.written)
             return nothing
@@ -392,7 +392,7 @@ def _conclude(job: Job, report: dict[str, Any], rows: Became) -> Outcome:
         dropped = extra.pop("dropped", dropped)
         report |= {**extra, "boxes_dropped": len(dropped)}
         report["shards"] = ranges(work.column("shard").to_pylist())
-        journal.clear_temporary(root)  # what killed actors had under way
+        outputs.clear_temporary(root)  # what killed actors had under way
         leave_report(root, f"{journal.STATE}/", report, rows.rejected, pictures, dropped)
     if place is not None:
         leave_report(place, "", report, rows.rejected, pictures, dropped)

@@ -301,7 +301,7 @@ def _placed(
 
 
 def result_names(settings: Settings) -> tuple[str, ...]:
-    """What the results are called, relative to the output (`raypipe.data.journal.Made`)."""
+    """What the results are called, relative to the output (`raypipe.data.outputs.Made`)."""
     stored = settings.stored
     if stored.mlperf_cache is not None:
         return (os.path.join(image_folder(settings), "{name}{suffix}.npy"),)

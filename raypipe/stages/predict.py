@@ -151,7 +151,7 @@ _OF_THE_SOURCE = [
 
 
 PART, DRAWN = "predictions/part-{shard}.parquet", "drawn/{name}.jpg"
-"""What the results are called, relative to the output (`raypipe.data.journal.Made`)."""
+"""What the results are called, relative to the output (`raypipe.data.outputs.Made`)."""
 
 
 def part_of(shard: int) -> str:

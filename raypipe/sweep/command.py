@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from raypipe import UsageError
-from raypipe.data import journal, lease, location
+from raypipe.data import journal, lease, location, outputs
 from raypipe.data.reader import Reader
 from raypipe.images import backend as backend_module
 from raypipe.run import preprocess
@@ -77,7 +77,7 @@ def deciding(settings: Settings) -> dict[str, Any]:
 
 def clear(output: str) -> None:
     """Delete what a sweep has left in `output`."""
-    with journal.clearing(output):
+    with outputs.clearing(output):
         for name in RESULT_FILES:
             location.delete(location.join(output, name))
         location.delete_folder(location.join(output, f"{journal.STATE}/training"))
@@ -105,14 +105,14 @@ def look(settings: Settings) -> tuple[list[dict[str, Any]], bool]:
     """
     root = settings.grid.output
     lease.check(root, option="--output")
-    clears = not settings.grid.resume or journal.is_clearing(root)
+    clears = not settings.grid.resume or outputs.is_clearing(root)
     ours = (
         location.exists(location.join(root, f"{journal.STATE}/run.json"))
         if clears
-        else journal.read_made(root) is not None
+        else outputs.read_made(root) is not None
     )
     taken = [name for name in RESULT_FILES if location.exists(location.join(root, name))]
-    if taken and not ours and not journal.is_clearing(root):
+    if taken and not ours and not outputs.is_clearing(root):
         raise UsageError(
             f"{location.join(root, taken[0])} exists and is no result of an earlier sweep: it "
             "would be overwritten. Nothing was measured. Give an --output without it."
@@ -120,7 +120,7 @@ def look(settings: Settings) -> tuple[list[dict[str, Any]], bool]:
     if clears:
         return [], True
     there = {
-        place: journal.check_settings(place, wanted) for place, wanted in _parts(settings).items()
+        place: outputs.check_settings(place, wanted) for place, wanted in _parts(settings).items()
     }
     return (read_results(root) if there[root] else []), False
 
@@ -130,8 +130,8 @@ def claim(settings: Settings, *, clears: bool) -> None:
     if clears:
         clear(settings.grid.output)
     for place, wanted in _parts(settings).items():
-        if journal.read_made(place) is None:
-            journal.put_made(place, journal.Made(settings=wanted, versions=versions()))
+        if outputs.read_made(place) is None:
+            outputs.put_made(place, outputs.Made(settings=wanted, versions=versions()))
 
 
 def leave(

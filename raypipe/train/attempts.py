@@ -23,7 +23,7 @@ from ray.exceptions import RayError
 from ray.train.torch import TorchTrainer
 from rich.console import Console
 
-from raypipe.data import journal, lease, location
+from raypipe.data import journal, lease, location, outputs
 from raypipe.data.batches import check_read
 from raypipe.data.location import StoreError
 from raypipe.data.sinks import Sink
@@ -113,7 +113,7 @@ def _look(settings: Settings, console: Console) -> _Run:
     todo = plan(settings)
     result.check_report(settings.running.report)
     lease.check(storage, option="--storage")
-    clears = not settings.running.resume or journal.is_clearing(storage)
+    clears = not settings.running.resume or outputs.is_clearing(storage)
     start, resume = (Progress(), None) if clears else _latest(storage, todo)
     return _Run(
         settings=settings,
@@ -203,7 +203,7 @@ def _claimed(this: _Run, *, check: Callable[[str], None]) -> Iterator[lease.Leas
         check(location.join(storage, lease.FILE))
         if this.clears:
             this.tell(f"Deleting the checkpoints in {this.settings.training.storage} ...")
-            with journal.clearing(storage):
+            with outputs.clearing(storage):
                 for line in checkpoints.prune(storage):
                     this.tell(line)
                 location.delete(location.join(storage, f"{journal.STATE}/report.json"))

@@ -6,7 +6,7 @@ import pytest
 
 from raypipe import UsageError
 from raypipe.data import journal
-from raypipe.data.journal import Entry, Made, Rejected, Written
+from raypipe.data.journal import Entry, Rejected, Written
 
 
 def entry(shard: int) -> Entry:
@@ -48,28 +48,6 @@ def test_a_damaged_entry_is_named_with_the_remedy(tmp_path):
         UsageError, match=r"cannot read the journal entry .*000000003\.json: .* Delete that file"
     ):
         list(journal.read_entries(str(tmp_path), [3]))
-
-
-def test_other_settings_are_refused_with_each_difference_shown(tmp_path):
-    root = str(tmp_path)
-    assert journal.check_settings(root, {"recipe": "coco-300"}) is False
-    journal.put_made(root, Made(settings={"recipe": "coco-300", "seed": 1}, versions={"ray": "2"}))
-    assert journal.check_settings(root, {"recipe": "coco-300", "seed": 1}) is True
-    with pytest.raises(UsageError) as caught:
-        journal.check_settings(root, {"recipe": "coco-1200", "seed": 1})
-    assert "recipe: 'coco-300' there, 'coco-1200' now" in str(caught.value)
-    assert "seed" not in str(caught.value)
-    assert "--no-resume" in str(caught.value)
-
-
-def test_clear_deletes_what_the_journal_names_and_nothing_else(tmp_path):
-    (tmp_path / "a.jpg").write_bytes(b"result")
-    (tmp_path / "mine.jpg").write_bytes(b"the user's own")
-    (tmp_path / "all.json").write_bytes(b"result")
-    journal.put_made(str(tmp_path), Made(settings={}, endings=("all.json",)))
-    journal.put_entry(str(tmp_path), entry(3))
-    journal.clear(str(tmp_path))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.jpg"]
 
 
 def test_rejects_are_a_parquet_file_even_when_there_are_none():

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from raypipe import UsageError
-from raypipe.data import journal, location
+from raypipe.data import journal, location, outputs
 from raypipe.data.sinks import FORMATS
 from raypipe.data.work import shards
 from raypipe.images import catalog
@@ -127,7 +127,7 @@ def test_other_settings_into_the_same_output_are_refused_and_no_resume_starts_ag
 def claimed(wanted: Settings) -> pa.Table:
     """What is left to do, in an output that a run has claimed."""
     todo = plan(wanted)
-    with journal.claimed(todo.claim, run_id="test"):
+    with outputs.claimed(todo.claim, run_id="test"):
         return todo.left
 
 
@@ -296,7 +296,7 @@ def test_the_users_annotations_are_never_overwritten_nor_deleted(photos, tmp_pat
         with pytest.raises(UsageError, match=r"annotations/boxes\.json exists and is no result"):
             plan(wanted.changed(resume=resume))
     # An earlier run that had no annotations has written none: --no-resume deletes none, nor anything else before it is refused.
-    journal.put_made(str(tmp_path), journal.Made(settings={"recipe": "coco-300"}))
+    outputs.put_made(str(tmp_path), outputs.Made(settings={"recipe": "coco-300"}))
     with pytest.raises(UsageError, match="exists and is no result"):
         plan(wanted.changed(resume=False))
     assert own.read_text() == content

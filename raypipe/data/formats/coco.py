@@ -226,8 +226,8 @@ def check_annotation_ids(source: pa.Table, annotations: str) -> None:
             again = next(one for one in ids if ids.count(one) > 1)
             raise UsageError(
                 f"{annotations!r}: the annotation id {again} occurs twice for the image "
-                f"{image_id!r}, so it is not clear which of its boxes is which, and the JSON of what is written "
-                "would be wrong; make the ids unique"
+                f"{image_id!r}, so it is not clear which of its boxes is which, and the JSON of "
+                "what is written would be wrong; make the ids unique"
             )
 
 

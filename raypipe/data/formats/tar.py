@@ -168,7 +168,8 @@ def _members(uri: str, skipped: Counter[str]) -> Iterator[_Member]:
         if count == 0:
             raise UsageError(
                 f"cannot read the tar {uri!r}: {words(error)}. It must exist and be an "
-                "uncompressed tar; unpack .tar.gz first, because images inside it cannot be reached one by one"
+                "uncompressed tar; unpack .tar.gz first, because images inside it cannot be "
+                "reached one by one"
             ) from error
         log.warning(
             "%s breaks off after %d members (%s); what came after is lost",
