@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from raypipe import UsageError
-from raypipe.data import journal, location
+from raypipe.data.location import Location
+from raypipe.data.names import STATE
 from raypipe.errors import foreign, printable
 from raypipe.images import catalog
 from raypipe.images.recipe_json import to_json
@@ -128,16 +129,17 @@ def _of(run: str) -> tuple[dict, str]:
     Raises:
         UsageError: there is none.
     """
-    places = [location.join(run, f"{journal.STATE}/report.json"), location.join(run, "report.json")]
+    folder = Location.of(run)
+    places = [folder / f"{STATE}/report.json", folder / "report.json"]
     for place in places:
         try:
-            data = location.read(place)
+            data = place.read()
         except (FileNotFoundError, NotADirectoryError):  # the latter: of the report's own path, say
             continue
         with foreign(f"the report {place}", remedy=_NO_REPORT):
-            return json.loads(data), place
+            return json.loads(data), str(place)
     raise UsageError(
-        f"There is no report in {run!r}: neither {' nor '.join(places)} exists. A run writes it when it ends."
+        f"There is no report in {run!r}: neither {' nor '.join(map(str, places))} exists. A run writes it when it ends."
     )
 
 

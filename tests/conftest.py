@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import ray
 
-from raypipe.data import location
+from raypipe.data.location import Location
 
 if TYPE_CHECKING:
     from tests.support.labelled import Trained
@@ -96,7 +96,7 @@ def bucket(s3, request, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "any")
     name = "b" + re.sub("[^a-z0-9]", "-", request.node.name.lower())[:50].strip("-")
     query = f"scheme=http&endpoint_override={s3}&region=us-east-1&allow_bucket_creation=true"
-    system, path = location.filesystem(f"s3://{name}?{query}")
+    system, path = Location.of(f"s3://{name}?{query}").filesystem()
     system.create_dir(path)
     return lambda key: f"s3://{name}/{key}?{query}"
 

@@ -25,6 +25,7 @@ from raypipe import UsageError, cli
 from raypipe.data import journal, outputs, sizes
 from raypipe.data.formats.coco import check_annotation_ids, write_annotations
 from raypipe.data.listing import look
+from raypipe.data.location import Location
 from raypipe.data.reader import Reader
 from raypipe.data.shapes import Placement
 from raypipe.data.tables import Listed
@@ -196,24 +197,27 @@ def with_coco(path: Path) -> None:
         source=(20, 30), size=(16, 16), matrix=(-16 / 30, 0.0, 16.0, 0.0, 16 / 20, 0.0)
     )
     write_annotations(
-        str(path), str(path.parent / "out"), rows, placed=dict.fromkeys(map(str, range(ROWS)), went)
+        Location.of(str(path)),
+        Location.of(str(path.parent / "out")),
+        rows,
+        placed=dict.fromkeys(map(str, range(ROWS)), went),
     )
 
 
 def entries(path: Path) -> None:
-    root = str(path.parent.parent.parent)
+    root = Location.of(str(path.parent.parent.parent))
     for entry in journal.read_entries(root, sorted(journal.done_shards(root))):
         assert entry.images == len(entry.written) + len(entry.rejected)
 
 
 def work(path: Path) -> None:
-    found = journal.read_work(str(path.parent.parent))
+    found = journal.read_work(Location.of(str(path.parent.parent)))
     assert found is not None
     found.to_pylist()
 
 
 def made(path: Path) -> None:
-    outputs.check_settings(str(path.parent.parent), {"a": 1})
+    outputs.check_settings(Location.of(str(path.parent.parent)), {"a": 1})
 
 
 def report(path: Path) -> None:
@@ -253,7 +257,7 @@ def cases(folder: Path) -> Iterator[Case]:
         200,
     )  # type: ignore[arg-type, func-returns-value]
 
-    root = str(folder / "out")
+    root = Location.of(str(folder / "out"))
     written = [
         journal.Written(
             image_id="a", file="a.jpg", height=1, width=2, boxes=[[0, 0, 1, 1]], annotation_ids=[1]

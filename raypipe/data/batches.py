@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from raypipe.data.location import StoreError
+from raypipe.data.stores import StoreError
 from raypipe.data.tables import images_of, unlist
 from raypipe.errors import UsageError
 from raypipe.images.header import UNREAD

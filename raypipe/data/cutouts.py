@@ -17,7 +17,7 @@ from PIL import Image
 
 from raypipe import UsageError
 from raypipe.data.demo import overlap
-from raypipe.data.location import write
+from raypipe.data.location import Location
 from raypipe.data.names import SUFFIXES
 
 SIZE = (480, 640)
@@ -65,7 +65,7 @@ def paste(
         raise UsageError(
             f"{output}/annotations.json exists: pictures would be mixed with earlier ones. Give an --output without it."
         )
-    material = load(cutouts, photos, classes=classes)
+    material, place = load(cutouts, photos, classes=classes), Location.of(output)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for index in range(count):
@@ -74,7 +74,7 @@ def paste(
         _, data = cv2.imencode(
             ".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, _QUALITY]
         )
-        write(output, f"images/{name}", data.tobytes(), tmp="")
+        place.write(f"images/{name}", data.tobytes(), tmp="")
         images.append(
             {
                 "id": index + 1,
@@ -93,8 +93,8 @@ def paste(
             annotations.append({"id": len(annotations) + 1, "image_id": index + 1, **box})
     categories = [{"id": label, "name": name} for label, name in enumerate(material.classes, 1)]
     coco = {"images": images, "annotations": annotations, "categories": categories}
-    write(
-        output, "annotations.json", json.dumps(coco).encode(), tmp=""
+    place.write(
+        "annotations.json", json.dumps(coco).encode(), tmp=""
     )  # last: with it the set is whole
     return material
 

@@ -21,7 +21,7 @@ import cv2
 import numpy as np
 
 from raypipe import UsageError
-from raypipe.data.location import write
+from raypipe.data.location import Location
 
 log = logging.getLogger(__name__)
 
@@ -311,7 +311,7 @@ def read(seed: int, index: int) -> bytes:
     except FileNotFoundError:
         data = _jpeg(seed, index)
         with contextlib.suppress(OSError):  # a full disk costs time, not pictures
-            write(root, relative, data, tmp="tmp")
+            Location.of(root).write(relative, data, tmp="tmp")
         return data
 
 

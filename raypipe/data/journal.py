@@ -29,8 +29,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from raypipe.data import location
 from raypipe.data.formats.parquet import read_table
+from raypipe.data.location import Location
 from raypipe.data.names import OUTSIDE, STATE
 from raypipe.data.tables import DROPPED, REJECTS, WORK
 from raypipe.errors import foreign
@@ -124,13 +124,13 @@ def entry_path(shard: int, folder: str = "journal") -> str:
     return f"{STATE}/{folder}/{shard:09d}.json"
 
 
-def put_entry(root: str, entry: Entry) -> None:
+def put_entry(root: Location, entry: Entry) -> None:
     """Record `entry`: its shard is done from now on, except for its unread rows."""
     if entry.unread:  # a marker, so that no run has to read all entries to find these
-        location.write(root, entry_path(entry.shard, "unread"), b"")
+        root.write(entry_path(entry.shard, "unread"), b"")
     # Not asdict: its deep copy of a row takes 0.05 ms, a tenth of writing a small image.
     rows = {name: list(map(_fields, getattr(entry, name))) for name in _ROWS}
-    location.write(root, entry_path(entry.shard), _json(_fields(entry) | rows))
+    root.write(entry_path(entry.shard), _json(_fields(entry) | rows))
 
 
 _ROWS: dict[str, type] = {
@@ -152,13 +152,13 @@ def _fields(of: Entry | Written | Rejected | Unread | Dropped) -> dict[str, Any]
 _NUMBERED = re.compile(r"\d{9,18}\.json")
 
 
-def shards_in(root: str, folder: str) -> set[int]:
+def shards_in(root: Location, folder: str) -> set[int]:
     """The shards that have a file in `folder`, by the files' names. Foreign files are ignored."""
-    names = location.names(location.join(root, f"{STATE}/{folder}"))
+    names = (root / f"{STATE}/{folder}").names()
     return {int(name.removesuffix(".json")) for name in names if _NUMBERED.fullmatch(name)}
 
 
-def done_shards(root: str) -> set[int]:
+def done_shards(root: Location) -> set[int]:
     """The shards in the journal, by the names of its entries."""
     return shards_in(root, "journal")
 
@@ -204,7 +204,7 @@ def _entry(data: bytes) -> Entry:
     return entry
 
 
-def read_entries(root: str, shards: Iterable[int]) -> Iterator[Entry]:
+def read_entries(root: Location, shards: Iterable[int]) -> Iterator[Entry]:
     """The entries of `shards`, in their order.
 
     Raises:
@@ -212,8 +212,8 @@ def read_entries(root: str, shards: Iterable[int]) -> Iterator[Entry]:
     """
 
     def read(shard: int) -> Entry:
-        place = location.join(root, entry_path(shard))
-        data = location.read(place)
+        place = root / entry_path(shard)
+        data = place.read()
         remedy = "It is unknown whether its shard is done. Delete that file to do the shard again."
         with foreign(f"the journal entry {place}", remedy=remedy):
             return _entry(data)
@@ -221,7 +221,7 @@ def read_entries(root: str, shards: Iterable[int]) -> Iterator[Entry]:
     yield from together(root, read, shards)
 
 
-def unread(root: str, done: Iterable[int]) -> dict[int, list[Unread]]:
+def unread(root: Location, done: Iterable[int]) -> dict[int, list[Unread]]:
     """The unread rows of shards that are `done`, by their shard.
 
     Raises:
@@ -231,24 +231,24 @@ def unread(root: str, done: Iterable[int]) -> dict[int, list[Unread]]:
     return {entry.shard: entry.unread for entry in read_entries(root, shards) if entry.unread}
 
 
-def together(root: str, do: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+def together(root: Location, do: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """`do` of each item, in order; several at a time for a store.
 
     A store answers in tens of milliseconds: 10,000 shards one by one would take minutes.
     """
-    with ThreadPoolExecutor(max_workers=16 if location.is_remote(root) else 1) as threads:
+    with ThreadPoolExecutor(max_workers=16 if root.is_remote else 1) as threads:
         yield from threads.map(do, items)
 
 
-def read_if_there(root: str, name: str) -> bytes | None:
+def read_if_there(root: Location, name: str) -> bytes | None:
     """The content of the file `name` of a run's state; None if there is none."""
     try:
-        return location.read(location.join(root, f"{STATE}/{name}"))
+        return (root / f"{STATE}/{name}").read()
     except (FileNotFoundError, NotADirectoryError):
         return None
 
 
-def read_work(root: str) -> pa.Table | None:
+def read_work(root: Location) -> pa.Table | None:
     """The stored table of work (schema WORK), or None if there is none.
 
     Raises:
@@ -261,7 +261,7 @@ def read_work(root: str) -> pa.Table | None:
         "It is unknown which image is in which shard. Use another --output, or --no-resume to "
         "start again."
     )
-    what = f"{location.join(root, STATE)}/work.parquet"
+    what = str(root / f"{STATE}/work.parquet")
     table = read_table(data, WORK, what, remedy=remedy)
     with foreign(what, remedy=remedy) as place:
         for name in ("epoch", "shard", "image_id", "name", "uri", "offset", "length"):
@@ -274,11 +274,11 @@ def read_work(root: str) -> pa.Table | None:
         return table
 
 
-def put_work(root: str, work: pa.Table) -> None:
+def put_work(root: Location, work: pa.Table) -> None:
     """Store the table of work in place of the one before."""
     sink = pa.BufferOutputStream()
     pq.write_table(work, sink, compression="zstd")
-    location.write(root, f"{STATE}/work.parquet", sink.getvalue())
+    root.write(f"{STATE}/work.parquet", sink.getvalue())
 
 
 def dropped_parquet(dropped: Iterable[Dropped]) -> pa.Buffer:

@@ -1,10 +1,10 @@
-"""One driver at a time into one output: a lease file that says who it is, renewed while that driver lives.
+"""One driver at a time writes to an output: the holder of its lease file.
 
-`_raypipe/lease.json` names host, boot, process and the process's start. A driver renews it every
-RENEW_S seconds. Whoever comes second is refused, unless the holder is known to be dead:
+`_raypipe/lease.json` names the holder's host, boot, process and start. The holder renews it every
+RENEW_S seconds. A second driver is refused, unless the holder is known to be dead:
 
-- a process of this host and boot that is gone frees its lease at once;
-- any other lease is free when it has not changed for FREE_AFTER_S seconds of watching. Clocks of
+- A process of this host and boot that is gone frees its lease at once.
+- Any other lease is free if it does not change within FREE_AFTER_S seconds of watching. Clocks of
   hosts are not compared.
 """
 
@@ -23,15 +23,16 @@ from pathlib import Path
 import psutil
 
 from raypipe import UsageError
-from raypipe.data import location
+from raypipe.data.location import Location
 from raypipe.data.names import STATE
+from raypipe.data.stores import ERRORS, one_line
 from raypipe.errors import foreign, printable
 
 FILE = f"{STATE}/lease.json"
 
 RENEW_S = 10.0
 FREE_AFTER_S = 60.0
-"""Six renewals: a store that is slow for half a minute does not cost a driver its lease."""
+"""Six renewals: a driver keeps its lease if its store is slow for half a minute."""
 
 
 class LeaseLost(OSError):
@@ -40,7 +41,10 @@ class LeaseLost(OSError):
 
 @dataclass(frozen=True, kw_only=True)
 class Holder:
-    """Who has a lease. `process_started`: seconds since 1970; `beat`: how often it was renewed."""
+    """The holder of a lease.
+
+    process_started: seconds since 1970. beat: the number of renewals.
+    """
 
     token: str
     run_id: str
@@ -63,8 +67,10 @@ class Holder:
 
 
 def boot() -> str:
-    """What tells one boot of one host from others, and one set of process ids from others: containers
-    of a host share its boot."""
+    """An id of this boot of this host, and of its set of process ids.
+
+    Containers of one host share its boot, but not their process ids.
+    """
     try:
         boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot_id} {os.readlink('/proc/self/ns/pid')}"
@@ -73,8 +79,10 @@ def boot() -> str:
 
 
 def is_alive(pid: int, started: float) -> bool:
-    """Whether that process of this host still runs. `started`: seconds since 1970, within 2 s, as the
-    system derives it from a clock that may be set."""
+    """Whether that process of this host still runs.
+
+    started: seconds since 1970, compared within 2 s, because the system's clock may be set.
+    """
     try:
         process = psutil.Process(pid)
         return abs(process.create_time() - started) < 2 and process.status() != psutil.STATUS_ZOMBIE
@@ -97,11 +105,13 @@ def myself(run_id: str) -> Holder:
     )
 
 
-def read(root: str) -> tuple[Holder | None, bytes | None]:
-    """Who has the lease of `root`, and the content of its file. No file: None, None. A file that says
-    nothing of a holder is nobody's, but may be being renewed: None and its content."""
+def read(root: Location) -> tuple[Holder | None, bytes | None]:
+    """The holder of the lease of `root`, and the content of its file; None and None without a file.
+
+    An unreadable file gives None and its content: it has no known holder, but may be in renewal.
+    """
     try:
-        data = location.read(location.join(root, FILE))
+        data = (root / FILE).read()
     except (FileNotFoundError, NotADirectoryError):
         return None, None
     try:
@@ -116,10 +126,13 @@ def read(root: str) -> tuple[Holder | None, bytes | None]:
         return None, data
 
 
-def check(root: str, *, option: str) -> None:
-    """Raise UsageError where a process of this host that is alive has the lease of `root`.
+def check(root: Location, *, option: str) -> None:
+    """Check that no living process of this host has the lease of `root`. It changes nothing.
 
-    It changes nothing, and does not wait to see whether a holder elsewhere is alive: `hold` does.
+    It does not wait to see whether a holder on another host is alive; `hold` does.
+
+    Raises:
+        UsageError: a process has it.
     """
     holder, _ = read(root)
     if (
@@ -130,11 +143,12 @@ def check(root: str, *, option: str) -> None:
         raise _refusal(holder, root, option)
 
 
-def _refusal(holder: Holder | None, root: str, option: str) -> UsageError:
-    by = str(holder) if holder else f"a driver that {location.join(root, FILE)} does not name"
+def _refusal(holder: Holder | None, root: Location, option: str) -> UsageError:
+    by = str(holder) if holder else f"a driver that {root / FILE} does not name"
     return UsageError(
-        f"{option} {root!r} is being written by another driver: {by}. Two would mix their results, so "
-        f"nothing was started and nothing was changed. Wait for it, end it, or give another {option}."
+        f"{option} {str(root)!r} is being written by another driver: {by}. Two would mix their "
+        "results, so nothing was started and nothing was changed. Wait for it, end it, or give "
+        f"another {option}."
     )
 
 
@@ -142,54 +156,56 @@ def _refusal(holder: Holder | None, root: str, option: str) -> UsageError:
 class Lease:
     """A lease that this process has. `check` raises LeaseLost when somebody else has taken it."""
 
-    root: str
+    root: Location
     holder: Holder
     _lost: str = ""
 
     def check(self) -> None:
-        """Raise LeaseLost where another driver has taken over."""
+        """Raise LeaseLost if another driver has taken over."""
         if self._lost:
             raise LeaseLost(
-                f"{self.root!r} was taken over by another driver ({self._lost}) while this one did not "
-                f"renew its lease for {FREE_AFTER_S:.0f} s. What this one finished is kept."
+                f"{str(self.root)!r} was taken over by another driver ({self._lost}) while this one "
+                f"did not renew its lease for {FREE_AFTER_S:.0f} s. What this one finished is kept."
             )
 
     def renew(self) -> None:
-        """Say that this process is alive; find out whether it has lost the lease."""
+        """Record that this process is alive, and find out whether it has lost the lease."""
         next_ = replace(self.holder, beat=self.holder.beat + 1)
         try:
-            if location.replace_same(self.root, FILE, self.holder.data, next_.data):
+            if self.root.replace_same(FILE, self.holder.data, next_.data):
                 self.holder = next_
                 return
             holder, data = read(self.root)
             if holder is not None and holder.token == next_.token:
-                # An answer that was lost: the store has done it all the same.
+                # The store had renewed it, but its answer was lost.
                 self.holder = holder
-            elif data is None and location.create(self.root, FILE, next_.data):
+            elif data is None and self.root.create(FILE, next_.data):
                 self.holder = next_  # somebody deleted the file
             else:
                 self._lost = str(holder) if holder else "its lease file is not readable"
-        except location.ERRORS:
-            pass  # the store does not answer: nobody else can take the lease from it meanwhile
+        except ERRORS:
+            pass  # while the store does not answer, nobody else can take the lease
 
 
 @contextlib.contextmanager
 def hold(
-    root: str, *, run_id: str, option: str, tell: Callable[[str], None] = lambda line: None
+    root: Location, *, run_id: str, option: str, tell: Callable[[str], None] = lambda line: None
 ) -> Iterator[Lease]:
-    """Have the lease of `root`, which the user gave as `option`, renewed until the end of the block.
+    """Hold the lease of `root`, and renew it, until the end of the block.
 
     Args:
-        tell: told, in a line, why it waits.
+        option: the flag by which the user gave `root`.
+        tell: called with a line that says why it waits.
 
     Raises:
-        UsageError: another driver that is alive has it, or `root` cannot be written to.
+        UsageError: another living driver has it, or `root` cannot be written to.
     """
     try:
         lease = _acquired(root, myself(run_id), option, tell)
-    except location.ERRORS as error:
+    except ERRORS as error:
         raise UsageError(
-            f"{option} {root!r} cannot be written to ({location.one_line(error)}). Nothing was changed. Give a place that can."
+            f"{option} {str(root)!r} cannot be written to ({one_line(error)}). Nothing was changed. "
+            "Give a place that can."
         ) from error
     ended = threading.Event()
 
@@ -204,13 +220,13 @@ def hold(
     finally:
         ended.set()
         thread.join()
-        with contextlib.suppress(*location.ERRORS):
+        with contextlib.suppress(*ERRORS):
             _release(lease)
 
 
-def _acquired(root: str, mine: Holder, option: str, tell: Callable[[str], None]) -> Lease:
+def _acquired(root: Location, mine: Holder, option: str, tell: Callable[[str], None]) -> Lease:
     while True:
-        if location.create(root, FILE, mine.data):
+        if root.create(FILE, mine.data):
             return Lease(root, mine)
         holder, data = read(root)
         if data is None:
@@ -220,17 +236,17 @@ def _acquired(root: str, mine: Holder, option: str, tell: Callable[[str], None])
             raise _refusal(holder, root, option)
         if not here:
             _watch(root, data, holder, option, tell)
-        if location.replace_same(root, FILE, data, mine.data):
+        if root.replace_same(FILE, data, mine.data):
             return Lease(root, mine)
 
 
 def _watch(
-    root: str, data: bytes, holder: Holder | None, option: str, tell: Callable[[str], None]
+    root: Location, data: bytes, holder: Holder | None, option: str, tell: Callable[[str], None]
 ) -> None:
-    """Return when the lease has not changed for FREE_AFTER_S; raise UsageError when it does."""
+    """Wait until the lease has not changed for FREE_AFTER_S. Raises UsageError if it changes."""
     tell(
-        f"{option} {root!r} has the lease of {holder or 'a driver it does not name'}. Waiting "
-        f"{FREE_AFTER_S:.0f} s to see whether that driver renews it ..."
+        f"{option} {str(root)!r} has the lease of {holder or 'a driver it does not name'}. "
+        f"Waiting {FREE_AFTER_S:.0f} s to see whether that driver renews it ..."
     )
     until = time.monotonic() + FREE_AFTER_S
     while time.monotonic() < until:
@@ -245,4 +261,4 @@ def _watch(
 def _release(lease: Lease) -> None:
     holder, _ = read(lease.root)
     if holder is not None and holder.token == lease.holder.token:
-        location.delete(location.join(lease.root, FILE))
+        (lease.root / FILE).delete()

@@ -1,23 +1,25 @@
-"""From what the user calls the input to a table with one row an image.
+"""What `--input` means: a table with one row an image.
 
-`look` finds out what there is and looks into no image; `raypipe.data.reader` fetches the bytes later, where they are needed.
+`look` decodes nothing. `raypipe.data.reader` fetches the bytes later, where they are needed.
 
 | input | rows | `image_id` |
 |---|---|---|
-| a directory | every image file below it; if it has none, its tars or Parquet files | path in it |
-| a glob (`**`, `{000..009}`, `{a,b}`), one file | the images, tars or Parquet files that match | path below the fixed part |
-| a directory and a COCO JSON | the JSON's images in its order, whether the file exists or not | COCO id |
-| WebDataset tars (`*.tar`) | image members; their `.json` and `.cls` give boxes and labels | sidecar's id, or member |
-| Parquet | rows: encoded bytes (or HF's struct of bytes and path), raw pixels, or tensors | `image_id`, or file#row |
+| a directory | the image files below it; if there are none, its tars or Parquet files | path in it |
+| a glob (`**`, `{000..009}`, `{a,b}`) or a file | files that match | path below the fixed part |
+| a directory and a COCO JSON | the JSON's images in its order, even without a file | COCO id |
+| WebDataset tars (`*.tar`) | image members, annotated by `.json` and `.cls` | sidecar's id, or member |
+| Parquet | rows: encoded bytes, raw pixels, or tensors | `image_id`, or file#row |
 | `demo`, `demo:N` | procedural photos with boxes (`raypipe.data.demo`) | demo-SEED-INDEX |
 
-Hidden files and `_raypipe/` are left out; what else is left out is counted by suffix. Order: directories and globs by path
-components, everything else as stored. The first N rows are the same with and without `limit` (names excepted: what clashes
-may be behind the limit). An image_id that occurs again gets `#2`, `#3`, ... (the same key in two tars, the same file in two
-epochs); only COCO refuses this, because there annotations refer to the id. Tars are read through once to be listed, 37 us a
-member; remote ones are fetched whole for that.
+Hidden files and `_raypipe/` are left out. Other files that are left out are counted by suffix.
+Directories and globs are ordered by path components, everything else as stored. The first N rows are
+the same with and without `limit`; only their names may differ, where a later row's name clashes.
 
-Rows whose image cannot be read are rows all the same. They become a `Reject` when they are read.
+An image_id that occurs again gets `#2`, `#3`, ... (one key in two tars, one file in two epochs). COCO
+refuses this, because annotations refer to the id. To list a tar, it is read once, at 37 us a member;
+a remote tar is fetched whole.
+
+A row whose image cannot be read is still a row. It becomes a `Reject` when it is read.
 """
 
 import itertools
@@ -35,7 +37,7 @@ from raypipe.data.formats import files
 from raypipe.data.formats.coco import list_coco
 from raypipe.data.formats.parquet import list_parquet
 from raypipe.data.formats.tar import list_tar
-from raypipe.data.location import absolute, is_remote, join, local_path, local_uri
+from raypipe.data.location import Location
 from raypipe.data.names import PACKED, PARQUET, SUFFIXES, TAR, suffix_of, unique_names
 from raypipe.data.tables import EMPTY, SOURCE, Listed, box_lists, lists_of, rows, text
 from raypipe.errors import UsageError
@@ -43,30 +45,30 @@ from raypipe.errors import UsageError
 log = logging.getLogger(__name__)
 
 _MOST_SUFFIXES = 20
-"""Suffixes that are counted each; those of fewer files are counted together."""
+"""At most so many suffixes are counted each; rarer ones are counted together."""
 
 
 def list_images(
     input: str, *, annotations: str | None = None, limit: int | None = None, seed: int = 0
 ) -> pa.Table:
-    """The rows of `look`, for whoever does not ask what was left out."""
+    """The rows of `look`, without the count of files that were left out."""
     return look(input, annotations=annotations, limit=limit, seed=seed).rows
 
 
 def look(
     input: str, *, annotations: str | None = None, limit: int | None = None, seed: int = 0
 ) -> Listed:
-    """The images of `input` as a table of SOURCE, in a deterministic order (see the module's table), and what was left out.
+    """The images of `input` (schema SOURCE), in a deterministic order, and the files left out.
 
-    What was left out is also said, in one line of the log.
+    The latter are also told in one line of the log.
 
     Args:
-        annotations: a COCO JSON whose images are under the directory `input`.
-        limit: only the first so many; the listing stops there.
-        seed: which demo images.
+        annotations: a COCO JSON whose images are below the directory `input`.
+        limit: stop after this many images.
+        seed: of demo images.
 
     Raises:
-        UsageError: there is nothing to read, or the listing itself (a JSON, a Parquet footer) makes no sense.
+        UsageError: there is nothing to read, or a JSON or a Parquet footer is damaged.
     """
     if limit is not None and limit < 1:
         raise UsageError(f"a limit of {limit} leaves no image; give at least 1, or none for all")
@@ -81,7 +83,8 @@ def look(
             "the input is empty; give a directory, a glob, tars, Parquet files or 'demo'"
         )
     if annotations is not None:
-        listed = list_coco(input, annotations, limit, there=_files_beside(annotations, input))
+        folder, json = Location.of(input), Location.of(annotations)
+        listed = list_coco(folder, json, limit, there=_files_beside(json, input))
         why = f" (not named in {annotations})"
     else:
         listed, why = _list_places(input, limit), ""
@@ -100,19 +103,22 @@ def look(
     return Listed(_unique(listed.rows), skipped)
 
 
-def _files_beside(annotations: str, folder: str) -> Iterator[str]:
-    """List the files below a folder, except the annotations themselves. A folder that cannot be listed gives a warning only: its
-    images become rejects when they are read."""
-    root, own = absolute(folder), absolute(annotations)
+def _files_beside(annotations: Location, folder: str) -> Iterator[str]:
+    """The files below a folder, except the annotations themselves.
+
+    A folder that cannot be listed gives only a warning: its images become rejects later.
+    """
     try:
-        yield from (path for path in files.find(folder)[1] if join(root, path) != own)
+        base, paths = files.find(folder)
+        yield from (path for path in paths if base / path != annotations)
     except UsageError as error:
         log.warning("%s; files that the annotations do not name are not counted", error)
 
 
 def _nothing(input: str, skipped: Counter[str]) -> str:
-    if not is_remote(input) and os.path.isfile(local_path(input)):
-        base = os.path.basename(local_path(input))
+    place = Location.of(input)
+    if not place.is_remote and os.path.isfile(place.path):
+        base = os.path.basename(place.path)
         if packed := _unpack(skipped, base):
             return (
                 f"{input!r} is a compressed tar, whose images cannot be reached one by one{packed}"
@@ -120,13 +126,13 @@ def _nothing(input: str, skipped: Counter[str]) -> str:
         if base.lower().endswith((*TAR, *PARQUET)):
             return f"no images in {input!r}: it holds {_told(skipped) or 'nothing'}"
         return (
-            f"{input!r} is a file, and none that can hold images: images end in {' '.join(SUFFIXES)}, and .tar and .parquet "
-            "files hold some"
+            f"{input!r} is a file, and none that can hold images: images end in "
+            f"{' '.join(SUFFIXES)}, and .tar and .parquet files hold some"
         )
     there = f" ({_told(skipped)} there{_unpack(skipped)})" if skipped else ""
     return (
-        f"no images in {input!r}: nothing there ends in {' '.join(SUFFIXES)} .tar .parquet{there}; hidden files do not count. "
-        "A directory is searched in depth, a glob only where it says **"
+        f"no images in {input!r}: nothing there ends in {' '.join(SUFFIXES)} .tar .parquet{there}; "
+        "hidden files do not count. A directory is searched in depth, a glob only at **"
     )
 
 
@@ -135,7 +141,7 @@ def _told(skipped: Counter[str]) -> str:
 
 
 def _unpack(skipped: Counter[str], name: str = "FILE") -> str:
-    """The command that makes compressed tars readable, where some were left out."""
+    """The command that makes compressed tars readable, if some were left out."""
     commands = {f"{PACKED[suffix]} {name}" for suffix in skipped if suffix in PACKED}
     return (
         f"; unpack compressed tars first, with {' or '.join(sorted(commands))}" if commands else ""
@@ -163,8 +169,8 @@ def _list_places(input: str, limit: int | None) -> Listed:
     return Listed(pa.concat_tables(pieces), skipped)
 
 
-def _list_files(base: str, paths: Iterable[str], limit: int | None) -> Listed:
-    """Rows of the files: images if there are any; otherwise what is in the tars or Parquet files."""
+def _list_files(base: Location, paths: Iterable[str], limit: int | None) -> Listed:
+    """The images among the files; if there are none, the images in tars or Parquet files."""
     tars: list[str] = []
     parquets: list[str] = []
     skipped = Counter[str]()
@@ -187,35 +193,33 @@ def _list_files(base: str, paths: Iterable[str], limit: int | None) -> Listed:
         return Listed(_image_files(base, found), skipped)
     if tars and parquets:
         raise UsageError(
-            f"{base} holds {len(tars)} tars and {len(parquets)} Parquet files, and it is not clear which are meant; give a "
-            "glob such as *.tar"
+            f"{base} holds {len(tars)} tars and {len(parquets)} Parquet files, and it is not clear "
+            "which are meant; give a glob such as *.tar"
         )
     pieces, left = [EMPTY], limit
     for path in tars or parquets:
         if left == 0:
             break
-        listed = (
-            list_tar(join(base, path), left) if tars else list_parquet(join(base, path), path, left)
-        )
+        listed = list_tar(base / path, left) if tars else list_parquet(base / path, path, left)
         pieces.append(listed.rows)
         skipped += listed.skipped
         left = left if left is None else left - listed.rows.num_rows
     return Listed(pa.concat_tables(pieces), skipped)
 
 
-def _image_files(base: str, paths: list[str]) -> pa.Table:
-    if is_remote(base):
-        return rows(paths, paths, [join(base, path) for path in paths])
+def _image_files(base: Location, paths: list[str]) -> pa.Table:
+    if base.is_remote:
+        return rows(paths, paths, base.uris(paths))
     try:
-        ids, folder = pa.array(paths, pa.string()), pa.scalar(base.rstrip("/"))
-    except UnicodeEncodeError:  # row by row, because a million times that would take seconds
+        ids, folder = pa.array(paths, pa.string()), pa.scalar(base.path.rstrip("/"))
+    except UnicodeEncodeError:  # a row at a time: for a million rows, that would take seconds
         texts = [text(path) for path in paths]
-        return rows(texts, texts, [local_uri(os.path.join(base, path)) for path in paths])
+        return rows(texts, texts, base.uris(paths))
     return rows(ids, ids, pc.binary_join_element_wise(folder, ids, "/"))
 
 
 def _unique(table: pa.Table) -> pa.Table:
-    """Makes `image_id` unique (again: #2, #3, ...) and turns source names into safe unique ones."""
+    """Make `image_id` unique (#2, #3, ...), and names safe and unique."""
     ids = table["image_id"]
     if pc.count_distinct(ids).as_py() < len(ids):
         ids = pa.chunked_array([pa.array(_number_repeats(ids.to_pylist()), pa.string())])

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raypipe.data import lease, location
+from raypipe.data import lease
 from raypipe.data.journal import (
     all_of,
     done_shards,
@@ -28,6 +28,7 @@ from raypipe.data.journal import (
     together,
     unread,
 )
+from raypipe.data.location import Location
 from raypipe.data.names import OUTSIDE, STATE
 from raypipe.errors import UsageError, foreign, printable
 
@@ -51,7 +52,7 @@ class Made:
     endings: tuple[str, ...] = ()
 
 
-def read_made(root: str) -> Made | None:
+def read_made(root: Location) -> Made | None:
     """The content of run.json; None if there is none.
 
     Raises:
@@ -60,14 +61,14 @@ def read_made(root: str) -> Made | None:
     return _made(root, read_if_there(root, "run.json"))
 
 
-def _made(root: str, data: bytes | None) -> Made | None:
+def _made(root: Location, data: bytes | None) -> Made | None:
     if data is None:
         return None
     remedy = (
         "It is unknown how these results were made. Use another --output, or --no-resume to start "
         "this one again."
     )
-    with foreign(f"{location.join(root, STATE)}/run.json", remedy=remedy):
+    with foreign(str(root / f"{STATE}/run.json"), remedy=remedy):
         record = json.loads(data)
         settings, results, endings = (record.get(name, of()) for name, of in _PARTS.items())
         if not isinstance(settings, dict) or not all_of(results, str) or not all_of(endings, str):
@@ -78,9 +79,9 @@ def _made(root: str, data: bytes | None) -> Made | None:
 _PARTS: dict[str, type] = {"settings": dict, "results": list, "endings": list}
 
 
-def put_made(root: str, made: Made) -> None:
+def put_made(root: Location, made: Made) -> None:
     """Record how the results in `root` are made."""
-    location.write(root, f"{STATE}/run.json", json.dumps(asdict(made), indent=2).encode())
+    root.write(f"{STATE}/run.json", json.dumps(asdict(made), indent=2).encode())
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
@@ -107,7 +108,7 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def check_settings(root: str, settings: dict[str, Any]) -> bool:
+def check_settings(root: Location, settings: dict[str, Any]) -> bool:
     """Whether `root` already holds a run with the same `settings`.
 
     Args:
@@ -121,7 +122,7 @@ def check_settings(root: str, settings: dict[str, Any]) -> bool:
     return made is not None
 
 
-def _check(root: str, made: Made | None, settings: dict[str, Any]) -> None:
+def _check(root: Location, made: Made | None, settings: dict[str, Any]) -> None:
     changed = differences(made.settings, settings) if made is not None else ""
     if changed:
         raise UsageError(
@@ -150,14 +151,14 @@ class State:
     clearing: bool
 
 
-def state_of(root: str) -> State:
+def state_of(root: Location) -> State:
     """The state of an output now."""
     return State(read_if_there(root, "run.json"), frozenset(done_shards(root)), is_clearing(root))
 
 
-def is_clearing(root: str) -> bool:
+def is_clearing(root: Location) -> bool:
     """Whether the deletion of the results in `root` has begun and not ended."""
-    return location.exists(location.join(root, f"{STATE}/clearing"))
+    return (root / f"{STATE}/clearing").exists()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +180,7 @@ class Found:
     clearing: bool = False
 
 
-def look(root: str, settings: dict[str, Any], *, resume: bool = True) -> Found:
+def look(root: Location, settings: dict[str, Any], *, resume: bool = True) -> Found:
     """What there is in `root` to go on from. It changes nothing.
 
     Raises:
@@ -223,7 +224,7 @@ class Claim:
         seen: the state of the output that was looked at.
     """
 
-    root: str
+    root: Location
     option: str = "--output"
     clears: bool = False
     made: Made
@@ -237,7 +238,7 @@ def claimed(
     *,
     run_id: str,
     tell: Callable[[str], None] = lambda line: None,
-    check: Callable[[str], None] = lambda file: None,
+    check: Callable[[Location], None] = lambda file: None,
 ) -> Iterator[lease.Lease]:
     """Hold the output for this run alone until the end of the block, and make it ready.
 
@@ -250,7 +251,7 @@ def claimed(
     """
     root = claim.root
     with lease.hold(root, run_id=run_id, option=claim.option, tell=tell) as held:
-        check(location.join(root, lease.FILE))
+        check(root / lease.FILE)
         if state_of(root) != claim.seen:
             raise UsageError(
                 f"{root} has changed since this run looked at it: another run has written there. "
@@ -276,7 +277,7 @@ def named(results: Iterable[str], work: pa.Table) -> Iterator[str]:
         if "{name}" in pattern:
             rows = zip(work.column("name").to_pylist(), work.column("uri").to_pylist(), strict=True)
             yield from (
-                pattern.replace("{suffix}", location.suffix(uri)).replace("{name}", name)
+                pattern.replace("{suffix}", Location.of(uri).suffix).replace("{name}", name)
                 for name, uri in rows
             )
         else:
@@ -284,7 +285,7 @@ def named(results: Iterable[str], work: pa.Table) -> Iterator[str]:
             yield from (pattern.replace("{shard}", f"{shard:06d}") for shard in shards)
 
 
-def owned(root: str) -> tuple[list[str], list[str]]:
+def owned(root: Location) -> tuple[list[str], list[str]]:
     """The results in `root` that are surely raypipe's, and a line for each thing left alone.
 
     These are the files that the journal names, that rows become by run.json and work.parquet, and
@@ -307,32 +308,30 @@ def owned(root: str) -> tuple[list[str], list[str]]:
         files.update(dict.fromkeys(made.endings))
         add(functools.partial(_of_work, root, made))
     elif done:
-        lines.append(f"{location.join(root, STATE)}/run.json is damaged or missing.")
+        lines.append(f"{root / STATE}/run.json is damaged or missing.")
     for shard in done:
         add(functools.partial(_of_entry, root, shard))
     ours, outside = _inside(root, files)
     if outside:
         lines.append(
-            f"{len(outside)} names in {location.join(root, STATE)} lead out of {root}, such as "
+            f"{len(outside)} names in {root / STATE} lead out of {root}, such as "
             f"{outside[0]!r}. Nothing there is deleted."
         )
     return ours, [printable(line, 1000) for line in lines]
 
 
-def _of_work(root: str, made: Made) -> list[str]:
+def _of_work(root: Location, made: Made) -> list[str]:
     work = read_work(root)
     return [] if work is None else list(named(made.results, work))
 
 
-def _of_entry(root: str, shard: int) -> list[str]:
+def _of_entry(root: Location, shard: int) -> list[str]:
     return [file for entry in read_entries(root, [shard]) for file in entry.files]
 
 
-def _inside(root: str, files: Iterable[str]) -> tuple[list[str], list[str]]:
+def _inside(root: Location, files: Iterable[str]) -> tuple[list[str], list[str]]:
     """The files that are below `root` and outside its state folder, and the others."""
-    within = functools.cache(
-        lambda folder: location.contains(root, f"{folder}/file" if folder else "file")
-    )
+    within = functools.cache(lambda folder: root.contains(f"{folder}/file" if folder else "file"))
     ours: list[str] = []
     outside: list[str] = []
     for file in files:
@@ -359,20 +358,20 @@ _TEMPORARY = re.compile(r"[0-9a-f]{12}-\d+-\d+")
 
 
 @contextlib.contextmanager
-def clearing(root: str) -> Iterator[None]:
+def clearing(root: Location) -> Iterator[None]:
     """Mark `root` as being cleared until the end of the block.
 
     An interruption leaves the mark, and the next run goes on with clearing.
     """
-    location.write(
-        root, f"{STATE}/clearing", b"What is here is being deleted. The next run goes on with it.\n"
+    root.write(
+        f"{STATE}/clearing", b"What is here is being deleted. The next run goes on with it.\n"
     )
     yield
-    location.delete(location.join(root, f"{STATE}/clearing"))
-    location.delete_empty(location.join(root, STATE))  # if no lease is in it
+    (root / f"{STATE}/clearing").delete()
+    (root / STATE).delete_empty()  # if no lease is in it
 
 
-def clear(root: str) -> list[str]:
+def clear(root: Location) -> list[str]:
     """Delete raypipe's results in `root` and the run's state, as `--no-resume` does.
 
     Other files are left alone.
@@ -382,7 +381,7 @@ def clear(root: str) -> list[str]:
     """
 
     def delete(file: str) -> None:
-        location.delete(location.join(root, file))
+        (root / file).delete()
 
     with clearing(root):
         files, lines = owned(root)
@@ -400,23 +399,23 @@ def clear(root: str) -> list[str]:
         for name in _OWN:
             delete(f"{STATE}/{name}")
         for folder in ("journal", "unread"):
-            location.delete_empty(location.join(root, f"{STATE}/{folder}"))
+            (root / f"{STATE}/{folder}").delete_empty()
         emptied = {parent for file in files for parent in _parents(file)}
         for folder in sorted(emptied, key=len, reverse=True):
-            location.delete_empty(location.join(root, folder))
+            (root / folder).delete_empty()
     return lines
 
 
-def clear_temporary(root: str) -> None:
+def clear_temporary(root: Location) -> None:
     """Delete the unfinished files of killed processes in `root`."""
-    folder = location.join(root, f"{STATE}/tmp")
-    for name in location.names(folder):
+    folder = root / f"{STATE}/tmp"
+    for name in folder.names():
         if _TEMPORARY.fullmatch(name):
-            location.delete(location.join(folder, name))
-    for name in location.folders(folder):
+            (folder / name).delete()
+    for name in folder.folders():
         if name.startswith("probe-"):
-            location.delete_folder(location.join(folder, name))
-    location.delete_empty(folder)
+            (folder / name).delete_folder()
+    folder.delete_empty()
 
 
 def _parents(file: str) -> Iterator[str]:

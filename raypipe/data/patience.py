@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from raypipe.data.location import StoreError, may_pass, short
+from raypipe.data.stores import StoreError, short
 
 T = TypeVar("T")
 
@@ -15,25 +15,28 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 8.0
 
 
 class Patience:
-    """One store's failures. It is asked again with growing pauses, for at most `seconds` without one success.
+    """The failures of one store. Threads may share it.
 
-    After that it is asked once in LONGEST_PAUSE_S; what is wanted meanwhile fails at once. One
-    success, and it is as if nothing had been. Threads may share it.
+    The store is asked again with growing pauses, for at most `seconds` without a success. After that
+    it is asked once in LONGEST_PAUSE_S, and other calls fail at once. One success resets everything.
     """
 
     def __init__(self, seconds: float = READ_PATIENCE_S):
         self._seconds = seconds
         self._lock = threading.Lock()
         self._failing_since: float | None = None
-        self._ask_again_at = 0.0  # once patience is at its end
+        self._ask_again_at = 0.0  # after the last of `seconds`
         self._said = ""
 
-    def call(self, do: Callable[[], T], location: str) -> T:
-        """What `do` returns, which reads from `location` and may be called several times.
+    def call(self, do: Callable[[], T], may_pass: Callable[[BaseException], bool]) -> T:
+        """The result of `do`, which asks the store and may be called several times.
+
+        Args:
+            may_pass: whether an error of `do` is the store's (`Location.may_pass`).
 
         Raises:
-            StoreError: the store did not answer for as long as that.
-            Exception: what `do` raises of the file itself.
+            StoreError: the store did not answer within `seconds`.
+            Exception: an error of `do` that is not the store's.
         """
         pauses = 0
         while True:
@@ -41,7 +44,7 @@ class Patience:
             try:
                 result = do()
             except Exception as error:
-                if not may_pass(error, location):
+                if not may_pass(error):
                     self.succeeded()  # the store has answered
                     raise
                 pause = self.failed(short(error), pauses)
@@ -60,8 +63,12 @@ class Patience:
                 self._failing_since = None
 
     def failed(self, said: str, pauses: int) -> float | None:
-        """The store has failed after so many pauses: seconds to wait before it is asked again; None:
-        there is no patience left."""
+        """The store has failed. Returns the seconds to wait, or None if there is no patience left.
+
+        Args:
+            said: the failure, in short.
+            pauses: the number of pauses so far.
+        """
         with self._lock:
             now = time.monotonic()
             self._said = said
@@ -74,29 +81,11 @@ class Patience:
             return min(FIRST_PAUSE_S * 2 ** min(pauses, 10), LONGEST_PAUSE_S, left)
 
     def _check(self) -> None:
-        """Raise StoreError where the store is not to be asked now."""
+        """Raise StoreError if the store must not be asked now."""
         with self._lock:
             now = time.monotonic()
             if self._failing_since is None or now < self._failing_since + self._seconds:
                 return
             if now < self._ask_again_at:
                 raise StoreError(self._said)
-            self._ask_again_at = now + LONGEST_PAUSE_S  # one asks, the others do not
-
-
-def listed(do: Callable[[], T], uri: str) -> T:
-    """What `do` returns, which asks a remote store by pyarrow; a store that does not answer is asked again.
-
-    Raises:
-        OSError: it did not, or there is no such thing.
-    """
-
-    def ask() -> T:
-        try:
-            return do()
-        except (FileNotFoundError, PermissionError):
-            raise
-        except OSError as error:  # Arrow has no class for what may pass
-            raise StoreError(short(error)) from error
-
-    return Patience().call(ask, uri)
+            self._ask_again_at = now + LONGEST_PAUSE_S  # this thread asks, the others do not

@@ -1,5 +1,6 @@
-"""From rows of a source to the images' bytes: read where they are needed, ahead of who needs them."""
+"""Reads the bytes of rows where they are needed, ahead of the consumer."""
 
+import functools
 import itertools
 import os
 import threading
@@ -17,28 +18,19 @@ from raypipe.data import demo
 from raypipe.data.formats import files
 from raypipe.data.formats.files import Range, unreadable
 from raypipe.data.formats.parquet import ParquetReader
-from raypipe.data.location import (
-    ERRORS,
-    StoreError,
-    is_remote,
-    local_path,
-    one_line,
-    path_of,
-    short,
-)
+from raypipe.data.location import Location
 from raypipe.data.names import PARQUET
 from raypipe.data.patience import READ_PATIENCE_S, Patience
+from raypipe.data.stores import ERRORS, Store, StoreError, one_line, short
 from raypipe.images.header import UNREAD, Reject
 
 CHUNK_ROWS = 16  # at most, in one I/O thread's turn
 CHUNK_BYTES = 4 << 20
 AGAIN_AFTER_S = 2.0
-"""Then missing files are tried once more: a network file system may show another node's file late."""
+"""Then missing files are read once more: a network file system may show a new file late."""
 
-_WORTH_S = 1e-4  # of waiting, a row: an image of 90 kB takes 1.5 ms to decode
-_GAP = (
-    64 << 10
-)  # bytes between two ranges up to which reading them in one go is cheaper than another request
+_WORTH_S = 1e-4  # of waiting a row justify a thread: decoding 90 kB takes 1.5 ms
+_GAP = 64 << 10  # bytes between two ranges that are cheaper to read than another request
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,18 +42,24 @@ class Reading:
     root: str | None = None
 
     def reader(self) -> "Reader":
-        """A reader that does so."""
+        """A reader with these arguments."""
         return Reader(self.threads, patience_s=self.patience_s, root=self.root)
 
 
 class Reader:
-    """Fetches the bytes of rows ahead of who consumes them, in `threads` I/O threads.
+    """Fetches the bytes of rows ahead of their consumer, in I/O threads.
 
-    0: in the caller's, not ahead. 1: in the caller's as long as that waits for nothing, as where the system has the files in memory, and else
-    ahead: on a warm cache a JPEG of 90 kB costs 22 us by open().read(), 26 us in the caller's thread, 30 to 50 us ahead (decoding it: 1550 us), and
-    where all cores have work, threads that take turns cost as much again (2% of the images/s in all, of two actors on two cores).
-    At most 2 * threads + 1 chunks of 16 rows or 4 MiB (and the image that exceeds them) are held. One reader may serve many
-    calls of `read`, one after another or at the same time.
+    - 0 threads: in the caller's thread, not ahead.
+    - 1 thread: in the caller's thread while reading never waits, because the files are in memory;
+      else ahead.
+    - more: ahead.
+
+    On a warm cache a JPEG of 90 kB costs 22 us by open().read(), 26 us in the caller's thread and 30
+    to 50 us ahead; decoding it costs 1550 us. If all cores are busy, switching threads costs as much
+    again (2% of the images/s of two actors on two cores).
+
+    It holds at most 2 * threads + 1 chunks of 16 rows or 4 MiB, and the image that exceeds them. One
+    reader may serve many calls of `read`, also at the same time.
     """
 
     def __init__(
@@ -69,35 +67,39 @@ class Reader:
     ) -> None:
         """
         Args:
-            threads: that read.
+            threads: I/O threads.
             patience_s: seconds for which a store that does not answer is asked again.
-            root: the local folder that the rows were listed in, where it is one.
+            root: the local folder that the rows were listed in, if it is one.
         """
         if threads < 0:
             raise UsageError(f"{threads} reader threads are not possible; give 0 or more")
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads, "raypipe-read") if threads else None
         self._parquet = ParquetReader()
-        self._far = False  # the last that was read in the caller's thread had to be waited for
+        self._far = False  # the last read in the caller's thread had to wait
         self._patience_s = patience_s
         self._root = root
-        self._stores: dict[str, Patience] = {}
+        self._stores: dict[Store | None, Patience] = {}
 
     def close(self) -> None:
-        """Ends the threads. Reads in progress are finished, not started ones dropped."""
+        """End the threads. Reads in progress are finished, others are dropped."""
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
         self._parquet.close()
 
     def read(self, rows: pa.Table) -> Iterator[bytes | Reject]:
-        """The bytes of each row (of SOURCE's `uri`, `offset`, `length`) in order, or why they cannot be had.
+        """The bytes of each row in order, or why they cannot be had. Raises nothing for a row.
 
-        Rows of raw pixels in Parquet come as the bytes of a .npy file. Raises nothing for a row that cannot be read.
-        What a store fails to give in time has the reason UNREAD, which says nothing of the row. Files that
-        are missing or forbidden are tried once more, together; where nothing can be read, it is the store's failure.
+        Raw pixels in Parquet come as the bytes of a .npy file. If a store does not answer in time, the
+        reason is UNREAD, which says nothing of the row. Missing and forbidden files are tried once
+        more, together. If nothing at all can be read, the store has failed.
+
+        Args:
+            rows: with SOURCE's columns `uri`, `offset` and `length`.
         """
+        places: dict[str, Location] = {}  # rows of one tar or Parquet file share theirs
         ranges = [
-            Range(uri, offset, length)
+            Range(places.get(uri) or places.setdefault(uri, Location.of(uri)), offset, length)
             for uri, offset, length in zip(
                 rows["uri"].to_pylist(),
                 rows["offset"].to_pylist(),
@@ -110,8 +112,10 @@ class Reader:
     def _settled(
         self, ranges: list[Range], found: Iterator[bytes | Reject]
     ) -> Iterator[bytes | Reject]:
-        """`found` with those that are missing tried once more: from the first of them on, all are read
-        before any is given."""
+        """`found`, with missing files tried once more.
+
+        From the first missing one on, all are read before any is given.
+        """
         nothing = True
         for row, one in enumerate(found):
             if isinstance(one, _Missing):
@@ -133,7 +137,7 @@ class Reader:
             nothing = nothing and all(isinstance(one, Reject) for one in found) and len(found) > 1
             if not missing or not (nothing or self._root_is_away()):
                 break
-            patience = self._patience(ranges[missing[0]].uri)
+            patience = self._patience(ranges[missing[0]].place)
             pause = patience.failed(found[missing[0]].detail, pauses) if self._patience_s else None  # type: ignore[union-attr]
             if pause is None:
                 for row in missing:
@@ -149,7 +153,7 @@ class Reader:
             yield found.pop()
 
     def _root_is_away(self) -> bool:
-        """Whether the folder that rows were listed in is missing, or empty as a mount point is."""
+        """Whether the folder of the rows is missing, or empty like a mount point."""
         if self._root is None:
             return False
         try:
@@ -158,21 +162,17 @@ class Reader:
         except OSError:
             return True
 
-    def _patience(self, uri: str) -> Patience:
-        store = (
-            uri.partition("://")[0] + uri.partition("://")[2].partition("/")[0]
-            if is_remote(uri)
-            else ""
-        )
-        return self._stores.setdefault(store, Patience(self._patience_s))
+    def _patience(self, place: Location) -> Patience:
+        found = self._stores.get(place.store)
+        return found or self._stores.setdefault(place.store, Patience(self._patience_s))
 
     def _ahead(self, ranges: list[Range]) -> Iterator[bytes | Reject]:
         todo = deque(_chunks(ranges, self._threads))
-        local = not ranges or not is_remote(ranges[0].uri)
+        local = not ranges or not ranges[0].place.is_remote
         near = self._threads == 0 or (self._threads == 1 and _TELLS and local)
         while todo and near:
             chunk = todo.popleft()
-            if self._far and len(chunk) > 1:  # one row tells whether it still is
+            if self._far and len(chunk) > 1:  # one row tells whether reading still waits
                 todo.appendleft(chunk[1:])
                 chunk = chunk[:1]
             before = _off_s()
@@ -209,12 +209,12 @@ class Reader:
                 future.cancel()
 
     def _read(self, ranges: list[Range]) -> list[bytes | Reject]:
-        """The first of the ranges, at least one: it stops when it has read more than a chunk's bytes."""
+        """The first of the ranges, at least one: it stops after more than a chunk's bytes."""
         out: list[bytes | Reject] = []
         size = 0
-        for uri, run in itertools.groupby(ranges, lambda one: one.uri):
+        for _, run in itertools.groupby(ranges, lambda one: one.place.text):
             for group in self._groups(list(run)):
-                found = self._fetch(uri, group)
+                found = self._fetch(group[0].place, group)
                 out += found
                 size += sum(len(one) for one in found if isinstance(one, bytes))
                 if size > CHUNK_BYTES or len(found) < len(group):
@@ -222,7 +222,7 @@ class Reader:
         return out
 
     def _groups(self, run: list[Range]) -> Iterator[list[Range]]:
-        if _kind(run[0].uri) == "parquet":
+        if _kind(run[0].place) == "parquet":
             yield run
             return
         group: list[Range] = []
@@ -233,40 +233,45 @@ class Reader:
             group.append(one)
         yield group
 
-    def _fetch(self, uri: str, group: list[Range]) -> list[bytes | Reject]:
-        """The ranges of a group; of a Parquet file perhaps only the first, at least one.
+    def _fetch(self, place: Location, group: list[Range]) -> list[bytes | Reject]:
+        """The ranges of a group; of a Parquet file perhaps only the first ones, at least one.
 
-        A store that does not answer is waited for (`Patience`).
+        A store that does not answer is asked again (`Patience`).
         """
-        # Of a Parquet file other rows may be in a row group that can be read.
-        count = 1 if _kind(uri) == "parquet" else len(group)
+        # Other rows of a Parquet file may be in a row group that can be read.
+        count = 1 if _kind(place) == "parquet" else len(group)
         try:
-            return self._patience(uri).call(lambda: self._fetch_once(uri, group), uri)
+            do = functools.partial(self._fetch_once, place, group)
+            return self._patience(place).call(do, place.may_pass)
         except StoreError as error:
             return [Reject(UNREAD, short(error))] * count
         except (FileNotFoundError, PermissionError, NotADirectoryError) as error:
-            return [_Missing(f"{uri}: {one_line(error)}", short(error))] * len(group)
+            return [_Missing(f"{place}: {one_line(error)}", short(error))] * len(group)
         except (ValueError, *ERRORS) as error:  # ValueError: also what Arrow calls invalid
-            return [unreadable(f"{uri}: {one_line(error)}")] * (
+            return [unreadable(f"{place}: {one_line(error)}")] * (
                 len(group) if isinstance(error, ValueError) else count
             )
 
-    def _fetch_once(self, uri: str, group: list[Range]) -> list[bytes | Reject]:
-        match _kind(uri):
+    def _fetch_once(self, place: Location, group: list[Range]) -> list[bytes | Reject]:
+        match _kind(place):
             case "parquet":
-                return self._parquet.read(uri, [one.offset for one in group], most=CHUNK_BYTES)
+                return self._parquet.read(place, [one.offset for one in group], most=CHUNK_BYTES)
             case "demo":
-                seed, _, index = uri.removeprefix("demo://").partition("/")
+                seed, _, index = place.text.removeprefix("demo://").partition("/")
                 return [demo.read(int(seed), int(index))]
             case "remote":
-                return files.read_remote(uri, group)
+                return files.read_remote(place, group)
             case _:
-                return files.read_local(local_path(uri), group)
+                return files.read_local(place.path, group)
 
 
 def core_wait_s(thread: int) -> float | None:
-    """Seconds that a thread of this process (its native id) has been ready to run and had no core: the second figure of its schedstat. None where the
-    system does not tell."""
+    """Seconds that a thread of this process was ready to run and had no core.
+
+    It is the second figure of the thread's schedstat; None if the system does not tell.
+
+    thread: its native id.
+    """
     try:
         return int(Path(f"/proc/self/task/{thread}/schedstat").read_text().split()[1]) / 1e9
     except (OSError, IndexError, ValueError):
@@ -277,33 +282,37 @@ _TELLS = core_wait_s(threading.get_native_id()) is not None  # on Linux
 
 
 def _off_s() -> float:
-    """Seconds, from whenever, that this thread neither ran nor was ready to: it waited for a disk, a network or the interpreter."""
+    """Seconds that this thread has waited for a disk, a network or the interpreter.
+
+    Only differences of it mean something.
+    """
     return (
         time.perf_counter() - time.thread_time() - (core_wait_s(threading.get_native_id()) or 0.0)
     )
 
 
 def _chunks(ranges: list[Range], threads: int) -> Iterator[list[Range]]:
-    """Rows that one I/O thread reads in a row: enough to make its hand-over cheap, few enough that all threads have some.
+    """Rows for one turn of an I/O thread.
 
-    Only one if each is a request of its own to a remote store.
+    Enough to make the hand-over cheap, and few enough for all threads to have some. Only one row if
+    it is a request of its own to a store.
     """
     rows = min(max(len(ranges) // (4 * max(threads, 1)), 1), CHUNK_ROWS)
     start = 0
     while start < len(ranges):
         one = ranges[start]
-        alone = one.length < 0 and _kind(one.uri) == "remote"
+        alone = one.length < 0 and _kind(one.place) == "remote"
         stop = start + 1 if alone else min(start + rows, len(ranges))
         yield ranges[start:stop]
         start = stop
 
 
-def _kind(uri: str) -> str:
-    if uri.startswith("demo://"):
+def _kind(place: Location) -> str:
+    if place.store is not None and place.store.scheme == "demo":
         return "demo"
-    if uri.endswith(PARQUET) or path_of(uri).lower().endswith(PARQUET):
+    if place.path.endswith(PARQUET) or place.path.lower().endswith(PARQUET):
         return "parquet"
-    return "remote" if is_remote(uri) else "local"
+    return "remote" if place.is_remote else "local"
 
 
 def _follows(group: list[Range], one: Range) -> bool:
@@ -317,7 +326,7 @@ def _follows(group: list[Range], one: Range) -> bool:
 
 
 class _Missing(Reject):
-    """A file that is not there or forbidden, so far. `short`: the reason without its name."""
+    """A file that is missing or forbidden so far. `short`: the reason without its name."""
 
     def __init__(self, detail: str, short: str) -> None:
         super().__init__("unreadable", detail)

@@ -24,7 +24,7 @@ import pyarrow as pa
 from raypipe.data.formats.files import EXTENSIONS, files_of, npy
 from raypipe.data.formats.parquet import parquet_of
 from raypipe.data.formats.tar import tar_of
-from raypipe.data.location import write
+from raypipe.data.location import Location
 from raypipe.errors import UsageError
 
 FORMATS = (*EXTENSIONS, "webdataset", "parquet")
@@ -38,7 +38,6 @@ class Sink:
     """A format and the place it is written to.
 
     Attributes:
-        root: a local path or URI.
         folder: below the root, for image files (jpeg, png, npy).
         quality: of JPEG, 1 to 100.
         tmp: below a local root, for unfinished files. Killed writers leave files there.
@@ -46,7 +45,7 @@ class Sink:
     """
 
     format: str
-    root: str
+    root: Location
     folder: str = ""
     quality: int = 95
     tmp: str = "_raypipe/tmp"
@@ -104,12 +103,12 @@ def write_shard(
 
     files, size = [], 0
     for name, data in files_of(block, sink.format, encode=encoded, keeps_suffix=sink.keeps_suffix):
-        write(sink.root, folder + name, data, tmp=sink.tmp)
+        sink.root.write(folder + name, data, tmp=sink.tmp)
         files.append(folder + name)
         size += len(data)
     return Written(files=files, bytes=size)
 
 
 def _put(sink: Sink, file: str, data: bytes | memoryview) -> Written:
-    write(sink.root, file, data, tmp=sink.tmp)
+    sink.root.write(file, data, tmp=sink.tmp)
     return Written(files=[file], bytes=len(data))

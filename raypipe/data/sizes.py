@@ -1,7 +1,7 @@
-"""How much memory rows will take in an actor, looked up before they are cut into shards.
+"""The memory that rows will need in an actor, estimated before they are cut into shards.
 
-Only for recipes whose results differ in size. Of local files the header is read (35 us a JPEG); of
-remote ones nothing is: each encoded byte counts 20 bytes of pixels.
+Only for recipes whose results differ in size. Headers of local files are read (35 us a JPEG). Remote
+files are not: an encoded byte counts as 20 bytes of pixels.
 """
 
 import os
@@ -15,8 +15,8 @@ import pyarrow as pa
 from pyarrow import fs
 
 from raypipe import UsageError
-from raypipe.data import location
 from raypipe.data.formats import parquet
+from raypipe.data.location import Location
 from raypipe.data.names import PARQUET
 from raypipe.data.work import SHARD_BYTES, Weights, shard_rows
 from raypipe.images.decode import MAX_PIXELS, Header, Reject, peek, read_header
@@ -25,10 +25,10 @@ from raypipe.images.ops.op import Size
 from raypipe.images.recipe import Recipe, for_evaluation
 
 PER_ENCODED_BYTE = 20
-"""Bytes of pixels that an encoded byte is taken to become: JPEGs of quality 75 to 95 become 5 to 25."""
+"""Bytes of pixels counted for an encoded byte. JPEGs of quality 75 to 95 have 5 to 25."""
 
 USUAL: Size = (480, 640)
-"""The size of an image of which nothing is known."""
+"""The size of an image if nothing is known of it."""
 
 _HEAD = 1 << 16
 _MOST = 512 << 20
@@ -36,11 +36,14 @@ _MOST = 512 << 20
 
 @dataclass(kw_only=True)
 class Weigher:
-    """Says what rows will take: called with a table (columns uri, offset, length).
+    """Estimates what rows will need: call it with a table (columns uri, offset, length).
 
-    largest: bytes of the largest row that was weighed so far.
-    recipe: what is done to them. scratch: of the backend. memory: bytes that a shard may take. target:
-    bytes of results at which a shard is large enough; None: only `memory` bounds it.
+    Attributes:
+        recipe: what is done to the rows.
+        scratch: working memory of the backend's ops.
+        memory: bytes that a shard may need.
+        target: bytes of results at which a shard is large enough; None: only `memory` bounds it.
+        largest: bytes of the largest row so far.
     """
 
     recipe: Recipe
@@ -83,7 +86,7 @@ class Weigher:
         )
 
     def _of(self, header: Header) -> tuple[int, int, int]:
-        """Bytes of the result as it usually is, and at most; and bytes while one is worked on."""
+        """Bytes of a result, usually and at most; and bytes needed while it is made."""
         size = header.height, header.width
         usual = for_evaluation(self.recipe).largest(size)
         most = self.recipe.largest(size)
@@ -100,7 +103,10 @@ class Weigher:
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """Shards of at most `rows` rows, each `each` bytes of results, or what `weigh` says, in `memory` bytes."""
+    """Shards of at most `rows` rows in `memory` bytes.
+
+    A row's result has `each` bytes, or what `weigh` says.
+    """
 
     rows: int
     memory: int
@@ -109,12 +115,15 @@ class Cut:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Of `raypipe.data.work.make_work`, and of what else cuts."""
+        """The arguments of `raypipe.data.work.make_work` and the like."""
         return {"rows_per_shard": self.rows, "weigh": self.weigh}
 
     @property
     def need(self) -> int:
-        """Bytes that the largest shard takes, as far as rows were weighed; of recipes with one size, its results alone."""
+        """Bytes that the largest shard needs, as far as rows were weighed.
+
+        For recipes with one size, its results alone.
+        """
         return (
             self.rows * self.each
             if self.weigh is None
@@ -131,10 +140,10 @@ def cut(
     memory: int,
     max_pixels: int = MAX_PIXELS,
 ) -> "Cut":
-    """How `images` rows are cut into shards that fit into `memory` bytes.
+    """How to cut `images` rows into shards that fit into `memory` bytes.
 
     Args:
-        rows: of a shard at most, as the user wants it; None: as many as make SHARD_BYTES of results.
+        rows: at most in a shard, as the user wants it; None: as many as make SHARD_BYTES of results.
 
     Raises:
         UsageError: no result of the recipe fits.
@@ -152,8 +161,9 @@ def cut(
     each = size[0] * size[1] * 3
     if each > memory // 2:
         raise UsageError(
-            f"Recipe {recipe.name} makes images of {size[0]}x{size[1]}, {each / 1e9:.2f} GB each, and an actor has {memory / 1e9:.2f} GB for "
-            f"results and for the image at work. Ask for more with --actor-memory, or make smaller ones."
+            f"Recipe {recipe.name} makes images of {size[0]}x{size[1]}, {each / 1e9:.2f} GB each, "
+            f"and an actor has {memory / 1e9:.2f} GB for results and for the image at work. Ask for "
+            "more with --actor-memory, or make smaller ones."
         )
     wanted = rows or shard_rows(rows=images, row_bytes=each)
     return Cut(rows=min(wanted, memory // 2 // each), memory=memory, each=each)
@@ -162,27 +172,32 @@ def cut(
 def _looked_up(
     uris: Sequence[str], offsets: Sequence[int], lengths: Sequence[int], max_pixels: int
 ) -> Iterable[tuple[int, Header | None]]:
-    """Encoded bytes of each row, and its header, a guess where nobody looked; None: it will be rejected."""
+    """Encoded bytes and the header of each row; the header is a guess for files that are not read.
+
+    None for a row that will be rejected.
+    """
     of_parquet: dict[str, tuple[np.ndarray, np.ndarray | None] | None] = {}
+    places = {uri: Location.of(uri) for uri in uris}
     remote = _remote_sizes(
         {
-            uri
+            uri: places[uri]
             for uri, length in zip(uris, lengths, strict=True)
-            if length < 0 and location.is_remote(uri)
+            if length < 0 and places[uri].is_remote
         }
     )
     for uri, offset, length in zip(uris, offsets, lengths, strict=True):
-        if location.path_of(uri).lower().endswith(PARQUET):
+        place = places[uri]
+        if place.path.lower().endswith(PARQUET):
             if uri not in of_parquet:
-                of_parquet[uri] = _of_parquet(uri)
+                of_parquet[uri] = _of_parquet(place)
             yield _row_of(of_parquet[uri], offset)
         elif uri.startswith("demo://"):
             yield 0, _guessed(USUAL)
-        elif location.is_remote(uri):
+        elif place.is_remote:
             size = length if length >= 0 else remote.get(uri, 0)
             yield size, _of_bytes(size) if size else _guessed(USUAL)
         else:
-            yield _local(location.local_path(uri), offset, length, max_pixels)
+            yield _local(place.path, offset, length, max_pixels)
 
 
 def _guessed(size: Size) -> Header:
@@ -190,15 +205,15 @@ def _guessed(size: Size) -> Header:
 
 
 def _of_bytes(encoded: float) -> Header:
-    """An image of so many bytes, as if it were square."""
+    """A guess of an image with so many bytes: a square."""
     side = max(1, int((encoded * PER_ENCODED_BYTE / 3) ** 0.5))
     return _guessed((side, side))
 
 
-def _of_parquet(uri: str) -> tuple[np.ndarray, np.ndarray | None] | None:
+def _of_parquet(place: Location) -> tuple[np.ndarray, np.ndarray | None] | None:
     try:
-        return parquet.sizes(uri)
-    except Exception:  # foreign bytes: whoever reads them says what is wrong
+        return parquet.sizes(place)
+    except Exception:  # foreign bytes: the reader says what is wrong
         return None
 
 
@@ -213,7 +228,7 @@ def _row_of(sizes: tuple[np.ndarray, np.ndarray | None] | None, row: int) -> tup
 
 
 def _local(path: str, offset: int, length: int, max_pixels: int) -> tuple[int, Header | None]:
-    """The header of a local file, or of a part of one."""
+    """The encoded bytes and the header of a local file, or of a part of one."""
     try:
         descriptor = os.open(
             path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
@@ -235,19 +250,19 @@ def _local(path: str, offset: int, length: int, max_pixels: int) -> tuple[int, H
         os.close(descriptor)
 
 
-def _remote_sizes(uris: set[str]) -> dict[str, int]:
-    """Bytes of each of the objects, as a listing of their folders says: one request for a thousand of them."""
+def _remote_sizes(places: Mapping[str, Location]) -> dict[str, int]:
+    """Bytes of each object, by listing their folders: one request for a thousand objects."""
     folders: dict[str, list[str]] = defaultdict(list)
-    for uri in uris:
+    for uri in places:
         folders[uri.rpartition("/")[0]].append(uri)
     found: dict[str, int] = {}
     for members in folders.values():
         try:
-            system, _ = location.filesystem(members[0])
-            paths = {location.filesystem(uri)[1]: uri for uri in members}
+            system, _ = places[members[0]].filesystem()
+            paths = {places[uri].filesystem()[1]: uri for uri in members}
             folder = next(iter(paths)).rpartition("/")[0]
             listed = system.get_file_info(fs.FileSelector(folder))
-        except Exception:  # whoever reads them says what is wrong
+        except Exception:  # the reader says what is wrong
             continue
         found |= {
             paths[info.path]: info.size for info in listed if info.path in paths and info.size

@@ -21,9 +21,9 @@ import pyarrow.parquet as pq
 import torch
 
 from raypipe import UsageError
-from raypipe.data import location
 from raypipe.data.formats.parquet import read_table
 from raypipe.data.journal import Dropped, Rejected
+from raypipe.data.location import Location
 from raypipe.data.outputs import differences
 from raypipe.data.tables import whole
 from raypipe.errors import foreign, printable, shown, words
@@ -81,7 +81,7 @@ class Checkpoint:
 def save(folder: str, checkpoint: Checkpoint) -> None:
     """Put a checkpoint into `folder`, a local path or URI; it counts when this returns, and not before.
 
-    Raises one of location.ERRORS.
+    Raises one of stores.ERRORS.
     """
     state = io.BytesIO()
     torch.save(checkpoint.state, state)
@@ -95,18 +95,17 @@ def save(folder: str, checkpoint: Checkpoint) -> None:
     rows = pa.BufferOutputStream()
     pq.write_table(consumed, rows, compression="zstd")
     files = {"state.pt": state.getbuffer(), "consumed.parquet": memoryview(rows.getvalue())}
-    location.delete(
-        location.join(folder, "about.json")
-    )  # of an earlier one, whose other files are now replaced
+    place = Location.of(folder)
+    (place / "about.json").delete()  # of an earlier one, whose other files are now replaced
     for name, data in files.items():
-        location.write(folder, name, data, tmp="")
+        place.write(name, data, tmp="")
     about = {
         "version": VERSION,
         "settings": checkpoint.settings,
         "progress": asdict(checkpoint.progress),
         "bytes": {name: data.nbytes for name, data in files.items()},
     }
-    location.write(folder, "about.json", json.dumps(about, indent=1).encode(), tmp="")
+    place.write("about.json", json.dumps(about, indent=1).encode(), tmp="")
 
 
 def about(folder: str) -> dict[str, Any] | None:
@@ -116,7 +115,7 @@ def about(folder: str) -> dict[str, Any] | None:
         UsageError: it was made by another version of the format, or cannot be read.
     """
     try:
-        data = location.read(location.join(folder, "about.json"))
+        data = (Location.of(folder) / "about.json").read()
     except FileNotFoundError:
         return None
     with foreign(f"{folder}/about.json", remedy=_OTHER) as place:
@@ -178,26 +177,26 @@ def load(folder: str, *, trusted: Collection[str] = ()) -> Checkpoint:
         raise UsageError(
             f"{folder!r} is no checkpoint: there is no about.json in it. Give the folder of one."
         )
-    data = {}
+    data, place = {}, Location.of(folder)
     for name in _FILES[1:]:
         size = found["bytes"].get(name)
         try:
-            data[name] = location.read(location.join(folder, name))
+            data[name] = (place / name).read()
         except FileNotFoundError:
             data[name] = b""
         if len(data[name]) != size:
             raise UsageError(
-                f"{location.join(folder, name)} has {len(data[name])} bytes, {size} were written: it is damaged. Delete {folder} to go on from "
+                f"{place / name} has {len(data[name])} bytes, {size} were written: it is damaged. Delete {folder} to go on from "
                 f"the checkpoint before it."
             )
     consumed = read_table(
-        data["consumed.parquet"], CONSUMED, location.join(folder, "consumed.parquet"), remedy=_OTHER
+        data["consumed.parquet"], CONSUMED, str(place / "consumed.parquet"), remedy=_OTHER
     )
     return Checkpoint(
         settings=found["settings"],
         progress=_progress(found),
         consumed=consumed.column("image_id").to_pylist(),
-        state=_state(data["state.pt"], location.join(folder, "state.pt"), trusted),
+        state=_state(data["state.pt"], str(place / "state.pt"), trusted),
     )
 
 
@@ -268,7 +267,7 @@ def find(where: str) -> str:
 def identity(folder: str) -> dict[str, Any]:
     """What tells the weights in `folder` from others, wherever the folder is moved to: how far they are, and a digest. JSON types."""
     progress = progress_of(folder)
-    digest = blake2b(location.read(location.join(folder, "state.pt")), digest_size=8).hexdigest()
+    digest = blake2b((Location.of(folder) / "state.pt").read(), digest_size=8).hexdigest()
     return {"epoch": progress.epoch, "step": progress.step, "digest": digest}
 
 
@@ -280,11 +279,12 @@ def name_of(progress: Progress) -> str:
 def all_in(storage: str) -> list[str]:
     """The finished checkpoints one or two levels below `storage`, the least trained first."""
     found = []
-    for outer in location.folders(storage):
-        inner = location.join(storage, outer)
-        for folder in [inner, *(location.join(inner, name) for name in location.folders(inner))]:
-            if location.path_of(folder).rstrip("/").rpartition("/")[2].startswith("checkpoint-"):
-                one = about(folder)
+    top = Location.of(storage)
+    for outer in top.folders():
+        inner = top / outer
+        for place in [inner, *(inner / name for name in inner.folders())]:
+            if place.name.startswith("checkpoint-"):
+                one = about(folder := str(place))
                 if one is not None:
                     progress = _progress(one)
                     found.append((progress.rows, progress.step, folder))
@@ -317,10 +317,11 @@ def prune(storage: str, keep: Sequence[str] = ()) -> list[str]:
     for folder in all_in(storage):
         if folder in keep:
             continue
-        if not location.within(folder, storage):
+        place = Location.of(folder)
+        if not place.within(Location.of(storage)):
             left.append(f"{folder} leads out of {storage}. It was not deleted.")
             continue
         for name in _FILES:  # about.json first: what is left of it is no checkpoint
-            location.delete(location.join(folder, name))
-        location.delete_empty(folder)
+            (place / name).delete()
+        place.delete_empty()
     return left

@@ -23,7 +23,7 @@ import ray.data
 from ray.exceptions import RayError
 from rich.console import Console
 
-from raypipe.data import location
+from raypipe.data.location import Location
 from raypipe.insight import planner
 from raypipe.insight import report as reports
 from raypipe.insight.states import Consumed, NodeCpu, Snapshot
@@ -58,7 +58,7 @@ class Claim:
     it has just made there, before it deletes anything.
     """
 
-    root: str
+    root: Location
     option: str
     take: Callable[..., AbstractContextManager[Held]]
 
@@ -311,11 +311,11 @@ def _claimed(
         touch()
         yield lambda: None
         return
-    option = f"{claim.option} {claim.root!r}"
+    option = f"{claim.option} {str(claim.root)!r}"
 
-    def check(file: str) -> None:
-        if session.nodes > 1 and not location.is_remote(file):
-            check_shared(file, option=option)
+    def check(file: Location) -> None:
+        if session.nodes > 1 and not file.is_remote:
+            check_shared(file.path, option=option)
         touch()
 
     with claim.take(check=check) as held:

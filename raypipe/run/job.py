@@ -15,7 +15,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from rich.console import Console
 
-from raypipe.data import journal, location, outputs, sizes
+from raypipe.data import journal, outputs, sizes
+from raypipe.data.location import Location
+from raypipe.data.names import STATE
 from raypipe.data.reader import Reading
 from raypipe.data.work import extend, make_work, named_as_before, remaining, renewed, requeued
 from raypipe.errors import UsageError
@@ -88,7 +90,7 @@ class Results:
     endings: files of the output that are written when all shards are done.
     """
 
-    root: str | None
+    root: Location | None
     decides: dict[str, Any]
     names: tuple[str, ...] = ()
     endings: tuple[str, ...] = ()
@@ -212,7 +214,7 @@ class Job:
     conclude: Callable[[list[journal.Written]], dict[str, Any]] = lambda written: {}
 
     @property
-    def root(self) -> str | None:
+    def root(self) -> Location | None:
         """The output."""
         return self.todo.claim.root if self.todo.claim is not None else None
 
@@ -240,7 +242,7 @@ class Job:
             images=left.num_rows,
             stages=stages,
             threads=self.running.threads,
-            output=self.root,
+            output=None if self.root is None else str(self.root),
             recipe=recipe,
             shard_bytes=self.todo.shard_bytes,
             auto=auto,
@@ -346,7 +348,7 @@ def _nothing_left(
             f"come to its end. Writing its report from the journal ...",
         )
     nothing = Outcome(report=None, rejected=rows.rejected, unread=rows.unread, rows=total)
-    if covered and all(location.exists(location.join(root, file)) for file in todo.endings):
+    if covered and all((root / file).exists() for file in todo.endings):
         return nothing
     tell = partial(say, console)
     with outputs.claimed(todo.claim, run_id=run_id, tell=tell, check=lambda file: touch()):
@@ -393,7 +395,7 @@ def _conclude(job: Job, report: dict[str, Any], rows: Became) -> Outcome:
         report |= {**extra, "boxes_dropped": len(dropped)}
         report["shards"] = ranges(work.column("shard").to_pylist())
         outputs.clear_temporary(root)  # what killed actors had under way
-        leave_report(root, f"{journal.STATE}/", report, rows.rejected, pictures, dropped)
+        leave_report(root, f"{STATE}/", report, rows.rejected, pictures, dropped)
     if place is not None:
-        leave_report(place, "", report, rows.rejected, pictures, dropped)
+        leave_report(Location.of(place), "", report, rows.rejected, pictures, dropped)
     return Outcome(report=report, rejected=rows.rejected, unread=rows.unread, rows=work.num_rows)

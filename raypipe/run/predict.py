@@ -17,11 +17,12 @@ import pyarrow.compute as pc
 import torch
 from rich.console import Console
 
-from raypipe.data import demo, journal, location
+from raypipe.data import demo, journal
 from raypipe.data.formats.coco import image_key, read_coco
 from raypipe.data.formats.parquet import read_table
 from raypipe.data.journal import Dropped
 from raypipe.data.listing import look
+from raypipe.data.location import Location
 from raypipe.data.sinks import Sink
 from raypipe.data.tables import (
     ANNOTATION_FIELDS,
@@ -80,7 +81,7 @@ class Model:
     @property
     def folder(self) -> str:
         """The checkpoint's own folder. Raises UsageError if there is none."""
-        return checkpoints.find(location.absolute(self.checkpoint))
+        return checkpoints.find(Location.of(self.checkpoint).uri)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -238,10 +239,10 @@ def predicting(settings: Settings) -> Job:
         limit=settings.running.limit,
         seed=given.seed,
     )
-    coco = read_coco(given.annotations) if given.annotations is not None else {}
+    coco = read_coco(Location.of(given.annotations)) if given.annotations is not None else {}
     names = _names(coco) if coco else _demo_names(given.input)
     results = Results(
-        root=output,
+        root=Location.of(output),
         decides={**settings.decided(), **asdict(decoding)},
         names=(PART, DRAWN) if settings.found.draw else (PART,),
         endings=(RESULTS,),
@@ -268,8 +269,8 @@ def predicting(settings: Settings) -> Job:
     ids = {image_key(image["id"]): image["id"] for image in coco.get("images") or ()}
 
     def conclude(written: list[journal.Written]) -> dict[str, Any]:
-        tables = list(_stored(output, written))
-        location.write(output, RESULTS, coco_results(tables, ids))
+        tables = list(_stored(Location.of(output), written))
+        Location.of(output).write(RESULTS, coco_results(tables, ids))
         return _told(truths_of(source, tables), tables, about, names)
 
     return Job(
@@ -285,7 +286,7 @@ def predicting(settings: Settings) -> Job:
 
 def _stage(settings: Settings, what: Predicting, *, model: str, step: int) -> Stage:
     """The stage that predicts."""
-    sink = Sink(format="parquet", root=location.absolute(settings.predicting.output))
+    sink = Sink(format="parquet", root=Location.of(settings.predicting.output))
     return Stage(
         steps=(Predict(sink=sink, predicting=what, wait_ms=settings.predicting.store_ms),),
         actors=settings.predicting.predictors,
@@ -374,15 +375,13 @@ def unlabelled(source: pa.Table) -> pa.Table:
     return source
 
 
-def _stored(output: str, written: Sequence[journal.Written]) -> Iterator[pa.Table]:
+def _stored(output: Location, written: Sequence[journal.Written]) -> Iterator[pa.Table]:
     """The predictions for the images in `written`, a table (schema PREDICTIONS) a shard."""
     wanted = pa.array([row.image_id for row in written], pa.string())
     for part in dict.fromkeys(row.file for row in written):
-        place = location.join(output, part)
+        place = output / part
         remedy = "--no-resume predicts again."
-        table = read_table(
-            location.read(place), PREDICTIONS, f"the predictions {place}", remedy=remedy
-        )
+        table = read_table(place.read(), PREDICTIONS, f"the predictions {place}", remedy=remedy)
         yield table.filter(pc.is_in(table.column("image_id"), wanted))
 
 

@@ -12,9 +12,10 @@ import numpy as np
 import pyarrow as pa
 from rich.console import Console
 
-from raypipe.data import journal, location
+from raypipe.data import journal
 from raypipe.data.formats.coco import annotations_of, check_annotation_ids, write_annotations
 from raypipe.data.listing import look
+from raypipe.data.location import Location
 from raypipe.data.shapes import Placement, placement
 from raypipe.data.sinks import Sink
 from raypipe.data.tables import frames_of, unlist
@@ -175,8 +176,8 @@ def preprocessing(settings: Settings) -> Job:
             return {}
         rows = ((w.image_id, w.file, w.height, w.width, w.boxes, w.annotation_ids) for w in written)
         kept = write_annotations(
-            annotations,
-            location.absolute(output),
+            Location.of(annotations),
+            Location.of(output),
             rows,
             folder=image_folder(settings),
             placed=dict(_placed(settings.source.seed, todo, written)),
@@ -219,11 +220,11 @@ def plan(settings: Settings) -> Todo:
     check_cache_names(settings, rows)
     annotations: tuple[str, ...] = ()
     if source.annotations is not None and _annotates(settings):
-        annotations = (annotations_of(source.annotations),)
+        annotations = (annotations_of(Location.of(source.annotations)),)
         if output is not None:
             check_annotation_ids(rows, source.annotations)
     results = Results(
-        root=output,
+        root=None if output is None else Location.of(output),
         decides=settings.decided(),
         names=result_names(settings),
         endings=annotations,
@@ -246,7 +247,7 @@ def writing(settings: Settings, recipe: Recipe) -> Stage | None:
     step = Write(
         sink=Sink(
             format=stored.format,
-            root=location.absolute(settings.writing.output),
+            root=Location.of(settings.writing.output),
             folder=image_folder(settings),
             quality=stored.quality,
             keeps_suffix=stored.mlperf_cache is not None,
@@ -327,7 +328,7 @@ def image_folder(settings: Settings) -> str:
         return "/".join(("preprocessed", stored.mlperf_cache, shape, *images))
     if source.annotations is None:
         return ""
-    return os.path.basename(location.path_of(location.absolute(source.input)).rstrip("/"))
+    return Location.of(source.input).name
 
 
 def check_cache_names(settings: Settings, work: pa.Table) -> None:
@@ -336,7 +337,7 @@ def check_cache_names(settings: Settings, work: pa.Table) -> None:
         return
     names, uris = (work.column(column).to_pylist() for column in ("name", "uri"))
     for name, uri in zip(names, uris, strict=True):
-        path, suffix = location.path_of(uri), location.suffix(uri)
+        path, suffix = "/" + (place := Location.of(uri)).path, place.suffix
         if suffix.lower() in _CONTAINERS or not path.endswith(f"/{name}{suffix}"):
             raise UsageError(
                 f"--mlperf-cache names a file by its image file, and {uri!r} would become {name!r}: images "

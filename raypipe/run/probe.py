@@ -20,8 +20,8 @@ from typing import BinaryIO, Protocol, runtime_checkable
 
 import pyarrow as pa
 
-from raypipe.data import location
 from raypipe.data.listing import list_images
+from raypipe.data.location import Location
 from raypipe.data.reader import Reader
 from raypipe.data.sinks import Sink
 from raypipe.data.work import make_work
@@ -49,7 +49,7 @@ class Storing(Step, Protocol):
     @property
     def wait_ms(self) -> float: ...
 
-    def elsewhere(self, folder: str) -> "Storing":
+    def elsewhere(self, folder: Location) -> "Storing":
         """The same step, storing into `folder`, without waiting for anything."""
 
 
@@ -70,16 +70,16 @@ class Probe:
     token: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
 
     @property
-    def folder(self) -> str:
+    def folder(self) -> Location:
         """Where the step after stores: beside unfinished files, as the output is not claimed yet."""
         assert self.then is not None
         sink = self.then.sink
-        return location.join(sink.root, f"{sink.tmp}/probe-{self.token}")
+        return sink.root / f"{sink.tmp}/probe-{self.token}"
 
     @cached_property
     def makes_root(self) -> bool:
         """Whether the output was missing when this was first asked: then it goes with the probe."""
-        return self.then is not None and not location.exists(self.then.sink.root)
+        return self.then is not None and not self.then.sink.root.exists()
 
 
 def of(rows: pa.Table, stages: Sequence[Stage], *, threads: int, stored: bool = False) -> Probe:
@@ -199,8 +199,8 @@ def time_stages(probe: Probe) -> list[StageCost]:
     return costs
 
 
-def _time_stored(folder: str, pixels: Preprocessing, reader: Reader) -> StageCost:
-    rows = make_work(list_images(folder), rows_per_shard=IMAGES)
+def _time_stored(folder: Location, pixels: Preprocessing, reader: Reader) -> StageCost:
+    rows = make_work(list_images(str(folder)), rows_per_shard=IMAGES)
     for _ in range(2):  # the first time pays for what a reader keeps of a file
         times = _now()
         preprocess_shard(rows, pixels, reader=reader)
@@ -218,14 +218,14 @@ def _has_gpu() -> bool:
 def _tidy(probe: Probe) -> None:
     """Delete what the probe stored, and the folders that nobody else has put anything into."""
     assert probe.then is not None
-    location.delete_folder(probe.folder)
+    probe.folder.delete_folder()
     root, tmp = probe.then.sink.root, probe.then.sink.tmp
     for folder in (
-        location.join(root, tmp),
-        location.join(root, tmp.partition("/")[0]),
+        root / tmp,
+        root / tmp.partition("/")[0],
         *[root] * probe.makes_root,
     ):
-        location.delete_empty(folder)
+        folder.delete_empty()
 
 
 def _now() -> tuple[float, float]:

@@ -17,9 +17,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raypipe import UsageError
-from raypipe.data import journal, location
+from raypipe.data import journal
 from raypipe.data.journal import Dropped, Rejected, Unread, Written
+from raypipe.data.location import Location
+from raypipe.data.names import STATE
 from raypipe.data.reader import Reader
+from raypipe.data.stores import ERRORS
 from raypipe.images.decode import thumbnail
 from raypipe.images.frames import UPRIGHT
 from raypipe.insight import html
@@ -79,7 +82,7 @@ class Became:
         )
 
 
-def became(root: str, work: pa.Table) -> Became:
+def became(root: Location, work: pa.Table) -> Became:
     """What the journal in `root` says of the rows of `work` (schema WORK).
 
     Raises:
@@ -112,24 +115,24 @@ def ranges(shards: Iterable[int]) -> list[list[int]]:
     return [[int(run[0]), int(run[-1])] for run in runs]
 
 
-def covers(root: str, work: pa.Table) -> bool:
+def covers(root: Location, work: pa.Table) -> bool:
     """Whether the report of a run into `root`, which is written last, covers all shards of `work`."""
     try:
-        report = json.loads(location.read(location.join(root, f"{journal.STATE}/report.json")))
+        report = json.loads((root / f"{STATE}/report.json").read())
         there: set[int] = set()
         for first, last in report["shards"]:
             there.update(range(int(first), min(int(last), int(first) + 10**8) + 1))
-    except location.ERRORS:
+    except ERRORS:
         return False
     except Exception:  # damaged, or of an older version: whatever it says, it is made again
         return False
     return set(pc.unique(work.column("shard")).to_pylist()) <= there
 
 
-def is_report(folder: str) -> bool:
+def is_report(folder: Location) -> bool:
     """Whether the report.json in `folder` is one of raypipe."""
     try:
-        found = json.loads(location.read(location.join(folder, "report.json")))
+        found = json.loads((folder / "report.json").read())
         return (
             isinstance(found, dict) and {"run_id", "stages", "verdict", "versions"} <= found.keys()
         )
@@ -141,16 +144,13 @@ def check_report(folder: str | None) -> None:
     """Raise UsageError where a report in `folder`, given as --report, would overwrite what is none."""
     if folder is None:
         return
-    if (
-        not location.is_remote(folder)
-        and os.path.exists(path := location.local_path(folder))
-        and not os.path.isdir(path)
-    ):
+    place = Location.of(folder)
+    if not place.is_remote and os.path.exists(place.path) and not os.path.isdir(place.path):
         raise UsageError(
             f"--report {folder!r} is a file. Nothing was started. Give a folder for the report."
         )
-    taken = [name for name in FILES if location.exists(location.join(folder, name))]
-    if taken and not is_report(folder):
+    taken = [name for name in FILES if (place / name).exists()]
+    if taken and not is_report(place):
         raise UsageError(
             f"--report {folder!r} has a {taken[0]} that is no report of raypipe: it would be overwritten. "
             f"Nothing was started. Give a folder without it."
@@ -158,7 +158,7 @@ def check_report(folder: str | None) -> None:
 
 
 def leave_report(
-    folder: str,
+    folder: Location,
     prefix: str,
     report: dict[str, Any],
     rejected: list[Rejected],
@@ -178,7 +178,7 @@ def leave_report(
         "report.json": json.dumps(report, indent=1).encode(),
     }
     for name, data in files.items():
-        location.write(folder, prefix + name, data, tmp=f"{journal.STATE}/tmp" if prefix else "")
+        folder.write(prefix + name, data, tmp=f"{STATE}/tmp" if prefix else "")
 
 
 SHOWN_PER_REASON, SHOWN = 3, 12

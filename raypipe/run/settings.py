@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
 
 import tyro
 
-from raypipe.data import location
+from raypipe.data.location import Location
 from raypipe.data.patience import READ_PATIENCE_S
 from raypipe.data.reader import Reading
 from raypipe.errors import UsageError, did_you_mean
@@ -54,8 +54,8 @@ class Source:
         """What an output must agree with, as JSON types."""
         demo = self.input.startswith("demo")
         return {
-            "input": self.input if demo else location.absolute(self.input),
-            "annotations": self.annotations and location.absolute(self.annotations),
+            "input": self.input if demo else Location.of(self.input).uri,
+            "annotations": self.annotations and Location.of(self.annotations).uri,
             "seed": self.seed,
         }
 
@@ -171,13 +171,12 @@ class Running:
         """How preprocess actors read `input`."""
         # One thread reads ahead of the decoder. More only contend for the interpreter, unless each waits
         # for a network.
-        remote = location.is_remote(input)
-        root = None if remote else location.local_path(input)
-        known = root is not None and os.path.isdir(root)
+        place = Location.of(input)
+        known = not place.is_remote and os.path.isdir(place.path)
         return Reading(
-            threads=8 if remote else 1,
+            threads=8 if place.is_remote else 1,
             patience_s=self.read_patience,
-            root=root if known else None,
+            root=place.path if known else None,
         )
 
 
@@ -236,28 +235,28 @@ def check_apart(output: str | None, input: str) -> None:
     """Raise UsageError where results would overwrite what they are made from, or be taken for input the next time."""
     if output is None or input.startswith("demo"):
         return
-    if location.within(output, input):
+    if Location.of(output).within(Location.of(input)):
         raise UsageError(
             f"--output {output!r} is the input folder {input!r} or in it: results would overwrite "
             f"originals, or be taken for input by the next run. Nothing was started. Give a folder beside it."
         )
 
 
-def check_free(output: str, files: Sequence[str], *, ours: Set[str]) -> None:
+def check_free(output: Location, files: Sequence[str], *, ours: Set[str]) -> None:
     """Raise UsageError where a run would overwrite one of `files`, relative to `output`, that is not one of `ours`."""
     wanted = [file for file in files if file not in ours]
     if not wanted:
         return
-    if location.is_remote(output):
-        there = set(location.below(output))  # one listing, not a question an image
+    if output.is_remote:
+        there = set(output.below())  # one listing, not a question an image
         taken = [file for file in wanted if file in there]
-    elif os.path.isdir(root := location.local_path(output)):
-        taken = [file for file in wanted if os.path.lexists(os.path.join(root, file))]
+    elif os.path.isdir(output.path):
+        taken = [file for file in wanted if os.path.lexists(os.path.join(output.path, file))]
     else:
         taken = []
     if taken:
         raise UsageError(
-            f"{location.join(output, taken[0])} exists and is no result of an earlier run: it would be "
+            f"{output / taken[0]} exists and is no result of an earlier run: it would be "
             f"overwritten. Nothing was started. Give an --output without it."
         )
 

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import torch
 from torch import nn
 
-from raypipe.data import location
 from raypipe.data.journal import Entry, Written
+from raypipe.data.location import Location
 from raypipe.data.reader import Reader
 from raypipe.data.sinks import Sink
 from raypipe.data.tables import PREDICTIONS, lists, unlist, whole
@@ -179,7 +179,7 @@ def predict_block(block: pa.Table, predictor: Predictor, sink: Sink, *, reader: 
     shard = told[0]["shard"]
     sizes: dict[str, int] = {}
     for file, data in _files(shard, rows, predictions, predictor.predicting, sink, reader):
-        location.write(sink.root, file, data, tmp=sink.tmp)
+        sink.root.write(file, data, tmp=sink.tmp)
         sizes[file] = len(data)
     return Entry(
         epoch=told[0]["epoch"],
@@ -262,7 +262,7 @@ class Predict:
     name = "predict"
     libraries = "torchvision"
 
-    def elsewhere(self, folder: str) -> Self:
+    def elsewhere(self, folder: Location) -> Self:
         """The same step, storing into `folder`, without waiting for anything."""
         return replace(self, sink=replace(self.sink, root=folder), wait_ms=0.0)
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raypipe.data.journal import Dropped, Entry, Rejected, Unread, Written, put_entry
+from raypipe.data.location import Location
 from raypipe.data.sinks import Sink, write_shard
 from raypipe.data.tables import DONE
 from raypipe.images import backend as backend_module
@@ -137,7 +138,7 @@ def dropped_of(rows: Iterable[dict[str, Any]]) -> list[Dropped]:
     ]
 
 
-def put_done(root: str, entry: Entry, *, bytes_in: int) -> Done:
+def put_done(root: Location, entry: Entry, *, bytes_in: int) -> Done:
     """Put the entry of a shard into the journal below `root`, and return what it says (schema DONE)."""
     put_entry(root, entry)
     counts = (entry.shard, entry.images, len(entry.rejected), len(entry.unread))
@@ -170,7 +171,7 @@ class Write:
     def libraries(self) -> str:
         return self.backend
 
-    def elsewhere(self, folder: str) -> Self:
+    def elsewhere(self, folder: Location) -> Self:
         """The same step, storing into `folder`, without waiting for anything."""
         return replace(self, sink=replace(self.sink, root=folder), wait_ms=0.0)
 

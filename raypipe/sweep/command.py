@@ -25,7 +25,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from raypipe import UsageError
-from raypipe.data import journal, lease, location, outputs
+from raypipe.data import lease, outputs
+from raypipe.data.location import Location
+from raypipe.data.names import STATE
 from raypipe.data.reader import Reader
 from raypipe.images import backend as backend_module
 from raypipe.run import preprocess
@@ -75,22 +77,22 @@ def deciding(settings: Settings) -> dict[str, Any]:
     }
 
 
-def clear(output: str) -> None:
-    """Delete what a sweep has left in `output`."""
-    with outputs.clearing(output):
+def clear(root: Location) -> None:
+    """Delete what a sweep has left in `root`."""
+    with outputs.clearing(root):
         for name in RESULT_FILES:
-            location.delete(location.join(output, name))
-        location.delete_folder(location.join(output, f"{journal.STATE}/training"))
-        location.delete_folder(location.join(output, f"{journal.STATE}/point"))
-        location.delete(location.join(output, f"{journal.STATE}/run.json"))
+            (root / name).delete()
+        (root / f"{STATE}/training").delete_folder()
+        (root / f"{STATE}/point").delete_folder()
+        (root / f"{STATE}/run.json").delete()
 
 
-def _parts(settings: Settings) -> dict[str, dict[str, Any]]:
+def _parts(settings: Settings) -> dict[Location, dict[str, Any]]:
     """What decides the rows, by where it is noted."""
-    parts = {settings.grid.output: deciding(settings)}
+    root = settings.grid.root
+    parts = {root: deciding(settings)}
     if settings.training.train:
-        training_place = location.join(settings.grid.output, f"{journal.STATE}/training")
-        parts[training_place] = settings.training.decided()
+        parts[root / f"{STATE}/training"] = settings.training.decided()
     return parts
 
 
@@ -103,18 +105,18 @@ def look(settings: Settings) -> tuple[list[dict[str, Any]], bool]:
         UsageError: the output has rows of other settings, files that are no sweep's, or another
             driver.
     """
-    root = settings.grid.output
+    root = settings.grid.root
     lease.check(root, option="--output")
     clears = not settings.grid.resume or outputs.is_clearing(root)
     ours = (
-        location.exists(location.join(root, f"{journal.STATE}/run.json"))
+        (root / f"{STATE}/run.json").exists()
         if clears
         else outputs.read_made(root) is not None
     )
-    taken = [name for name in RESULT_FILES if location.exists(location.join(root, name))]
+    taken = [name for name in RESULT_FILES if (root / name).exists()]
     if taken and not ours and not outputs.is_clearing(root):
         raise UsageError(
-            f"{location.join(root, taken[0])} exists and is no result of an earlier sweep: it "
+            f"{root / taken[0]} exists and is no result of an earlier sweep: it "
             "would be overwritten. Nothing was measured. Give an --output without it."
         )
     if clears:
@@ -128,7 +130,7 @@ def look(settings: Settings) -> tuple[list[dict[str, Any]], bool]:
 def claim(settings: Settings, *, clears: bool) -> None:
     """Delete what is there, where that was asked for, and note what decides the rows."""
     if clears:
-        clear(settings.grid.output)
+        clear(settings.grid.root)
     for place, wanted in _parts(settings).items():
         if outputs.read_made(place) is None:
             outputs.put_made(place, outputs.Made(settings=wanted, versions=versions()))
@@ -164,8 +166,8 @@ def leave(
             **({"no_memory_for": list(left_out)} if left_out else {}),
         },
     }
-    put_results(settings.grid.output, rows)
-    location.write(settings.grid.output, "sweep.html", page.page(rows, where, about).encode())
+    put_results(settings.grid.root, rows)
+    settings.grid.root.write("sweep.html", page.page(rows, where, about).encode())
     return findings(rows, where)
 
 
@@ -226,7 +228,7 @@ def run(settings: Settings, *, console: Console) -> Swept:
         if joined:
             _check_room(settings, session)
         held = stack.enter_context(
-            lease.hold(settings.grid.output, run_id="sweep", option="--output", tell=tell)
+            lease.hold(settings.grid.root, run_id="sweep", option="--output", tell=tell)
         )
         claim(settings, clears=clears)
         points, left_out = _points(settings, session, joined=joined, tell=tell)
@@ -291,7 +293,7 @@ def _measure_all(
             begun = time.perf_counter()
             fresh = measure(point, settings)
             rows += fresh
-            put_results(settings.grid.output, rows)
+            put_results(settings.grid.root, rows)
             remaining.add(point, fresh, time.perf_counter() - begun)
             show(point, fresh[-1], remaining.seconds(left[place:]) or 0.0)
 

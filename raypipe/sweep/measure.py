@@ -9,7 +9,8 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 from rich.console import Console
 
-from raypipe.data import journal, location
+from raypipe.data.location import Location
+from raypipe.data.names import STATE
 from raypipe.data.formats.parquet import read_table
 from raypipe.errors import foreign
 from raypipe.insight import planner
@@ -114,8 +115,9 @@ def measure(point: Point, settings: Settings) -> list[dict[str, Any]]:
         Failed: it lost images, or rejected too many.
     """
     quiet = Console(quiet=True, force_terminal=False)
-    scratch = location.join(settings.grid.output, f"{journal.STATE}/point")
-    location.delete_folder(scratch)
+    place = settings.grid.root / f"{STATE}/point"
+    scratch = str(place)
+    place.delete_folder()
 
     def run(given: preprocess.Settings, kind: str) -> dict[str, Any]:
         outcome = preprocess.run(given, console=quiet)
@@ -139,18 +141,18 @@ def measure(point: Point, settings: Settings) -> list[dict[str, Any]]:
         output = scratch if point.writers else None
         return [run(preprocessing(settings, point, output=output), "preprocess")]
     finally:
-        location.delete_folder(scratch)
+        place.delete_folder()
 
 
-def read_results(output: str) -> list[dict[str, Any]]:
+def read_results(root: Location) -> list[dict[str, Any]]:
     """The rows of a sweep so far; none if it has none.
 
     Raises:
         UsageError: what is there is no table of results.
     """
-    place = location.join(output, "results.parquet")
+    place = root / "results.parquet"
     try:
-        data = location.read(place)
+        data = place.read()
     except FileNotFoundError:
         return []
     what = f"the table of a sweep's results {place}"
@@ -171,13 +173,13 @@ def _with_fixed(data: bytes, what: str, remedy: str) -> pa.Table:
     return table.add_column(place, RESULTS.field(place), pa.nulls(len(table), pa.float64()))
 
 
-def put_results(output: str, rows: Sequence[Mapping[str, Any]]) -> None:
+def put_results(root: Location, rows: Sequence[Mapping[str, Any]]) -> None:
     """Replace the rows of a sweep by `rows`, as Parquet and as CSV."""
     table = pa.Table.from_pylist(list(rows), schema=RESULTS)
     for name, put in (("results.parquet", pq.write_table), ("results.csv", pa.csv.write_csv)):
         sink = pa.BufferOutputStream()
         put(table, sink)
-        location.write(output, name, memoryview(sink.getvalue()))
+        root.write(name, memoryview(sink.getvalue()))
 
 
 def is_of(row: Mapping[str, Any]) -> Point:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from raypipe.data import location
+from raypipe.data.location import Location
 from raypipe.errors import UsageError
 from raypipe.run.settings import Composed, Source, check_counts
 
@@ -80,6 +80,11 @@ class Grid:
                     f"--{name} is empty, so there would be nothing to measure. Give one or more."
                 )
 
+    @property
+    def root(self) -> Location:
+        """Where the results go."""
+        return Location.of(self.output)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Trainings:
@@ -113,7 +118,7 @@ class Trainings:
         place = self.train_input
         demo = place is None or place.startswith("demo")
         return {
-            "train_input": place if demo else location.absolute(str(place)),
+            "train_input": place if demo else Location.of(str(place)).uri,
             "train_recipe": self.train_recipe,
             "model": self.model,
             "epochs": self.epochs,

@@ -23,10 +23,12 @@ from ray.exceptions import RayError
 from ray.train.torch import TorchTrainer
 from rich.console import Console
 
-from raypipe.data import journal, lease, location, outputs
+from raypipe.data import lease, outputs
 from raypipe.data.batches import check_read
-from raypipe.data.location import StoreError
+from raypipe.data.location import Location
+from raypipe.data.names import STATE
 from raypipe.data.sinks import Sink
+from raypipe.data.stores import StoreError
 from raypipe.data.tables import REJECTS
 from raypipe.data.work import untouched as rows_untouched
 from raypipe.errors import UsageError
@@ -108,12 +110,13 @@ def run(settings: Settings, *, console: Console | None = None) -> Outcome:
 
 def _look(settings: Settings, console: Console) -> _Run:
     """List, plan, and find the last checkpoint. Nothing is changed."""
-    storage = location.absolute(settings.training.storage)
+    place = Location.of(settings.training.storage)
+    storage = place.uri
     say(console, f"Listing {settings.source.input} ...")
     todo = plan(settings)
     result.check_report(settings.running.report)
-    lease.check(storage, option="--storage")
-    clears = not settings.running.resume or outputs.is_clearing(storage)
+    lease.check(place, option="--storage")
+    clears = not settings.running.resume or outputs.is_clearing(place)
     start, resume = (Progress(), None) if clears else _latest(storage, todo)
     return _Run(
         settings=settings,
@@ -153,7 +156,9 @@ def _setup(this: _Run, started: float) -> Setup:
         shard_bytes=todo.shard_bytes,
         auto=auto,
         probe=_probe(this, stage),
-        claim=Claim(root=workers.storage, option="--storage", take=partial(_claimed, this)),
+        claim=Claim(
+            root=Location.of(workers.storage), option="--storage", take=partial(_claimed, this)
+        ),
         workers=executions.Workers(
             name="train", count=workers.workers, must=settings.device.must, cpus=cpus
         ),
@@ -180,7 +185,7 @@ def _probe(this: _Run, stage: Stage) -> probes.Probe:
         rows=this.todo.work,
         first=replace(first, pixels=replace(first.pixels, decode_only=False)),
         then=Write(
-            sink=Sink(format="parquet", root=this.storage),
+            sink=Sink(format="parquet", root=Location.of(this.storage)),
             backend=this.settings.decoding.backend,
         ),
         threads=this.settings.running.threads,
@@ -189,10 +194,10 @@ def _probe(this: _Run, stage: Stage) -> probes.Probe:
 
 
 @contextmanager
-def _claimed(this: _Run, *, check: Callable[[str], None]) -> Iterator[lease.Lease]:
+def _claimed(this: _Run, *, check: Callable[[Location], None]) -> Iterator[lease.Lease]:
     """The storage for this run alone, cleared where that is asked for."""
-    storage = this.storage
-    with lease.hold(storage, run_id=this.run_id, option="--storage", tell=this.tell) as held:
+    storage, place = this.storage, Location.of(this.storage)
+    with lease.hold(place, run_id=this.run_id, option="--storage", tell=this.tell) as held:
         there = checkpoints.all_in(storage)
         if not this.clears and (there[-1] if there else None) != this.resume:
             raise UsageError(
@@ -200,13 +205,13 @@ def _claimed(this: _Run, *, check: Callable[[str], None]) -> Iterator[lease.Leas
                 f"another training has written there. Nothing was changed. Start this one again; it then "
                 f"goes on from what is there."
             )
-        check(location.join(storage, lease.FILE))
+        check(place / lease.FILE)
         if this.clears:
             this.tell(f"Deleting the checkpoints in {this.settings.training.storage} ...")
-            with outputs.clearing(storage):
+            with outputs.clearing(place):
                 for line in checkpoints.prune(storage):
                     this.tell(line)
-                location.delete(location.join(storage, f"{journal.STATE}/report.json"))
+                (place / f"{STATE}/report.json").delete()
         yield held
 
 
@@ -224,7 +229,7 @@ def _nothing_left(this: _Run, folder: str) -> Outcome:
     storage, settings = this.storage, this.settings
     epochs = settings.learning.epochs
     report = None
-    if result.is_report(location.join(storage, journal.STATE)):
+    if result.is_report(Location.of(storage) / STATE):
         this.tell(
             f"Nothing to do: all {epochs} epochs are done; the model is in {folder}. "
             f"--no-resume trains again."
@@ -234,7 +239,8 @@ def _nothing_left(this: _Run, folder: str) -> Outcome:
             f"All {epochs} epochs are done, but the run that did the last did not come to its end. "
             f"Writing its report ..."
         )
-        with lease.hold(storage, run_id=this.run_id, option="--storage", tell=this.tell):
+        place = Location.of(storage)
+        with lease.hold(place, run_id=this.run_id, option="--storage", tell=this.tell):
             _keep_latest(this)
             report = report_without_figures(settings, this.todo, this.start, run_id=this.run_id)
             leave(settings, report, this.start)
@@ -335,7 +341,7 @@ def _trainer(
     assignment = Assignment(
         training=todo.training,
         settings=todo.deciding,
-        attempt=location.join(storage, name),
+        attempt=str(Location.of(storage) / name),
         resume=resume,
         has_rows=bool(left.num_rows),
         holdout=held.blocks,
@@ -346,8 +352,8 @@ def _trainer(
     )
     on_gpu = execution.workers_on_gpu
     where: dict[str, Any] = {"storage_path": storage}
-    if location.is_remote(storage):
-        system, path = location.filesystem(storage)
+    if (place := Location.of(storage)).is_remote:
+        system, path = place.filesystem()
         where = {"storage_filesystem": system, "storage_path": path}
     return TorchTrainer(
         train,

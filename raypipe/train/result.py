@@ -10,7 +10,7 @@ import ray
 
 from raypipe.data import journal
 from raypipe.data.journal import Dropped, Rejected
-from raypipe.data.location import absolute
+from raypipe.data.location import Location
 from raypipe.insight import planner
 from raypipe.insight import report as reports
 from raypipe.insight.states import PoolView, Snapshot
@@ -118,10 +118,12 @@ def leave(settings: Settings, report: dict[str, Any], progress: Progress) -> Non
     """Put the report and what was rejected into the storage, and into --report."""
     rejected = [Rejected(**row) for row in progress.rejects]
     dropped = [Dropped(**row) for row in progress.dropped]
-    storage = absolute(settings.training.storage)
+    storage = Location.of(settings.training.storage)
     result.leave_report(storage, f"{journal.STATE}/", report, rejected, dropped=dropped)
     if settings.running.report is not None:
-        result.leave_report(settings.running.report, "", report, rejected, dropped=dropped)
+        result.leave_report(
+            Location.of(settings.running.report), "", report, rejected, dropped=dropped
+        )
 
 
 def _with_workers(snapshot: Snapshot, spent: dict[str, float], count: int) -> Snapshot:

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from raypipe.data import location
 from raypipe.data.batches import Batch, batches
+from raypipe.data.location import Location
 from raypipe.errors import UsageError
 from raypipe.models import checkpoint as checkpoints
 from raypipe.models import detection
@@ -437,7 +437,7 @@ class Worker:
                     damaged=self._progress.damaged + sum(damaged for _, _, damaged in told),
                 )
                 checkpoints.save(
-                    location.join(self._assignment.attempt, name),
+                    str(Location.of(self._assignment.attempt) / name),
                     Checkpoint(
                         settings=self._assignment.settings,
                         progress=self._progress,
@@ -495,7 +495,7 @@ class _RowLog:
         self._file = None
         if folder is not None:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            name = location.path_of(attempt).rstrip("/").rpartition("/")[2]
+            name = Location.of(attempt).name
             self._file = (Path(folder) / f"{name}-{rank}.jsonl").open("a", buffering=1)
 
     def write(self, step: int, batch: Batch) -> None:

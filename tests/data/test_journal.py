@@ -7,6 +7,7 @@ import pytest
 from raypipe import UsageError
 from raypipe.data import journal
 from raypipe.data.journal import Entry, Rejected, Written
+from raypipe.data.location import Location
 
 
 def entry(shard: int) -> Entry:
@@ -30,7 +31,7 @@ def entry(shard: int) -> Entry:
 
 
 def test_what_is_put_is_read_again_and_counts_as_done(tmp_path):
-    root = str(tmp_path)
+    root = Location.of(str(tmp_path))
     assert journal.done_shards(root) == set()
     journal.put_entry(root, entry(12))
     journal.put_entry(root, entry(3))
@@ -41,13 +42,13 @@ def test_what_is_put_is_read_again_and_counts_as_done(tmp_path):
 
 
 def test_a_damaged_entry_is_named_with_the_remedy(tmp_path):
-    journal.put_entry(str(tmp_path), entry(3))
+    journal.put_entry(Location.of(str(tmp_path)), entry(3))
     path = tmp_path / "_raypipe/journal/000000003.json"
     path.write_text(path.read_text()[:-5])
     with pytest.raises(
         UsageError, match=r"cannot read the journal entry .*000000003\.json: .* Delete that file"
     ):
-        list(journal.read_entries(str(tmp_path), [3]))
+        list(journal.read_entries(Location.of(str(tmp_path)), [3]))
 
 
 def test_rejects_are_a_parquet_file_even_when_there_are_none():
@@ -62,7 +63,7 @@ def test_rejects_are_a_parquet_file_even_when_there_are_none():
 
 
 def test_entries_are_plain_json(tmp_path):
-    journal.put_entry(str(tmp_path), entry(3))
+    journal.put_entry(Location.of(str(tmp_path)), entry(3))
     assert (
         json.loads((tmp_path / "_raypipe/journal/000000003.json").read_text())["written"][0]["file"]
         == "a.jpg"

@@ -10,13 +10,16 @@ import time
 import pytest
 
 from raypipe import UsageError
-from raypipe.data import lease, location
+from raypipe.data import lease
 from raypipe.data.lease import FILE, LeaseLost, hold, myself
+from raypipe.data.location import Location
 from tests.conftest import ROOT
 
 HOLD = (
     "import sys, time\nfrom raypipe.data.lease import hold\n"
-    "with hold(sys.argv[1], run_id='other', option='--output'):\n    print('held', flush=True)\n    time.sleep(600)"
+    "from raypipe.data.location import Location\n"
+    "with hold(Location.of(sys.argv[1]), run_id='other', option='--output'):\n"
+    "    print('held', flush=True)\n    time.sleep(600)"
 )
 
 
@@ -24,7 +27,7 @@ HOLD = (
 def other(root):
     """Another process, which has the lease of `root`."""
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, root], stdout=subprocess.PIPE, text=True, cwd=ROOT
+        [sys.executable, "-c", HOLD, str(root)], stdout=subprocess.PIPE, text=True, cwd=ROOT
     )
     assert process.stdout is not None and process.stdout.readline() == "held\n"
     yield process
@@ -34,11 +37,9 @@ def other(root):
 
 @pytest.fixture(params=["local", "s3"])
 def root(request, tmp_path):
-    return (
-        str(tmp_path / "out")
-        if request.param == "local"
-        else request.getfixturevalue("bucket")("out")
-    )
+    if request.param == "local":
+        return Location.of(str(tmp_path / "out"))
+    return Location.of(request.getfixturevalue("bucket")("out"))
 
 
 def test_a_second_driver_is_refused_with_who_has_it(root, other):
@@ -57,15 +58,15 @@ def test_a_dead_process_frees_its_lease_at_once(root, other):
     other.wait()
     waited: list[str] = []
     with hold(root, run_id="mine", option="--output", tell=waited.append):
-        assert json.loads(location.read(location.join(root, FILE)))["run_id"] == "mine"
+        assert json.loads((root / FILE).read())["run_id"] == "mine"
     assert not waited
-    assert not location.exists(location.join(root, FILE))
+    assert not (root / FILE).exists()
 
 
-def foreign_lease(root: str) -> bytes:
+def foreign_lease(root: Location) -> bytes:
     """The lease of a driver on another host, which nobody here can ask."""
     data = json.dumps({**json.loads(myself("far").data), "boot": "another", "host": "far"}).encode()
-    assert location.create(root, FILE, data)
+    assert root.create(FILE, data)
     return data
 
 
@@ -83,10 +84,10 @@ def test_a_lease_of_another_host_that_is_renewed_is_respected(root, monkeypatch)
     monkeypatch.setattr(lease, "FREE_AFTER_S", 20.0)
     data = foreign_lease(root)
     renewed = json.dumps({**json.loads(data), "beat": 7}).encode()
-    threading.Timer(1.5, lambda: location.replace_same(root, FILE, data, renewed)).start()
+    threading.Timer(1.5, lambda: root.replace_same(FILE, data, renewed)).start()
     with pytest.raises(UsageError, match="run far of process"):
         hold(root, run_id="mine", option="--output").__enter__()
-    assert location.read(location.join(root, FILE)) == renewed
+    assert (root / FILE).read() == renewed
 
 
 def test_of_many_who_take_a_lease_that_is_free_one_gets_it(root, monkeypatch):
@@ -115,18 +116,18 @@ def test_who_has_lost_its_lease_is_told(root, monkeypatch):
     monkeypatch.setattr(lease, "RENEW_S", 0.2)
     with hold(root, run_id="mine", option="--output") as held:
         held.check()
-        location.delete(location.join(root, FILE))
+        (root / FILE).delete()
         data = foreign_lease(root)
         time.sleep(1)
         with pytest.raises(LeaseLost, match=r"taken over by another driver .*run far of process"):
             held.check()
-    assert location.read(location.join(root, FILE)) == data  # it is not ours to delete
+    assert (root / FILE).read() == data  # it is not ours to delete
 
 
 def test_a_lease_that_says_nothing_is_waited_for_and_taken(tmp_path, monkeypatch):
     monkeypatch.setattr(lease, "FREE_AFTER_S", 1.0)
     for content in (b"", b"[]", b'{"pid": "x"}', b"\xff" * 100):
-        root = str(tmp_path / str(len(content)))
-        assert location.create(root, FILE, content)
+        root = Location.of(str(tmp_path / str(len(content))))
+        assert root.create(FILE, content)
         with hold(root, run_id="mine", option="--output"):
             pass

@@ -4,12 +4,13 @@ from raypipe import UsageError
 from raypipe.data import journal, outputs
 from raypipe.data.journal import Entry, Unread
 from raypipe.data.listing import list_images
+from raypipe.data.location import Location
 from raypipe.data.outputs import Made
 from raypipe.data.work import make_work
 
 
 def test_other_settings_are_refused_with_each_difference_shown(tmp_path):
-    root = str(tmp_path)
+    root = Location.of(str(tmp_path))
     assert outputs.check_settings(root, {"recipe": "coco-300"}) is False
     outputs.put_made(root, Made(settings={"recipe": "coco-300", "seed": 1}, versions={"ray": "2"}))
     assert outputs.check_settings(root, {"recipe": "coco-300", "seed": 1}) is True
@@ -24,17 +25,17 @@ def test_clear_deletes_what_the_journal_names_and_nothing_else(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"result")
     (tmp_path / "mine.jpg").write_bytes(b"the user's own")
     (tmp_path / "all.json").write_bytes(b"result")
-    outputs.put_made(str(tmp_path), Made(settings={}, endings=("all.json",)))
+    outputs.put_made(Location.of(str(tmp_path)), Made(settings={}, endings=("all.json",)))
     journal.put_entry(
-        str(tmp_path),
+        Location.of(str(tmp_path)),
         Entry(epoch=0, shard=3, written=[], rejected=[], files=["a.jpg"], bytes=6),
     )
-    outputs.clear(str(tmp_path))
+    outputs.clear(Location.of(str(tmp_path)))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.jpg"]
 
 
 def test_a_look_finds_what_is_there_by_one_read_of_run_json(tmp_path, monkeypatch):
-    root = str(tmp_path)
+    root = Location.of(str(tmp_path))
     work = make_work(list_images("demo:4"), rows_per_shard=2)
     outputs.put_made(root, Made(settings={"recipe": "coco-300"}))
     journal.put_work(root, work)

@@ -19,6 +19,7 @@ from raypipe.data import reader
 from raypipe.data.formats import files
 from raypipe.data.formats.parquet import ParquetReader
 from raypipe.data.listing import list_images
+from raypipe.data.location import Location
 from raypipe.data.reader import Reader
 from raypipe.images.decode import Reject
 from tests.data.conftest import ids, put, read, reasons
@@ -203,7 +204,9 @@ def test_read_ahead_is_bounded_in_bytes_for_parquet_too(tmp_path):
     pq.write_table(pa.table({"image": pictures}), tmp_path / "a.parquet", row_group_size=5)
     with contextlib.closing(ParquetReader()) as files:
         assert (
-            files.read(str(tmp_path / "a.parquet"), list(range(20)), most=reader.CHUNK_BYTES)
+            files.read(
+                Location.of(str(tmp_path / "a.parquet")), list(range(20)), most=reader.CHUNK_BYTES
+            )
             == pictures[:2]
         )
     assert read(list_images(str(tmp_path)), threads=2) == pictures

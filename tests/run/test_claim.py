@@ -17,6 +17,7 @@ import ray
 from raypipe import UsageError
 from raypipe.data import journal, lease, outputs
 from raypipe.data.journal import Entry, Written
+from raypipe.data.location import Location
 from raypipe.data.outputs import Made
 from raypipe.models import checkpoint as checkpoints
 from raypipe.models.checkpoint import Checkpoint, Progress
@@ -185,9 +186,10 @@ def test_two_drivers_at_the_same_time_one_of_them_is_refused(tmp_path):
 # --- clearing ------------------------------------------------------------------------------------------------------------
 
 CLEAR = (
-    "import os, sys, time\nfrom raypipe.data import location, outputs\nreal = location.delete\n"
+    "import os, sys, time\nfrom raypipe.data import outputs\n"
+    "from raypipe.data.location import Location\nreal = Location.delete\n"
     "def slow(place):\n    real(place)\n    time.sleep(0.05)\n"
-    "location.delete = slow\nprint('begin', flush=True)\noutputs.clear(sys.argv[1])"
+    "Location.delete = slow\nprint('begin', flush=True)\noutputs.clear(Location.of(sys.argv[1]))"
 )
 
 
@@ -223,7 +225,7 @@ def test_a_damaged_entry_does_not_stop_clearing(wanted):
     (root / "_raypipe/journal/000000002.json").write_bytes(b"{")
     (root / "mine.jpg").write_bytes(b"the user's own")
     (root / "_raypipe/notes.txt").write_bytes(b"the user's own")
-    lines = outputs.clear(wanted.writing.output)
+    lines = outputs.clear(Location.of(wanted.writing.output))
     assert any("000000002.json" in line for line in lines)
     # Its results too: run.json and work.parquet say what they are called.
     assert sorted(tree(root)) == ["_raypipe/notes.txt", "mine.jpg"]
@@ -256,13 +258,14 @@ def test_a_name_that_leads_out_deletes_nothing(tmp_path, where, kind):
         files=[name] if where == "files" else [],
         bytes=1,
     )
-    journal.put_entry(str(root), entry)
+    place = Location.of(str(root))
+    journal.put_entry(place, entry)
     made = Made(
         settings={}, endings=(name,) * (where == "endings"), results=(name,) * (where == "results")
     )
-    outputs.put_made(str(root), made)
-    journal.put_work(str(root), plan(settings(input="demo:3")).work)
-    outputs.clear(str(root))
+    outputs.put_made(place, made)
+    journal.put_work(place, plan(settings(input="demo:3")).work)
+    outputs.clear(place)
     assert victim.exists() and (tmp_path / "elsewhere/victim.jpg").exists()
     assert sorted(path.name for path in root.iterdir()) == ["link"]
 

@@ -18,6 +18,7 @@ import torch
 
 from raypipe import UsageError
 from raypipe.data import journal
+from raypipe.data.location import Location
 from raypipe.models import checkpoint as checkpoints
 from raypipe.models import detection
 from raypipe.run import probe
@@ -352,12 +353,11 @@ def test_the_stage_scales_by_its_name_while_it_runs(trained, tmp_path):
     going.stop()
     with pytest.raises(KeyboardInterrupt):
         going.wait()
-    entries = journal.read_entries(
-        wanted.predicting.output, sorted(journal.done_shards(wanted.predicting.output))
-    )
+    output = Location.of(wanted.predicting.output)
+    entries = journal.read_entries(output, sorted(journal.done_shards(output)))
     count = Counter(row.image_id for entry in entries for row in entry.written)
     assert count and set(count.values()) == {1} == {
-        len(entry.files) for entry in journal.read_entries(wanted.predicting.output, [0])
+        len(entry.files) for entry in journal.read_entries(output, [0])
     }
 
 

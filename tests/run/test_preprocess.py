@@ -11,7 +11,8 @@ import pyarrow as pa
 import pytest
 
 from raypipe import UsageError
-from raypipe.data import journal, location, outputs
+from raypipe.data import journal, outputs
+from raypipe.data.location import Location
 from raypipe.data.sinks import FORMATS
 from raypipe.data.work import shards
 from raypipe.images import catalog
@@ -140,7 +141,7 @@ def pretend_done(root: Path, shard: pa.Table) -> None:
     ]
     number = rows[0]["shard"]
     journal.put_entry(
-        str(root),
+        Location.of(str(root)),
         journal.Entry(
             epoch=0,
             shard=number,
@@ -250,16 +251,16 @@ def test_an_image_that_kills_its_process_is_rejected_and_its_shard_is_delivered(
 
 def test_on_s3_too_results_never_go_where_the_input_is_nor_over_what_is_none(photos, bucket):
     for name in ("a/000.jpg", "a/001.jpg"):
-        location.write(bucket("in"), name, (photos / name).read_bytes())
-    before = set(location.below(bucket("in")))
+        Location.of(bucket("in")).write(name, (photos / name).read_bytes())
+    before = set(Location.of(bucket("in")).below())
     for output in ("in", "in/results"):
         with pytest.raises(UsageError, match="is the input folder"):
             plan(settings(input=bucket("in"), output=bucket(output)))
-    location.write(bucket("out"), "a/001.jpg", b"the user's own")
+    Location.of(bucket("out")).write("a/001.jpg", b"the user's own")
     with pytest.raises(UsageError, match=r"a/001\.jpg.* exists and is no result"):
         plan(settings(input=bucket("in"), output=bucket("out")))
-    assert set(location.below(bucket("in"))) == before == {"a/000.jpg", "a/001.jpg"}
-    assert set(location.below(bucket("out"))) == {"a/001.jpg"}
+    assert set(Location.of(bucket("in")).below()) == before == {"a/000.jpg", "a/001.jpg"}
+    assert set(Location.of(bucket("out")).below()) == {"a/001.jpg"}
     assert plan(settings(input=bucket("in"), output=bucket("fresh"))).left.num_rows == 2
 
 
@@ -296,7 +297,7 @@ def test_the_users_annotations_are_never_overwritten_nor_deleted(photos, tmp_pat
         with pytest.raises(UsageError, match=r"annotations/boxes\.json exists and is no result"):
             plan(wanted.changed(resume=resume))
     # An earlier run that had no annotations has written none: --no-resume deletes none, nor anything else before it is refused.
-    outputs.put_made(str(tmp_path), outputs.Made(settings={"recipe": "coco-300"}))
+    outputs.put_made(Location.of(str(tmp_path)), outputs.Made(settings={"recipe": "coco-300"}))
     with pytest.raises(UsageError, match="exists and is no result"):
         plan(wanted.changed(resume=False))
     assert own.read_text() == content

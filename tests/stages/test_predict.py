@@ -11,6 +11,7 @@ from PIL import Image
 
 from raypipe import UsageError
 from raypipe.data.listing import list_images
+from raypipe.data.location import Location
 from raypipe.data.reader import Reader
 from raypipe.data.sinks import Sink
 from raypipe.data.tables import PREDICTIONS
@@ -65,7 +66,7 @@ def predicted(root: Path, recipe: Recipe, **given):
         trusted=("tests.models.toy:Toy",),
         **given,
     )
-    sink = Sink(format="parquet", root=str(root / "out"))
+    sink = Sink(format="parquet", root=Location.of(str(root / "out")))
     return predict_block(block, Predictor(what, torch.device("cpu")), sink, reader=Reader())
 
 
@@ -142,7 +143,10 @@ def test_an_image_that_is_gone_when_it_is_drawn_on_stops_the_run_and_is_named(fo
         OSError, match=r"b\.jpg could be read to predict on it, but not again to draw on it"
     ):
         predict_block(
-            block, predictor, Sink(format="parquet", root=str(folder / "out")), reader=Reader()
+            block,
+            predictor,
+            Sink(format="parquet", root=Location.of(str(folder / "out"))),
+            reader=Reader(),
         )
 
 

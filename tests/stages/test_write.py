@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from raypipe.data.location import Location
 from raypipe.data.sinks import Sink
 from raypipe.stages.write import JPEG_SIDE, write_block
 from tests.data.test_sinks import block
@@ -20,7 +21,10 @@ def test_an_image_that_is_too_long_for_a_jpeg_is_rejected_and_the_others_are_wri
         np.zeros((1, JPEG_SIDE, 3), np.uint8),
     ]
     entry = write_block(
-        block(images), Sink(format=format, root=str(tmp_path)), backend="opencv", finish=None
+        block(images),
+        Sink(format=format, root=Location.of(str(tmp_path))),
+        backend="opencv",
+        finish=None,
     )
     long = [] if format == "png" else ["too many pixels"]
     assert [row.reason for row in entry.rejected] == [*long, "corrupt"]

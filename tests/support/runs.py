@@ -7,6 +7,7 @@ from typing import Any
 import psutil
 from rich.console import Console
 
+from raypipe.data.location import Location
 from raypipe.data.reader import Reader
 from raypipe.data.sinks import Sink
 from raypipe.data.work import shards
@@ -35,7 +36,7 @@ def plain_loop(wanted: Settings, root: Path) -> None:
     todo = plan(wanted.changed(output=None))
     stored, backend = wanted.stored, wanted.decoding.backend
     pixels = Preprocessing(recipe=todo.recipe, backend=backend, seed=wanted.source.seed)
-    sink = Sink(format=stored.format, root=str(root), quality=stored.quality)
+    sink = Sink(format=stored.format, root=Location.of(str(root)), quality=stored.quality)
     finish = todo.recipe.finish if stored.format == "npy" else None
     reader = Reader()
     for shard in shards(todo.work):

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from raypipe import UsageError
+from raypipe.data.location import Location
 from raypipe.sweep import curves
 from raypipe.sweep.command import run
 from raypipe.sweep.measure import RESULTS, read_results
@@ -48,7 +49,7 @@ def swept(session, tmp_path_factory) -> Path:
 
 @pytest.mark.xdist_group("swept")
 def test_a_sweep_measures_every_point_and_leaves_nothing_but_its_results(swept):
-    rows = read_results(str(swept / "out"))
+    rows = read_results(Location.of(str(swept / "out")))
     assert Counter((r["kind"], r["actors"], r["writers"]) for r in rows) == {
         **{("preprocess", a, w): 1 for a, w in ((1, 0), (2, 0), (1, 1), (2, 1), (2, 2))},
         ("store", 2, 2): 1,
@@ -92,13 +93,13 @@ def test_the_page_shows_the_claims_and_how_it_was_measured(swept):
 
 @pytest.mark.xdist_group("swept")
 def test_the_same_command_measures_nothing_again_and_a_larger_grid_only_what_is_new(swept, session):
-    before = {row["run_id"]: row for row in read_results(str(swept / "out"))}
+    before = {row["run_id"]: row for row in read_results(Location.of(str(swept / "out")))}
     console = quiet()
     run(settings(swept), console=console)
-    assert {row["run_id"]: row for row in read_results(str(swept / "out"))} == before
+    assert {row["run_id"]: row for row in read_results(Location.of(str(swept / "out")))} == before
     assert "6 of 6 points are measured already" in console.file.getvalue()
     run(settings(swept, actors=(1, 2, 3), writers=("none",)), console=quiet())
-    after = {row["run_id"]: row for row in read_results(str(swept / "out"))}
+    after = {row["run_id"]: row for row in read_results(Location.of(str(swept / "out")))}
     assert {key: after[key] for key in before} == before
     assert [(r["actors"], r["writers"]) for key, r in after.items() if key not in before] == [
         (3, 0)
@@ -228,14 +229,14 @@ def test_a_sweep_that_is_told_to_end_keeps_what_was_measured_and_the_same_comman
             first.kill()
     assert first.returncode == 130 and "SIGTERM" not in said and "Traceback" not in said, said
     assert "The same command goes on from there" in " ".join(said.split())
-    kept = {row["run_id"] for row in read_results(str(tmp_path / "out"))}
+    kept = {row["run_id"] for row in read_results(Location.of(str(tmp_path / "out")))}
     assert 1 <= len(kept) < 3 and (tmp_path / "out/sweep.html").exists()
 
     second = subprocess.run(
         command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
     )
     assert second.returncode == 0, second.stderr
-    rows = read_results(str(tmp_path / "out"))
+    rows = read_results(Location.of(str(tmp_path / "out")))
     assert kept < {row["run_id"] for row in rows} and len(rows) == 3
     assert "cannot be shown" in " ".join(second.stdout.split())
 
@@ -278,7 +279,7 @@ def test_a_table_that_is_none_is_refused(tmp_path):
         match=r"cannot read the table of a sweep's results .*results\.parquet: .* "
         r"Remove it to measure again",
     ):
-        read_results(str(tmp_path / "out"))
+        read_results(Location.of(str(tmp_path / "out")))
 
 
 def test_the_stages_of_a_row_are_those_that_claims_read():

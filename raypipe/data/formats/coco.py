@@ -14,19 +14,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from raypipe.data.location import (
-    ERRORS,
-    absolute,
-    is_remote,
-    join,
-    local_uri,
-    one_line,
-    path_of,
-    read,
-    write,
-)
+from raypipe.data.location import Location
 from raypipe.data.names import suffix_of
 from raypipe.data.shapes import Placement, moved_keypoints, moved_segmentation
+from raypipe.data.stores import ERRORS, one_line
 from raypipe.data.tables import Listed, box_lists, flag, frame, lists_of, real, rows, whole
 from raypipe.errors import UsageError, foreign, printable, shown, words
 
@@ -36,20 +27,19 @@ log = logging.getLogger(__name__)
 
 
 def list_coco(
-    input: str, annotations: str, limit: int | None, *, there: Iterable[str] = ()
+    folder: Location, annotations: Location, limit: int | None, *, there: Iterable[str] = ()
 ) -> Listed:
-    """The images of a COCO JSON in its order, even if their files do not exist below `input`.
+    """The images of a COCO JSON in its order, even if their files do not exist below `folder`.
 
     Args:
-        there: paths of files below `input`. Files that the JSON does not name count as skipped.
+        there: paths of files below `folder`. Files that the JSON does not name count as skipped.
 
     Raises:
-        UsageError: `input` is no folder, or the JSON is not COCO.
+        UsageError: `folder` is no folder, or the JSON is not COCO.
     """
-    root = absolute(input)
-    if not is_remote(root) and not os.path.isdir(root):
+    if not folder.is_remote and not os.path.isdir(folder.path):
         raise UsageError(
-            f"{input!r} is no directory; with annotations the input is the directory that the "
+            f"{str(folder)!r} is no directory; with annotations the input is the directory that the "
             "JSON's file names are in"
         )
     coco = read_coco(annotations)
@@ -68,10 +58,7 @@ def list_coco(
         rows(
             list(index_of)[:count],
             names,
-            [
-                join(root, name) if is_remote(root) else local_uri(os.path.join(root, name))
-                for name in names
-            ],
+            folder.uris(names),
             boxes=box_lists(counts, boxes[order]),
             labels=lists_of(counts, labels[order]),
             crowds=lists_of(counts, crowds[order]),
@@ -88,11 +75,11 @@ def _not_named(images: list[Any], there: Iterable[str]) -> Counter[str]:
     return Counter(suffix_of(path) for path in there if path not in named)
 
 
-def _index(location: str, images: list[Any]) -> dict[str, int]:
+def _index(location: Location, images: list[Any]) -> dict[str, int]:
     """The position of each image by its key, in order."""
     index_of: dict[str, int] = {}
     with foreign(
-        f"the annotations {location!r}", remedy="An image needs an id and a file_name."
+        f"the annotations {str(location)!r}", remedy="An image needs an id and a file_name."
     ) as place:
         for position, image in enumerate(images):
             place.at = ("image number", position, image)
@@ -101,12 +88,12 @@ def _index(location: str, images: list[Any]) -> dict[str, int]:
                 image["file_name"].encode()
             except (KeyError, TypeError, AttributeError, ValueError) as error:
                 raise UsageError(
-                    f"{location!r}: image number {position} has no id or no file_name that can be "
+                    f"{str(location)!r}: image number {position} has no id or no file_name that can be "
                     f"used ({words(error)}): {shown(image)}"
                 ) from error
             if key in index_of:
                 raise UsageError(
-                    f"{location!r}: the image id {image['id']!r} occurs twice, so it is not clear "
+                    f"{str(location)!r}: the image id {image['id']!r} occurs twice, so it is not clear "
                     "which image its annotations belong to; make the ids unique"
                 )
             index_of[key] = position
@@ -114,7 +101,7 @@ def _index(location: str, images: list[Any]) -> dict[str, int]:
 
 
 def _annotations(
-    location: str, annotations: list[Any], index_of: dict[str, int]
+    location: Location, annotations: list[Any], index_of: dict[str, int]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Boxes (n, 4), xyxy; and labels, crowds, ids and positions of images, (n,) each."""
     boxes: list[tuple[float, float, float, float]] = []
@@ -124,7 +111,7 @@ def _annotations(
     owners: list[int] = []
     left_out: Counter[str] = Counter()
     remedy = "It needs image_id, category_id and a bbox of four numbers."
-    with foreign(f"the annotations {location!r}", remedy=remedy) as place:
+    with foreign(f"the annotations {str(location)!r}", remedy=remedy) as place:
         for position, annotation in enumerate(annotations):
             place.at = ("annotation number", position, annotation)
             owner = index_of.get(image_key(annotation["image_id"]))
@@ -159,32 +146,36 @@ def _annotations(
 # --- reading -----------------------------------------------------------------------------------
 
 
-def read_coco(location: str) -> dict[str, Any]:
+def read_coco(location: Location) -> dict[str, Any]:
     """A COCO JSON: an object with a non-empty list `images`.
 
     Raises:
         UsageError: it cannot be read, or is not that.
     """
     try:
-        data = read(location)
+        data = location.read()
     except ERRORS as error:
-        raise UsageError(f"cannot read the annotations {location!r}: {one_line(error)}") from error
-    with foreign(f"the annotations {location!r}", remedy="Write them again."):
+        raise UsageError(
+            f"cannot read the annotations {str(location)!r}: {one_line(error)}"
+        ) from error
+    with foreign(f"the annotations {str(location)!r}", remedy="Write them again."):
         try:
             coco = json.loads(data)
         except ValueError as error:
             raise UsageError(
-                f"the annotations {location!r} are not JSON: {printable(one_line(error))}"
+                f"the annotations {str(location)!r} are not JSON: {printable(one_line(error))}"
             ) from error
     if not isinstance(coco, dict) or not isinstance(coco.get("images"), list):
         raise UsageError(
-            f'the annotations {location!r} are JSON, but not COCO: there is no list "images" '
+            f'the annotations {str(location)!r} are JSON, but not COCO: there is no list "images" '
             "in them"
         )
     if not coco["images"]:
-        raise UsageError(f'the annotations {location!r} list no image: "images" is empty')
+        raise UsageError(f'the annotations {str(location)!r} list no image: "images" is empty')
     if not isinstance(coco.get("annotations"), list | None):
-        raise UsageError(f'the annotations {location!r} are not COCO: "annotations" is no list')
+        raise UsageError(
+            f'the annotations {str(location)!r} are not COCO: "annotations" is no list'
+        )
     return coco
 
 
@@ -234,9 +225,9 @@ def check_annotation_ids(source: pa.Table, annotations: str) -> None:
 # --- writing -----------------------------------------------------------------------------------
 
 
-def annotations_of(source: str) -> str:
+def annotations_of(source: Location) -> str:
     """Where `write_annotations` puts the JSON made from `source`, relative to the output."""
-    return "annotations/" + posixpath.basename(path_of(source))
+    return "annotations/" + source.name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -253,8 +244,8 @@ class Annotations:
 
 
 def write_annotations(
-    source: str,
-    root: str,
+    source: Location,
+    root: Location,
     rows: Iterable[tuple[str, str, int, int, Any, Any]],
     *,
     folder: str = "",
@@ -317,7 +308,7 @@ def write_annotations(
     if "annotations" in coco:
         result["annotations"] = annotations
     file = annotations_of(source)
-    write(root, file, json.dumps(result).encode(), tmp=tmp)
+    root.write(file, json.dumps(result).encode(), tmp=tmp)
     return Annotations(file=file, shapes_dropped=dropped)
 
 

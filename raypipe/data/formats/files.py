@@ -18,19 +18,9 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import fs
 
-from raypipe.data.location import (
-    ERRORS,
-    BeyondEnd,
-    filesystem,
-    is_remote,
-    join,
-    local_path,
-    one_line,
-    read_range,
-    suffix,
-)
+from raypipe.data.location import Location
 from raypipe.data.names import STATE
-from raypipe.data.patience import listed
+from raypipe.data.stores import ERRORS, BeyondEnd, one_line
 from raypipe.data.tables import images_of
 from raypipe.errors import UsageError
 from raypipe.images.header import Reject
@@ -41,7 +31,7 @@ MAX_BYTES = 512 << 20
 # --- listing -----------------------------------------------------------------------------------
 
 
-def find(place: str) -> tuple[str, Iterable[str]]:
+def find(input: str) -> tuple[Location, Iterable[str]]:
     """The files of a folder, of a glob, or one file: their folder, and their paths in it, in order.
 
     Ids are relative to this folder.
@@ -49,7 +39,8 @@ def find(place: str) -> tuple[str, Iterable[str]]:
     Raises:
         UsageError: there is no such place, or a folder cannot be listed.
     """
-    return _find_remote(place) if is_remote(place) else _find_local(place)
+    place = Location.of(input)
+    return _find_remote(place) if place.is_remote else _find_local(place)
 
 
 def alternatives(input: str) -> list[str]:
@@ -57,7 +48,10 @@ def alternatives(input: str) -> list[str]:
 
     A path that exists stands for itself.
     """
-    if "{" not in input or (not is_remote(input) and os.path.lexists(local_path(input))):
+    if "{" not in input:
+        return [input]
+    place = Location.of(input)
+    if not place.is_remote and place.exists():
         return [input]
     match = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", input)
     if match is None:
@@ -73,24 +67,28 @@ def alternatives(input: str) -> list[str]:
     return [place for choice in choices for place in alternatives(head + choice + tail)]
 
 
-def _find_local(input: str) -> tuple[str, Iterable[str]]:
-    path = local_path(input)
+def _find_local(place: Location) -> tuple[Location, Iterable[str]]:
+    path = place.path
     if os.path.isdir(path):
-        return path, _walk(path)
+        return place, _walk(path)
     if os.path.lexists(path):
-        return os.path.dirname(path), [os.path.basename(path)]
+        return _local(os.path.dirname(path)), [os.path.basename(path)]
     if not glob.has_magic(path):
         raise UsageError(
-            f"{input!r} does not exist (looked at {path}); nothing can be read from it"
+            f"{str(place)!r} does not exist (looked at {path}); nothing can be read from it"
         )
     base = os.path.dirname(path[: re.search(r"[*?[]", path).start()])  # type: ignore[union-attr]
     inside = path[len(base) :].lstrip("/")
     if "**" in components(inside):
-        return base, _deep(base, inside)
+        return _local(base), _deep(base, inside)
     matches = {match[len(base) :].lstrip("/") for match in glob.iglob(path)}
-    return base, sorted(
+    return _local(base), sorted(
         (match for match in matches if STATE not in components(match)), key=components
     )
+
+
+def _local(path: str) -> Location:
+    return Location(path, path)
 
 
 def _deep(base: str, pattern: str) -> Iterator[str]:
@@ -111,8 +109,8 @@ def _deep(base: str, pattern: str) -> Iterator[str]:
             yield from filter(wanted.fullmatch, inside)
 
 
-def _find_remote(uri: str) -> tuple[str, Iterable[str]]:
-    system, path = filesystem(uri)
+def _find_remote(place: Location) -> tuple[Location, Iterable[str]]:
+    system, path = place.filesystem()
     magic = re.search(r"[*\[]", path)
     base = path if magic is None else path[: magic.start()].rpartition("/")[0].rstrip("/")
     try:
@@ -126,12 +124,12 @@ def _find_remote(uri: str) -> tuple[str, Iterable[str]]:
                 info.size == 0 and _has_keys_below(system, path)
             ):
                 base = path.rpartition("/")[0]
-                return _reroot(uri, path, base), [path[len(base) + 1 :]]
+                return _reroot(place, base), [path[len(base) + 1 :]]
             if info.type == fs.FileType.NotFound:
-                raise UsageError(f"{uri!r} does not exist; nothing can be read from it")
-        infos = listed(lambda: system.get_file_info(fs.FileSelector(base, recursive=True)), uri)
+                raise UsageError(f"{str(place)!r} does not exist; nothing can be read from it")
+        infos = place.infos(base)
     except ERRORS as error:
-        raise UsageError(f"cannot list {uri!r}: {one_line(error)}") from error
+        raise UsageError(f"cannot list {str(place)!r}: {one_line(error)}") from error
     markers = {info.path for info in infos if info.type == fs.FileType.File and info.size == 0}
     if markers:  # an empty object beside keys below its name stands for a folder
         markers &= {parent for info in infos for parent in _parents(info.path)}
@@ -144,7 +142,7 @@ def _find_remote(uri: str) -> tuple[str, Iterable[str]]:
         matches = _glob_regex(path[len(base) :].lstrip("/"))
         relative = (name for name in relative if matches.fullmatch(name))
     visible = (name for name in relative if not any(map(_is_hidden, name.split("/"))))
-    return _reroot(uri, path, base), sorted(visible, key=components)
+    return _reroot(place, base), sorted(visible, key=components)
 
 
 def _has_keys_below(system: fs.FileSystem, path: str) -> bool:
@@ -158,14 +156,13 @@ def _parents(path: str) -> Iterator[str]:
         yield path
 
 
-def _reroot(uri: str, path: str, base: str) -> str:
-    """The URI of `base`, a folder above `path`, the path of `uri`."""
-    head, _, query = uri.partition("?")
+def _reroot(place: Location, base: str) -> Location:
+    """The location of `base`, the path of a folder above `place` in its file system."""
+    head, mark, query = str(place).partition("?")
     scheme, _, rest = head.partition("://")
-    authority = rest.partition("/")[0]
-    bucket_root = f"{scheme}://{authority}" + (f"?{query}" if query else "")
-    _, root_path = filesystem(bucket_root)
-    return join(bucket_root, base[len(root_path) :].strip("/"))
+    top = Location.of(f"{scheme}://{rest.partition('/')[0]}{mark}{query}")
+    _, path = top.filesystem()
+    return top / base[len(path) :].strip("/")
 
 
 def _glob_regex(pattern: str, *, question: bool = False) -> re.Pattern[str]:
@@ -255,7 +252,7 @@ def components(path: str) -> list[str]:
 class Range:
     """Bytes of a file, from `offset` on; length -1 means up to its end."""
 
-    uri: str
+    place: Location
     offset: int
     length: int
 
@@ -285,20 +282,20 @@ def _pread(descriptor: int, length: int, offset: int) -> bytes:
     return data
 
 
-def read_remote(uri: str, group: list[Range]) -> list[bytes | Reject]:
+def read_remote(place: Location, group: list[Range]) -> list[bytes | Reject]:
     """The bytes of adjacent ranges of a file in a store, by one request. Raises OSError."""
-    first, last = group[0], group[-1]
+    name, first, last = str(place), group[0], group[-1]
     if first.offset < 0:
-        return [_beyond(uri, 0, one) for one in group]
+        return [_beyond(name, 0, one) for one in group]
     stop = None if last.length < 0 else last.offset + last.length
     if stop is not None and stop - first.offset > MAX_BYTES:
-        return [_too_long(uri, stop - first.offset)] * len(group)
+        return [_too_long(name, stop - first.offset)] * len(group)
     try:
-        data, size = read_range(uri, first.offset, stop)
+        data, size = place.read_range(first.offset, stop)
     except BeyondEnd:
         data, size = b"", -1
     size = first.offset + len(data) if size < 0 else size
-    return _slices(uri, size, group, lambda length, offset: data[offset - first.offset :][:length])
+    return _slices(name, size, group, lambda length, offset: data[offset - first.offset :][:length])
 
 
 def _slices(
@@ -363,7 +360,7 @@ def files_of(
     names, uris = block["name"].to_pylist(), block["uri"].to_pylist()
     for name, uri, image in zip(names, uris, images_of(block), strict=True):
         if image is not None:
-            own = suffix(uri) if keeps_suffix else ""
+            own = Location.of(uri).suffix if keeps_suffix else ""
             yield name + own + EXTENSIONS[format], encode(image)
 
 

@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 from raypipe.data.formats import parquetfile
 from raypipe.data.formats.columns import image_at
 from raypipe.data.formats.parquetfile import RAW, Images, images_in, open_plain, pieces
-from raypipe.data.location import ERRORS, local_uri, may_pass
+from raypipe.data.location import Location
+from raypipe.data.stores import ERRORS
 from raypipe.data.tables import ANNOTATION_FIELDS, Listed, lists_of, rows
 from raypipe.errors import Place, UsageError, foreign, words
 from raypipe.images.decode import Reject
@@ -71,7 +72,7 @@ def read_table(data: bytes, schema: pa.Schema, what: str, *, remedy: str) -> pa.
 # --- listing ---------------------------------------------------------------------------------
 
 
-def list_parquet(uri: str, relative: str, limit: int | None) -> Listed:
+def list_parquet(place: Location, relative: str, limit: int | None) -> Listed:
     """The images of a file, a row each, with the annotations of columns that fit.
 
     These are `name`, `boxes` (xyxy), `labels`, `crowds`, `annotation_ids`, `label`, `height` and
@@ -80,26 +81,26 @@ def list_parquet(uri: str, relative: str, limit: int | None) -> Listed:
     Raises:
         UsageError: it is no Parquet file, or has no images.
     """
-    with foreign(f"the Parquet file {uri!r}", remedy="Remove it or write it again.") as place:
-        place.at = "its footer"
-        images = images_in(uri)
-        count = _counted(images, uri) if limit is None else min(limit, _counted(images, uri))
+    with foreign(f"the Parquet file {str(place)!r}", remedy="Remove it or write it again.") as at:
+        at.at = "its footer"
+        images = images_in(place)
+        count = _counted(images, place) if limit is None else min(limit, _counted(images, place))
         if max(images.bytes, default=0) > parquetfile.LARGE_GROUP:
             log.warning(
                 "%s has row groups of up to %.1f GB, so they are read in pieces. For rows in "
                 "random order, as in training, smaller row groups are much faster",
-                uri,
+                place,
                 max(images.bytes) / 1e9,
             )
-        table = _annotated(images, count, place)
+        table = _annotated(images, count, at)
         unfit = [name for name in table.column_names if _column(table, name, _TYPES[name]) is None]
         if unfit:
             log.warning(
                 "%s: the columns %s are of types that annotations do not have; they are ignored",
-                uri,
+                place,
                 ", ".join(unfit),
             )
-        place.at = "its annotations"
+        at.at = "its annotations"
         stem = posixpath.splitext(relative)[0]
         own_ids, own_names = (_column(table, name, pa.string()) for name in ("image_id", "name"))
         numbered = [f"{stem}/{row:06d}" for row in range(count)]
@@ -107,11 +108,11 @@ def list_parquet(uri: str, relative: str, limit: int | None) -> Listed:
             rows(
                 _filled(own_ids, [f"{relative}#{row}" for row in range(count)]),
                 _filled(own_names if own_names is not None else own_ids, numbered),
-                [local_uri(uri)] * count,
+                [place.uri] * count,
                 np.arange(count),
                 1,
                 frames=_frames(table),
-                **_annotations(uri, table),
+                **_annotations(place, table),
             )
         )
 
@@ -126,7 +127,7 @@ _TYPES = {
 }
 
 
-def _counted(images: Images, uri: str) -> int:
+def _counted(images: Images, place: Location) -> int:
     """The number of rows. If the footer says more than can be there, they are counted instead."""
     if images.promised <= max(1024, sum(images.bytes)):
         return images.promised
@@ -137,12 +138,16 @@ def _counted(images: Images, uri: str) -> int:
         for piece in pieces(images.file, g, [images.column], parquetfile.LARGE_GROUP + 1)
     )
     log.warning(
-        "%s promises %d rows in %d bytes; it has %d", uri, images.promised, sum(images.bytes), there
+        "%s promises %d rows in %d bytes; it has %d",
+        place,
+        images.promised,
+        sum(images.bytes),
+        there,
     )
     return there
 
 
-def _annotated(images: Images, count: int, place: Place) -> pa.Table:
+def _annotated(images: Images, count: int, at: Place) -> pa.Table:
     """The annotations of the first `count` rows. Rows that only the footer has are null."""
     wanted = [
         name
@@ -154,7 +159,7 @@ def _annotated(images: Images, count: int, place: Place) -> pa.Table:
     for group, end in enumerate(images.ends[: len(images.bytes)]):
         if done >= count or not wanted:
             break
-        place.at = ("row group", group)
+        at.at = ("row group", group)
         batches = images.file.iter_batches(
             batch_size=_ANNOTATED_ROWS, row_groups=[group], columns=wanted, use_threads=False
         )
@@ -209,7 +214,7 @@ def _frames(table: pa.Table) -> np.ndarray | None:
     return np.where((frames > 0).all(axis=1, keepdims=True), frames, 0)
 
 
-def _annotations(uri: str, table: pa.Table) -> dict[str, pa.Array | None]:
+def _annotations(place: Location, table: pa.Table) -> dict[str, pa.Array | None]:
     boxes, labels, crowds, annotation_ids = (
         _column(table, field.name, field.type) for field in ANNOTATION_FIELDS
     )
@@ -228,7 +233,7 @@ def _annotations(uri: str, table: pa.Table) -> dict[str, pa.Array | None]:
     if (wrong := np.flatnonzero((counts > 0) & (counts != found))).size:
         row = wrong[0]
         raise UsageError(
-            f"{uri!r}: row {row} has {counts[row]} boxes, but {found[row]} labels ({wrong.size} "
+            f"{str(place)!r}: row {row} has {counts[row]} boxes, but {found[row]} labels ({wrong.size} "
             "rows are like that); it is not clear what is in which box. Write as many `labels` as "
             "`boxes`, or rename the column `boxes`"
         )
@@ -246,7 +251,7 @@ def _annotations(uri: str, table: pa.Table) -> dict[str, pa.Array | None]:
 class _Window:
     """The piece of a row group that was read last: its rows from `start` on, and later pieces."""
 
-    uri: str
+    place: Location
     group: int
     start: int
     piece: pa.Table
@@ -262,7 +267,7 @@ class ParquetReader:
     def __init__(self) -> None:
         # Threads that want the same row group wait for the thread that reads it.
         self._lock = threading.Lock()
-        self._files: OrderedDict[str, Images] = OrderedDict()
+        self._files: OrderedDict[Location, Images] = OrderedDict()
         self._window: _Window | None = None
 
     def close(self) -> None:
@@ -273,7 +278,7 @@ class ParquetReader:
                 images.file.close()
             self._files.clear()
 
-    def read(self, uri: str, rows: list[int], *, most: int) -> list[bytes | Reject]:
+    def read(self, place: Location, rows: list[int], *, most: int) -> list[bytes | Reject]:
         """The images of the first rows, at least one: it stops after more than `most` bytes.
 
         A damaged file gives a Reject for each of its rows.
@@ -285,18 +290,18 @@ class ParquetReader:
         size = 0
         with self._lock:
             try:
-                images = self._opened(uri)
+                images = self._opened(place)
             except Exception as error:
-                if _is_stores(error, uri):
+                if _is_stores(error, place):
                     raise
-                return [Reject("unreadable", f"{uri}: {words(error)}")] * len(rows)
+                return [Reject("unreadable", f"{place}: {words(error)}")] * len(rows)
             if rows != sorted(rows) and max(images.bytes, default=0) > parquetfile.LARGE_GROUP:
                 # In order, so that one pass over a row group is enough.
-                found = {row: self._row(uri, images, row) for row in sorted(set(rows))}
+                found = {row: self._row(place, images, row) for row in sorted(set(rows))}
                 return [found[row] for row in rows]
             for row in rows:
                 try:
-                    found_one = self._row(uri, images, row)
+                    found_one = self._row(place, images, row)
                 except ERRORS:
                     if not out:
                         raise
@@ -307,30 +312,30 @@ class ParquetReader:
                     break
         return out
 
-    def _opened(self, uri: str) -> Images:
-        if uri not in self._files:
-            self._files[uri] = images_in(uri)
+    def _opened(self, place: Location) -> Images:
+        if place not in self._files:
+            self._files[place] = images_in(place)
             if len(self._files) > 16:
                 self._files.popitem(last=False)[1].file.close()
-        self._files.move_to_end(uri)
-        return self._files[uri]
+        self._files.move_to_end(place)
+        return self._files[place]
 
-    def _row(self, uri: str, images: Images, row: int) -> bytes | Reject:
+    def _row(self, place: Location, images: Images, row: int) -> bytes | Reject:
         if not 0 <= row < images.ends[-1]:
             return Reject(
-                "unreadable", f"{uri}: row {row}, but its row groups have {images.ends[-1]}"
+                "unreadable", f"{place}: row {row}, but its row groups have {images.ends[-1]}"
             )
         group = bisect.bisect_right(images.ends, row)
         at = row - (images.ends[group - 1] if group else 0)
         try:
-            window = self._at(uri, images, group, at)
+            window = self._at(place, images, group, at)
             if window is None:
                 return Reject(
                     "unreadable",
-                    f"{uri}: row {row}: its row group {group} has fewer rows than the footer says",
+                    f"{place}: row {row}: its row group {group} has fewer rows than the footer says",
                 )
             return image_at(
-                f"{uri} row {row}",
+                f"{place} row {row}",
                 window.piece,
                 images.column,
                 at - window.start,
@@ -339,14 +344,14 @@ class ParquetReader:
             )
         except Exception as error:  # foreign bytes
             self._window = None
-            if _is_stores(error, uri):
+            if _is_stores(error, place):
                 raise  # the store will be asked again
-            return Reject("unreadable", f"{uri}: row group {group}: {words(error)}")
+            return Reject("unreadable", f"{place}: row group {group}: {words(error)}")
 
-    def _at(self, uri: str, images: Images, group: int, at: int) -> _Window | None:
+    def _at(self, place: Location, images: Images, group: int, at: int) -> _Window | None:
         """The piece with row `at` of a group; None if the group has none."""
         window = self._window
-        if window is None or (window.uri, window.group) != (uri, group) or at < window.start:
+        if window is None or (window.place, window.group) != (place, group) or at < window.start:
             self._window = None  # frees its piece before the next is read
             names = images.file.schema_arrow.names
             columns = list(
@@ -358,7 +363,7 @@ class ParquetReader:
             first = next(rest, None)
             if first is None:
                 return None
-            window = self._window = _Window(uri, group, 0, first, rest)
+            window = self._window = _Window(place, group, 0, first, rest)
         while at >= window.start + window.piece.num_rows:
             start = window.start + window.piece.num_rows
             window.piece = window.piece.slice(0, 0)  # freed before the next one is read
@@ -370,15 +375,15 @@ class ParquetReader:
         return window
 
 
-def _is_stores(error: BaseException, uri: str) -> bool:
+def _is_stores(error: BaseException, place: Location) -> bool:
     """Whether an error is the store's, or a missing file's, and says nothing of the content."""
-    return isinstance(error, FileNotFoundError | PermissionError) or may_pass(error, uri)
+    return isinstance(error, FileNotFoundError | PermissionError) or place.may_pass(error)
 
 
 # --- how large images are, without reading them ----------------------------------------------
 
 
-def sizes(uri: str) -> tuple[np.ndarray, np.ndarray | None]:
+def sizes(place: Location) -> tuple[np.ndarray, np.ndarray | None]:
     """The sizes of a file's images, without reading them.
 
     Returns:
@@ -388,7 +393,7 @@ def sizes(uri: str) -> tuple[np.ndarray, np.ndarray | None]:
     Raises:
         Exception: anything, if the file is damaged.
     """
-    images = images_in(uri)
+    images = images_in(place)
     if images.promised > max(1024, sum(images.bytes)):
         raise ValueError(f"its footer promises {images.promised} rows")
     counts = np.diff([0, *images.ends])[: len(images.bytes)]

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raypipe.data.formats.columns import image_column, shape_of
-from raypipe.data.location import Ranges, filesystem, is_remote, local_path, object_store
+from raypipe.data.location import Location
 
 RAW = {b"raypipe.image": b"HWC RGB uint8"}
 """Schema metadata of a file whose images are raw pixels. Other files are examined row by row."""
@@ -98,18 +98,18 @@ class Images:
     promised: int
 
 
-def images_in(uri: str) -> Images:
+def images_in(place: Location) -> Images:
     """Open a file.
 
     Raises:
         UsageError: it has no column of images.
         Exception: one of ERRORS if it cannot be read, or anything if it is damaged.
     """
-    source = _source(uri)
+    source = place.open()
     file = open_plain(source, streamed=False)
     metadata, schema = file.metadata, file.schema_arrow
     extensions = _extensions(metadata)
-    column = image_column(schema, uri, extensions)
+    column = image_column(schema, str(place), extensions)
     counts, sizes = [], []
     # Not row_group().column(): without the column's metadata, it ends the process (pyarrow 26).
     for group in range(metadata.num_row_groups):
@@ -131,15 +131,6 @@ def images_in(uri: str) -> Images:
         bytes=sizes,
         promised=max(metadata.num_rows, ends[-1]),
     )
-
-
-def _source(uri: str) -> pa.NativeFile:
-    if not is_remote(uri):
-        return pa.OSFile(local_path(uri))
-    if object_store(uri) is not None:  # its client says how many bytes came
-        return pa.PythonFile(Ranges(uri), mode="r")
-    system, path = filesystem(uri)
-    return system.open_input_file(path)
 
 
 def pieces(file: pq.ParquetFile, group: int, columns: list[str], size: int) -> Iterator[pa.Table]:

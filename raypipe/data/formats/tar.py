@@ -22,8 +22,9 @@ import pyarrow as pa
 
 from raypipe.data.formats import tarstream
 from raypipe.data.formats.tarstream import MAX_MEMBER_BYTES
-from raypipe.data.location import ERRORS, local_uri
+from raypipe.data.location import Location
 from raypipe.data.names import SUFFIXES, suffix_of
+from raypipe.data.stores import ERRORS
 from raypipe.data.tables import Listed, flag, frame, images_of, real, rows, text, whole
 from raypipe.errors import UsageError, printable, words
 
@@ -62,7 +63,7 @@ class Sidecar:
 # --- listing ---------------------------------------------------------------------------------
 
 
-def list_tar(uri: str, limit: int | None) -> Listed:
+def list_tar(place: Location, limit: int | None) -> Listed:
     """The images of a tar in its order, with the annotations of their sidecars.
 
     The whole tar is read, even with a `limit`, because sidecars may come after all images. A tar
@@ -74,7 +75,7 @@ def list_tar(uri: str, limit: int | None) -> Listed:
     skipped: Counter[str] = Counter()
     images: list[_Member] = []
     sidecars: list[_Member] = []
-    for member in _members(uri, skipped):
+    for member in _members(place, skipped):
         (images if member.content is None else sidecars).append(member)
     joined, left_over = join_sidecars(
         [one.path for one in images], [one.run for one in images], sidecars
@@ -86,7 +87,7 @@ def list_tar(uri: str, limit: int | None) -> Listed:
         why = "belong to no image in it, or to one that has another"
         log.warning(
             "%s: %d .json or .cls files %s; they are ignored. The first is %s",
-            uri,
+            place,
             len(left_over),
             why,
             first,
@@ -106,7 +107,7 @@ def list_tar(uri: str, limit: int | None) -> Listed:
     if bad:
         first = f"that of {printable(bad[0][0])}: {bad[0][1]}"
         why = "make no sense; their images go without annotations"
-        log.warning("%s: %d .json or .cls files %s. The first is %s", uri, len(bad), why, first)
+        log.warning("%s: %d .json or .cls files %s. The first is %s", place, len(bad), why, first)
     # A sidecar of several images gives none of them its id.
     own = [sidecar.image_id if single else None for sidecar, single in found]
     stems = [posixpath.splitext(member.path)[0] for member in images]
@@ -119,7 +120,7 @@ def list_tar(uri: str, limit: int | None) -> Listed:
     table = rows(
         [text(stem if one is None else one) for stem, one in zip(stems, own, strict=True)],
         [text(name) for name in names],
-        [local_uri(uri)] * len(images),
+        [place.uri] * len(images),
         [member.offset for member in images],
         [member.length for member in images],
         boxes=[one.boxes for one in known],
@@ -131,13 +132,13 @@ def list_tar(uri: str, limit: int | None) -> Listed:
     return Listed(table, skipped)
 
 
-def _members(uri: str, skipped: Counter[str]) -> Iterator[_Member]:
+def _members(place: Location, skipped: Counter[str]) -> Iterator[_Member]:
     """The images and sidecars of a tar, in its order; other members are counted in `skipped`."""
     count = 0
     key, run = None, 0
     places: dict[str, tuple[int, int]] = {}  # of the images so far, as links may lead to them
     try:
-        for info, read in tarstream.members(uri):
+        for info, read in tarstream.members(place):
             count += 1
             base = posixpath.basename(info.name)
             if info.isdir() or base.startswith("."):
@@ -146,12 +147,12 @@ def _members(uri: str, skipped: Counter[str]) -> Iterator[_Member]:
                 key, run = here, run + 1
             lower = info.name.lower()
             if lower.endswith(SUFFIXES):
-                place = _place(info, places)
-                if place is None:
+                found = _place(info, places)
+                if found is None:
                     skipped["(link to nothing, or sparse)"] += 1
                     continue
-                places[posixpath.normpath(info.name)] = place
-                yield _Member(info.name, run, *place)
+                places[posixpath.normpath(info.name)] = found
+                yield _Member(info.name, run, *found)
             elif lower.endswith(_SIDECARS) and info.isreg() and not info.issparse():
                 yield _Member(
                     info.name, run, content=read() if info.size <= MAX_MEMBER_BYTES else b""
@@ -163,17 +164,17 @@ def _members(uri: str, skipped: Counter[str]) -> Iterator[_Member]:
     except Exception as error:  # foreign bytes: tarfile raises many kinds of errors
         if count and isinstance(error, ERRORS):
             raise UsageError(
-                f"cannot read the tar {uri!r} to its end: {words(error)}. Nothing was started"
+                f"cannot read the tar {str(place)!r} to its end: {words(error)}. Nothing was started"
             ) from error
         if count == 0:
             raise UsageError(
-                f"cannot read the tar {uri!r}: {words(error)}. It must exist and be an "
+                f"cannot read the tar {str(place)!r}: {words(error)}. It must exist and be an "
                 "uncompressed tar; unpack .tar.gz first, because images inside it cannot be "
                 "reached one by one"
             ) from error
         log.warning(
             "%s breaks off after %d members (%s); what came after is lost",
-            uri,
+            place,
             count,
             words(error),
         )

@@ -11,16 +11,8 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from typing import Any
 
-from raypipe.data.location import (
-    ERRORS,
-    Ranges,
-    filesystem,
-    is_remote,
-    local_path,
-    object_store,
-    one_line,
-)
-from raypipe.data.patience import Patience
+from raypipe.data.location import Location
+from raypipe.data.stores import ERRORS, one_line
 from raypipe.errors import UsageError
 
 MAX_MEMBER_BYTES = 64 << 20
@@ -29,7 +21,7 @@ MAX_MEMBER_BYTES = 64 << 20
 _MAX_READ = MAX_MEMBER_BYTES + 512
 
 
-def members(uri: str) -> Iterator[tuple[tarfile.TarInfo, Any]]:
+def members(place: Location) -> Iterator[tuple[tarfile.TarInfo, Any]]:
     """The members of a tar, each with a function that reads its content.
 
     Raises:
@@ -37,7 +29,7 @@ def members(uri: str) -> Iterator[tuple[tarfile.TarInfo, Any]]:
         Exception: anything, if the tar is damaged.
     """
     with (
-        _opened(uri) as source,
+        _opened(place) as source,
         tarfile.open(fileobj=source, mode="r:", tarinfo=_Strict, ignore_zeros=True) as tar,
     ):
         for info in tar:
@@ -132,8 +124,8 @@ class _Forward:
 
     _CHUNK = 8 << 20  # of an object store, one request each
 
-    def __init__(self, uri: str, stream: Any):
-        self._uri, self._stream = uri, stream
+    def __init__(self, place: Location, stream: Any):
+        self._place, self._stream = place, stream
         self._chunk, self._start, self._at = b"", 0, 0
 
     def tell(self) -> int:
@@ -175,7 +167,7 @@ class _Forward:
             chunk = self._stream.read(self._CHUNK)
         except ERRORS as error:
             raise UsageError(
-                f"cannot read the tar {self._uri!r} to its end: {one_line(error)}. Nothing was "
+                f"cannot read the tar {str(self._place)!r} to its end: {one_line(error)}. Nothing was "
                 "started; try again when the store answers"
             ) from error
         # tarfile steps back by a byte, and to a block that it has seen.
@@ -185,32 +177,23 @@ class _Forward:
         return bool(chunk)
 
 
-def _stream(uri: str) -> Any:
-    """A remote file to read from its start. If its store fails meanwhile, reads are repeated."""
-    if object_store(uri) is not None:
-        patience = Patience()
-        return Ranges(uri, lambda read: patience.call(read, uri))
-    system, path = filesystem(uri)
-    return system.open_input_stream(path, buffer_size=8 << 20)
-
-
 @contextmanager
-def _opened(uri: str) -> Iterator[Any]:
-    if is_remote(uri):
+def _opened(place: Location) -> Iterator[Any]:
+    if place.is_remote:
         try:
-            stream = _stream(uri)
+            stream = place.stream()
         except ERRORS as error:
             raise UsageError(
-                f"cannot read the tar {uri!r}: {one_line(error)}. It must exist, and its "
+                f"cannot read the tar {str(place)!r}: {one_line(error)}. It must exist, and its "
                 "store must answer"
             ) from error
-        with closing(_Forward(uri, stream)) as source:
+        with closing(_Forward(place, stream)) as source:
             yield source
         return
-    path = local_path(uri)
+    path = place.path
     if os.path.exists(path) and not os.path.isfile(path):
         raise UsageError(
-            f"cannot read the tar {uri!r}: it is no regular file; give one that can be read at "
+            f"cannot read the tar {str(place)!r}: it is no regular file; give one that can be read at "
             "any place"
         )
     with closing(_Local(open(path, "rb", buffering=0))) as source:

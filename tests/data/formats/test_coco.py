@@ -1,3 +1,4 @@
+import contextlib
 import json
 import logging
 import shutil
@@ -8,10 +9,13 @@ import pyarrow as pa
 import pytest
 
 from raypipe import UsageError
+from raypipe.data.formats.coco import write_annotations
 from raypipe.data.listing import list_images, look
+from raypipe.data.location import Location
+from raypipe.data.reader import Reader
 from raypipe.data.tables import SOURCE
 from raypipe.images.decode import Reject
-from tests.data.conftest import ids, names, put, read
+from tests.data.conftest import files, ids, names, put, read
 
 
 def coco(tmp_path, **changes) -> str:
@@ -261,3 +265,153 @@ def test_files_that_the_json_does_not_name_are_counted(tmp_path, caplog):
     assert not look(str(tmp_path / "images/sub"), annotations=given).skipped - Counter(
         {".jpg": 1, ".txt": 1}
     )
+
+
+# --- writing ---------------------------------------------------------------------------------
+
+
+def test_annotations_of_written_images(tmp_path):
+    source = {
+        "info": {"year": 2017},
+        "licenses": [{"id": 1}],
+        "categories": [{"id": 18, "name": "dog", "supercategory": "animal"}],
+        "my_own_key": [1, 2],
+        "images": [
+            {"id": 5, "file_name": "a.png", "height": 100, "width": 200, "coco_url": "http://x"},
+            {"id": 3, "file_name": "rejected.jpg", "height": 100, "width": 200},
+            {"id": 9, "file_name": "sub/empty.jpg", "height": 10, "width": 20},
+        ],
+        "annotations": [
+            {"id": 1, "image_id": 5, "category_id": 18, "bbox": [20, 10, 40, 20], "area": 400, "iscrowd": 0, "segmentation": [[1, 2, 3]],
+             "keypoints": [1, 2, 2], "num_keypoints": 1, "score": 0.5},
+            {"id": 2, "image_id": 5, "category_id": 18, "bbox": [0, 0, 1, 1], "area": 1, "iscrowd": 0},
+            {"id": 4, "image_id": 3, "category_id": 18, "bbox": [0, 0, 1, 1], "area": 1, "iscrowd": 0},
+            {"id": 7, "image_id": 5, "category_id": 18, "bbox": [0, 0, 200, 100], "area": 20000, "iscrowd": 1},
+        ],
+    }  # fmt: skip
+    path = tmp_path / "instances_val.json"
+    path.write_text(json.dumps(source))
+    root = tmp_path / "out"
+    # From 100x200 to 300x300: x is stretched 1.5 times, y 3 times. Annotation 2 was dropped by the recipe.
+    rows = [
+        ("9", "val/sub/empty.jpg", 30, 30, np.empty((0, 4), np.float32), []),
+        (
+            "5",
+            "val/a.jpg",
+            300,
+            300,
+            np.array([[0, 0, 300, 300], [30, 30, 90, 90]], np.float32),
+            [7, 1],
+        ),
+    ]
+    assert (
+        write_annotations(Location.of(str(path)), Location.of(str(root)), rows, folder="val").file
+        == "annotations/instances_val.json"
+    )
+    assert files(root).keys() == {"annotations/instances_val.json"}
+    result = json.loads((root / "annotations/instances_val.json").read_text())
+    assert result == source | {
+        "images": [
+            {"id": 5, "file_name": "a.jpg", "height": 300, "width": 300, "coco_url": "http://x"},
+            {"id": 9, "file_name": "sub/empty.jpg", "height": 30, "width": 30},
+        ],
+        "annotations": [
+            {
+                "id": 1,
+                "image_id": 5,
+                "category_id": 18,
+                "bbox": [30, 30, 60, 60],
+                "area": 1800,
+                "iscrowd": 0,
+                "score": 0.5,
+            },
+            {
+                "id": 7,
+                "image_id": 5,
+                "category_id": 18,
+                "bbox": [0, 0, 300, 300],
+                "area": 90000,
+                "iscrowd": 1,
+            },
+        ],
+    }
+    (root / "val").mkdir()
+    again = list_images(str(root / "val"), annotations=str(root / "annotations/instances_val.json"))
+    assert again["boxes"].to_pylist() == [[[30, 30, 90, 90], [0, 0, 300, 300]], []]
+
+
+def test_annotations_whose_ids_are_unique_within_their_image_only_and_odd_values(tmp_path):
+    source = {
+        "images": [
+            {"id": 1, "file_name": "a.jpg"},
+            {"id": 2, "file_name": "b.jpg"},
+            {"id": 3, "file_name": "left-out.jpg"},
+        ],
+        "annotations": [
+            {"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 10, 10], "area": None},
+            {"id": 1, "image_id": 2, "category_id": 1, "bbox": ["5", "5", "10", "20"], "area": 200},
+            {"id": "2", "image_id": 2, "category_id": 1, "bbox": [0, 0, 10, 10]},
+            {"id": 1, "image_id": 3, "category_id": 1, "bbox": [0, 0, 10, 10], "area": 100},
+            {"id": 1, "image_id": 1, "category_id": 1, "caption": "no box"},
+        ],
+    }
+    path = tmp_path / "boxes.json"
+    path.write_text(json.dumps(source))
+    listed = list_images(str(tmp_path), annotations=str(path)).slice(0, 2).to_pylist()
+    rows = [
+        (
+            row["image_id"],
+            f"{row['name']}.jpg",
+            20,
+            20,
+            [[2 * v for v in box] for box in row["boxes"]],
+            row["annotation_ids"],
+        )
+        for row in listed
+    ]
+    write_annotations(Location.of(str(path)), Location.of(str(tmp_path / "out")), rows)
+    result = json.loads((tmp_path / "out/annotations/boxes.json").read_text())["annotations"]
+    assert [(one["image_id"], one["id"], one["bbox"], one.get("area")) for one in result] == [
+        (1, 1, [0, 0, 20, 20], None),
+        (2, 1, [10, 10, 20, 40], 800),
+        (2, "2", [0, 0, 20, 20], None),
+    ]
+
+
+def test_annotations_from_something_else(tmp_path):
+    (tmp_path / "x.json").write_text("[]")
+    with pytest.raises(UsageError, match="not COCO"):
+        write_annotations(
+            Location.of(str(tmp_path / "x.json")), Location.of(str(tmp_path / "out")), []
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_s3_coco(bucket, tmp_path):
+    Location.of(bucket("set")).write("images/one.jpg", b"one")
+    content = {
+        "images": [{"id": 1, "file_name": "one.jpg"}, {"id": 2, "file_name": "gone.jpg"}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 3, "bbox": [1, 1, 2, 2]}],
+    }
+    Location.of(bucket("set")).write("annotations.json", json.dumps(content).encode())
+    table = list_images(bucket("set/images"), annotations=bucket("set/annotations.json"))
+    assert table["boxes"].to_pylist() == [[[1, 1, 3, 3]], []]
+    with contextlib.closing(Reader()) as reader:
+        first, second = reader.read(table)
+    assert (
+        first == b"one"
+        and isinstance(second, Reject)
+        and second.reason == "unreadable"
+        and "gone.jpg" in second.detail
+    )
+    file = write_annotations(
+        Location.of(bucket("set/annotations.json")),
+        Location.of(bucket("out")),
+        [("1", "one.jpg", 4, 4, [[0, 0, 1, 1]], [1])],
+    ).file
+    assert json.loads((Location.of(bucket("out")) / file).read())["annotations"][0]["bbox"] == [
+        0,
+        0,
+        1,
+        1,
+    ]

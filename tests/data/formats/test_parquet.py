@@ -1,3 +1,4 @@
+import contextlib
 import io
 import itertools
 import os
@@ -12,8 +13,23 @@ import pytest
 from raypipe import UsageError
 from raypipe.data.formats import parquet, parquetfile
 from raypipe.data.listing import list_images
+from raypipe.data.location import Location
+from raypipe.data.reader import Reader
+from raypipe.data.sinks import Sink
 from raypipe.images.decode import Reject
-from tests.data.conftest import ids, names, read, reasons, tar
+from tests.data.conftest import (
+    IMAGES,
+    WITH_REJECTS,
+    block,
+    ids,
+    names,
+    photo,
+    pictures,
+    read,
+    reasons,
+    tar,
+    write_block,
+)
 
 PICTURES = [bytes([i]) * (50 + i) for i in range(20)]
 
@@ -186,7 +202,10 @@ def test_a_large_row_group_is_read_in_pieces_and_in_any_order(tmp_path, monkeypa
     assert read(table.take(order)) == [pictures[i] for i in order]
     pieces = list(
         parquetfile.pieces(
-            parquetfile.images_in(str(tmp_path / "a.parquet")).file, 0, ["image"], 20_000
+            parquetfile.images_in(Location.of(str(tmp_path / "a.parquet"))).file,
+            0,
+            ["image"],
+            20_000,
         )
     )
     assert len(pieces) > 8 and sum(piece.num_rows for piece in pieces) == 40
@@ -298,116 +317,6 @@ def test_nothing_in_a_parquet_file_is_unpickled(tmp_path):
     assert not mark.exists()
 
 
-# --- tensors -----------------------------------------------------------------------------------------------------------------
-
-
-def picture(value: int = 0) -> np.ndarray:
-    return np.random.default_rng(value).integers(0, 256, (5, 7, 3), np.uint8)
-
-
-def nested(*arrays: np.ndarray, of: pa.DataType | None = None) -> pa.Array:
-    return pa.array(
-        [array.tolist() for array in arrays], pa.list_(pa.list_(pa.list_(of or pa.uint8())))
-    )
-
-
-def shown(data: bytes | Reject) -> np.ndarray:
-    assert isinstance(data, bytes), data
-    return np.load(io.BytesIO(data))
-
-
-@pytest.mark.parametrize(
-    "kind", ["ray", "ray v1", "arrow", "nested", "int64", "channels first", "flat", "fixed"]
-)
-def test_a_column_image_of_tensors(tmp_path, kind):
-    images = [picture(i) for i in range(4)]
-    columns: dict[str, object] = {"boxes_of": [[1, 2]] * 4}
-    match kind:
-        case "ray" | "ray v1":
-            from ray.data._internal.tensor_extensions.arrow import ArrowTensorArray, ArrowTensorType
-
-            columns["image"] = ArrowTensorArray.from_numpy(np.stack(images))
-            if kind == "ray v1":
-                flat = pa.array([i.reshape(-1) for i in images], pa.list_(pa.uint8()))
-                columns["image"] = pa.ExtensionArray.from_storage(
-                    ArrowTensorType((5, 7, 3), pa.uint8()), flat
-                )
-        case "arrow":
-            columns["image"] = pa.FixedShapeTensorArray.from_numpy_ndarray(np.stack(images))
-        case "nested":
-            columns["image"] = nested(*images)
-        case "int64":
-            columns["image"] = nested(*images, of=pa.int64())
-        case "channels first":
-            columns["image"] = nested(*(np.moveaxis(i, 2, 0) for i in images))
-        case "flat":
-            columns |= {
-                "image": pa.array([i.reshape(-1) for i in images], pa.list_(pa.uint8())),
-                "height": [5] * 4,
-                "width": [7] * 4,
-            }
-        case "fixed":
-            columns["image"] = nested(*images).cast(
-                pa.list_(pa.list_(pa.list_(pa.uint8(), 3), 7), 5)
-            )
-    pq.write_table(pa.table(columns), tmp_path / "a.parquet", row_group_size=3)
-    results = read(list_images(str(tmp_path)))
-    for result, image in zip(results, images, strict=True):
-        np.testing.assert_array_equal(shown(result), image)
-
-
-def test_tensors_of_different_shapes_as_ray_stores_them(tmp_path):
-    from ray.data._internal.tensor_extensions.arrow import ArrowVariableShapedTensorArray
-
-    images = [picture(0), picture(1)[:3], picture(2)[:, :4]]
-    column = ArrowVariableShapedTensorArray.from_numpy(np.array([*images, None], object)[:3])
-    pq.write_table(pa.table({"image": column, "id": [1, 2, 3]}), tmp_path / "a.parquet")
-    for result, image in zip(read(list_images(str(tmp_path))), images, strict=True):
-        np.testing.assert_array_equal(shown(result), image)
-
-
-def test_tensors_that_are_grey_have_alpha_or_are_no_images(tmp_path):
-    grey, alpha = picture()[:, :, :1], np.concatenate([picture(), picture(1)[:, :, :1]], axis=2)
-    ragged = [[[1, 2, 3]], [[1, 2, 3], [4, 5, 6]]]
-    rows = [
-        grey.tolist(),
-        alpha.tolist(),
-        picture()[:, :, :2].tolist(),
-        ragged,
-        None,
-        [],
-        [[[300, 0, 0]]],
-        [[[-1, 0, 0]]],
-        [[[None, 0, 0]]],
-    ]
-    pq.write_table(
-        pa.table({"image": pa.array(rows, pa.list_(pa.list_(pa.list_(pa.int32()))))}),
-        tmp_path / "a.parquet",
-    )
-    results = read(list_images(str(tmp_path)))
-    np.testing.assert_array_equal(shown(results[0]), np.repeat(grey, 3, axis=2))
-    np.testing.assert_array_equal(shown(results[1]), alpha[:, :, :3])
-    assert (
-        reasons(results)[2:]
-        == ["unsupported mode", "corrupt", "empty", "empty"] + ["unsupported mode"] * 3
-    )
-    pq.write_table(
-        pa.table(
-            {"image": pa.array([picture()[:, :, 0].tolist()], pa.list_(pa.list_(pa.uint8())))}
-        ),
-        tmp_path / "a.parquet",
-    )
-    np.testing.assert_array_equal(
-        shown(read(list_images(str(tmp_path)))[0])[:, :, 1], picture()[:, :, 0]
-    )
-    pq.write_table(
-        pa.table({"image": nested(picture()).cast(pa.list_(pa.list_(pa.list_(pa.float32()))))}),
-        tmp_path / "a.parquet",
-    )
-    with pytest.raises(UsageError, match=r"no column with images.*float.*whole numbers"):
-        list_images(str(tmp_path))
-
-
 def test_bytes_that_are_stored_as_a_dictionary(tmp_path):
     column = pa.array([b"one", b"two", b"one", None], pa.binary()).dictionary_encode()
     pq.write_table(
@@ -415,3 +324,82 @@ def test_bytes_that_are_stored_as_a_dictionary(tmp_path):
     )
     results = read(list_images(str(tmp_path)))
     assert results[:3] == [b"one", b"two", b"one"] and reasons(results)[3] == "empty"
+
+
+# --- writing, and reading what was written ---------------------------------------------------
+
+
+def test_parquet_is_readable_by_anyone(tmp_path):
+    write_block(Sink(format="parquet", root=Location.of(str(tmp_path))), block(WITH_REJECTS))
+    table = pq.read_table(tmp_path / "part-000012.parquet")
+    assert table.column_names == [
+        "image_id",
+        "name",
+        "height",
+        "width",
+        "image",
+        "boxes",
+        "labels",
+        "crowds",
+        "annotation_ids",
+    ]
+    for row, image in zip(table.to_pylist(), IMAGES, strict=True):
+        np.testing.assert_array_equal(
+            np.frombuffer(row["image"], np.uint8).reshape(row["height"], row["width"], 3), image
+        )
+    assert (
+        os.path.getsize(tmp_path / "part-000012.parquet")
+        < sum(image.nbytes for image in IMAGES) + 20_000
+    )
+
+
+def test_parquet_pixels_that_begin_like_a_jpeg(tmp_path):
+    image = photo(20, 30)
+    image[0, 0] = (0xFF, 0xD8, 0xFF)
+    write_block(Sink(format="parquet", root=Location.of(str(tmp_path))), block([image]))
+    np.testing.assert_array_equal(pictures(list_images(str(tmp_path)))[0], image)
+
+
+def test_parquet_row_groups_stay_small(tmp_path):
+    """A reader of shuffled rows decodes a row group for each: 8 MiB, not a whole shard."""
+    write_block(
+        Sink(format="parquet", root=Location.of(str(tmp_path))), block([photo(600, 800)] * 12)
+    )
+    metadata = pq.read_metadata(tmp_path / "part-000012.parquet")
+    assert metadata.num_row_groups == 3
+    assert len(pictures(list_images(str(tmp_path)))) == 12
+
+
+def test_s3_parquet_with_a_damaged_row_group(bucket, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    contents = [os.urandom(5000) for _ in range(32)]
+
+    def parquet(pictures: list[bytes]) -> bytes:
+        buffer = io.BytesIO()
+        pq.write_table(
+            pa.table({"image": pictures}),
+            buffer,
+            row_group_size=4,
+            use_dictionary=False,
+            compression="gzip",
+        )
+        return buffer.getvalue()
+
+    first = parquet(contents[:12])
+    Location.of(bucket("set")).write("a.parquet", first)
+    Location.of(bucket("set")).write("b.parquet", parquet(contents[12:]))
+    table = list_images(bucket("set"))
+    Location.of(bucket("set")).write(
+        "a.parquet", first[:45000] + bytes(600) + first[45600:]
+    )  # its last row group
+    for threads in (
+        0,
+        1,
+        4,
+    ):  # with 0 and 1, one thread reads the end of the first file and the start of the second
+        with contextlib.closing(Reader(threads)) as reader:
+            results = list(reader.read(table))
+        assert results[:8] == contents[:8] and results[12:] == contents[12:]
+        assert [one.reason for one in results[8:12] if isinstance(one, Reject)] == [
+            "unreadable"
+        ] * 4

@@ -1,3 +1,4 @@
+import contextlib
 import gzip
 import io
 import itertools
@@ -11,7 +12,12 @@ import pytest
 
 from raypipe import UsageError
 from raypipe.data.listing import list_images, look
-from tests.data.conftest import ids, names, read, reasons, tar
+from raypipe.data.location import Location
+from raypipe.data.reader import Reader
+from raypipe.data.sinks import Sink
+from raypipe.data.tables import BLOCK
+from raypipe.images.decode import Reject
+from tests.data.conftest import IMAGES, block, ids, names, read, reasons, tar, write_block
 from tests.support.objects import objects
 
 
@@ -368,3 +374,62 @@ def test_sidecars_have_the_numbers_of_coco_jsons(tmp_path, caplog):
     ) == ([False], [7], [10, 20])
     assert table["boxes"][0].as_py() == [[1, 2, 3.5, 4]]
     assert "3 .json or .cls files make no sense" in caplog.text
+
+
+# --- writing, and reading what was written ---------------------------------------------------
+
+
+def test_webdataset_layout(tmp_path):
+    content = block(IMAGES[:3], names=["a/x.1", "100%", "c"])
+    rows = content.to_pylist()
+    rows[2] |= {"boxes": [], "labels": [9], "crowds": [], "annotation_ids": []}
+    written = write_block(
+        Sink(format="webdataset", root=Location.of(str(tmp_path))),
+        pa.Table.from_pylist(rows, schema=BLOCK),
+    )
+    assert written.files == ["shard-000012.tar"]
+    with tarfile.open(tmp_path / "shard-000012.tar") as archive:
+        members = archive.getmembers()
+        assert [one.name for one in members] == [
+            "a/x%2E1.jpg",
+            "a/x%2E1.json",
+            "100%25.jpg",
+            "100%25.json",
+            "c.jpg",
+            "c.json",
+            "c.cls",
+        ]
+        assert {
+            (one.mtime, one.uid, one.gid, one.uname, one.gname, one.mode) for one in members
+        } == {(0, 0, 0, "", "", 0o644)}
+        sidecar = json.load(archive.extractfile("100%25.json"))  # type: ignore[arg-type]
+        assert archive.extractfile("c.cls").read() == b"9"  # type: ignore[union-attr]
+    assert sidecar == {
+        "image_id": "id-1",
+        "height": 41,
+        "width": 59,
+        "boxes": [[1.5, 2.0, 3.0, 5.0]],
+        "labels": [5],
+        "crowds": [False],
+        "annotation_ids": [10],
+    }
+    table = list_images(str(tmp_path))
+    assert table["name"].to_pylist() == ["a/x.1", "100%", "c"]
+    assert table["labels"].to_pylist()[2] == [9]
+
+
+def test_s3_failures_while_reading_are_rejects(bucket):
+    write_block(Sink(format="webdataset", root=Location.of(bucket("out"))), block(IMAGES))
+    table = list_images(bucket("out"))
+    root = Location.of(bucket("out"))
+    root.write("shard-000012.tar", (root / "shard-000012.tar").read()[:6000])
+    with contextlib.closing(Reader(patience_s=5.0)) as reader:
+        results = list(reader.read(table))
+        assert (
+            isinstance(results[0], bytes)
+            and isinstance(results[-1], Reject)
+            and results[-1].reason == "unreadable"
+        )
+    Location.of(table["uri"][0].as_py()).delete()
+    with contextlib.closing(Reader(patience_s=1.0)) as reader:
+        assert {one.reason for one in reader.read(table) if isinstance(one, Reject)} == {"unread"}

@@ -10,6 +10,7 @@ import pytest
 
 from raypipe import UsageError
 from raypipe.data import journal
+from raypipe.data.location import Location
 from raypipe.run.background import Run
 from raypipe.run.cluster import internals, scaling
 from raypipe.run.live.control import Control
@@ -30,7 +31,8 @@ def check_all_done_once(outcome: Outcome, output: Path, images: int) -> None:
     assert outcome.report is not None
     assert verdict_on(outcome, Settings.of(input="demo", output=str(output))) is None
     assert outcome.report["images_out"] == images
-    entries = journal.read_entries(str(output), sorted(journal.done_shards(str(output))))
+    place = Location.of(str(output))
+    entries = journal.read_entries(place, sorted(journal.done_shards(place)))
     done = Counter(row.image_id for entry in entries for row in entry.written)
     assert len(done) == images and set(done.values()) == {1}
     # What an actor did twice would count twice here, though the journal has it once.
