@@ -15,9 +15,13 @@ from raypipe.images.header import UNREAD
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One image of a block: pixels (height, width, 3) uint8, a view; None with a reason if it was rejected.
+    """One image of a block.
 
-    `dropped`: its boxes that could not be used (journal.Dropped, as a dict); `boxes_from`: the frame they were drawn in.
+    Attributes:
+        pixels: (height, width, 3) uint8, a view; None if it was rejected.
+        dropped: boxes that could not be used (journal.Dropped, as a dict).
+        boxes_from: the frame that its boxes were drawn in.
+        damaged: delivered although it is damaged (--damaged keep).
     """
 
     epoch: int
@@ -29,7 +33,7 @@ class Row:
     reject: dict[str, str] | None
     dropped: list[dict[str, Any]] = field(default_factory=list)
     boxes_from: str | None = None
-    damaged: bool = False  # delivered all the same (--damaged keep)
+    damaged: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,9 +60,8 @@ def rows_of(block: pa.Table) -> Iterator[Row]:
             image_id=row["image_id"],
             pixels=image,
             boxes=boxes[at],
-            labels=labels[at]
-            if len(boxes[at])
-            else labels[at][:0],  # of the whole image: nothing that a detector learns
+            # Labels without boxes are of the whole image: a detector learns nothing from them.
+            labels=labels[at] if len(boxes[at]) else labels[at][:0],
             crowds=crowds[at],
             reject=None
             if image is not None
@@ -73,15 +76,18 @@ def rows_of(block: pa.Table) -> Iterator[Row]:
 
 
 def check_read(reject: Mapping[str, str]) -> None:
-    """Raise StoreError where a row without pixels is none that was rejected, but one that no store gave."""
+    """Raise StoreError if a row has no pixels because its store did not answer."""
     if reject["reason"] == UNREAD:
         raise StoreError(
-            f"{reject['uri']} could not be read ({reject['detail']}), and without it a row would be missed"
+            f"{reject['uri']} could not be read ({reject['detail']}), and without it a row would "
+            "be missed"
         )
 
 
 def batches(blocks: Iterable[pa.Table], size: int) -> Iterator[Batch]:
-    """Batches of `size` good rows, in the order of `blocks`; none spans two epochs, so the last of each may be smaller.
+    """Batches of `size` good rows, in the order of `blocks`.
+
+    None spans two epochs, so the last batch of an epoch may be smaller.
 
     Raises:
         ValueError: an epoch comes after a later one.
@@ -96,7 +102,8 @@ def batches(blocks: Iterable[pa.Table], size: int) -> Iterator[Batch]:
             if rows and row.epoch != rows[0].epoch:
                 if row.epoch < rows[0].epoch:
                     raise ValueError(
-                        f"a row of epoch {row.epoch} came after one of epoch {rows[0].epoch}; blocks must come in order"
+                        f"a row of epoch {row.epoch} came after one of epoch {rows[0].epoch}; "
+                        "blocks must come in order"
                     )
                 yield Batch(epoch=rows[0].epoch, rows=rows)
                 rows, good = [], 0
@@ -110,11 +117,11 @@ def batches(blocks: Iterable[pa.Table], size: int) -> Iterator[Batch]:
 
 
 def trainable(row: Row) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes (n, 4) and labels (n,) to learn from: no crowds, and none that the recipe left without an area."""
+    """Boxes (n, 4) and labels (n,) to learn from: no crowds, and no boxes without an area."""
     if len(row.labels) != len(row.boxes):
         raise UsageError(
-            f"image {row.image_id} has {len(row.boxes)} boxes, but {len(row.labels)} labels, so it is unknown what is in them. Give a label for "
-            f"each box, or leave the image out."
+            f"image {row.image_id} has {len(row.boxes)} boxes, but {len(row.labels)} labels, so it "
+            "is unknown what is in them. Give a label for each box, or leave the image out."
         )
     kept = (row.boxes[:, 2] > row.boxes[:, 0]) & (row.boxes[:, 3] > row.boxes[:, 1])
     if len(row.crowds):

@@ -1,6 +1,7 @@
-"""A labelled set for detection from pictures that anybody has: cut-outs, which are images with a transparent background, pasted on photos.
+"""A labelled set for detection, made of cut-outs that are pasted on photos.
 
-A cut-out's class is the folder that it is in; its box is where it is not transparent. A picture is a function of (files, seed, index).
+A cut-out is an image with a transparent background. Its class is its folder; its box is where it is
+not transparent. A picture is a function of (files, seed, index).
 """
 
 import json
@@ -24,17 +25,20 @@ SIZE = (480, 640)
 """Height and width of a picture."""
 
 MOST, SMALLEST, LARGEST = 4, 0.2, 0.55
-"""So many cut-outs a picture at most; their longer side, as a share of the picture's height."""
+"""Cut-outs a picture, at most; and their longer side, as a share of the picture's height."""
 
 OVERLAP = 0.2
-"""Of two boxes, at most so much of the smaller one is hidden."""
+"""At most this share of the smaller of two boxes is hidden."""
 
 _QUALITY = 92
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cutout:
-    """One thing to paste: (height, width, 4) RGBA uint8, cropped to what is not transparent; and its class, from 1 on."""
+    """One thing to paste.
+
+    pixels: (height, width, 4) RGBA uint8, cropped to the visible part. label: its class, from 1.
+    """
 
     pixels: np.ndarray
     label: int
@@ -42,7 +46,10 @@ class Cutout:
 
 @dataclass(frozen=True, kw_only=True)
 class Material:
-    """What pictures are made of. `classes[i]` is the name of label i + 1; photos are (height, width, 3) RGB uint8."""
+    """The parts of pictures.
+
+    photos: (height, width, 3) RGB uint8. classes: `classes[i]` is the name of label i + 1.
+    """
 
     cutouts: Sequence[Cutout]
     photos: Sequence[np.ndarray]
@@ -52,18 +59,23 @@ class Material:
 def paste(
     cutouts: str, photos: str, output: str, *, count: int = 600, classes: int = 6, seed: int = 0
 ) -> Material:
-    """Makes `count` pictures of the cut-outs below `cutouts` on the photos below `photos`: `output`/images/*.jpg and `output`/annotations.json,
-    a COCO JSON. All three are local folders. `classes`: the folders with the most cut-outs.
+    """Make `count` pictures: `output`/images/*.jpg and `output`/annotations.json, a COCO JSON.
+
+    Args:
+        cutouts: a local folder with folders of cut-outs.
+        photos: a local folder with photos to paste on.
+        classes: use this many folders, those with the most cut-outs.
 
     Raises:
-        UsageError: there is nothing to paste, or nothing to paste on, or there are results already.
+        UsageError: there are no cut-outs, no photos, or results already.
     """
     for name, number in (("count", count), ("classes", classes)):
         if number < 1:
             raise UsageError(f"--{name} is {number}; it must be at least 1.")
     if os.path.exists(os.path.join(output, "annotations.json")):
         raise UsageError(
-            f"{output}/annotations.json exists: pictures would be mixed with earlier ones. Give an --output without it."
+            f"{output}/annotations.json exists: pictures would be mixed with earlier ones. Give an "
+            "--output without it."
         )
     material, place = load(cutouts, photos, classes=classes), Location.of(output)
     images: list[dict[str, Any]] = []
@@ -100,7 +112,7 @@ def paste(
 
 
 def load(cutouts: str, photos: str, *, classes: int) -> Material:
-    """Reads what pictures are made of. Files that are no images, and cut-outs without a transparent part, are passed over.
+    """Read the parts of pictures. Other files and cut-outs without transparency are skipped.
 
     Raises:
         UsageError: too few folders have cut-outs, or there is no photo.
@@ -109,8 +121,9 @@ def load(cutouts: str, photos: str, *, classes: int) -> Material:
     count = Counter(_class(path, cutouts) for path, _ in found)
     if len(count) < classes:
         raise UsageError(
-            f"--classes is {classes}, but {len(count)} folders below {cutouts!r} have images with a transparent background "
-            f"({', '.join(sorted(count)) or 'none'}), and a folder is a class. Ask for fewer, or give another --cutouts."
+            f"--classes is {classes}, but {len(count)} folders below {cutouts!r} have images with "
+            f"a transparent background ({', '.join(sorted(count)) or 'none'}), and a folder is "
+            "a class. Ask for fewer, or give another --cutouts."
         )
     chosen = sorted(
         name for name, _ in sorted(count.items(), key=lambda item: (-item[1], item[0]))[:classes]
@@ -118,7 +131,8 @@ def load(cutouts: str, photos: str, *, classes: int) -> Material:
     grounds = [photo for path in _files(photos) if (photo := _photo(path)) is not None]
     if not grounds:
         raise UsageError(
-            f"There is no photo below {photos!r} (with a name that ends in {' '.join(SUFFIXES)}), so nothing to paste on."
+            f"There is no photo below {photos!r} (with a name that ends in "
+            f"{' '.join(SUFFIXES)}), so nothing to paste on."
         )
     things = [(_class(path, cutouts), pixels) for path, pixels in found]
     return Material(
@@ -165,13 +179,13 @@ def _is_there(pixels: np.ndarray) -> bool:
 
 
 def _around(pixels: np.ndarray) -> tuple[int, int, int, int]:
-    """x1 y1 x2 y2 of what is not transparent; there must be something."""
+    """The box (xyxy) of the visible part; there must be one."""
     rows, columns = (np.flatnonzero((pixels[..., 3] >= 128).any(axis=axis)) for axis in (1, 0))
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
 def _photo(path: Path) -> np.ndarray | None:
-    """The photo at up to twice a picture's size: more would only cost memory."""
+    """The photo at up to twice a picture's size: a larger one would only cost memory."""
     pixels = _opened(path, "RGB")
     if pixels is None:
         return None
@@ -182,7 +196,11 @@ def _photo(path: Path) -> np.ndarray | None:
 
 
 def render(material: Material, seed: int, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Picture `index` of the set `seed`: (height, width, 3) RGB uint8 of SIZE; its boxes, (n, 4) int64, x1 y1 x2 y2; their labels, (n,) int64."""
+    """Picture `index` of the set `seed`.
+
+    Returns:
+        Pixels, (height, width, 3) RGB uint8 of SIZE; boxes, (n, 4) int64, xyxy; labels, (n,) int64.
+    """
     rng = np.random.default_rng((seed, index))
     picture = _ground(rng, material.photos[int(rng.integers(len(material.photos)))])
     boxes: list[tuple[int, int, int, int]] = []
@@ -191,11 +209,11 @@ def render(material: Material, seed: int, index: int) -> tuple[np.ndarray, np.nd
     for _ in range(4 * wanted):
         if len(boxes) == wanted:
             break
-        # A class first, else one with many cut-outs would be most of what there is.
+        # Draw the class first, so that a class with many cut-outs does not dominate.
         label = int(rng.integers(1, len(material.classes) + 1))
         of_class = [cutout for cutout in material.cutouts if cutout.label == label]
         thing = _varied(rng, of_class[int(rng.integers(len(of_class)))].pixels)
-        if not _is_there(thing):  # what is thin may fade away when it shrinks
+        if not _is_there(thing):  # thin things may vanish when they shrink
             continue
         top, left = (
             int(rng.integers(picture.shape[side] - thing.shape[side] + 1)) for side in (0, 1)
@@ -212,7 +230,7 @@ def render(material: Material, seed: int, index: int) -> tuple[np.ndarray, np.nd
 
 
 def _ground(rng: np.random.Generator, photo: np.ndarray) -> np.ndarray:
-    """A part of the photo, at least half as high and wide as it can be, as a picture's background."""
+    """A picture's background: a part of the photo, at least half as high and wide as possible."""
     scale = min(photo.shape[0] / SIZE[0], photo.shape[1] / SIZE[1]) * rng.uniform(0.5, 1.0)
     height, width = max(1, int(SIZE[0] * scale)), max(1, int(SIZE[1] * scale))
     top, left = (
@@ -231,7 +249,7 @@ def _varied(rng: np.random.Generator, pixels: np.ndarray) -> np.ndarray:
     """The cut-out at a random size, mirrored or not."""
     scale = SIZE[0] * rng.uniform(SMALLEST, LARGEST) / max(pixels.shape[:2])
     height, width = max(2, round(pixels.shape[0] * scale)), max(2, round(pixels.shape[1] * scale))
-    # What is transparent has a colour too, which a resize would mix into the edge: colours are weighted by their alpha.
+    # Transparent pixels have a colour too. Weighting by alpha keeps it out of resized edges.
     weighted = pixels.astype(np.float32)
     weighted[..., :3] *= weighted[..., 3:] / 255
     sized = cv2.resize(

@@ -1,9 +1,11 @@
-"""The demo data: procedural photos of a landscape with labelled things in it, so that everything runs without a download.
+"""The demo data: procedural photos of a landscape with labelled things. No download is needed.
 
-A picture is a function of (seed, index): `layout` says what is where, cheaply; `render` paints it. `read` gives its JPEG from a
-cache on this machine, painting it first if need be, so any node of a cluster can read `demo://SEED/INDEX`.
+A picture is a function of (seed, index). `layout` says what is where, cheaply; `render` paints it.
+`read` gives its JPEG from a cache on this machine, and paints it first if it is missing. So any
+node of a cluster can read `demo://SEED/INDEX`.
 
-The cache is `raypipe/demo-vN` in $XDG_CACHE_HOME, else ~/.cache, else (not writable) the folder for temporary files.
+The cache is `raypipe/demo-vN` in $XDG_CACHE_HOME or ~/.cache. If that is not writable, it is in the
+folder for temporary files.
 """
 
 import contextlib
@@ -26,10 +28,10 @@ from raypipe.data.location import Location
 log = logging.getLogger(__name__)
 
 COUNT = 500
-"""How many images `--input demo` has."""
+"""The number of images of `--input demo`."""
 
 CLASSES = ("ball", "box", "cone", "star", "ring", "cross")
-"""Names of the classes; the label of CLASSES[i] is i + 1, as in COCO, where 0 is nothing."""
+"""Names of the classes. The label of CLASSES[i] is i + 1, as in COCO, where 0 means nothing."""
 
 _VERSION = 1  # part of the cache's path: raise it when pixels or boxes change
 _QUALITY = 88
@@ -37,7 +39,10 @@ _QUALITY = 88
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """What is in a picture. size: (height, width). boxes: (n, 4) float32 xyxy pixels. labels: (n,) int64 from 1."""
+    """The things in a picture.
+
+    size: (height, width). boxes: (n, 4) float32, xyxy, pixels. labels: (n,) int64, from 1.
+    """
 
     size: tuple[int, int]
     boxes: np.ndarray
@@ -48,7 +53,7 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
-    """One thing: its class, its outline as (m, 2) float32 pixels (x, y), its centre and radius, and how it is painted."""
+    """One thing: its class, outline ((m, 2) float32 pixels, x and y), centre, radius and paint."""
 
     label: int
     outline: np.ndarray
@@ -60,7 +65,7 @@ class Shape:
 
 
 def layout(seed: int, index: int) -> Layout:
-    """What is in picture `index` of the set `seed`: 1 to 6 things that overlap little."""
+    """The layout of picture `index` of the set `seed`: 1 to 6 things that overlap little."""
     rng = np.random.default_rng((seed, index, 0))
     height, width = int(rng.integers(480, 641)), int(rng.integers(520, 801))
     horizon = int(height * rng.uniform(0.3, 0.55))
@@ -72,7 +77,7 @@ def layout(seed: int, index: int) -> Layout:
             break
         shape = _shape(rng, height, width, horizon)
         low, high = shape.outline.min(axis=0), shape.outline.max(axis=0)
-        # Outlines are in OpenCV's coordinates, where pixel 0 is around 0; in boxes it is from 0 to 1.
+        # OpenCV's outlines have the centre of pixel 0 at 0; in boxes, pixel 0 is from 0 to 1.
         box = (float(low[0]), float(low[1]), float(high[0]) + 1, float(high[1]) + 1)
         if all(overlap(box, other) < 0.15 for other in boxes):
             shapes.append(shape)
@@ -88,7 +93,7 @@ def layout(seed: int, index: int) -> Layout:
 
 
 def overlap(a: Sequence[float], b: Sequence[float]) -> float:
-    """Of two boxes x1 y1 x2 y2: the intersection over the smaller one."""
+    """The intersection of two boxes (xyxy) over the area of the smaller one."""
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
     if width <= 0 or height <= 0:
@@ -96,7 +101,7 @@ def overlap(a: Sequence[float], b: Sequence[float]) -> float:
     return width * height / min((a[2] - a[0]) * (a[3] - a[1]), (b[2] - b[0]) * (b[3] - b[1]))
 
 
-# A hue a class leans to, so that a small network learns them soon; shape and hue spread keep it from being colour alone.
+# Each class prefers a hue, so a small network learns it soon. Hues overlap, so shape matters too.
 _HUES = (0, 28, 56, 84, 112, 140)  # of 168 (of OpenCV's 180)
 
 
@@ -153,15 +158,25 @@ _UNIT = {
     "ring": _circle(48),
     "cross": np.array(
         (
-            (-0.3, -0.95), (0.3, -0.95), (0.3, -0.3), (0.95, -0.3), (0.95, 0.3), (0.3, 0.3),
-            (0.3, 0.95), (-0.3, 0.95), (-0.3, 0.3), (-0.95, 0.3), (-0.95, -0.3), (-0.3, -0.3),
+            (-0.3, -0.95),
+            (0.3, -0.95),
+            (0.3, -0.3),
+            (0.95, -0.3),
+            (0.95, 0.3),
+            (0.3, 0.3),
+            (0.3, 0.95),
+            (-0.3, 0.95),
+            (-0.3, 0.3),
+            (-0.95, 0.3),
+            (-0.95, -0.3),
+            (-0.3, -0.3),
         ),
         np.float32,
     ),
-}  # fmt: skip
+}
 
 
-# --- painting ------------------------------------------------------------------------------------------------------------
+# --- painting --------------------------------------------------------------------------------
 
 
 def render(seed: int, index: int) -> np.ndarray:
@@ -270,7 +285,7 @@ def _fill(mask: np.ndarray, outline: np.ndarray, value: int) -> None:
 
 
 def _window(rng: np.random.Generator, size: tuple[int, int], texture: np.ndarray) -> np.ndarray:
-    """A part of a texture that is made once: noise for every picture anew would be half of the rendering time."""
+    """A part of a texture that is made once: new noise a picture would double rendering time."""
     top = int(rng.integers(texture.shape[0] - size[0]))
     left = int(rng.integers(texture.shape[1] - size[1]))
     return texture[top : top + size[0], left : left + size[1]]
@@ -298,11 +313,15 @@ def _grain() -> np.ndarray:
     return np.round(noise * 5).astype(np.int16)
 
 
-# --- the cache -----------------------------------------------------------------------------------------------------------
+# --- the cache -------------------------------------------------------------------------------
 
 
 def read(seed: int, index: int) -> bytes:
-    """The JPEG of a picture, from the cache if it is there. Raises UsageError if there can be no cache."""
+    """The JPEG of a picture, from the cache if it is there.
+
+    Raises:
+        UsageError: no folder can be the cache.
+    """
     root = cache_dir()
     relative = _relative(seed, index)
     try:
@@ -316,7 +335,10 @@ def read(seed: int, index: int) -> bytes:
 
 
 def render_missing(seed: int, count: int) -> int:
-    """Renders those of the first `count` pictures that the cache lacks, a thread a core; returns how many that were."""
+    """Render those of the first `count` pictures that the cache lacks, and return their number.
+
+    It uses a thread a core.
+    """
     root = cache_dir()
     missing = sorted(set(range(count)) - set(_cached(root, seed, count)))
     if missing:
@@ -326,7 +348,7 @@ def render_missing(seed: int, count: int) -> int:
             len(missing),
             root,
         )
-        _clouds(), _grain()  # once, not once a thread
+        _clouds(), _grain()  # here once, instead of once a thread
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for _ in pool.map(functools.partial(read, seed), missing):
                 pass
@@ -351,7 +373,11 @@ def _jpeg(seed: int, index: int) -> bytes:
 
 
 def cache_dir() -> str:
-    """The cache's folder, which exists and can be written to. Raises UsageError if there is none."""
+    """The cache's folder, which exists and is writable.
+
+    Raises:
+        UsageError: there is none.
+    """
     return _cache_dir(
         os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     )
@@ -369,7 +395,8 @@ def _cache_dir(base: str) -> str:
         if os.access(folder, os.W_OK | os.X_OK):
             return folder
     raise UsageError(
-        f"demo images can be stored neither under {base} nor under {temporary}; let XDG_CACHE_HOME name a folder to write to"
+        f"demo images can be stored neither under {base} nor under {temporary}; let XDG_CACHE_HOME "
+        "name a folder to write to"
     )
 
 

@@ -164,8 +164,9 @@ class Lease:
         """Raise LeaseLost if another driver has taken over."""
         if self._lost:
             raise LeaseLost(
-                f"{str(self.root)!r} was taken over by another driver ({self._lost}) while this one "
-                f"did not renew its lease for {FREE_AFTER_S:.0f} s. What this one finished is kept."
+                f"{str(self.root)!r} was taken over by another driver ({self._lost}) while this "
+                f"one did not renew its lease for {FREE_AFTER_S:.0f} s. What this one finished is "
+                "kept."
             )
 
     def renew(self) -> None:
@@ -204,8 +205,8 @@ def hold(
         lease = _acquired(root, myself(run_id), option, tell)
     except ERRORS as error:
         raise UsageError(
-            f"{option} {str(root)!r} cannot be written to ({one_line(error)}). Nothing was changed. "
-            "Give a place that can."
+            f"{option} {str(root)!r} cannot be written to ({one_line(error)}). Nothing was "
+            "changed. Give a place that can."
         ) from error
     ended = threading.Event()
 

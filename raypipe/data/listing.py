@@ -4,20 +4,20 @@
 
 | input | rows | `image_id` |
 |---|---|---|
-| a directory | the image files below it; if there are none, its tars or Parquet files | path in it |
+| a directory | image files below it; if there are none, its tars or Parquet files | path in it |
 | a glob (`**`, `{000..009}`, `{a,b}`) or a file | files that match | path below the fixed part |
 | a directory and a COCO JSON | the JSON's images in its order, even without a file | COCO id |
-| WebDataset tars (`*.tar`) | image members, annotated by `.json` and `.cls` | sidecar's id, or member |
+| WebDataset tars | image members, annotated by `.json` and `.cls` | sidecar's id, or member |
 | Parquet | rows: encoded bytes, raw pixels, or tensors | `image_id`, or file#row |
 | `demo`, `demo:N` | procedural photos with boxes (`raypipe.data.demo`) | demo-SEED-INDEX |
 
 Hidden files and `_raypipe/` are left out. Other files that are left out are counted by suffix.
-Directories and globs are ordered by path components, everything else as stored. The first N rows are
-the same with and without `limit`; only their names may differ, where a later row's name clashes.
+Directories and globs are ordered by path components, everything else as stored. The first N rows
+are the same with and without `limit`; only their names may differ, if a later row's name clashes.
 
-An image_id that occurs again gets `#2`, `#3`, ... (one key in two tars, one file in two epochs). COCO
-refuses this, because annotations refer to the id. To list a tar, it is read once, at 37 us a member;
-a remote tar is fetched whole.
+An image_id that occurs again gets `#2`, `#3`, ... (one key in two tars, one file in two epochs).
+COCO refuses this, because annotations refer to the id. To list a tar, it is read once, at 37 us a
+member; a remote tar is fetched whole.
 
 A row whose image cannot be read is still a row. It becomes a `Reject` when it is read.
 """

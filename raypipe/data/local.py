@@ -40,7 +40,7 @@ def write(root: str, relative: str, data: bytes | memoryview, tmp: str) -> None:
 
 
 def create(target: str, data: bytes) -> bool:
-    """Put `data` at `target` unless something is there: then False. Exactly one process gets True."""
+    """Put `data` at `target` unless something is there: then False. One process gets True."""
     os.makedirs(os.path.dirname(target), exist_ok=True)
     temporary = f"{target}.{_temporary_name()}"
     Path(temporary).write_bytes(data)
@@ -81,7 +81,7 @@ def replace_same(target: str, before: bytes, data: bytes) -> bool:
 
 
 def _lock(descriptor: int) -> None:
-    """Wait for the lock of an open file. It ends with the descriptor, so a killed process frees it."""
+    """Wait for the lock of an open file. A killed process frees it with its descriptor."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
     except OSError as error:

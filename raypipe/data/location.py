@@ -1,8 +1,8 @@
 """A folder or a file, local or in a store, resolved once.
 
 `Location.of` takes what the user gave: a local path (also `~` and `file://`), or a URI that
-`pyarrow.fs.FileSystem.from_uri` knows: `s3://bucket/key`, `gs://bucket/key`, `hdfs://...`. Options are
-a URI's query, and stay with every location below it:
+`pyarrow.fs.FileSystem.from_uri` knows: `s3://bucket/key`, `gs://bucket/key`, `hdfs://...`. Options
+are a URI's query, and stay with every location below it:
 `s3://bucket/photos?endpoint_override=http://localhost:9000&region=us-east-1`. A `?` in a URI always
 starts a query. Other characters of a key may stand as they are or percent-encoded.
 
@@ -193,7 +193,7 @@ class Location:
         return system.open_input_file(path)
 
     def stream(self) -> Ranges | pa.NativeFile:
-        """A remote file, to read from its start. If its store fails meanwhile, reads are repeated."""
+        """A remote file, to read from its start. Reads are repeated while its store fails."""
         if self.store is not None and self.store.has_objects:
             patience = Patience()
             client = self.store.objects()
@@ -234,7 +234,7 @@ class Location:
             return []
 
     def below(self) -> Iterator[str]:
-        """All files below a remote folder, by their paths in it; none if there is no such folder."""
+        """The files below a remote folder, by their paths in it; none if there is no folder."""
         system, path = self.filesystem()
         selector = fs.FileSelector(path, recursive=True, allow_not_found=True)
         for info in system.get_file_info(selector):

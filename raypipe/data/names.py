@@ -1,4 +1,4 @@
-"""What things are called: which files are images, and safe unique names for what is made of them."""
+"""Names: which files are images, and safe unique names for the results."""
 
 import functools
 import posixpath
@@ -32,10 +32,10 @@ SUFFIXES = (
     ".heif",
     ".npy",
 )
-"""What a file must end with, in upper or lower case, to be listed as an image."""
+"""A file is listed as an image if its name ends so, in upper or lower case."""
 
 STATE = "_raypipe"
-"""The folder of a run's own files inside its output. Sources never list it."""
+"""The folder of a run's own files in its output. Sources never list it."""
 
 TAR = (".tar",)
 PARQUET = (".parquet", ".pq")
@@ -50,26 +50,30 @@ PACKED = {
     ".tzst": "unzstd",
     ".tar.lz4": "unlz4 -k",
 }
-"""Compressed tars, and the command that unpacks one: rows are offsets in a file, so such a file cannot be read in place."""
+"""Compressed tars, and the command that unpacks one.
+
+Rows are offsets in a file, so images in a compressed tar cannot be read in place.
+"""
 
 OUTSIDE = re.compile(r"(^|/)\.{0,2}(/|$)|[\x00\\]")
-"""What a name that may lead out of its folder has: an empty part, `.` or `..`, a backslash or NUL."""
+"""Matches names that may lead out of their folder.
 
-_MAX_COMPONENT = 200  # bytes; file systems allow 255, and an extension, `-12` or the source's own extension come on top
+They have an empty part, `.` or `..`, a backslash or NUL.
+"""
+
+_MAX_COMPONENT = 200  # bytes; file systems allow 255, and extensions and `-12` are added
 _MAX_NAME = 1000  # bytes; PATH_MAX is 4096, and 1024 on macOS
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 _UNSAFE = re.compile(r'[\x00-\x1f\x7f-\x9f<>:"|?*\\\u2028\u2029\ud800-\udfff]')
-_RESERVED = re.compile(
-    r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE | re.DOTALL
-)  # as file names on Windows
-_OURS = re.compile(
-    r"_raypipe|epoch-\d+", re.IGNORECASE
-)  # as the first component: the sinks' own folders
+# File names that Windows reserves.
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE | re.DOTALL)
+# The sinks' own folders, as the first component.
+_OURS = re.compile(r"_raypipe|epoch-\d+", re.IGNORECASE)
 _LIKE_A_FILE = (*SUFFIXES, *TAR, *PARQUET, ".json", ".cls")
 
 
 def suffix_of(path: str) -> str:
-    """What to count a file by that is no image: its suffix in lower case, `.tar.gz` and its like whole."""
+    """The suffix by which a file that is no image is counted: in lower case, `.tar.gz` whole."""
     base = path.rpartition("/")[2].lower()
     packed = next((suffix for suffix in PACKED if base.endswith(suffix)), None)
     suffix = packed or posixpath.splitext(base)[1]
@@ -79,10 +83,10 @@ def suffix_of(path: str) -> str:
 def unique_names(names: Sequence[str], taken: Iterable[str] = ()) -> list[str]:
     """Output names, without extension, for names in a source: `set/a.jpg` becomes `set/a`.
 
-    Each is a relative posix path without `..`, safe on Linux, macOS and Windows, and no two are equal, nor equal to one of
-    `taken`, even where case and Unicode normalisation do not count. Names that clash keep their extension (`a.jpg` and
-    `a.png` become `a.jpg` and `a.png`), and if they still do, get `-2`, `-3`, ... in order. With the names of an earlier
-    listing as `taken`, rows can be added without any renaming.
+    Each is a relative posix path without `..`, safe on Linux, macOS and Windows. No two are equal,
+    nor equal to one of `taken`, even if case and Unicode normalisation are ignored. Names that
+    clash keep their extension: `a.jpg` and `a.png`. If they still clash, they get `-2`, `-3`, ...
+    in order. With the names of an earlier listing as `taken`, rows can be added without renaming.
     """
     parts = [_safe_name(name) for name in names]
     keys = [_fold(stem) for stem, _ in parts]
@@ -115,7 +119,7 @@ def _fold(name: str) -> str:
 
 
 def _safe_name(source: str) -> tuple[str, str]:
-    """The source's path made safe, without its image extension, and that extension ("" if it has none)."""
+    """The source's path made safe, without its image extension; and that extension, or ""."""
     folder, _, base = source.rpartition("/")
     stem, suffix = posixpath.splitext(base)
     if suffix.lower() not in SUFFIXES:
@@ -135,12 +139,12 @@ def _safe_name(source: str) -> tuple[str, str]:
 
 @functools.lru_cache(maxsize=1 << 16)
 def _safe_folder(folder: str) -> str:
-    """The folders made safe, with a slash at the end, or ""."""
+    """The folders made safe, with a slash at the end; or ""."""
     parts = [part for part in folder.split("/") if part not in ("", ".")]
     safe: list[str] = []
     for part in parts:
         part = _safe_component(part, first=not safe)
-        # A folder `a.jpg/` would stand where the image `a` is to become the file `a.jpg`.
+        # A folder `a.jpg/` would block the file `a.jpg` of the image `a`.
         safe.append(part + "_" if part.lower().endswith(_LIKE_A_FILE) else part)
     return "".join(part + "/" for part in safe)
 
@@ -149,7 +153,7 @@ def _safe_component(part: str, *, first: bool) -> str:
     safe = _UNSAFE.sub("_", part)
     if safe == "..":
         return "_"
-    if safe.startswith("."):  # a hidden file would be left out when the output is an input again
+    if safe.startswith("."):  # as an input, the output would lose hidden files
         safe = "_" + safe
     if safe.endswith((".", " ")) or _RESERVED.fullmatch(safe) or (first and _OURS.fullmatch(safe)):
         safe += "_"

@@ -17,8 +17,8 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 8.0
 class Patience:
     """The failures of one store. Threads may share it.
 
-    The store is asked again with growing pauses, for at most `seconds` without a success. After that
-    it is asked once in LONGEST_PAUSE_S, and other calls fail at once. One success resets everything.
+    The store is asked again with growing pauses, for at most `seconds` without a success. After
+    that it is asked once in LONGEST_PAUSE_S, and other calls fail at once. One success resets this.
     """
 
     def __init__(self, seconds: float = READ_PATIENCE_S):

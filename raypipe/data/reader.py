@@ -54,12 +54,12 @@ class Reader:
       else ahead.
     - more: ahead.
 
-    On a warm cache a JPEG of 90 kB costs 22 us by open().read(), 26 us in the caller's thread and 30
-    to 50 us ahead; decoding it costs 1550 us. If all cores are busy, switching threads costs as much
-    again (2% of the images/s of two actors on two cores).
+    On a warm cache a JPEG of 90 kB costs 22 us by open().read(), 26 us in the caller's thread and
+    30 to 50 us ahead; decoding it costs 1550 us. If all cores are busy, switching threads costs as
+    much again (2% of the images/s of two actors on two cores).
 
-    It holds at most 2 * threads + 1 chunks of 16 rows or 4 MiB, and the image that exceeds them. One
-    reader may serve many calls of `read`, also at the same time.
+    It holds at most 2 * threads + 1 chunks of 16 rows or 4 MiB, and the image that exceeds them.
+    One reader may serve many calls of `read`, also at the same time.
     """
 
     def __init__(
@@ -90,9 +90,9 @@ class Reader:
     def read(self, rows: pa.Table) -> Iterator[bytes | Reject]:
         """The bytes of each row in order, or why they cannot be had. Raises nothing for a row.
 
-        Raw pixels in Parquet come as the bytes of a .npy file. If a store does not answer in time, the
-        reason is UNREAD, which says nothing of the row. Missing and forbidden files are tried once
-        more, together. If nothing at all can be read, the store has failed.
+        Raw pixels in Parquet come as the bytes of a .npy file. If a store does not answer in time,
+        the reason is UNREAD, which says nothing of the row. Missing and forbidden files are tried
+        once more, together. If nothing at all can be read, the store has failed.
 
         Args:
             rows: with SOURCE's columns `uri`, `offset` and `length`.

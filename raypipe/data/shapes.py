@@ -19,9 +19,14 @@ _DECIMALS = 4  # as the boxes have
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Where an image went: `matrix` takes a point (x, y) of the upright source image, which is of size
-    `source`, to the written one, which is of `size`. Sizes are (height, width). `orientation`: the EXIF number by which the
-    stored image was turned."""
+    """Where an image went. Sizes are (height, width).
+
+    Attributes:
+        source: the size of the upright source image.
+        size: the size of the written image.
+        matrix: takes a point (x, y) of the upright source image to the written image.
+        orientation: the EXIF number of the stored image's turn.
+    """
 
     source: Size
     size: Size
@@ -29,8 +34,11 @@ class Placement:
     orientation: int = 1
 
     def of_frame(self, frame: Size | None) -> "Placement | None":
-        """The same for shapes that were drawn on an image of size `frame` (raypipe.images.frames); None where that is not
-        recognised. Without a frame they are taken to be in the upright source's pixels."""
+        """The placement for shapes that were drawn on an image of size `frame`.
+
+        Without a frame, shapes are in pixels of the upright source. None if the frame does not fit
+        the source (raypipe.images.frames).
+        """
         if frame is None:
             return self
         try:
@@ -41,7 +49,11 @@ class Placement:
 
 
 def placement(ops: Sequence[Any], source: Size, orientation: int = 1) -> Placement:
-    """Where plain `ops` put an image of size `source`. Raises UsageError for an op of which that is not known."""
+    """Where plain `ops` put an image of size `source`.
+
+    Raises:
+        UsageError: an op does not tell.
+    """
     matrix, size = forward(ops, source)
     return Placement(source=source, size=size, matrix=matrix, orientation=orientation)
 
@@ -49,8 +61,8 @@ def placement(ops: Sequence[Any], source: Size, orientation: int = 1) -> Placeme
 def moved_keypoints(values: Any, place: Placement, names: Sequence[str] = ()) -> list[float] | None:
     """COCO keypoints (x, y, visibility, ...) in the written image; None if they make no sense.
 
-    What is not in the image any more gets 0, 0, 0. Where the image is mirrored, left and right change places by their
-    names (left_eye, right_eye).
+    Points outside the written image become 0, 0, 0. If the image is mirrored, left and right swap
+    by their names (left_eye, right_eye).
     """
     try:
         points = np.array([real(value) for value in values], np.float64).reshape(-1, 3)
@@ -69,7 +81,7 @@ def moved_keypoints(values: Any, place: Placement, names: Sequence[str] = ()) ->
 
 
 def moved_segmentation(value: Any, place: Placement) -> Any:
-    """A COCO segmentation in the written image, of the same kind: polygons, or a run-length encoding.
+    """A COCO segmentation in the written image: polygons or a run-length encoding, as before.
 
     None if nothing of it is left, or it makes no sense.
     """
@@ -107,7 +119,7 @@ def _mirrors(matrix: Matrix) -> bool:
 
 
 def _sides_changed(names: Sequence[str], count: int) -> list[int]:
-    """For each keypoint the one that takes its place."""
+    """For each keypoint, the index of the one that replaces it."""
     at = {name: index for index, name in enumerate(names[:count])}
     order = list(range(count))
     for name, index in at.items():
@@ -120,7 +132,7 @@ def _sides_changed(names: Sequence[str], count: int) -> list[int]:
 
 
 def _clipped(polygon: np.ndarray, size: Size) -> np.ndarray:
-    """The part of a polygon that is in the image, (n, 2): cut at one side after the other (Sutherland and Hodgman)."""
+    """The part of a polygon in the image, (n, 2), by Sutherland and Hodgman: one side at a time."""
     for axis, limit, sign in ((0, 0, 1), (0, size[1], -1), (1, 0, 1), (1, size[0], -1)):
         depth = sign * (polygon[:, axis] - limit)
         if (depth >= 0).all():
@@ -138,7 +150,7 @@ def _clipped(polygon: np.ndarray, size: Size) -> np.ndarray:
 
 
 def _moved_runs(value: Mapping[str, Any], place: Placement) -> dict[str, Any] | None:
-    """A run-length encoding, decoded, moved by the nearest pixel, and encoded as it was: as text, or as a list of lengths."""
+    """A run-length encoding, moved by the nearest pixel. It stays text, or a list of lengths."""
     from faster_coco_eval.core import mask  # 0.2 s to load, and few data sets have these
 
     height, width = (int(side) for side in value["size"])
@@ -148,7 +160,7 @@ def _moved_runs(value: Mapping[str, Any], place: Placement) -> dict[str, Any] | 
     encoded = mask.frPyObjects(dict(value), height, width) if as_list else dict(value)
     pixels = np.ascontiguousarray(mask.decode(encoded))
     a, b, c, d, e, f = place.matrix
-    # Ours has pixels' edges at whole numbers, OpenCV's their centres.
+    # Here whole numbers are the edges of pixels, in OpenCV their centres.
     matrix = np.array([[a, b, c + (a + b) / 2 - 0.5], [d, e, f + (d + e) / 2 - 0.5]])
     moved = cv2.warpAffine(pixels, matrix, (place.size[1], place.size[0]), flags=cv2.INTER_NEAREST)
     if not moved.any():
@@ -161,7 +173,7 @@ def _moved_runs(value: Mapping[str, Any], place: Placement) -> dict[str, Any] | 
 
 
 def _lengths(pixels: np.ndarray) -> list[int]:
-    """Lengths of the runs, column by column, that of zeros first."""
+    """Lengths of runs, column by column. The first is of zeros."""
     flat = pixels.reshape(-1, order="F")
     changes = np.flatnonzero(np.diff(flat)) + 1
     lengths = np.diff([0, *changes, len(flat)]).tolist()

@@ -1,7 +1,7 @@
 """The memory that rows will need in an actor, estimated before they are cut into shards.
 
-Only for recipes whose results differ in size. Headers of local files are read (35 us a JPEG). Remote
-files are not: an encoded byte counts as 20 bytes of pixels.
+Only for recipes whose results differ in size. Headers of local files are read (35 us a JPEG). For
+remote files, an encoded byte counts as 20 bytes of pixels.
 """
 
 import os
@@ -143,7 +143,7 @@ def cut(
     """How to cut `images` rows into shards that fit into `memory` bytes.
 
     Args:
-        rows: at most in a shard, as the user wants it; None: as many as make SHARD_BYTES of results.
+        rows: at most in a shard, as the user wants it; None: those of SHARD_BYTES of results.
 
     Raises:
         UsageError: no result of the recipe fits.
@@ -162,8 +162,8 @@ def cut(
     if each > memory // 2:
         raise UsageError(
             f"Recipe {recipe.name} makes images of {size[0]}x{size[1]}, {each / 1e9:.2f} GB each, "
-            f"and an actor has {memory / 1e9:.2f} GB for results and for the image at work. Ask for "
-            "more with --actor-memory, or make smaller ones."
+            f"and an actor has {memory / 1e9:.2f} GB for results and for the image at work. Ask "
+            "for more with --actor-memory, or make smaller ones."
         )
     wanted = rows or shard_rows(rows=images, row_bytes=each)
     return Cut(rows=min(wanted, memory // 2 // each), memory=memory, each=each)

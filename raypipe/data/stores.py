@@ -180,8 +180,8 @@ def _filesystem(store: Store) -> tuple[fs.FileSystem, str]:
         return fs.FileSystem.from_uri(f"{place}/{store.query}")
     except (pa.ArrowException, OSError, ValueError) as error:
         raise UsageError(
-            f"cannot open {place}: {one_line(error)}. Give a local path or a URI of s3://, gs:// or "
-            "another file system of pyarrow.fs, with its options as a query"
+            f"cannot open {place}: {one_line(error)}. Give a local path or a URI of s3://, gs:// "
+            "or another file system of pyarrow.fs, with its options as a query"
         ) from error
 
 

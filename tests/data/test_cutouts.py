@@ -17,7 +17,7 @@ from tests.conftest import files, photo
 def cut_out(
     path: Path, colour: tuple[int, int, int], *, whole: bool = False, size: int = 90
 ) -> None:
-    """A disc of one colour in the middle of a transparent PNG; or a square that is transparent nowhere."""
+    """A disc of one colour in a transparent PNG; or, if `whole`, an opaque square."""
     image = np.zeros((size, size + 30, 4), np.uint8)
     cv2.circle(image, (size // 2, size // 2), size // 3, (*colour[::-1], 255), cv2.FILLED)
     if whole:

@@ -101,7 +101,7 @@ def test_what_is_in_the_pictures():
 
 
 def test_boxes_are_where_the_things_are(monkeypatch):
-    """Tight: painting a thing changes the picture's pixels out to its box on every side, and only its shadow beyond."""
+    """Painting a thing changes pixels up to its box on every side, and beyond only its shadow."""
     monkeypatch.setattr(cv2, "ellipse", lambda *args: None)  # no shadows
     for index in range(40):
         picture = demo.layout(1, index)
@@ -114,7 +114,7 @@ def test_boxes_are_where_the_things_are(monkeypatch):
 
 
 def test_classes_can_be_told_apart():
-    """By the crudest of classifiers, nearest mean colour and fill of the box; a detector has far more to go by."""
+    """A crude classifier is enough: the nearest mean colour and fill of the box."""
 
     def features(seed: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         vectors, labels = [], []

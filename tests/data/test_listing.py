@@ -245,7 +245,7 @@ def test_ids_that_occur_again_are_numbered():
     ]
 
 
-# --- what is left out --------------------------------------------------------------------------------------------------------
+# --- what is left out ------------------------------------------------------------------------
 
 
 def test_what_is_left_out_is_counted_by_suffix_and_said_in_one_line(tmp_path, caplog):

@@ -39,8 +39,8 @@ def list_coco(
     """
     if not folder.is_remote and not os.path.isdir(folder.path):
         raise UsageError(
-            f"{str(folder)!r} is no directory; with annotations the input is the directory that the "
-            "JSON's file names are in"
+            f"{str(folder)!r} is no directory; with annotations the input is the directory "
+            "that the JSON's file names are in"
         )
     coco = read_coco(annotations)
     images = coco["images"]
@@ -88,13 +88,13 @@ def _index(location: Location, images: list[Any]) -> dict[str, int]:
                 image["file_name"].encode()
             except (KeyError, TypeError, AttributeError, ValueError) as error:
                 raise UsageError(
-                    f"{str(location)!r}: image number {position} has no id or no file_name that can be "
-                    f"used ({words(error)}): {shown(image)}"
+                    f"{str(location)!r}: image number {position} has no id or no file_name "
+                    f"that can be used ({words(error)}): {shown(image)}"
                 ) from error
             if key in index_of:
                 raise UsageError(
-                    f"{str(location)!r}: the image id {image['id']!r} occurs twice, so it is not clear "
-                    "which image its annotations belong to; make the ids unique"
+                    f"{str(location)!r}: the image id {image['id']!r} occurs twice, so it is not "
+                    "clear which image its annotations belong to; make the ids unique"
                 )
             index_of[key] = position
     return index_of

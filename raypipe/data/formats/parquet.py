@@ -233,9 +233,9 @@ def _annotations(place: Location, table: pa.Table) -> dict[str, pa.Array | None]
     if (wrong := np.flatnonzero((counts > 0) & (counts != found))).size:
         row = wrong[0]
         raise UsageError(
-            f"{str(place)!r}: row {row} has {counts[row]} boxes, but {found[row]} labels ({wrong.size} "
-            "rows are like that); it is not clear what is in which box. Write as many `labels` as "
-            "`boxes`, or rename the column `boxes`"
+            f"{str(place)!r}: row {row} has {counts[row]} boxes, but {found[row]} labels "
+            f"({wrong.size} rows are like that); it is not clear what is in which box. Write as "
+            "many `labels` as `boxes`, or rename the column `boxes`"
         )
     if crowds is None or not crowds.value_lengths().equals(boxes.value_lengths()):
         crowds = lists_of(counts, np.zeros(counts.sum(), bool))
@@ -332,7 +332,7 @@ class ParquetReader:
             if window is None:
                 return Reject(
                     "unreadable",
-                    f"{place}: row {row}: its row group {group} has fewer rows than the footer says",
+                    f"{place}: row {row}: row group {group} has fewer rows than the footer says",
                 )
             return image_at(
                 f"{place} row {row}",

@@ -164,7 +164,8 @@ def _members(place: Location, skipped: Counter[str]) -> Iterator[_Member]:
     except Exception as error:  # foreign bytes: tarfile raises many kinds of errors
         if count and isinstance(error, ERRORS):
             raise UsageError(
-                f"cannot read the tar {str(place)!r} to its end: {words(error)}. Nothing was started"
+                f"cannot read the tar {str(place)!r} to its end: {words(error)}. "
+                "Nothing was started"
             ) from error
         if count == 0:
             raise UsageError(

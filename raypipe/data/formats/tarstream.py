@@ -167,8 +167,8 @@ class _Forward:
             chunk = self._stream.read(self._CHUNK)
         except ERRORS as error:
             raise UsageError(
-                f"cannot read the tar {str(self._place)!r} to its end: {one_line(error)}. Nothing was "
-                "started; try again when the store answers"
+                f"cannot read the tar {str(self._place)!r} to its end: {one_line(error)}. "
+                "Nothing was started; try again when the store answers"
             ) from error
         # tarfile steps back by a byte, and to a block that it has seen.
         before = self._chunk[-tarfile.BLOCKSIZE :]
@@ -193,8 +193,8 @@ def _opened(place: Location) -> Iterator[Any]:
     path = place.path
     if os.path.exists(path) and not os.path.isfile(path):
         raise UsageError(
-            f"cannot read the tar {str(place)!r}: it is no regular file; give one that can be read at "
-            "any place"
+            f"cannot read the tar {str(place)!r}: it is no regular file; give one that can be "
+            "read at any place"
         )
     with closing(_Local(open(path, "rb", buffering=0))) as source:
         yield source

@@ -138,14 +138,14 @@ def test_annotations_that_are_no_coco_at_all(tmp_path):
 
 
 def test_coco_boxes_may_be_nonsense_here(tmp_path):
-    """They are the recipe's to judge: the image becomes a reject with a reason, not the run an error."""
+    """The recipe judges them: the image becomes a reject, and the run goes on."""
     boxes = [{"id": 1, "image_id": 7, "category_id": 1, "bbox": [float("nan"), 2, -3, 4]}]
     table = list_images(str(tmp_path), annotations=coco(tmp_path, annotations=boxes))
     left, top, right, bottom = table["boxes"][0].as_py()[0]
     assert np.isnan([left, right]).all() and (top, bottom) == (2, 6)
 
 
-# --- numbers -----------------------------------------------------------------------------------------------------------------
+# --- numbers ---------------------------------------------------------------------------------
 
 
 def one(tmp_path, image: dict | None = None, **annotation: object) -> pa.Table:
@@ -270,6 +270,19 @@ def test_files_that_the_json_does_not_name_are_counted(tmp_path, caplog):
 # --- writing ---------------------------------------------------------------------------------
 
 
+def annotation(
+    id: int, image_id: int, bbox: list[int], *, area: int, iscrowd: int = 0
+) -> dict[str, object]:
+    return {
+        "id": id,
+        "image_id": image_id,
+        "category_id": 18,
+        "bbox": bbox,
+        "area": area,
+        "iscrowd": iscrowd,
+    }
+
+
 def test_annotations_of_written_images(tmp_path):
     source = {
         "info": {"year": 2017},
@@ -282,17 +295,22 @@ def test_annotations_of_written_images(tmp_path):
             {"id": 9, "file_name": "sub/empty.jpg", "height": 10, "width": 20},
         ],
         "annotations": [
-            {"id": 1, "image_id": 5, "category_id": 18, "bbox": [20, 10, 40, 20], "area": 400, "iscrowd": 0, "segmentation": [[1, 2, 3]],
-             "keypoints": [1, 2, 2], "num_keypoints": 1, "score": 0.5},
-            {"id": 2, "image_id": 5, "category_id": 18, "bbox": [0, 0, 1, 1], "area": 1, "iscrowd": 0},
-            {"id": 4, "image_id": 3, "category_id": 18, "bbox": [0, 0, 1, 1], "area": 1, "iscrowd": 0},
-            {"id": 7, "image_id": 5, "category_id": 18, "bbox": [0, 0, 200, 100], "area": 20000, "iscrowd": 1},
+            {
+                **annotation(1, 5, [20, 10, 40, 20], area=400),
+                "segmentation": [[1, 2, 3]],
+                "keypoints": [1, 2, 2],
+                "num_keypoints": 1,
+                "score": 0.5,
+            },
+            annotation(2, 5, [0, 0, 1, 1], area=1),
+            annotation(4, 3, [0, 0, 1, 1], area=1),
+            annotation(7, 5, [0, 0, 200, 100], area=20000, iscrowd=1),
         ],
-    }  # fmt: skip
+    }
     path = tmp_path / "instances_val.json"
     path.write_text(json.dumps(source))
     root = tmp_path / "out"
-    # From 100x200 to 300x300: x is stretched 1.5 times, y 3 times. Annotation 2 was dropped by the recipe.
+    # From 100x200 to 300x300: x is stretched 1.5 times, y 3 times. The recipe dropped annotation 2.
     rows = [
         ("9", "val/sub/empty.jpg", 30, 30, np.empty((0, 4), np.float32), []),
         (

@@ -239,7 +239,10 @@ def test_memory_does_not_grow_with_the_row_group(tmp_path):
 
 
 def promising(data: bytes, rows: int, more: int) -> bytes:
-    """A Parquet file of one row group of `rows` whose footer says that file and group have `more`, and its column `rows`."""
+    """A Parquet file with one row group of `rows`.
+
+    Its footer says that file and group have `more`, and its column `rows`.
+    """
     start = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
     places = [
         at for at in range(start, len(data) - 8) if data[at] == 2 * rows

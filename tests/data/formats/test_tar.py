@@ -174,7 +174,7 @@ def test_a_store_that_fails_while_a_tar_is_listed_is_asked_again(tmp_path, failu
     assert next(gets) > 4
 
 
-# --- which sidecar belongs to which image ------------------------------------------------------------------------------------
+# --- which sidecar belongs to which image ----------------------------------------------------
 
 
 def boxed(k: int, **more: object) -> bytes:
