@@ -1,12 +1,13 @@
 """Stages put on Ray Data. The only place that builds datasets."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import pyarrow as pa
 import ray
 import ray.data
-from ray.data import ActorPoolStrategy
+from ray.data import ActorPoolStrategy, DataContext
 from ray.util.annotations import RayDeprecationWarning
 
 from raypipe.data.work import shards
@@ -14,6 +15,21 @@ from raypipe.run.cluster import internals
 from raypipe.run.meter import Meter
 from raypipe.stages.actor import TRIES, actor_class
 from raypipe.stages.stage import Stage
+
+START_AT_MOST_S = 600
+"""Actors that are not ready by then never will be."""
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Make executions wait until all their actors are ready, so that none works while others start."""
+    context = DataContext.get_current()
+    before = context.wait_for_min_actors_s
+    context.wait_for_min_actors_s = START_AT_MOST_S
+    try:
+        yield
+    finally:
+        context.wait_for_min_actors_s = before
 
 
 def dataset_of(

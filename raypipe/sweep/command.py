@@ -35,8 +35,8 @@ from raypipe.run.causes import Untouched
 from raypipe.run.cluster.machine import Session, cores_here, processor, versions
 from raypipe.run.cluster.session import joins, ray_session
 from raypipe.run.console import attempt, ended, goes_on, say
+from raypipe.run.dataset import together
 from raypipe.run.settings import check_apart, parse
-from raypipe.run.starting import together
 from raypipe.sweep import page
 from raypipe.sweep.claims import Finding, findings, too_short
 from raypipe.sweep.curves import Record, Where
@@ -108,11 +108,7 @@ def look(settings: Settings) -> tuple[list[dict[str, Any]], bool]:
     root = settings.grid.root
     lease.check(root, option="--output")
     clears = not settings.grid.resume or outputs.is_clearing(root)
-    ours = (
-        (root / f"{STATE}/run.json").exists()
-        if clears
-        else outputs.read_made(root) is not None
-    )
+    ours = (root / f"{STATE}/run.json").exists() if clears else outputs.read_made(root) is not None
     taken = [name for name in RESULT_FILES if (root / name).exists()]
     if taken and not ours and not outputs.is_clearing(root):
         raise UsageError(

@@ -9,9 +9,9 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 from rich.console import Console
 
+from raypipe.data.formats.parquet import read_table
 from raypipe.data.location import Location
 from raypipe.data.names import STATE
-from raypipe.data.formats.parquet import read_table
 from raypipe.errors import foreign
 from raypipe.insight import planner
 from raypipe.run import preprocess

@@ -125,9 +125,9 @@ def test_other_settings_into_the_same_folder_are_refused_with_the_difference(swe
 def test_no_resume_starts_again(session, tmp_path):
     one = settings(tmp_path, actors=(1,), writers=("none",))
     run(one, console=quiet())
-    first = read_results(one.output)
+    first = read_results(one.grid.root)
     run(one.changed(limit=12, resume=False), console=quiet())
-    (row,) = read_results(one.output)
+    (row,) = read_results(one.grid.root)
     assert row["images"] == 12 and row["run_id"] != first[0]["run_id"]
 
 
@@ -135,7 +135,7 @@ def test_a_delayed_store_delays_each_writer_and_the_page_says_so(session, tmp_pa
     given = settings(tmp_path, actors=(2,), writers=("one", "same"), store_ms=20.0)
     run(given, console=quiet())
     writing = {
-        row["writers"]: row for row in read_results(given.output) if row["kind"] == "preprocess"
+        row["writers"]: row for row in read_results(given.grid.root) if row["kind"] == "preprocess"
     }
     # 24 images of 20 ms, one after the other or two at a time: that shows on any machine.
     assert writing[1]["time_s"] >= 0.48 and writing[2]["time_s"] >= 0.24
@@ -172,7 +172,7 @@ def test_training_is_measured_and_on_a_cpu_it_is_said_that_there_is_no_gpu(sessi
     )
     outcome = run(given, console=quiet())
     assert outcome.failure is None
-    trained = [row for row in read_results(given.output) if row["kind"] == "train"]
+    trained = [row for row in read_results(given.grid.root) if row["kind"] == "train"]
     assert {(row["actors"], row["workers"], row["device"]) for row in trained} == {
         (1, 1, "cpu"),
         (2, 1, "cpu"),

@@ -2,7 +2,7 @@
 
 import ray
 
-from raypipe.run.starting import START_AT_MOST_S, together
+from raypipe.run.dataset import START_AT_MOST_S, together
 
 
 def test_executions_are_told_to_wait_for_all_their_actors_and_others_are_not():
