@@ -13,7 +13,7 @@ A run that writes keeps its state beside its results, in `_raypipe/`:
     tmp/                     unfinished files; emptied when a run ends
 
 The actor that wrote a shard's files puts its entry, whole, after them. So a shard counts as done
-exactly when all its files exist, whoever dies when. A shard done twice puts the same entry again.
+exactly when all its files exist, whatever dies and when. Doing a shard twice puts the same entry.
 
 Entries are read as foreign: names are checked before a file of that name is read or deleted.
 """

@@ -4,8 +4,8 @@ Rows are ranges of bytes of the tar, so `raypipe.data.reader` reads members as i
 
 A `.json` or `.cls` member is a sidecar. It belongs to the image with its full name (`a.0.jpg.json`)
 or its full stem (`a.0.json` to `a.0.jpg`). Else, as in WebDataset, it belongs to the images whose
-key, the name up to the first dot, is its stem (`a.json` to `a.left.jpg` and `a.right.jpg`). It may
-stand anywhere in the tar.
+key is its stem (`a.json` to `a.left.jpg` and `a.right.jpg`); a key is the name up to its first dot.
+A sidecar may stand anywhere in the tar.
 """
 
 import io
