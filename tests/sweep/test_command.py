@@ -16,8 +16,8 @@ from raypipe.sweep import curves
 from raypipe.sweep.command import run
 from raypipe.sweep.measure import RESULTS, read_results
 from raypipe.sweep.settings import Settings
-from tests.insight.test_html import Reader
 from tests.support.clusters import environment, wait_for
+from tests.support.pages import Reader
 from tests.support.runs import quiet
 
 ROOT = Path(__file__).parents[2]

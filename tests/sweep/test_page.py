@@ -9,7 +9,7 @@ from raypipe.insight.markup import DASH
 from raypipe.sweep import page
 from raypipe.sweep.charts import Series, chart
 from raypipe.sweep.curves import Where
-from tests.insight.test_html import HOSTILE, Element, Reader, figure, section, shape
+from tests.support.pages import HOSTILE, Element, Reader, figure, section, shape
 from tests.sweep.played import Library, sweep, training
 
 ABOUT = {
