@@ -43,7 +43,7 @@ class Cells:
     """Images a shard; by default so few that each of 20 actors, or of more, gets 2 shards."""
 
     def check(self) -> None:
-        """Raise UsageError for a value that no sweep can use; the points' own settings check the rest."""
+        """Raise UsageError for a value that no sweep can use; points check the rest."""
         check_counts({"limit": self.limit})
 
 
@@ -146,5 +146,6 @@ def _check_lists(lists: dict[str, Sequence[int] | None]) -> None:
     for name, counts in lists.items():
         if counts is not None and (not counts or min(counts) < 1):
             raise UsageError(
-                f"--{name} is {' '.join(map(str, counts)) or 'empty'}; each number must be at least 1."
+                f"--{name} is {' '.join(map(str, counts)) or 'empty'}; "
+                "each number must be at least 1."
             )
