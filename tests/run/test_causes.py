@@ -136,7 +136,7 @@ def test_control_characters_of_names_never_reach_the_terminal(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_the_first_line_of_a_job(tmp_path):
+def test_a_full_disk_is_the_first_line_of_a_job(joined, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(
@@ -157,7 +157,7 @@ def test_a_full_disk_is_the_first_line_of_a_job(tmp_path):
         done = subprocess.run(
             [*command, "--writers", "1"],
             cwd=ROOT,
-            env=environment(),
+            env=joined,
             capture_output=True,
             text=True,
             timeout=300,

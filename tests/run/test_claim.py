@@ -28,6 +28,8 @@ from tests.data.test_lease import HOLD
 from tests.support.clusters import environment
 from tests.support.runs import plain_loop, quiet, settings
 
+pytestmark = pytest.mark.xdist_group("claim")  # one process makes the output that they start from
+
 
 def tree(root: Path) -> dict[str, bytes]:
     """Everything below `root`."""
@@ -159,7 +161,7 @@ def test_an_output_that_another_driver_writes_to_is_refused_and_stays(wanted):
     assert run(wanted, console=quiet()).report is None  # free at once
 
 
-def test_two_drivers_at_the_same_time_one_of_them_is_refused(tmp_path):
+def test_two_drivers_at_the_same_time_one_of_them_is_refused(joined, tmp_path):
     command = [
         sys.executable,
         "jobs/preprocess.py",
@@ -171,7 +173,7 @@ def test_two_drivers_at_the_same_time_one_of_them_is_refused(tmp_path):
         "1",
     ]
     command += ["--writers", "1", "--read-ms", "30"]
-    env = environment()
+    env = joined
     both = [
         subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
         for _ in range(2)
@@ -185,25 +187,37 @@ def test_two_drivers_at_the_same_time_one_of_them_is_refused(tmp_path):
 
 # --- clearing ------------------------------------------------------------------------------------------------------------
 
-CLEAR = (
-    "import os, sys, time\nfrom raypipe.data import outputs\n"
-    "from raypipe.data.location import Location\nreal = Location.delete\n"
-    "def slow(place):\n    real(place)\n    time.sleep(0.05)\n"
-    "Location.delete = slow\nprint('begin', flush=True)\noutputs.clear(Location.of(sys.argv[1]))"
-)
+CLEAR = """if True:
+    import sys, time
+    from raypipe.data import outputs
+    from raypipe.data.location import Location
+
+    real, left = Location.delete, int(sys.argv[2])
+
+    def few(place):
+        global left
+        real(place)
+        left -= 1
+        if not left:
+            print("there", flush=True)
+            time.sleep(600)
+
+    Location.delete = few
+    outputs.clear(Location.of(sys.argv[1]))
+"""
+"""Clears an output, and hangs after so many deletions."""
 
 
-@pytest.mark.parametrize("after", [0.3, 0.8, 1.3])
+@pytest.mark.parametrize("after", [6, 20])
 def test_clearing_that_was_interrupted_is_finished_by_the_next_run(wanted, after, tmp_path):
     root = Path(wanted.writing.output)
     process = subprocess.Popen(
-        [sys.executable, "-c", CLEAR, wanted.writing.output],
+        [sys.executable, "-c", CLEAR, wanted.writing.output, str(after)],
         stdout=subprocess.PIPE,
         text=True,
         cwd=ROOT,
     )
-    assert process.stdout is not None and process.stdout.readline() == "begin\n"
-    time.sleep(after)
+    assert process.stdout is not None and process.stdout.readline() == "there\n"
     process.kill()
     process.wait()
     assert (root / "_raypipe/clearing").exists() and len(files(root)) < 23
@@ -323,13 +337,13 @@ def test_shards_too_are_never_written_over_a_users_file(photos, tmp_path, format
         plan(settings(input=photos, output=tmp_path / "out", format=format))
 
 
-def interrupted(*arguments: str, when: str) -> tuple[int, str]:
+def interrupted(*arguments: str, when: str, env: dict[str, str]) -> tuple[int, str]:
     """The status of a job that gets Ctrl-C when it has said `when`, and what it said."""
     command = [sys.executable, "jobs/preprocess.py", *arguments]
     process = subprocess.Popen(
         command,
         cwd=ROOT,
-        env=environment(),
+        env=env,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -346,7 +360,7 @@ def interrupted(*arguments: str, when: str) -> tuple[int, str]:
 
 
 @pytest.mark.slow
-def test_what_is_said_after_an_interruption_never_deletes_what_is_finished(wanted):
+def test_what_is_said_after_an_interruption_never_deletes_what_is_finished(wanted, joined):
     root = Path(wanted.writing.output)
     before = tree(root)
     common = (
@@ -362,10 +376,10 @@ def test_what_is_said_after_an_interruption_never_deletes_what_is_finished(wante
         "--writers",
         "1",
     )
-    status, said = interrupted(*common, when="Starting Ray")
+    status, said = interrupted(*common, when="Starting Ray", env=environment())
     assert status == 130 and said.rstrip().endswith("Interrupted. Nothing was changed."), said
     assert tree(root) == before
-    status, said = interrupted(*common, "--read-ms", "200", when="Watch it:")
+    status, said = interrupted(*common, "--read-ms", "200", when="Watch it:", env=joined)
     assert status == 130, said
     assert "Interrupted. The same command without --no-resume goes on from there." in said
 
@@ -431,7 +445,7 @@ def test_a_collector_that_dies_ends_neither_the_run_nor_its_report(session, made
 
 
 @pytest.mark.slow
-def test_a_driver_that_is_killed_before_its_end_loses_nothing(tmp_path):
+def test_a_driver_that_is_killed_before_its_end_loses_nothing(joined, tmp_path):
     """Killed in the window between the last shard and the report, which a slow disk makes long."""
     out = tmp_path / "out"
     command = [
@@ -446,7 +460,7 @@ def test_a_driver_that_is_killed_before_its_end_loses_nothing(tmp_path):
         "--writers",
         "1",
     ]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, cwd=ROOT, env=joined, stderr=subprocess.DEVNULL)
     while process.poll() is None and not (out / "_raypipe/rejects.parquet").exists():
         with contextlib.suppress(OSError):
             shards = len(
@@ -458,7 +472,7 @@ def test_a_driver_that_is_killed_before_its_end_loses_nothing(tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     done = subprocess.run(
-        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
+        command, cwd=ROOT, env=joined, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     report = json.loads((out / "_raypipe/report.json").read_text())

@@ -25,7 +25,7 @@ from raypipe.run import probe
 from raypipe.run.predict import Settings, predicting, run, start, verdict_on
 from raypipe.run.result import Outcome
 from tests.conftest import ROOT, files
-from tests.support.clusters import environment, wait_for
+from tests.support.clusters import wait_for
 from tests.support.labelled import RECIPE
 from tests.support.runs import named, quiet, running, texts, until
 
@@ -282,7 +282,7 @@ def test_a_file_that_is_no_result_is_never_overwritten(trained, tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_driver_goes_on_and_the_results_are_those_of_an_undisturbed_run(
-    trained, done, tmp_path
+    trained, done, joined, tmp_path
 ):
     names = (
         "checkpoint",
@@ -307,7 +307,7 @@ def test_a_killed_driver_goes_on_and_the_results_are_those_of_an_undisturbed_run
     first = subprocess.Popen(
         [*command, "--store-ms", "60"],
         cwd=ROOT,
-        env=environment(),
+        env=joined,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -316,7 +316,7 @@ def test_a_killed_driver_goes_on_and_the_results_are_those_of_an_undisturbed_run
     wait_for(lambda: len(list((tmp_path / "out").glob("_raypipe/journal/*.json"))) >= 2, first)
     workers = [
         child
-        for child in psutil.Process(first.pid).children(recursive=True)
+        for child in psutil.Process().children(recursive=True)  # of the Ray that it joined
         if named(child, "ray::MapWor")
     ]
     os.kill(first.pid, signal.SIGKILL)
@@ -327,7 +327,7 @@ def test_a_killed_driver_goes_on_and_the_results_are_those_of_an_undisturbed_run
     assert 0 < left < 45 and not (tmp_path / "out/predictions.json").exists()
 
     again = subprocess.run(
-        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
+        command, cwd=ROOT, env=joined, capture_output=True, text=True, timeout=300
     )
     assert again.returncode == 0, again.stderr
     assert f"Going on: {45 - left} of 45 images are done already" in again.stderr

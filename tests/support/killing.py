@@ -1,6 +1,8 @@
-"""An op of the user's own that kills its process at bright images, as a decoder with a bug would."""
+"""Ops of the user's own: one kills its process at bright images, one waits until a test is done."""
 
 import ctypes
+import os
+import time
 from dataclasses import dataclass
 
 from raypipe.images import opencv
@@ -17,4 +19,19 @@ def _(op: DieAtBright, image, out=None):
         ctypes.string_at(
             0
         )  # a fault of this very thread, as a decoder's; a signal from outside may reach it too late
+    return image
+
+
+@dataclass(frozen=True, kw_only=True)
+class WaitUntil:
+    """Each image takes `ms` longer until the file `there` exists: a run lasts as long as a test needs it."""
+
+    there: str
+    ms: float = 400.0
+
+
+@opencv.apply.register
+def _(op: WaitUntil, image, out=None):
+    if not os.path.exists(op.there):
+        time.sleep(op.ms / 1000)
     return image

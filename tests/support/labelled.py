@@ -66,7 +66,7 @@ def settings(root: Path, **given) -> Settings:
         "row_log": root / "log",
         "epochs": 2,
         "batch_size": 8,
-        "actors": 2,
+        "actors": 1,
         "shard_rows": 5,
         "cpu": True,
         "max_reject_fraction": 0.05,

@@ -1,6 +1,7 @@
 """Training on a real local Ray: every row once an epoch, whoever dies; and as a user runs it."""
 
 import contextlib
+import io
 import json
 import signal
 import subprocess
@@ -15,14 +16,15 @@ import pytest
 import torch
 from ray.exceptions import ActorDiedError
 from ray.train import WorkerGroupError
+from rich.console import Console
 
 from raypipe import UsageError
 from raypipe.models import checkpoint as checkpoints
 from raypipe.models.checkpoint import Checkpoint, Progress
 from raypipe.run.causes import cause_of
+from raypipe.run.console import attempt, goes_on
 from raypipe.run.live.control import attach, names
 from raypipe.run.preprocess import Settings as Preprocess
-from raypipe.run.preprocess import run as preprocess
 from raypipe.train.attempts import _give_up, run
 from raypipe.train.plan import plan
 from raypipe.train.result import Outcome, verdict_on
@@ -30,7 +32,8 @@ from raypipe.train.settings import Settings
 from tests.conftest import ROOT, jpeg
 from tests.support.clusters import environment, head, kill_all, listed_actors, node, wait_for
 from tests.support.labelled import RECIPE, make_labelled, settings
-from tests.support.runs import quiet
+from tests.support.runs import plain_loop, quiet
+from tests.support.training import train_here
 
 
 @pytest.fixture
@@ -56,7 +59,7 @@ GIVEN = (
 
 def command_of(given: Settings) -> list[str]:
     """jobs/train.py on CPUs, with what `settings` gives but for the numbers of actors and workers."""
-    flags = {f"--{name.replace('_', '-')}": str(getattr(given, name)) for name in GIVEN}
+    flags = {f"--{name.replace('_', '-')}": str(given.flat[name]) for name in GIVEN}
     return [
         sys.executable,
         "jobs/train.py",
@@ -208,22 +211,18 @@ def test_a_training_from_stored_images_ends_with_the_weights_of_one_from_the_sou
         input=continuous.source.input,
         annotations=continuous.source.annotations,
         recipe=continuous.learning.recipe,
-        output=str(labelled / "stored"),
         format="parquet",
     )
-    preprocess(written, console=quiet())
-    separate = continuous.changed(
-        input=str(labelled / "stored"),
-        annotations=None,
-        storage=str(labelled / "separate"),
+    plain_loop(written, labelled / "stored")
+    separate = continuous.changed(input=str(labelled / "stored"), annotations=None)
+    one, other = (
+        run(continuous, console=quiet()),
+        train_here(separate, labelled / "separate"),
     )
-    one, other = (run(given, console=quiet()) for given in (continuous, separate))
-    weights, same = (
-        checkpoints.load(outcome.checkpoint).state["model"] for outcome in (one, other)
-    )
+    weights, same = checkpoints.load(one.checkpoint).state["model"], other.state["model"]
     for name, tensor in weights.items():
         assert torch.equal(tensor, same[name]), name
-    assert one.report["train"]["map"] == other.report["train"]["map"]
+    assert one.report["train"]["map"] == other.progress.epochs[-1]["map"]
     said = one.report["train"]["break_even"]
     assert said["once_s"] > 0 and said["continuous_s"] > 0 and said["stored_s"] > 0
     assert (said["epochs"] is None) == ("saves no time" in said["reason"])
@@ -248,21 +247,20 @@ def test_a_killed_worker_goes_on_in_the_epoch_and_the_weights_are_those_of_an_un
     assert Counter(lineage(labelled)) == every_row(disturbed)
     assert outcome.report["train"]["attempts"] == 2
 
-    plain = disturbed.changed(storage=str(labelled / "undisturbed"), row_log=None)
-    undisturbed = run(plain, console=quiet())  # the mark is there now: nobody dies
-    assert undisturbed.report["train"]["attempts"] == 1
-    one, other = (checkpoints.load(where.checkpoint).state for where in (outcome, undisturbed))
-    for name, tensor in other["model"].items():
-        assert torch.equal(one["model"][name], tensor), name
+    undisturbed = train_here(disturbed, labelled / "undisturbed")  # the mark is there: nobody dies
+    disturbed_ended = checkpoints.load(outcome.checkpoint)
+    for name, tensor in undisturbed.state["model"].items():
+        assert torch.equal(disturbed_ended.state["model"][name], tensor), name
     losses = [
-        [epoch["loss"] for epoch in where.progress.epochs] for where in (outcome, undisturbed)
+        [epoch["loss"] for epoch in where.progress.epochs]
+        for where in (disturbed_ended, undisturbed)
     ]
     assert losses[0][0] == losses[1][0]
 
 
 @pytest.mark.slow
 def test_a_killed_driver_goes_on_with_the_same_command_and_other_numbers_of_workers_and_actors(
-    labelled, bucket
+    labelled, bucket, joined
 ):
     mark = labelled / "hangs"
     model = {
@@ -273,7 +271,7 @@ def test_a_killed_driver_goes_on_with_the_same_command_and_other_numbers_of_work
     command = command_of(given)
     around = environment(PYTHONPATH=str(ROOT))  # for the model
     first = subprocess.Popen(
-        [*command, "--workers", "1", "--actors", "2", "--checkpoint-every", "1"],
+        [*command, "--workers", "1", "--actors", "1", "--checkpoint-every", "1"],
         cwd=ROOT,
         env=around,
         stdout=subprocess.PIPE,
@@ -297,7 +295,7 @@ def test_a_killed_driver_goes_on_with_the_same_command_and_other_numbers_of_work
     second = subprocess.run(
         [*command, "--workers", "2", "--actors", "1"],
         cwd=ROOT,
-        env=around,
+        env=joined | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=300,
@@ -382,32 +380,27 @@ def test_a_storage_that_a_node_does_not_see_is_refused_before_the_first_step(lab
 
 
 @pytest.mark.slow
-def test_a_training_whose_images_are_away_stops_and_goes_on_when_they_are_back(labelled):
-    given = settings(labelled, epochs=2, read_patience=1.0)
+def test_a_training_whose_images_are_away_stops_and_goes_on_when_they_are_back(session, labelled):
+    given = settings(labelled, holdout=0.0, read_patience=1.0)
     photos = Path(given.source.input)
-    command = [*command_of(given), "--read-patience", "1", "--actors", "1"]
-    driver = subprocess.Popen(
-        command, cwd=ROOT, env=environment(PYTHONPATH=str(ROOT)), stderr=subprocess.PIPE, text=True
-    )
-    assert driver.stderr is not None
-    for line in driver.stderr:
-        if "Watch it:" in line:  # listed and claimed; no image is read yet
-            photos.rename(labelled / "away")
-            break
-    said = driver.stderr.read()
-    assert driver.wait(300) == 1, said
+
+    class Away(io.StringIO):
+        """Take the images away when the run is listed and claimed; no image is read yet."""
+
+        def write(self, text: str) -> int:
+            if "Watch it:" in text:
+                photos.rename(labelled / "away")
+            return super().write(text)
+
+    console = Console(file=Away(), width=200)
+    again = goes_on(resume=True)
+    assert attempt(lambda: run(given, console=console), kept="", again=again, console=console) == 1
+    said = console.file.getvalue()
     (failure,) = (line for line in said.splitlines() if line.startswith("error:"))
     assert "could not be read (" in failure and "The same command goes on from there." in said
     (labelled / "away").rename(photos)
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=environment(PYTHONPATH=str(ROOT)),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    outcome = run(given, console=quiet())
+    assert verdict_on(outcome, given) is None
     assert Counter(lineage(labelled)) == every_row(given)
 
 

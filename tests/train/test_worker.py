@@ -33,6 +33,7 @@ from raypipe.train.peers import Peers
 from raypipe.train.plan import Training
 from raypipe.train.settings import Learning, Model
 from raypipe.train.worker import Assignment, Worker
+from tests.support.training import Quiet
 
 
 def block(epoch: int, numbers, *, size=(4, 6), rejected=(), boxes=1) -> pa.Table:
@@ -213,28 +214,6 @@ def test_what_goes_wrong_ahead_is_raised_where_batches_are_taken():
 
 
 # --- workers -------------------------------------------------------------------------------------------------------------
-
-
-class Quiet:
-    """A meter and a board that keep to themselves."""
-
-    def __init__(self):
-        self.records = []
-
-    def start(self, gpu=None):
-        pass
-
-    def call(self):
-        return nullcontext()
-
-    def wait(self):
-        return nullcontext()
-
-    def count(self, **_):
-        pass
-
-    def tell(self, record):
-        self.records.append(record)
 
 
 FINISH = Finish(scale=1 / 255)
