@@ -356,16 +356,23 @@ def main(arguments: list[str] | None = None) -> int:
         next(do for kind, do in COMMANDS.values() if isinstance(command, kind))(command, Console())
         sys.stdout.flush()
     except UsageError as error:
-        Console(stderr=True).print(
-            f"error: {printable(str(error), 4000)}", style="red", markup=False, highlight=False
-        )
+        _fail(str(error))
         return 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `raypipe watch | head`: the reader has had enough
         # Python flushes at exit, where nobody would catch the error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # a store that does not answer, a folder that may not be read
+        _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+        return 1
     return 0
+
+
+def _fail(text: str) -> None:
+    """Tell the user an error, in a line that can be copied."""
+    line = f"error: {printable(text, 4000)}"
+    Console(stderr=True).print(line, style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 def _listed(about: str) -> Callable[[], None]:

@@ -123,3 +123,10 @@ def test_jobs_start_where_only_the_package_is_installed(tmp_path):
     assert raypipe("report", "out").stdout in done.stdout
     refused = raypipe("predict", "--checkpoint", "none", "--input", "demo:8", "--output", "out2")
     assert refused.returncode == 2 and "error: " in refused.stderr, refused
+
+
+def test_a_report_that_cannot_be_read_is_an_error_in_a_line(capsys, tmp_path):
+    (tmp_path / "_raypipe/report.json").mkdir(parents=True)
+    assert main(["report", str(tmp_path)]) in (1, 2)
+    _, err = capsys.readouterr()
+    assert err.startswith("error: ") and "Traceback" not in err and "report.json" in err

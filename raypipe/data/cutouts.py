@@ -77,7 +77,13 @@ def paste(
             f"{output}/annotations.json exists: pictures would be mixed with earlier ones. Give an "
             "--output without it."
         )
-    material, place = load(cutouts, photos, classes=classes), Location.of(output)
+    place = Location.of(output)
+    if there := (place / "images").names():
+        raise UsageError(
+            f"{output}/images has files already, such as {there[0]!r}, which might be overwritten. "
+            "Give an --output without it."
+        )
+    material = load(cutouts, photos, classes=classes)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for index in range(count):

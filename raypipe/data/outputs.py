@@ -156,9 +156,9 @@ def state_of(root: Location) -> State:
     return State(read_if_there(root, "run.json"), frozenset(done_shards(root)), is_clearing(root))
 
 
-def is_clearing(root: Location) -> bool:
-    """Whether the deletion of the results in `root` has begun and not ended."""
-    return (root / f"{STATE}/clearing").exists()
+def is_clearing(root: Location, mark: str = "clearing") -> bool:
+    """Whether a deletion in `root` has begun and not ended. `mark`: as for `clearing`."""
+    return (root / f"{STATE}/{mark}").exists()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -358,16 +358,17 @@ _TEMPORARY = re.compile(r"[0-9a-f]{12}-\d+-\d+")
 
 
 @contextlib.contextmanager
-def clearing(root: Location) -> Iterator[None]:
+def clearing(root: Location, mark: str = "clearing") -> Iterator[None]:
     """Mark `root` as being cleared until the end of the block.
 
     An interruption leaves the mark, and the next run goes on with clearing.
+
+    Args:
+        mark: tells what is being deleted: a job must not take the mark of another kind for its own.
     """
-    root.write(
-        f"{STATE}/clearing", b"What is here is being deleted. The next run goes on with it.\n"
-    )
+    root.write(f"{STATE}/{mark}", b"What is here is being deleted. The next run goes on with it.\n")
     yield
-    (root / f"{STATE}/clearing").delete()
+    (root / f"{STATE}/{mark}").delete()
     (root / STATE).delete_empty()  # if no lease is in it
 
 

@@ -11,7 +11,7 @@ them of anything outside raypipe (a model, an op, a class in the state) are only
 
 import io
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
 from typing import Any
@@ -104,6 +104,7 @@ def save(folder: str, checkpoint: Checkpoint) -> None:
         "settings": checkpoint.settings,
         "progress": asdict(checkpoint.progress),
         "bytes": {name: data.nbytes for name, data in files.items()},
+        "attempt": _parent(Location.of(folder)),
     }
     place.write("about.json", json.dumps(about, indent=1).encode(), tmp="")
 
@@ -279,16 +280,22 @@ def name_of(progress: Progress) -> str:
 def all_in(storage: str) -> list[str]:
     """The finished checkpoints one or two levels below `storage`, the least trained first."""
     found = []
+    for place in _folders(storage):
+        one = about(str(place))
+        if one is not None and not (place / _DELETING).exists():
+            progress = _progress(one)
+            found.append((progress.rows, progress.step, str(place)))
+    return [folder for _, _, folder in sorted(found)]
+
+
+def _folders(storage: str) -> Iterator[Location]:
+    """The folders one or two levels below `storage` that are named as checkpoints."""
     top = Location.of(storage)
     for outer in top.folders():
         inner = top / outer
         for place in [inner, *(inner / name for name in inner.folders())]:
             if place.name.startswith("checkpoint-"):
-                one = about(folder := str(place))
-                if one is not None:
-                    progress = _progress(one)
-                    found.append((progress.rows, progress.step, folder))
-    return [folder for _, _, folder in sorted(found)]
+                yield place
 
 
 def check_same(folder: str, settings: Mapping[str, Any]) -> None:
@@ -308,20 +315,47 @@ def check_same(folder: str, settings: Mapping[str, Any]) -> None:
 
 
 _FILES = ("about.json", "state.pt", "consumed.parquet")
+_DELETING = "deleting"
+"""A file that marks a checkpoint of which some files may be gone: deleting it goes on."""
 
 
 def prune(storage: str, keep: Sequence[str] = ()) -> list[str]:
-    """Delete all finished checkpoints below `storage` but those to keep. Of each, only the files that
-    raypipe writes, and no folder to which a symbolic link leads. Returns, a line each, what was left."""
+    """Delete the checkpoints that trainings made below `storage`, except those to keep.
+
+    Of each, only the files that raypipe writes are deleted. Copies that somebody put elsewhere stay,
+    and so does what a symbolic link leads to. A deletion that was interrupted goes on.
+
+    Returns:
+        A line for each checkpoint that was left, with the reason.
+    """
     left = []
-    for folder in all_in(storage):
-        if folder in keep:
+    for place in _folders(storage):
+        if str(place) in keep:
             continue
-        place = Location.of(folder)
+        try:
+            ours = (place / _DELETING).exists() or _is_own(place)
+        except UsageError as error:
+            left.append(f"{error} {place} was left alone.")
+            continue
+        if not ours:
+            continue
         if not place.within(Location.of(storage)):
-            left.append(f"{folder} leads out of {storage}. It was not deleted.")
+            left.append(f"{place} leads out of {storage}. It was not deleted.")
             continue
-        for name in _FILES:  # about.json first: what is left of it is no checkpoint
+        place.write(_DELETING, b"", tmp="")
+        for name in (*_FILES, _DELETING):
             (place / name).delete()
         place.delete_empty()
     return left
+
+
+def _is_own(place: Location) -> bool:
+    """Whether a training made this checkpoint where it is, and finished it."""
+    found = about(str(place))
+    # Older checkpoints do not say where they were made.
+    return found is not None and found.get("attempt") in (None, _parent(place))
+
+
+def _parent(place: Location) -> str:
+    """The name of the folder that a checkpoint is in: of the attempt that made it."""
+    return place.path.rstrip("/").rpartition("/")[0].rpartition("/")[2]

@@ -257,10 +257,11 @@ def executing(setup: Setup, *, console: Console, touch: Callable[[], None]) -> I
         first, *others = setup.stages
         stages = (first, *(seated(stage, session) for stage in others))
         counts = size_pools(stages, costs, session, images=setup.images)
-        check = stack.enter_context(_claimed(setup.claim, session, touch))
-        stack.enter_context(registered(setup.run_id, address=session.address, output=setup.output))
+        # Before the claim: it refuses a run id that is under way, and changes nothing.
         facts = _facts(setup, session, stages, workers_on_gpu)
         collector = stack.enter_context(collecting(setup.run_id, facts))
+        check = stack.enter_context(_claimed(setup.claim, session, touch))
+        stack.enter_context(registered(setup.run_id, address=session.address, output=setup.output))
         stack.enter_context(tracks(setup.run_id))
         execution = Execution(
             setup=setup,

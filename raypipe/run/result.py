@@ -22,7 +22,6 @@ from raypipe.data.journal import Dropped, Rejected, Unread, Written
 from raypipe.data.location import Location
 from raypipe.data.names import STATE
 from raypipe.data.reader import Reader
-from raypipe.data.stores import ERRORS
 from raypipe.images.decode import thumbnail
 from raypipe.images.frames import UPRIGHT
 from raypipe.insight import html
@@ -116,28 +115,42 @@ def ranges(shards: Iterable[int]) -> list[list[int]]:
 
 
 def covers(root: Location, work: pa.Table) -> bool:
-    """Whether the report of a run into `root`, which is written last, covers all shards of `work`."""
+    """Whether the report of a run into `root`, which is written last, covers all shards of `work`.
+
+    Raises:
+        OSError: the store does not answer, which says nothing of the report.
+    """
+    report = _report_in(root / STATE)
     try:
-        report = json.loads((root / f"{STATE}/report.json").read())
         there: set[int] = set()
-        for first, last in report["shards"]:
+        for first, last in (report or {})["shards"]:
             there.update(range(int(first), min(int(last), int(first) + 10**8) + 1))
-    except ERRORS:
-        return False
-    except Exception:  # damaged, or of an older version: whatever it says, it is made again
+    except Exception:  # damaged, or of an older version: it is made again
         return False
     return set(pc.unique(work.column("shard")).to_pylist()) <= there
 
 
 def is_report(folder: Location) -> bool:
-    """Whether the report.json in `folder` is one of raypipe."""
+    """Whether the report.json in `folder` is one of raypipe.
+
+    Raises:
+        OSError: the store does not answer.
+    """
+    found = _report_in(folder)
+    return found is not None and {"run_id", "stages", "verdict", "versions"} <= found.keys()
+
+
+def _report_in(folder: Location) -> dict[str, Any] | None:
+    """The report.json in `folder`; None if there is none, or it is damaged."""
     try:
-        found = json.loads((folder / "report.json").read())
-        return (
-            isinstance(found, dict) and {"run_id", "stages", "verdict", "versions"} <= found.keys()
-        )
-    except Exception:
-        return False
+        data = (folder / "report.json").read()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return None
+    try:
+        found = json.loads(data)
+    except Exception:  # whatever its bytes are
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def check_report(folder: str | None) -> None:

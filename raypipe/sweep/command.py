@@ -46,6 +46,9 @@ from raypipe.sweep.remaining import Remaining
 from raypipe.sweep.settings import Settings
 from raypipe.train.plan import plan
 
+_CLEARING = "clearing-sweep"
+"""Marks that a sweep's results are being deleted. Other jobs' results have a mark of their own."""
+
 RESULT_FILES = ("results.parquet", "results.csv", "sweep.html")
 
 
@@ -79,7 +82,7 @@ def deciding(settings: Settings) -> dict[str, Any]:
 
 def clear(root: Location) -> None:
     """Delete what a sweep has left in `root`."""
-    with outputs.clearing(root):
+    with outputs.clearing(root, _CLEARING):
         for name in RESULT_FILES:
             (root / name).delete()
         (root / f"{STATE}/training").delete_folder()
@@ -107,10 +110,22 @@ def look(settings: Settings) -> tuple[list[dict[str, Any]], bool]:
     """
     root = settings.grid.root
     lease.check(root, option="--output")
-    clears = not settings.grid.resume or outputs.is_clearing(root)
-    ours = (root / f"{STATE}/run.json").exists() if clears else outputs.read_made(root) is not None
+    interrupted = outputs.is_clearing(root, _CLEARING)
+    clears = not settings.grid.resume or interrupted
+    damaged, made = False, None
+    try:
+        made = outputs.read_made(root)
+    except UsageError:
+        if not clears:
+            raise
+        damaged = True
+    if made is not None and not {"machine", "shard_rows"} <= made.settings.keys():
+        raise UsageError(
+            f"--output {str(root)!r} has the results of another job ({STATE}/run.json). Nothing was "
+            "measured. Give an --output of its own."
+        )
     taken = [name for name in RESULT_FILES if (root / name).exists()]
-    if taken and not ours and not outputs.is_clearing(root):
+    if taken and made is None and not (interrupted or damaged):
         raise UsageError(
             f"{root / taken[0]} exists and is no result of an earlier sweep: it "
             "would be overwritten. Nothing was measured. Give an --output without it."
@@ -226,6 +241,8 @@ def run(settings: Settings, *, console: Console) -> Swept:
         held = stack.enter_context(
             lease.hold(settings.grid.root, run_id="sweep", option="--output", tell=tell)
         )
+        if not clears:
+            rows = read_results(settings.grid.root)  # another sweep may have measured meanwhile
         claim(settings, clears=clears)
         points, left_out = _points(settings, session, joined=joined, tell=tell)
         # Once before, so that no point is the one that reads from a cold disk.

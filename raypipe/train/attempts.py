@@ -62,6 +62,9 @@ from raypipe.train.result import (
 from raypipe.train.settings import Settings
 from raypipe.train.worker import Assignment
 
+_CLEARING = "clearing-checkpoints"
+"""Marks that checkpoints are being deleted. Other jobs' results have a mark of their own."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Run:
@@ -116,7 +119,12 @@ def _look(settings: Settings, console: Console) -> _Run:
     todo = plan(settings)
     result.check_report(settings.running.report)
     lease.check(place, option="--storage")
-    clears = not settings.running.resume or outputs.is_clearing(place)
+    if (place / f"{STATE}/run.json").exists():
+        raise UsageError(
+            f"--storage {settings.training.storage!r} has the results of another job "
+            f"({STATE}/run.json); reports of both would be mixed. Give a folder of its own."
+        )
+    clears = not settings.running.resume or outputs.is_clearing(place, _CLEARING)
     start, resume = (Progress(), None) if clears else _latest(storage, todo)
     return _Run(
         settings=settings,
@@ -173,7 +181,8 @@ def _stage(this: _Run, name: str, *, holdout: bool = False) -> Stage:
         running = replace(running, read_ms=0.0)
         pixels = replace(pixels, recipe=for_evaluation(todo.recipe), decode_only=False)
         rows = todo.holdout
-    reading = running.reading(settings.source.input)
+    place = settings.holdout.holdout_input if holdout else None
+    reading = running.reading(place or settings.source.input)
     return preprocess_stage(rows, pixels, running, reading, run_id=name)
 
 
@@ -198,7 +207,7 @@ def _claimed(this: _Run, *, check: Callable[[Location], None]) -> Iterator[lease
     """The storage for this run alone, cleared where that is asked for."""
     storage, place = this.storage, Location.of(this.storage)
     with lease.hold(place, run_id=this.run_id, option="--storage", tell=this.tell) as held:
-        there = checkpoints.all_in(storage)
+        there = [] if this.clears else checkpoints.all_in(storage)
         if not this.clears and (there[-1] if there else None) != this.resume:
             raise UsageError(
                 f"--storage {this.settings.training.storage!r} has changed since this run looked at it: "
@@ -208,7 +217,7 @@ def _claimed(this: _Run, *, check: Callable[[Location], None]) -> Iterator[lease
         check(place / lease.FILE)
         if this.clears:
             this.tell(f"Deleting the checkpoints in {this.settings.training.storage} ...")
-            with outputs.clearing(place):
+            with outputs.clearing(place, _CLEARING):
                 for line in checkpoints.prune(storage):
                     this.tell(line)
                 (place / f"{STATE}/report.json").delete()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from rich.console import Console
 
 from raypipe.run.console import say
@@ -51,7 +52,11 @@ class Watch:
             self._look(board)
 
     def _look(self, board: ray.actor.ActorHandle) -> None:
-        for record in ray.get(board.since.remote(self._seen)):
+        try:
+            records = ray.get(board.since.remote(self._seen))
+        except RayError:  # the board died: its figures are lost, and the training goes on
+            return
+        for record in records:
             self._seen += 1
             self.began = self.began or record["began"]
             if record["rows"] > self.rows:

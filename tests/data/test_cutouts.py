@@ -108,3 +108,13 @@ def test_what_cannot_be_made_is_said(material, given, words):
     }
     with pytest.raises(UsageError, match=words):
         paste(**places, output=str(material / "out"), **({"count": 3, "classes": 3} | given))
+
+
+def test_images_that_are_there_are_never_overwritten(material, capsys):
+    (material / "out/images").mkdir(parents=True)
+    (material / "out/images/000000.jpg").write_bytes(b"the user's own")
+    given = ["cutouts", "--cutouts", material / "cut", "--photos", material / "photos"]
+    assert main([*map(str, given), "--output", str(material / "out"), "--classes", "1"]) == 2
+    said = capsys.readouterr().err
+    assert "out/images has files already, such as '000000.jpg'" in said
+    assert (material / "out/images/000000.jpg").read_bytes() == b"the user's own"

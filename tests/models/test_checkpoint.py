@@ -1,5 +1,6 @@
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from raypipe import UsageError
+from raypipe.data.location import Location
 from raypipe.models import checkpoint as checkpoints
 from raypipe.models.checkpoint import Checkpoint, Progress, load, save
 
@@ -171,3 +173,51 @@ def test_a_process_killed_while_it_saves_leaves_only_whole_checkpoints(tmp_path)
     for folder in found:
         one = load(folder)
         assert torch.equal(one.state["w"], torch.full((500_000,), float(one.progress.step)))
+
+
+def put(root: Path, attempt: str, step: int) -> Path:
+    one = made(step=step, rows=10 * step)
+    folder = root / attempt / checkpoints.name_of(one.progress)
+    save(str(folder), one)
+    return folder
+
+
+def test_a_copy_that_the_user_made_of_a_checkpoint_is_never_deleted(tmp_path):
+    first, second = put(tmp_path, "run-1", 1), put(tmp_path, "run-1", 2)
+    copy = tmp_path / "best" / first.name
+    shutil.copytree(first, copy)
+    for _ in range(2):
+        assert checkpoints.prune(str(tmp_path), keep=[str(second)]) == []
+    assert not first.exists() and second.exists()
+    assert sorted(path.name for path in copy.iterdir()) == [
+        "about.json",
+        "consumed.parquet",
+        "state.pt",
+    ]
+    assert checkpoints.prune(str(tmp_path)) == []
+    assert copy.exists() and not second.exists()
+
+
+def test_deleting_a_checkpoint_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
+    folder = put(tmp_path, "run-1", 1)
+    whole = Location.delete
+    monkeypatch.setattr(
+        Location, "delete", lambda place: whole(place) if place.name == "about.json" else die()
+    )
+
+    def die():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.prune(str(tmp_path))
+    monkeypatch.setattr(Location, "delete", whole)
+    assert (folder / "state.pt").exists() and checkpoints.all_in(str(tmp_path)) == []
+    assert checkpoints.prune(str(tmp_path)) == [] and not folder.exists()
+
+
+def test_a_damaged_checkpoint_does_not_stop_deleting_the_others(tmp_path):
+    damaged, other = put(tmp_path, "run-1", 1), put(tmp_path, "run-1", 2)
+    (damaged / "about.json").write_bytes(b"\xff{")
+    (line,) = checkpoints.prune(str(tmp_path))
+    assert "cannot read" in line and line.endswith("was left alone.")
+    assert damaged.exists() and not other.exists()

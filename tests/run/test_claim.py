@@ -23,6 +23,11 @@ from raypipe.models import checkpoint as checkpoints
 from raypipe.models.checkpoint import Checkpoint, Progress
 from raypipe.run.live.control import Control
 from raypipe.run.preprocess import plan, run, verdict_on
+from raypipe.run.result import covers, is_report
+from raypipe.sweep.command import look
+from raypipe.sweep.settings import Settings as Sweep
+from raypipe.train.attempts import run as train
+from raypipe.train.settings import Settings as Train
 from tests.conftest import ROOT, files, jpeg
 from tests.data.test_lease import HOLD
 from tests.support.clusters import environment
@@ -71,6 +76,63 @@ def test_a_run_that_has_no_room_deletes_nothing(wanted):
     with pytest.raises(UsageError, match="but the cluster has 8"):
         run(wanted.changed(actors=1000, resume=False), console=quiet())
     assert tree(Path(wanted.writing.output)) == before
+
+
+@pytest.fixture
+def taken(session):
+    """A run of another driver of this cluster, whose id is `taken`."""
+
+    class Other:
+        pass
+
+    name = {"name": "raypipe-taken", "namespace": "raypipe", "num_cpus": 0}
+    actor = ray.remote(Other).options(**name).remote()
+    yield
+    ray.kill(actor)
+
+
+def test_an_id_of_a_run_that_is_under_way_is_refused_before_anything_is_deleted(wanted, taken):
+    before = tree(Path(wanted.writing.output))
+    with pytest.raises(UsageError, match="--run-id taken is the id of a run that is under way"):
+        run(wanted.changed(run_id="taken", resume=False), console=quiet())
+    assert tree(Path(wanted.writing.output)) == before
+
+
+def test_a_training_without_the_gpus_asked_for_deletes_nothing(session, trained_somewhere):
+    before = tree(Path(trained_somewhere))
+    given = {"storage": trained_somewhere, "input": "demo:24", "gpu": True, "resume": False}
+    with pytest.raises(UsageError, match="--gpu with 1 workers needs as many GPUs"):
+        train(Train.of(**given), console=quiet())
+    assert tree(Path(trained_somewhere)) == before
+
+
+def test_a_storage_or_a_sweeps_output_with_results_of_another_job_is_refused(wanted):
+    before = tree(Path(wanted.writing.output))
+    for resume in (True, False):
+        given = {"storage": wanted.writing.output, "input": "demo:24", "resume": resume}
+        with pytest.raises(UsageError, match=r"--storage .* has the results of another job"):
+            train(Train.of(**given), console=quiet())
+        given = {"output": wanted.writing.output, "input": "demo:24", "resume": resume}
+        with pytest.raises(UsageError, match=r"--output .* has the results of another job"):
+            look(Sweep.of(**given))
+    assert tree(Path(wanted.writing.output)) == before
+
+
+def test_a_store_that_does_not_answer_says_nothing_of_a_report(wanted, monkeypatch):
+    root = Location.of(wanted.writing.output)
+    work = plan(wanted).work
+    assert covers(root, work) and is_report(root / "_raypipe")
+    whole = Location.read
+
+    def read(place: Location) -> bytes:
+        if place.name == "report.json":
+            raise OSError("HTTP 503")
+        return whole(place)
+
+    monkeypatch.setattr(Location, "read", read)
+    for ask in (lambda: covers(root, work), lambda: is_report(root / "_raypipe")):
+        with pytest.raises(OSError, match="503"):
+            ask()
 
 
 @pytest.mark.parametrize(

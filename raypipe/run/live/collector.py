@@ -14,6 +14,7 @@ from dataclasses import replace
 import ray
 from ray.exceptions import RayError
 
+from raypipe.errors import UsageError
 from raypipe.insight import planner
 from raypipe.insight.states import (
     CONSUME,
@@ -315,15 +316,18 @@ def collecting(run_id: str, facts: Facts) -> Iterator[ray.actor.ActorHandle]:
     """The run's collector, on this node, until the end of the block.
 
     Raises:
-        ValueError: the cluster has a run of this name already.
+        UsageError: the cluster has a run of this name already.
     """
     options = beside_driver() | {"name": f"raypipe-{run_id}", "namespace": NAMESPACE}
     # The next message makes up for a lost one: totals are sent, not differences.
-    collector = (
-        ray.remote(Collector)
-        .options(**options, max_restarts=0, max_task_retries=0)
-        .remote(run_id, facts)
-    )
+    actor = ray.remote(Collector).options(**options, max_restarts=0, max_task_retries=0)
+    try:
+        collector = actor.remote(run_id, facts)
+    except ValueError as error:  # the name is taken
+        raise UsageError(
+            f"--run-id {run_id} is the id of a run that is under way on this cluster. Nothing was "
+            f"changed. Give another one, or wait for that run (`raypipe watch {run_id}`)."
+        ) from error
     try:
         yield collector
     finally:

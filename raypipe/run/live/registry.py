@@ -7,12 +7,18 @@ and whoever watches or scales joins the Ray of the run that is meant and no othe
 import contextlib
 import json
 import os
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from raypipe.data import lease
 from raypipe.errors import UsageError, foreign
+
+RENEW_S = 30.0
+FREE_AFTER_S = 300.0
+"""An entry of another host or boot counts as ended when its file has not changed for so long."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,15 +61,24 @@ def registered(run_id: str, *, address: str, output: str | None) -> Iterator[Non
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(asdict(entry), indent=1))
         temporary.rename(path)
+    ended = threading.Event()
+
+    def renew() -> None:
+        while not ended.wait(RENEW_S):
+            with contextlib.suppress(OSError):
+                os.utime(path)
+
+    threading.Thread(target=renew, daemon=True, name="raypipe-registry").start()
     try:
         yield
     finally:
+        ended.set()
         with contextlib.suppress(OSError):
             path.unlink()
 
 
 def entries() -> list[Entry]:
-    """The runs that go on, newest first. Entries of processes that ended here are removed."""
+    """The runs that go on, newest first. Entries of runs that ended without removing theirs go."""
     found = []
     here = lease.boot()
     for path in folder().glob("*.json"):
@@ -71,9 +86,10 @@ def entries() -> list[Entry]:
             data = path.read_bytes()
             with foreign(str(path), remedy=""):
                 entry = Entry(**json.loads(data))
-                alive = entry.boot != here or lease.is_alive(
-                    int(entry.pid), float(entry.process_started)
-                )
+                if entry.boot == here:
+                    alive = lease.is_alive(int(entry.pid), float(entry.process_started))
+                else:  # another host, a container, or this host before it was started again
+                    alive = time.time() - path.stat().st_mtime < FREE_AFTER_S
         except (OSError, UsageError):  # it ended between the two looks, or is no entry
             continue
         if alive:

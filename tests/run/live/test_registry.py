@@ -1,6 +1,7 @@
 """Which runs go on: real processes, real files, and the Ray of this process."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -117,3 +118,27 @@ def test_scale_without_a_run_says_so_at_once(tmp_path):
         timeout=60,
     )
     assert done.returncode == 2 and "No run is under way here" in done.stderr
+
+
+def test_entries_that_nobody_renews_any_more_are_ignored_and_removed():
+    """Of a host before it was started again, or of a container that is gone."""
+    with registered("mine", address="127.0.0.1:2", output=None):
+        (path,) = registry.folder().glob("mine-*.json")
+        foreign = json.loads(path.read_text()) | {"boot": "another", "run_id": "foreign"}
+        other = registry.folder() / "foreign.json"
+        other.write_text(json.dumps(foreign))
+        assert {entry.run_id for entry in entries()} == {"mine", "foreign"}
+        long_ago = time.time() - registry.FREE_AFTER_S - 1
+        os.utime(other, (long_ago, long_ago))
+        assert {entry.run_id for entry in entries()} == {"mine"} and not other.exists()
+
+
+def test_an_entry_is_renewed_while_the_run_goes_on(monkeypatch):
+    monkeypatch.setattr(registry, "RENEW_S", 0.05)
+    with registered("mine", address="127.0.0.1:2", output=None):
+        (path,) = registry.folder().glob("mine-*.json")
+        os.utime(path, (0, 0))
+        deadline = time.monotonic() + 20
+        while path.stat().st_mtime < 1:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
