@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 
-# Each test process lists its own runs only. Set before test modules copy the environment.
+# Each test process lists its own runs only. Set this before test modules copy the environment.
 CACHE = tempfile.TemporaryDirectory(prefix="raypipe-tests-")
 os.environ["XDG_CACHE_HOME"] = CACHE.name
 # xdist's processes inherit the variable: demo images are rendered once for all of them.
@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def session():
-    """One local Ray for all tests that need none of their own: 8 logical CPUs, whatever the machine has."""
+    """One local Ray with 8 logical CPUs, for all tests that need none of their own."""
     ray.init(
         address="local",
         num_cpus=8,
@@ -72,7 +72,7 @@ def joined(session) -> dict[str, str]:
 
 
 def photo(index: int, height: int = 120, width: int = 160) -> np.ndarray:
-    """A smooth random picture, (height, width, 3) RGB uint8: compresses and resizes as photos do, unlike noise."""
+    """A smooth random picture, (height, width, 3) RGB uint8. It compresses as photos do."""
     rng = np.random.default_rng(index)
     coarse = rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)
     return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)

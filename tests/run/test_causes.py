@@ -106,7 +106,8 @@ def test_a_task_error_with_a_cause_of_its_own_class(session):
 
 def test_a_node_or_a_store_that_is_gone_is_named():
     error = OSError(
-        "When uploading part: AWS Error SLOW_DOWN during PutObject operation: Please reduce your request rate"
+        "When uploading part: AWS Error SLOW_DOWN during PutObject operation: "
+        "Please reduce your request rate"
     )
     assert cause_of(error) == str(error)
     assert raised_in("nothing was raised here: so it is") is None

@@ -68,7 +68,7 @@ def wanted(made, tmp_path):
     )
 
 
-# --- A. looking changes nothing ------------------------------------------------------------------------------------------
+# --- A. looking changes nothing
 
 
 def test_a_run_that_has_no_room_deletes_nothing(wanted):
@@ -137,7 +137,7 @@ def test_a_store_that_does_not_answer_says_nothing_of_a_report(wanted, monkeypat
 
 @pytest.mark.parametrize(
     ("job", "address"),
-    [("preprocess", "127.0.0.1:1"), ("preprocess", "ray://127.0.0.1:1"), ("train", "127.0.0.1:1")],
+    [("preprocess", "ray://127.0.0.1:1"), ("train", "127.0.0.1:1")],
 )
 def test_a_cluster_that_does_not_answer_is_told_at_once_and_nothing_is_deleted(
     wanted, tmp_path, trained_somewhere, job, address
@@ -247,7 +247,7 @@ def test_two_drivers_at_the_same_time_one_of_them_is_refused(joined, tmp_path):
     assert len(files(tmp_path / "out")) == 60 and not (tmp_path / "out" / lease.FILE).exists()
 
 
-# --- clearing ------------------------------------------------------------------------------------------------------------
+# --- clearing
 
 CLEAR = """if True:
     import sys, time
@@ -446,7 +446,7 @@ def test_what_is_said_after_an_interruption_never_deletes_what_is_finished(wante
     assert "Interrupted. The same command without --no-resume goes on from there." in said
 
 
-# --- E. the end, made again ----------------------------------------------------------------------------------------------
+# --- E. the end, made again
 
 
 def test_an_end_that_is_missing_is_made_again_from_the_journal(wanted):

@@ -1,4 +1,4 @@
-"""jobs/preprocess.py as a user runs it: its own process, its own Ray, interrupted, killed, submitted."""
+"""jobs/preprocess.py as a user runs it: with its own Ray, interrupted, killed, submitted."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def test_a_driver_that_is_killed_or_interrupted_goes_on_where_it_was(tmp_path, j
         for name, value in given.items()
         for word in (f"--{name.replace('_', '-')}", str(value))
     ]
-    # It waits rather than works: a second a shard, so that it is far from its end when it is killed.
+    # Each shard waits for a second, so the run is far from its end when it is killed.
     process = started_job(*flags, "--read-ms", "250")
     wait_for(lambda: len(list(out.glob("_raypipe/journal/*.json"))) >= 3, process)
     children = psutil.Process(process.pid).children(recursive=True)
@@ -65,7 +65,8 @@ def test_a_driver_that_is_killed_or_interrupted_goes_on_where_it_was(tmp_path, j
         assert process.returncode == 130
         assert "Interrupted. The same command goes on from there" in errors
         assert "Traceback" not in errors
-    # Ray's own agents notice within a minute that their raylet is gone; nobody who writes may be left when the next run starts.
+    # Ray's agents notice within a minute that their raylet is gone. No writer may be left
+    # when the next run starts.
     _, alive = psutil.wait_procs(workers, timeout=120)
     assert not alive, f"left running: {alive}"
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.jpg")}
@@ -103,13 +104,18 @@ def test_bad_arguments_end_with_status_2_and_one_clear_line(tmp_path):
 
 @pytest.fixture
 def bare_python(tmp_path) -> str:
-    """A Python that has all that this one has, but raypipe: a path that is added by a .pth file is not searched for others' .pth files,
-    by which an editable install is found."""
+    """A Python with all packages of this one except raypipe.
+
+    An editable install needs its own .pth file, and a path from a .pth file is not searched for one.
+    """
     venv.create(tmp_path / "node", symlinks=True)
     site = next((tmp_path / "node").glob("lib/python*/site-packages"))
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
     python = str(tmp_path / "node/bin/python")
-    code = "import ray, cv2, torch, sys; import importlib.util as u; sys.exit(u.find_spec('raypipe') is not None)"
+    code = (
+        "import ray, cv2, torch, sys; import importlib.util as u; "
+        "sys.exit(u.find_spec('raypipe') is not None)"
+    )
     assert subprocess.run([python, "-c", code], cwd=tmp_path).returncode == 0, (
         "raypipe is there: install it with pip install -e"
     )

@@ -1,4 +1,4 @@
-"""MLPerf's own loaders find what --mlperf-cache wrote, under the names and paths that they build; and annotations follow."""
+"""MLPerf's loaders find what --mlperf-cache wrote under the paths they build."""
 
 import json
 import os
@@ -20,12 +20,17 @@ def coco(tmp_path, *, names=("000000001.jpg", "000000002.jpg", "000000003.jpg"))
     for number, name in enumerate(names):
         (tmp_path / "data/val2017" / name).write_bytes(jpeg(number))
         images.append({"id": number + 1, "file_name": name, "height": 120, "width": 160})
-    polygon = [[16, 12, 48, 12, 48, 36, 16, 36]]
+    shape = {
+        "bbox": [16, 12, 32, 24],
+        "area": 384,
+        "iscrowd": 0,
+        "segmentation": [[16, 12, 48, 12, 48, 36, 16, 36]],
+        "keypoints": [16, 12, 2, 0, 0, 0],
+        "num_keypoints": 1,
+    }
     annotations = [
-        {"id": n + 1, "image_id": n + 1, "category_id": 1, "bbox": [16, 12, 32, 24], "area": 384, "iscrowd": 0, "segmentation": polygon,
-         "keypoints": [16, 12, 2, 0, 0, 0], "num_keypoints": 1}
-        for n in range(len(names))
-    ]  # fmt: skip
+        {"id": n + 1, "image_id": n + 1, "category_id": 1, **shape} for n in range(len(names))
+    ]
     content = {
         "images": images,
         "annotations": annotations,

@@ -1,4 +1,4 @@
-"""Predicting on a real local Ray: equal to a plain PyTorch loop, as good as training said, and as a user runs it."""
+"""Predicting on a real Ray equals a plain PyTorch loop, and has the precision of the training."""
 
 import json
 import os
@@ -71,7 +71,7 @@ def rows_of(output: str | Path) -> dict[str, dict]:
 
 
 def plain_loop(root: Path, checkpoint: str) -> Iterator[tuple[str, dict]]:
-    """The same without raypipe's stages: what PyTorch's and OpenCV's documentation would have one write."""
+    """The same without raypipe's stages, as the documentation of PyTorch and OpenCV does it."""
     model = detection.build("ssd_tiny", num_classes=3)
     model.load_state_dict(torch.load(Path(checkpoint, "state.pt"), weights_only=True)["model"])
     model.eval()
@@ -103,7 +103,7 @@ def test_predictions_equal_those_of_a_plain_pytorch_loop(trained, done):
         row = ours[image_id]
         assert (row["height"], row["width"]) == SIZE
         assert [{3: 1, 90: 2}[label] for label in row["labels"]] == found["labels"].tolist()
-        # The model is given other batches there (4 here, 1 there), and its input is rounded once less.
+        # The plain loop has batches of 1 instead of 4, and rounds the input once less.
         np.testing.assert_allclose(row["scores"], found["scores"], atol=1e-5)
         np.testing.assert_allclose(np.array(row["boxes"]).reshape(-1, 4), found["boxes"], atol=1e-3)
 
@@ -337,7 +337,7 @@ def test_a_killed_driver_goes_on_and_the_results_are_those_of_an_undisturbed_run
 
 @pytest.mark.slow
 def test_the_stage_scales_by_its_name_while_it_runs(trained, tmp_path):
-    # Far more work than it takes to start an actor, however slow the machine is; the rest is not waited for.
+    # The work lasts far longer than an actor takes to start. The test does not wait for its end.
     given = {"input": "demo:600", "annotations": None, "shard_rows": 2, "store_ms": 400.0}
     wanted = settings(trained.root, tmp_path / "out", **given)
     going = start(wanted, console=quiet())

@@ -26,7 +26,7 @@ from tests.conftest import files, jpeg, make_photos
 from tests.support.runs import plain_loop, quiet, settings
 
 
-# Each format, and torchvision's own encoders. Two actors a stage once: they do not depend on formats.
+# Each format once, and torchvision's two encoders. Several actors do not depend on the format.
 @pytest.mark.parametrize(
     ("backend", "format", "actors"),
     [
@@ -208,7 +208,7 @@ def test_a_stage_on_gpus_can_be_built_on_a_machine_without(session, photos):
 
 
 def kill_workers(title: str, times: int, stop: threading.Event, killed: list[int]) -> None:
-    """SIGKILL processes of our own Ray that have `title` in their command line, `times` of them, some time apart."""
+    """SIGKILL `times` processes of this Ray with `title` in their command line, 0.7 s apart."""
     while len(killed) < times and not stop.wait(0.7):
         for process in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -315,7 +315,7 @@ def test_the_users_annotations_are_never_overwritten_nor_deleted(photos, tmp_pat
     for resume in (True, False):
         with pytest.raises(UsageError, match=r"annotations/boxes\.json exists and is no result"):
             plan(wanted.changed(resume=resume))
-    # An earlier run that had no annotations has written none: --no-resume deletes none, nor anything else before it is refused.
+    # An earlier run without annotations wrote none. So --no-resume is refused and deletes nothing.
     outputs.put_made(Location.of(str(tmp_path)), outputs.Made(settings={"recipe": "coco-300"}))
     with pytest.raises(UsageError, match="exists and is no result"):
         plan(wanted.changed(resume=False))

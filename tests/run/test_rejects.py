@@ -1,4 +1,4 @@
-"""A folder as people have them: every good image is delivered, every bad one is a row with a fitting reason."""
+"""Every good image of a folder is delivered, and every bad one is a row with a fitting reason."""
 
 import io
 import json
@@ -178,7 +178,7 @@ def test_200_broken_files_cost_themselves_and_nothing_else(session, tmp_path, ba
         == report["images_out"] + report["images_rejected"]
     )
     assert sum(report["rejects_by_reason"].values()) == len(rejected)
-    # The run counts as failed, says by how much, and everything good is there; with a higher limit it does not.
+    # The run counts as failed and says why. With a higher limit it does not.
     message = verdict_on(outcome, wanted)
     assert (
         message is not None

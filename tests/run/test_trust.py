@@ -1,4 +1,4 @@
-"""Names out of a checkpoint are imported where the user trusts them, and nowhere else. No Ray is started."""
+"""Names in a checkpoint are imported only where the user trusts them. No Ray is started."""
 
 import json
 from pathlib import Path

@@ -65,7 +65,7 @@ def run(tmp_path):
     try:
         wait_for(lambda: address_of(process), process)
         address = address_of(process)
-        # Both stages have begun. Asking with `raypipe runs` again and again would take 3 s of CPU each.
+        # Both stages have begun. Each `raypipe runs` would take 3 s of CPU.
         wait_for(lambda: any((tmp_path / "out").glob("_raypipe/journal/*.json")), process)
         yield process, address
     finally:

@@ -1,4 +1,4 @@
-"""A Ray of its own for a test: started as a user starts one, on ports of its own, ended by process id."""
+"""Start a Ray for one test as a user does, on free ports, and end it by process id."""
 
 import contextlib
 import json
@@ -87,7 +87,7 @@ def head(*, cpus: int, env: dict[str, str], python: str = sys.executable) -> Ite
 def node(
     head: Head, *, cpus: int, env: dict[str, str], before: Sequence[str] = ()
 ) -> Iterator[subprocess.Popen]:
-    """One more node of `head`'s cluster, which `kill_all` takes away. `before`: a command that starts it."""
+    """Add a node to `head`'s cluster; `kill_all` removes it. `before`: a command that starts it."""
     more = (f"--address={head.address}",)
     with started(
         *more, cpus=cpus, env=env, python=sys.executable, folder=".", before=before

@@ -16,15 +16,13 @@ class DieAtBright:
 @opencv.apply.register
 def _(op: DieAtBright, image, out=None):
     if image.mean() > op.above:
-        ctypes.string_at(
-            0
-        )  # a fault of this very thread, as a decoder's; a signal from outside may reach it too late
+        ctypes.string_at(0)  # a fault of this thread, as a decoder's; a signal may arrive too late
     return image
 
 
 @dataclass(frozen=True, kw_only=True)
 class WaitUntil:
-    """Each image takes `ms` longer until the file `there` exists: a run lasts as long as a test needs it."""
+    """Delay each image by `ms` until the file `there` exists: a run lasts as long as its test."""
 
     there: str
     ms: float = 400.0

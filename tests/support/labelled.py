@@ -19,8 +19,10 @@ RECIPE = {
 
 
 def make_labelled(root: Path) -> Path:
-    """45 photos with a square or two of category 3 or 90 on each, a COCO JSON, a recipe; photo 7 is corrupt, and each
-    ninth photo has a box without an area besides."""
+    """45 photos with one or two squares of category 3 or 90, a COCO JSON and a recipe.
+
+    Photo 7 is corrupt, and each ninth photo has one more box, without an area.
+    """
     (root / "photos").mkdir()
     images, annotations = [], []
     for number in range(45):

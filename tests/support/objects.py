@@ -1,4 +1,4 @@
-"""An object store on this machine that fails on demand, by HTTP: what a client makes of it is real."""
+"""An HTTP object store on this machine that fails on demand, for real clients."""
 
 import contextlib
 import socket
@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 @dataclass
 class Objects:
-    """`contents` by key. `fails(key, n)`: what the n-th request of all gets, from 0 on: an HTTP status,
+    """`contents` by key. `fails(key, n)`: what the n-th request gets, from 0 on: an HTTP status,
     `reset` (in mid-body), `short` (a body that is closed early), or None: an answer."""
 
     contents: dict[str, bytes] = field(default_factory=dict)

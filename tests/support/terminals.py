@@ -1,4 +1,4 @@
-"""A terminal of its own for a process, as a person has one: keys go in, what is on the screen comes out."""
+"""A terminal for a process, as a user has one: send it keys, and read its screen."""
 
 import contextlib
 import fcntl
@@ -15,7 +15,7 @@ ESCAPE = re.compile(r"\x1b(?:\[[0-9;?]*[A-Za-z]|[()][A-Z0-9]|[=>])")
 
 
 class Terminal:
-    """A pseudo-terminal with `command` in its foreground; kill its process when done (context manager)."""
+    """A pseudo-terminal with `command` in its foreground, killed at the end of the block."""
 
     def __init__(
         self,

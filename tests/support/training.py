@@ -41,7 +41,7 @@ class Quiet:
 
 
 def train_here(given: Settings, folder: Path) -> Checkpoint:
-    """The last checkpoint of the training `given`, which goes to `folder` instead of its storage."""
+    """Train as `given` says, with checkpoints in `folder`, and return the last checkpoint."""
     todo = plan(given)
 
     def blocks(work: pa.Table, pixels: Preprocessing) -> list[pa.Table]:

@@ -58,7 +58,7 @@ GIVEN = (
 
 
 def command_of(given: Settings) -> list[str]:
-    """jobs/train.py on CPUs, with what `settings` gives but for the numbers of actors and workers."""
+    """jobs/train.py on CPUs with these settings, but without numbers of actors and workers."""
     flags = {f"--{name.replace('_', '-')}": str(given.flat[name]) for name in GIVEN}
     return [
         sys.executable,
@@ -69,7 +69,10 @@ def command_of(given: Settings) -> list[str]:
 
 
 def lineage(root: Path) -> list[str]:
-    """What the final weights were trained on, as epoch/image, from the log of ids: of each attempt the steps that the next one kept."""
+    """The rows that the final weights were trained on, as epoch/image, from the row log.
+
+    Of each attempt it has the steps before the first one of the next attempt.
+    """
     attempts: dict[str, dict[int, list[str]]] = {}
     for path in sorted((root / "log").iterdir(), key=lambda path: path.stat().st_ctime_ns):
         steps = attempts.setdefault(path.stem.rpartition("-")[0], {})
@@ -313,7 +316,8 @@ def test_a_node_that_is_lost_is_replaced_by_another_and_no_row_is_missed(labelle
         "model": "tests.models.toy:mortal",
         "model_arguments": json.dumps({"at": 6, "mark": str(mark), "hang": True}),
     }
-    # Held out are blocks of more than 100 KiB: smaller objects Ray keeps with the driver, and no node could lose them.
+    # The held-out blocks are above 100 KiB. Ray keeps smaller objects in the driver, where no
+    # lost node could take them away.
     given = settings(labelled, holdout=0.4, epochs=3, shard_rows=10, **model)
     around = environment(PYTHONPATH=str(ROOT), RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="a" * 32)
     around |= {
@@ -333,7 +337,7 @@ def test_a_node_that_is_lost_is_replaced_by_another_and_no_row_is_missed(labelle
         )
         try:
             wait_for(mark.exists, driver)  # in the second epoch
-            # The controller is where the driver is, by Ray Train; so must be what the run cannot do without.
+            # Ray Train's controller is on the driver's node. What the run needs must be there too.
             where = {
                 actor["class_name"]: actor["node_id"] for actor in listed_actors(cluster, around)
             }
@@ -373,7 +377,7 @@ def test_a_storage_that_a_node_does_not_see_is_refused_before_the_first_step(lab
     said = " ".join(done.stderr.split())
     assert done.returncode == 2, done.stderr
     assert (
-        f"--storage '{storage}' is a folder of this node, and 1 of the cluster's 2 nodes do not see it"
+        f"--storage '{storage}' is a folder of this node, and 1 of the cluster's 2 nodes do not see"
         in said
     )
     assert [path.name for path in storage.rglob("*") if path.is_file()] == ["mine.txt"]

@@ -213,7 +213,7 @@ def test_what_goes_wrong_ahead_is_raised_where_batches_are_taken():
         feed.peek()
 
 
-# --- workers -------------------------------------------------------------------------------------------------------------
+# --- workers
 
 
 FINISH = Finish(scale=1 / 255)
@@ -285,7 +285,7 @@ def logged(folder) -> dict[int, list[str]]:
 def test_uneven_workers_neither_hang_nor_drop_a_row_and_give_the_gradient_of_all_images_together(
     tmp_path,
 ):
-    # 2 images of each step are rank 0's and 2 rank 1's while both have some: 9 + 3 rows of one epoch, 2 + 7 of the next.
+    # Each rank has 2 images of a step while both have rows: 9 + 3 in one epoch, 2 + 7 in the next.
     mine = [[block(0, range(9), boxes=None), block(1, range(2), boxes=None)]]
     mine += [
         [block(0, range(9, 12), boxes=None, rejected=(10,)), block(1, range(2, 9), boxes=None)]

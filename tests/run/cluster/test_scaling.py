@@ -1,4 +1,4 @@
-"""Actor counts changed while a run goes on: from Python, from another process, by the planner. No row lost or done twice."""
+"""Actor counts that change during a run: no row is lost or done twice."""
 
 import json
 import subprocess
@@ -26,7 +26,7 @@ from tests.support.runs import plain_loop, quiet, running, settings, until
 
 
 def begin(output: Path, **given) -> Run:
-    """A run of waiting stages in the background: 0.1 s a shard in both, so that on any machine actors decide its rate."""
+    """Start a run in the background. Its stages wait 0.1 s a shard: actors decide its rate."""
     wanted = {"actors": 2, "writers": 2, "shard_rows": 4, "read_ms": 25.0, "store_ms": 25.0} | given
     return start(Settings.of(input="demo:3000", output=str(output), **wanted), console=quiet())
 
@@ -131,7 +131,8 @@ def test_auto_sizes_pools_from_a_timing_before_the_start_and_leaves_alone_what_i
     )
     record = until(run, lambda record: record["stages"] and record["done"] > 0)
     counts = {stage["name"]: stage["wanted"] for stage in record["stages"]}
-    # 400 images of 0.1 s, room for 8 actors: nearly all of it is for those that wait. By rule of thumb it would be 2.
+    # 400 images wait 0.1 s each, and there is room for 8 actors: most of it goes to the stage
+    # that waits. The rule of thumb would give it 2.
     assert counts["preprocess"] >= 5 and counts["write"] == 1
     assert record["auto"]
     run.scale(preprocess=3, write=1)

@@ -83,7 +83,7 @@ def test_a_folder_that_only_the_drivers_node_has_is_no_output_for_a_cluster(sess
     check_shared(str(tmp_path / "run.json"), option="--output 'out'")
     with pytest.raises(
         UsageError,
-        match=r"--output 'out' is a folder of this node, and 1 of the cluster's 1 nodes do not see it",
+        match=r"--output 'out' is a folder of this node, and 1 of the cluster's 1 nodes do not see",
     ):
         check_shared(str(tmp_path / "elsewhere/run.json"), option="--output 'out'")
 
