@@ -19,7 +19,8 @@ from raypipe.data.formats import parquet
 from raypipe.data.location import Location
 from raypipe.data.names import PARQUET
 from raypipe.data.work import SHARD_BYTES, Weights, shard_rows
-from raypipe.images.decode import MAX_PIXELS, Header, Reject, peek, read_header
+from raypipe.images.decode import peek, read_header
+from raypipe.images.header import MAX_PIXELS, Header, Reject
 from raypipe.images.memory import needed
 from raypipe.images.ops.op import Size
 from raypipe.images.recipe import Recipe, for_evaluation

@@ -36,10 +36,8 @@ from PIL import (
 from PIL.ImageFile import ImageFile
 
 from raypipe.images import jpeg, png, tiff
-from raypipe.images.header import MAX_PIXELS, REASONS, Header, Reject, rejected
+from raypipe.images.header import MAX_PIXELS, Header, Reject, rejected
 from raypipe.images.orientation import upright
-
-__all__ = ["MAX_PIXELS", "REASONS", "Header", "Reject"]  # whoever decodes needs these too
 
 # Pillow's warnings about metadata would fill a cluster's logs. Damage that matters is a Reject.
 warnings.filterwarnings("ignore", module=r"PIL\.")

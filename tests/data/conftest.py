@@ -14,7 +14,8 @@ from raypipe.data.reader import Reader
 from raypipe.data.sinks import write_shard
 from raypipe.data.tables import BLOCK
 from raypipe.images import opencv
-from raypipe.images.decode import Reject, read_header
+from raypipe.images.decode import read_header
+from raypipe.images.header import Reject
 
 
 def put(root: Path, *files: str) -> dict[str, bytes]:

@@ -21,7 +21,7 @@ from raypipe.data.formats.parquet import ParquetReader
 from raypipe.data.listing import list_images
 from raypipe.data.location import Location
 from raypipe.data.reader import Reader
-from raypipe.images.decode import Reject
+from raypipe.images.header import Reject
 from tests.data.conftest import ids, put, read, reasons
 from tests.support.objects import Objects, objects
 

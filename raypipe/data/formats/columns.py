@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from raypipe.data.formats.files import npy
 from raypipe.errors import UsageError
-from raypipe.images.decode import Reject
+from raypipe.images.header import Reject
 
 _IMAGE_COLUMNS = (
     "image",

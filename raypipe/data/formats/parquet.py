@@ -24,7 +24,7 @@ from raypipe.data.location import Location
 from raypipe.data.stores import ERRORS
 from raypipe.data.tables import ANNOTATION_FIELDS, Listed, lists_of, rows
 from raypipe.errors import Place, UsageError, foreign, words
-from raypipe.images.decode import Reject
+from raypipe.images.header import Reject
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from raypipe.data.listing import list_images, look
 from raypipe.data.location import Location
 from raypipe.data.reader import Reader
 from raypipe.data.tables import SOURCE
-from raypipe.images.decode import Reject
+from raypipe.images.header import Reject
 from tests.data.conftest import files, ids, names, put, read
 
 

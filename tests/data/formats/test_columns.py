@@ -7,7 +7,7 @@ import pytest
 
 from raypipe import UsageError
 from raypipe.data.listing import list_images
-from raypipe.images.decode import Reject
+from raypipe.images.header import Reject
 from tests.data.conftest import read, reasons
 
 

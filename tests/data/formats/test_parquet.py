@@ -16,7 +16,7 @@ from raypipe.data.listing import list_images
 from raypipe.data.location import Location
 from raypipe.data.reader import Reader
 from raypipe.data.sinks import Sink
-from raypipe.images.decode import Reject
+from raypipe.images.header import Reject
 from tests.data.conftest import (
     IMAGES,
     WITH_REJECTS,

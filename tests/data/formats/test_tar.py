@@ -16,7 +16,7 @@ from raypipe.data.location import Location
 from raypipe.data.reader import Reader
 from raypipe.data.sinks import Sink
 from raypipe.data.tables import BLOCK
-from raypipe.images.decode import Reject
+from raypipe.images.header import Reject
 from tests.data.conftest import IMAGES, block, ids, names, read, reasons, tar, write_block
 from tests.support.objects import objects
 
