@@ -31,15 +31,16 @@ from raypipe.data.shapes import Placement
 from raypipe.data.tables import Listed
 from raypipe.data.work import make_work, wanted_by
 from raypipe.images import opencv
-from raypipe.images.decode import Reject
+from raypipe.images.header import Reject
 from raypipe.images.ops.augment import HorizontalFlip
 from raypipe.images.ops.geometry import Resize, ShortSide
 from raypipe.images.recipe import Recipe
 from raypipe.images.recipe_json import from_json, to_json
 from raypipe.models import checkpoint as checkpoints
 from raypipe.models.checkpoint import Checkpoint, Progress
+from raypipe.stages.planning import Preprocessing
 from raypipe.stages.predict import load
-from raypipe.stages.preprocess import Preprocessing, preprocess_shard
+from raypipe.stages.preprocess import preprocess_shard
 from tests import fuzzing
 from tests.data.conftest import tar
 from tests.insight.test_report import built, sample

@@ -1,4 +1,4 @@
-"""The actor that does a stage's steps, its memory, and the track that it leaves for its successor."""
+"""The actor that does a stage's steps, its memory, and its position file, which outlives it."""
 
 import contextlib
 import ctypes
@@ -20,7 +20,7 @@ import psutil
 import pyarrow as pa
 
 from raypipe.data.lease import is_alive
-from raypipe.images.decode import Reject
+from raypipe.images.header import Reject
 from raypipe.stages.stage import Done, Meter, Stage, Step
 
 ACTOR_BYTES = {"opencv": 250 * 10**6, "torchvision": 600 * 10**6}
@@ -28,7 +28,7 @@ ACTOR_BYTES = {"opencv": 250 * 10**6, "torchvision": 600 * 10**6}
 
 TRIES = 3
 """An image during which the process died this often is taken to be the cause. A lower number would
-blame images that were only under way when a node was lost or somebody killed the actor."""
+blame images that were only in progress when a node was lost or somebody killed the actor."""
 
 
 class Actor:
@@ -76,7 +76,7 @@ def keep_freed_memory() -> None:
 
 
 def give_back_freed_memory() -> None:
-    """Undo `keep_freed_memory` once: return free memory to the kernel. Takes milliseconds where there is much."""
+    """Undo `keep_freed_memory` once: return free memory to the kernel. May take milliseconds."""
     if sys.platform != "linux":
         return
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -85,7 +85,7 @@ def give_back_freed_memory() -> None:
 
 
 def new_bytes(size: int) -> np.ndarray:
-    """Allocate `size` bytes (uint8, one dimension) of any content."""
+    """Allocate `size` bytes (uint8, one dimension), not initialised."""
     return np.empty(size, np.uint8)
 
 
@@ -111,7 +111,10 @@ class Memory:
         self._lent: weakref.ref[np.ndarray] | None = None
 
     def __call__(self, size: int) -> np.ndarray:
-        """Return `size` bytes (uint8, one dimension) of any content, free again when neither the array nor a view of it is left."""
+        """Return `size` bytes (uint8, one dimension), not initialised.
+
+        They are free again when neither the array nor a view of it is left.
+        """
         if self._lent is not None and self._lent() is not None:
             return new_bytes(size)
         if size > len(self._bytes):
@@ -125,12 +128,12 @@ class Memory:
 
 
 class Tracks:
-    """Which row this process is at, in a file that outlives it; and which rows ended processes.
+    """The row this process works on, in a file that outlives it; and the rows that ended processes.
 
-    Python cannot catch a decoder that kills its process, and cannot stop one that computes for
-    ever. Ray starts the actor again and repeats the task without end. So each process leaves its
-    position in a memory-mapped file (1 us an image), and the next one on this node counts the dead.
-    A process whose image takes too long says so there, and kills itself.
+    Python cannot catch a decoder that kills its process, and cannot stop one that never returns.
+    Ray starts the actor again and repeats the task without end. So each process writes its position
+    to a memory-mapped file (1 us an image), and the next process on this node counts the dead.
+    A process whose image takes too long records that there, and kills itself.
 
     Args:
         folder: local, of one run.
@@ -166,8 +169,8 @@ class Tracks:
     def killers(self, shard: int) -> dict[int, Reject]:
         """Return the rows of `shard` that ended processes, and why they are rejected.
 
-        Only the dead that actors found at their start count: the task of an actor that died is
-        repeated by its successor. Looking again at each shard would cost 0.1 ms an actor of the node.
+        Only deaths that actors found at their start count: the successor of a dead actor repeats
+        its task. Looking again at each shard would cost 0.1 ms for each actor of the node.
         """
         deaths: Counter[int] = Counter()
         late: set[int] = set()
@@ -187,12 +190,12 @@ class Tracks:
         }
 
     def mark(self, shard: int, row: int) -> None:
-        """Say that this process is now at `row` of `shard`; -1, -1: at none."""
+        """Record that this process is now at `row` of `shard`; -1, -1: at none."""
         self._POSITION.pack_into(self._at, 0, shard, row, False)
         self._since = row, time.process_time()
 
     def _watch(self) -> None:
-        """End the process when an image takes too long. Decoders release the interpreter's lock, so this thread runs."""
+        """Kill the process when an image takes too long. Decoders release the GIL, so this runs."""
         while True:
             time.sleep(min(self._limit_s / 4, 1.0))
             row, begun = since = self._since

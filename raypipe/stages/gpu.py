@@ -1,4 +1,4 @@
-"""What an actor's GPU does, from NVML. Nothing is known where there is no GPU or no NVML."""
+"""What an actor's GPU does, from NVML. The figures are None without a GPU or without NVML."""
 
 import threading
 import time
@@ -33,12 +33,12 @@ class GpuMeter:
             time.sleep(EVERY_S)
 
     def use(self) -> GpuUse:
-        """What was seen so far."""
+        """The totals so far."""
         return self._use
 
 
 def _handle(device: torch.device):
-    """NVML's handle of a CUDA device, by its UUID: CUDA_VISIBLE_DEVICES renumbers devices for CUDA, not for NVML."""
+    """Find a CUDA device in NVML by UUID. CUDA_VISIBLE_DEVICES renumbers devices for CUDA only."""
     try:
         import pynvml
 
@@ -46,5 +46,5 @@ def _handle(device: torch.device):
         return pynvml.nvmlDeviceGetHandleByUUID(
             f"GPU-{torch.cuda.get_device_properties(device).uuid}"
         )
-    except Exception:  # no NVML, a container without it, a partition that has no such handle: the figure is None then
+    except Exception:  # no NVML, a container without it, or a partition without such a handle
         return None

@@ -1,4 +1,7 @@
-"""The predict stage: one block of pixels in; what a trained model finds there, in pixels of the original images, and its journal entry out."""
+"""The predict stage: one block of pixels in; what a model finds there and a journal entry out.
+
+Boxes are in pixels of the original images.
+"""
 
 import time
 from collections.abc import Collection, Iterator, Mapping
@@ -20,8 +23,9 @@ from raypipe.data.sinks import Sink
 from raypipe.data.tables import PREDICTIONS, lists, unlist, whole
 from raypipe.errors import UsageError, foreign, shown, words
 from raypipe.images import opencv
-from raypipe.images.decode import Reject, read_header
+from raypipe.images.decode import read_header
 from raypipe.images.drawing import draw_boxes
+from raypipe.images.header import Reject
 from raypipe.images.recipe import Recipe, boxes_back
 from raypipe.models import checkpoint as checkpoints
 from raypipe.models import detection
@@ -37,8 +41,12 @@ from raypipe.stages.write import put_done, rejected_of, unread_of
 class Predicting:
     """What decides the predictions, beside the pixels.
 
-    checkpoint: its folder. recipe: the one that made the pixels, without chance. min_score: boxes below are left out. draw_score: boxes from it on
-    are drawn; None: nothing is. names: of category ids, for drawing. trusted: what of the user's own code the checkpoint may name.
+    checkpoint: its folder.
+    recipe: the one that made the pixels, without randomness.
+    min_score: boxes with a lower score are left out.
+    draw_score: boxes with at least this score are drawn; None: none are.
+    names: of category ids, for drawing.
+    trusted: the user's own code that the checkpoint may name.
     """
 
     checkpoint: str
@@ -53,13 +61,17 @@ class Predicting:
 def load(
     folder: str, device: torch.device, *, trusted: Collection[str] = ()
 ) -> tuple[nn.Module, Classes, str]:
-    """The model of a checkpoint on `device`, its classes, and whether it was trained with bfloat16 (on, off or auto).
+    """Load the model of a checkpoint.
 
     Args:
-        trusted: functions and classes of the user's own, "module:name", that the checkpoint may name.
+        trusted: the user's own functions and classes that it may name, as "module:name".
+
+    Returns:
+        The model on `device`, its classes, and its use of bfloat16 in training (on, off or auto).
 
     Raises:
-        UsageError: it is no checkpoint, names what is not trusted, or its weights are not of the model that it names.
+        UsageError: it is no checkpoint, it names code that is not trusted, or its weights do not
+            fit the model that it names.
     """
     kept = checkpoints.load(folder, trusted=trusted)
     with foreign(
@@ -80,8 +92,8 @@ def load(
             model.load_state_dict(kept.state["model"])
         except RuntimeError as error:
             raise UsageError(
-                f"The weights in {folder} do not fit the model {shown(named['name'])} ({words(error)}). Use the code it was trained "
-                f"with, or train again."
+                f"The weights in {folder} do not fit the model {shown(named['name'])} "
+                f"({words(error)}). Use the code it was trained with, or train again."
             ) from error
     model = model.to(device)
     if device.type == "cuda":
@@ -90,7 +102,7 @@ def load(
 
 
 class Predictor:
-    """A trained model, loaded once; called with a block, it says what is in the images."""
+    """A trained model, loaded once. Called with a block, it returns what is in the images."""
 
     def __init__(self, predicting: Predicting, device: torch.device):
         self.predicting = predicting
@@ -105,7 +117,11 @@ class Predictor:
         )
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """The good rows of `block` (schema BLOCK, without boxes) in order, with what the model finds there (schema PREDICTIONS)."""
+        """Predict on the good rows of `block` (schema BLOCK, without boxes).
+
+        Returns:
+            Those rows in order, with what the model finds there (schema PREDICTIONS).
+        """
         rows = [row for row in block.select(_OF_THE_SOURCE).to_pylist() if row["reason"] is None]
         found = [
             self._placed(row, one)
@@ -124,7 +140,7 @@ class Predictor:
         return pa.table(columns, schema=PREDICTIONS)
 
     def _placed(self, row: dict[str, Any], found: Found) -> Found:
-        """What was found with enough certainty, its boxes in pixels of the original image."""
+        """What was found with a sufficient score, its boxes in pixels of the original image."""
         boxes, kept = boxes_back(
             self.predicting.recipe, found.boxes, (row["source_height"], row["source_width"])
         )
@@ -151,7 +167,7 @@ _OF_THE_SOURCE = [
 
 
 PART, DRAWN = "predictions/part-{shard}.parquet", "drawn/{name}.jpg"
-"""What the results are called, relative to the output (`raypipe.data.outputs.Made`)."""
+"""Names of the results, relative to the output (`raypipe.data.outputs.Made`)."""
 
 
 def part_of(shard: int) -> str:
@@ -165,13 +181,13 @@ def drawing_of(name: str) -> str:
 
 
 def predict_block(block: pa.Table, predictor: Predictor, sink: Sink, *, reader: Reader) -> Entry:
-    """Store what is found in the good rows of `block` (schema BLOCK, without boxes), and say what is where.
+    """Store what is found in the good rows of `block` (schema BLOCK, without boxes).
 
     Args:
-        reader: for the originals, where they are drawn on.
+        reader: of the originals, if boxes are drawn on them.
 
     Raises:
-        OSError: an image cannot be read again to be drawn on.
+        OSError: an image cannot be read again for drawing.
     """
     predictions = predictor(block)
     rows = block.select(_OF_THE_SOURCE)
@@ -210,7 +226,7 @@ def _files(
     sink: Sink,
     reader: Reader,
 ) -> Iterator[tuple[str, bytes | memoryview]]:
-    """What a shard's results are, one file after the other."""
+    """The files of a shard's results, each with its content."""
     if not predictions.num_rows:
         return
     out = pa.BufferOutputStream()
@@ -223,7 +239,8 @@ def _files(
     for row, data, boxes, labels, scores in zip(
         good.to_pylist(), reader.read(good), *found, strict=True
     ):
-        sure = np.flatnonzero(scores >= predicting.draw_score)[::-1]  # the surest on top
+        # Ascending, so that the highest score is drawn on top.
+        sure = np.flatnonzero(scores >= predicting.draw_score)[::-1]
         texts = [
             f"{predicting.names.get(label, label)} {score:.2f}"
             for label, score in zip(labels[sure], scores[sure], strict=True)
@@ -233,7 +250,7 @@ def _files(
 
 
 def _original(row: dict[str, Any], data: bytes | Reject) -> np.ndarray:
-    """The image of `row` as it is shown, (height, width, 3) RGB uint8."""
+    """The upright image of `row`, (height, width, 3) RGB uint8."""
     try:
         if isinstance(data, Reject):
             raise data
@@ -244,15 +261,16 @@ def _original(row: dict[str, Any], data: bytes | Reject) -> np.ndarray:
         )
     except Reject as reject:
         raise OSError(
-            f"{row['uri']} could be read to predict on it, but not again to draw on it: {reject}"
+            f"{row['uri']} could be read for prediction, but not again for drawing: {reject}"
         ) from reject
 
 
 @dataclass(frozen=True, kw_only=True)
 class Predict:
-    """The step: a block of pixels (schema BLOCK) becomes predictions and a journal entry; what is left is schema DONE.
+    """The step: a block of pixels (schema BLOCK) becomes predictions and a journal entry.
 
-    `wait_ms`: more than it takes, an image.
+    What is left of the block is its counts (schema DONE).
+    wait_ms: milliseconds to add to each image.
     """
 
     sink: Sink
@@ -263,7 +281,7 @@ class Predict:
     libraries = "torchvision"
 
     def elsewhere(self, folder: Location) -> Self:
-        """The same step, storing into `folder`, without waiting for anything."""
+        """The same step, storing into `folder`, without `wait_ms`."""
         return replace(self, sink=replace(self.sink, root=folder), wait_ms=0.0)
 
     def begin(self, *, threads: int, gpu: bool) -> "Predictions":

@@ -1,60 +1,32 @@
 """The preprocess stage: one shard of work rows in, one block of pixels out, row for row."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from types import MappingProxyType, ModuleType
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
 
-from raypipe.data.reader import CHUNK_BYTES, CHUNK_ROWS, Reader, Reading
-from raypipe.data.tables import BLOCK, frames_of, image_column, lists, unlist
+from raypipe.data.reader import Reader, Reading
+from raypipe.data.tables import BLOCK, image_column, lists, unlist
 from raypipe.images import backend as backend_module
-from raypipe.images.decode import MAX_PIXELS, Header, Reject, read_header
-from raypipe.images.frames import into_picture
-from raypipe.images.memory import MOST, needed
-from raypipe.images.recipe import Plan, Recipe, left_of
+from raypipe.images.header import Reject
+from raypipe.images.recipe import Plan, left_of
 from raypipe.stages.actor import Memory, Tracks, give_back_freed_memory, new_bytes
+from raypipe.stages.planning import (
+    Planned,
+    Planner,
+    Preprocessing,
+    bytes_of,
+    in_chunks,
+    plan_rows,
+)
 from raypipe.stages.stage import Done
 
-
-@dataclass(frozen=True, kw_only=True)
-class Preprocessing:
-    """What decides the pixels of a shard: the same settings and the same rows always give the same bytes.
-
-    `memory`: bytes that a shard's images may take in an actor: the results of all of them, and what
-    one takes while it is decoded and transformed. An image that does not fit is rejected.
-    `image_seconds`: of CPU; an image that takes more ends the process, and is rejected by the next.
-    `decoder`: of JPEGs, one of raypipe.images.DECODERS. `damaged`: "reject" what a decoder or a
-    checksum says is damaged, or "keep" what can be decoded of it.
-    `decode_only`: images stay as they are decoded, and boxes as the source has them, for the recipe's ops are done later, on another device. What
-    they would reject is rejected here all the same.
-    """
-
-    recipe: Recipe
-    backend: str
-    seed: int = 0
-    max_pixels: int = MAX_PIXELS
-    memory: int = 1_750_000_000
-    image_seconds: float = 30.0
-    decoder: str = "simplejpeg"
-    damaged: str = "reject"
-    decode_only: bool = False
-
-    @property
-    def done_here(self) -> Recipe:
-        """The recipe, without ops if these are left to others."""
-        return replace(self.recipe, ops=()) if self.decode_only else self.recipe
-
-
-@dataclass(frozen=True, slots=True)
-class _Planned:
-    data: bytes
-    header: Header
-    plan: Plan
-    boxes_from: str | None = None
+LARGE = 16_000_000
+"""Images with more pixels have freed memory given back to the kernel after each step. What decoding
+took is of no use for a float copy of another size; both would exceed `--actor-memory`."""
 
 
 def preprocess_shard(
@@ -70,112 +42,161 @@ def preprocess_shard(
 
     Args:
         reader: gives each row's encoded bytes, in order.
-        killers: rows not to touch, because they have ended the process before, and why they are rejected.
-        mark: called with a row's number before it is touched.
-        memory: gives an array of so many bytes (uint8, one dimension) for the pixels of all rows.
+        killers: rows not to touch, because they ended the process before; each with its reject.
+        mark: called with a row's number before the row is touched.
+        memory: allocates bytes (uint8, one dimension) for the pixels of all rows.
 
     Returns:
-        A table of schema BLOCK with the same rows in the same order, and the number of encoded bytes read. A row that cannot be
-        processed has no pixels, and a reason. The pixels of all rows are one buffer; rows of one size can be viewed as one NHWC
-        array (`pixels`).
+        A table of schema BLOCK with the same rows in the same order, and the number of encoded
+        bytes read. A row that cannot be processed has no pixels, and a reason. The pixels of all
+        rows are one buffer; rows of one size can be viewed as one NHWC array (`pixels`).
     """
-    backend = backend_module(settings.backend)
-    boxes = unlist(shard.column("boxes"))
-    labels = unlist(shard.column("labels"))
-    planned: Iterator[_Planned | Reject] = _plan(
-        shard, settings, boxes, labels, reader=reader, killers=killers, mark=mark
-    )
-    recipe = settings.done_here
-    fixed = recipe.fixed_size
+    boxes, labels = unlist(shard.column("boxes")), unlist(shard.column("labels"))
+    planner = Planner(shard, settings, boxes, labels)
+    planned = plan_rows(reader.read(shard), planner, killers=killers, mark=mark)
+    fixed = settings.done_here.fixed_size
     if fixed is not None:
-        planned = _together(planned)
-        pixels = memory(shard.num_rows * fixed[0] * fixed[1] * 3)
+        planned = in_chunks(planned)
+        size = shard.num_rows * fixed[0] * fixed[1] * 3
     else:
-        # Sizes are known before decoding, from the headers: one buffer all the same, for the price of reading all rows first.
+        # All rows are read first: one buffer needs the sum of the sizes, which the headers give.
         planned = iter(known := list(planned))
-        pixels = memory(
-            sum(p.plan.size[0] * p.plan.size[1] * 3 for p in known if isinstance(p, _Planned))
-        )
-
-    end = 0
+        size = sum(bytes_of(item.plan) for item in known if isinstance(item, Planned))
+    results = _Results(settings, memory(size), rows=shard.num_rows)
     bytes_in = 0
-    offsets = np.zeros(shard.num_rows + 1, np.int64)
-    sizes = np.zeros((shard.num_rows, 4), np.int32)
-    rejects: dict[int, Reject] = {}
-    details: dict[int, str] = {}
-    plans: list[Plan | None] = []
-    origins: list[tuple[int | None, str | None]] = []  # orientation, boxes_from
     for row, item in enumerate(planned):
-        plan = None
-        origin: tuple[int | None, str | None] = (None, None)
-        if isinstance(item, Reject):
-            rejects[row] = item
-        else:
+        if isinstance(item, Planned):
             bytes_in += len(item.data)
             mark(row)
-            height, width = item.plan.size
-            start, end_if_fine = end, end + height * width * 3
-            out = pixels[start:end_if_fine].reshape(height, width, 3)
-            try:
-                reduce = recipe.reduce((item.header.height, item.header.width))
-                image, damage = _decoded(backend, item, reduce, settings)
-                if damage:
-                    details[row] = damage
-                large = item.plan.largest > LARGE
-                if large:
-                    give_back_freed_memory()
-                backend.execute(image, item.plan.ops, out)
-                image = None  # not beside the next one
-                if large:
-                    give_back_freed_memory()
-                plan, end = item.plan, end_if_fine
-                origin = item.header.orientation, item.boxes_from
-                sizes[row] = item.header.height, item.header.width, height, width
-            except Reject as reject:
-                # Not itself: its traceback has this frame, and with it all pixels until Python looks for cycles.
-                rejects[row] = Reject(reject.reason, reject.detail)
-            except Exception as error:
-                # Whatever an op raises, its own image pays for it, not the other hundred of the shard.
-                rejects[row] = Reject("failed", f"{type(error).__name__}: {error}")
-        offsets[row + 1] = end
-        plans.append(plan)
-        origins.append(origin)
+            results.add(item)
+        else:
+            results.reject(item.reason, item.detail)
+    return results.block(shard, boxes, labels), bytes_in
 
-    null = np.array([plan is None for plan in plans], dtype=bool)
-    keep = [np.empty(0, np.int64) if plan is None else plan.keep for plan in plans]
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """What became of a row. `plan`: None if it was rejected; then there is a `reason`."""
+
+    plan: Plan | None = None
+    reason: str | None = None
+    detail: str | None = None
+    orientation: int | None = None
+    boxes_from: str | None = None
+
+
+class _Results:
+    """The rows of a shard as they are done, and the block that they become.
+
+    Args:
+        pixels: the buffer for the pixels of all rows.
+        rows: their number.
+    """
+
+    def __init__(self, settings: Preprocessing, pixels: np.ndarray, *, rows: int) -> None:
+        self._settings, self._recipe = settings, settings.done_here
+        self._backend = backend_module(settings.backend)
+        self._pixels, self._end = pixels, 0
+        self._rows: list[_Row] = []
+        self._offsets = np.zeros(rows + 1, np.int64)
+        self._sizes = np.zeros((rows, 4), np.int32)
+
+    def reject(self, reason: str, detail: str | None) -> None:
+        """Add a row without pixels."""
+        self._add(_Row(reason=reason, detail=detail))
+
+    def add(self, item: Planned) -> None:
+        """Decode and transform the next row's image."""
+        try:
+            damage = self._execute(item)
+        except Reject as reject:
+            self.reject(reject.reason, reject.detail)
+        except Exception as error:
+            # An op may raise anything. Its image is rejected; the others of the shard go on.
+            self.reject("failed", f"{type(error).__name__}: {error}")
+        else:
+            header, (height, width) = item.header, item.plan.size
+            self._sizes[len(self._rows)] = header.height, header.width, height, width
+            self._end += bytes_of(item.plan)
+            self._add(_Row(item.plan, None, damage, header.orientation, item.boxes_from))
+
+    def _add(self, row: _Row) -> None:
+        self._rows.append(row)
+        self._offsets[len(self._rows)] = self._end
+
+    def _execute(self, item: Planned) -> str | None:
+        """Write an image's pixels at the end of the buffer. Returns what is damaged in it."""
+        plan, header = item.plan, item.header
+        out = self._pixels[self._end : self._end + bytes_of(plan)].reshape(*plan.size, 3)
+        image, damage = self._decoded(item, self._recipe.reduce((header.height, header.width)))
+        if plan.largest > LARGE:
+            give_back_freed_memory()
+        self._backend.execute(image, plan.ops, out)
+        del image  # before the memory of the next one is taken
+        if plan.largest > LARGE:
+            give_back_freed_memory()
+        return damage
+
+    def _decoded(self, item: Planned, reduce: int) -> tuple[object, str | None]:
+        """The image, as the backend has it; and what is damaged in it, if such are kept."""
+        decoder = self._settings.decoder
+        try:
+            return self._backend.decode(item.data, item.header, reduce, decoder=decoder), None
+        except Reject as reject:
+            if reject.reason != "damaged" or self._settings.damaged != "keep":
+                raise
+            image = self._backend.decode(
+                item.data, item.header, reduce, decoder=decoder, strict=False
+            )
+            return image, reject.detail or None
+
+    def block(
+        self, shard: pa.Table, boxes: Sequence[np.ndarray], labels: Sequence[np.ndarray]
+    ) -> pa.Table:
+        """The table (schema BLOCK) of all rows, which were those of `shard`."""
+        rows, sizes = self._rows, self._sizes
+        null = np.array([row.plan is None for row in rows], dtype=bool)
+        same = ("epoch", "shard", "image_id", "name", "uri", "offset", "length")
+        columns = {name: shard.column(name) for name in same}
+        columns |= {
+            "source_height": pa.array(sizes[:, 0], mask=null),
+            "source_width": pa.array(sizes[:, 1], mask=null),
+            "height": pa.array(sizes[:, 2], mask=null),
+            "width": pa.array(sizes[:, 3], mask=null),
+            "image": _binary(self._pixels[: self._end], self._offsets, null),
+            "reason": pa.array([row.reason for row in rows], pa.string()),
+            "detail": pa.array([row.detail for row in rows], pa.string()),
+            "orientation": pa.array([row.orientation for row in rows], pa.int8()),
+            "boxes_from": pa.array([row.boxes_from for row in rows], pa.string()),
+        }
+        return pa.table(
+            columns | _annotations(shard, [row.plan for row in rows], boxes, labels), schema=BLOCK
+        )
+
+
+def _annotations(
+    shard: pa.Table,
+    plans: Sequence[Plan | None],
+    boxes: Sequence[np.ndarray],
+    labels: Sequence[np.ndarray],
+) -> dict[str, pa.Array]:
+    """The columns of schema BLOCK that say what is in the images, as their ops leave it.
+
+    Args:
+        plans: of the rows; None for a rejected one.
+        boxes, labels: of the rows, as the source has them.
+    """
+    placed = [np.empty((0, 4)) if plan is None else plan.boxes for plan in plans]
     columns = {
-        name: shard.column(name)
-        for name in ("epoch", "shard", "image_id", "name", "uri", "offset", "length")
-    }
-    columns |= {
-        "source_height": pa.array(sizes[:, 0], mask=null),
-        "source_width": pa.array(sizes[:, 1], mask=null),
-        "height": pa.array(sizes[:, 2], mask=null),
-        "width": pa.array(sizes[:, 3], mask=null),
-        "image": _binary(pixels[:end], offsets, null),
-        "reason": pa.array(
-            [rejects[row].reason if row in rejects else None for row in range(len(plans))],
-            pa.string(),
-        ),
-        "detail": pa.array(
-            [
-                rejects[row].detail if row in rejects else details.get(row)
-                for row in range(len(plans))
-            ],
-            pa.string(),
-        ),
-        "boxes": lists(
-            [np.empty((0, 4)) if p is None else p.boxes for p in plans], BLOCK.field("boxes").type
-        ),
-        "orientation": pa.array([orientation for orientation, _ in origins], pa.int8()),
-        "boxes_from": pa.array([boxes_from for _, boxes_from in origins], pa.string()),
+        "boxes": lists(placed, BLOCK.field("boxes").type),
         "boxes_dropped": _dropped(shard, plans, boxes),
     }
-    for name, values in (("labels", labels), ("crowds", None), ("annotation_ids", None)):
-        values = unlist(shard.column(name)) if values is None else values
+    keep = [np.empty(0, np.int64) if plan is None else plan.keep for plan in plans]
+    for name in ("labels", "crowds", "annotation_ids"):
+        values = labels if name == "labels" else unlist(shard.column(name))
         chosen = [left_of(v, k, boxes=len(b)) for v, k, b in zip(values, keep, boxes, strict=True)]
         columns[name] = lists(chosen, BLOCK.field(name).type)
-    return pa.table(columns, schema=BLOCK), bytes_in
+    return columns
 
 
 def _dropped(
@@ -201,124 +222,8 @@ def _dropped(
     return pa.array(column, BLOCK.field("boxes_dropped").type)
 
 
-def _decoded(
-    backend: ModuleType, item: _Planned, reduce: int, settings: Preprocessing
-) -> tuple[Any, str | None]:
-    """The image, as the backend has it; and what is damaged in it, where it is delivered all the same."""
-    try:
-        return backend.decode(item.data, item.header, reduce, decoder=settings.decoder), None
-    except Reject as reject:
-        if reject.reason != "damaged" or settings.damaged != "keep":
-            raise
-        return backend.decode(
-            item.data, item.header, reduce, decoder=settings.decoder, strict=False
-        ), reject.detail
-
-
-class _Room:
-    """The memory of a shard: `held` are bytes that its results take from the start."""
-
-    def __init__(self, settings: Preprocessing, held: int) -> None:
-        self._settings = settings
-        self._scratch = backend_module(settings.backend).SCRATCH
-        self._held = held
-
-    def take(self, data: bytes, header: Header, plan: Plan, *, keep: bool) -> None:
-        """Room for an image, while it is worked on; with `keep` also for its bytes and its result until the shard is done.
-
-        Raises:
-            Reject: there is not enough.
-        """
-        kept = len(data) + plan.size[0] * plan.size[1] * 3 if keep else 0
-        if self._held + kept + len(data) + MOST * plan.largest > self._settings.memory:
-            decoded = (
-                header if self._settings.decoder == "simplejpeg" else replace(header, native=False)
-            )
-            reduce = self._settings.done_here.reduce((header.height, header.width))
-            most = needed(decoded, plan.ops, self._scratch, reduce=reduce) + len(data) * (not keep)
-            if self._held + kept + most > self._settings.memory:
-                others = (
-                    f", and others of its shard {self._held / 1e9:.2f} GB"
-                    if self._held > 5_000_000
-                    else ""
-                )
-                raise Reject(
-                    "too large for --actor-memory",
-                    f"{header.width}x{header.height} pixels ({header.format}) take {(kept + most) / 1e9:.2f} GB to decode and "
-                    f"transform{others}; there are {self._settings.memory / 1e9:.2f} GB",
-                )
-        self._held += kept
-
-
-def _plan(shard, settings, boxes, labels, *, reader, killers, mark) -> Iterator[_Planned | Reject]:
-    """Each row's bytes, header and sampled ops; or why there are none."""
-    epochs = shard.column("epoch").to_pylist()
-    image_ids = shard.column("image_id").to_pylist()
-    recipe, here = settings.recipe, settings.done_here
-    fixed = here.fixed_size
-    room = _Room(settings, 0 if fixed is None else shard.num_rows * fixed[0] * fixed[1] * 3)
-    random, boxed = recipe.random, any(len(of) for of in boxes)
-    frames = frames_of(shard).tolist() if boxed else []
-    plans: dict[
-        tuple[int, int], Plan
-    ] = {}  # of sizes seen, where nothing else decides: a plan takes 20 us, 1% of a small image
-    for row, data in enumerate(reader.read(shard)):
-        if row in killers:
-            yield killers[row]
-            continue
-        if isinstance(data, Reject):
-            yield data
-            continue
-        mark(row)
-        try:
-            header = read_header(data, max_pixels=settings.max_pixels)
-            if len(labels[row]) and len(labels[row]) != len(boxes[row]) and len(boxes[row]):
-                raise Reject("bad boxes", f"{len(boxes[row])} boxes, but {len(labels[row])} labels")
-            size = header.height, header.width
-            of_row, boxes_from = boxes[row], None
-            if len(of_row):
-                of_row, boxes_from = into_picture(
-                    of_row, tuple(frames[row]), size, header.orientation
-                )
-            plan = plans.get(size)
-            if plan is None:
-                of_image = {
-                    "seed": settings.seed,
-                    "epoch": epochs[row],
-                    "image_id": image_ids[row],
-                    "size": size,
-                    "boxes": of_row,
-                }
-                plan = recipe.plan(**of_image)
-                if here is not recipe:
-                    plan = here.plan(**of_image)
-                if not random and not boxed:
-                    plans[size] = plan
-            room.take(data, header, plan, keep=fixed is None)
-        except Reject as reject:
-            yield reject
-        except Exception as error:
-            yield Reject("failed", f"{type(error).__name__}: {error}")
-        else:
-            yield _Planned(data, header, plan, boxes_from)
-
-
-def _together(items: Iterator[_Planned | Reject]) -> Iterator[_Planned | Reject]:
-    """`items`, as many of them made before the first is given as the reader reads together: what of Python and of this file that takes has left the processor's caches whenever
-    another image was decoded (1% of a small image)."""
-    some: list[_Planned | Reject] = []
-    size = 0
-    for item in items:
-        some.append(item)
-        size += len(item.data) if isinstance(item, _Planned) else 0
-        if len(some) == CHUNK_ROWS or size > CHUNK_BYTES:
-            yield from some
-            some, size = [], 0
-    yield from some
-
-
 def _binary(pixels: np.ndarray, offsets: np.ndarray, null: np.ndarray) -> pa.Array:
-    """`pixels` as an Arrow binary array, without a copy."""
+    """View `pixels` as an Arrow binary array, without a copy."""
     validity = pa.py_buffer(np.packbits(~null, bitorder="little")) if null.any() else None
     return pa.Array.from_buffers(
         pa.large_binary(),
@@ -329,7 +234,7 @@ def _binary(pixels: np.ndarray, offsets: np.ndarray, null: np.ndarray) -> pa.Arr
 
 
 def pixels(block: pa.Table) -> np.ndarray:
-    """The images of a block, rejected rows left out, as one uint8 array (n, height, width, 3), a view of the block.
+    """View the images of a block as one uint8 array (n, height, width, 3), without rejected rows.
 
     Raises:
         ValueError: the images differ in size.
@@ -344,7 +249,8 @@ def pixels(block: pa.Table) -> np.ndarray:
     )
     if len(sizes) > 1:
         raise ValueError(
-            f"the images of this block have {len(sizes)} sizes, such as {sorted(sizes)[:2]}; they are no one array"
+            f"the images of this block have {len(sizes)} sizes, such as {sorted(sizes)[:2]}; "
+            f"they are no one array"
         )
     if not sizes:
         return np.empty((0, 0, 0, 3), np.uint8)
@@ -355,17 +261,16 @@ def pixels(block: pa.Table) -> np.ndarray:
     return flat.reshape(len(column), height, width, 3)
 
 
-LARGE = 16_000_000
-"""Pixels of an image from which on freed memory is given back after each step: what decoding took is of no use for a float
-copy of another size, and both together would be more than `--actor-memory`."""
+# --- the step --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocess:
     """The step: a shard of work rows (schema WORK) becomes a block of pixels (schema BLOCK).
 
-    `tracks`: local folder, of one run. `wait_ms`: more than it takes, an image. `bytes_out`: of the
-    pixels of a shard, as far as known.
+    tracks: local folder, of one run.
+    wait_ms: milliseconds to add to each image.
+    bytes_out: of the pixels of a shard, as far as known.
     """
 
     pixels: Preprocessing

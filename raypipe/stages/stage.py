@@ -1,8 +1,8 @@
-"""Steps and stages as data, and what a meter and a GPU look like to them. Nothing of Ray, nothing of torch.
+"""Steps and stages as data, and what a meter and a GPU look like to them. Imports no Ray, no torch.
 
-A **step** is what is done to a block: preprocess, write, predict. It is a frozen dataclass that an actor begins, which
-gives what the actor calls with blocks. A **stage** is a pool of actors that do one or more steps in a row. A pipeline
-is a tuple of stages.
+A **step** is what is done to a block: preprocess, write, predict. It is a frozen dataclass. An
+actor begins it, and then calls the result with blocks. A **stage** is a pool of actors that do one
+or more steps in a row. A pipeline is a tuple of stages.
 """
 
 from collections.abc import Sequence
@@ -13,15 +13,19 @@ from typing import Literal, Protocol
 import pyarrow as pa
 
 Count = int | Literal["auto"]
-"""How many actors a stage gets; auto: as the planner finds best."""
+"""How many actors a stage gets; auto: as many as the planner finds best."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GpuUse:
-    """Totals and the peak of an actor's GPU since its start, other processes on it included."""
+    """Totals and peak of an actor's GPU since the actor's start, other processes on it included.
 
-    seen_s: float = 0.0  # looked at for so long; 0: never
-    busy_s: float = 0.0  # of these, a kernel ran
+    seen_s: seconds of observation; 0: never observed.
+    busy_s: of these, seconds in which a kernel ran.
+    """
+
+    seen_s: float = 0.0
+    busy_s: float = 0.0
     memory_peak_bytes: int | None = None
 
     @property
@@ -31,31 +35,31 @@ class GpuUse:
 
 
 class Gpu(Protocol):
-    """What an actor computes on. `raypipe.stages.gpu.GpuMeter` is the real one."""
+    """The device that an actor computes on. `raypipe.stages.gpu.GpuMeter` implements it."""
 
     def use(self) -> GpuUse:
-        """What was seen so far."""
+        """The totals so far."""
 
 
 class Meter(Protocol):
-    """What measures an actor. `raypipe.run.meter.Meter` is the one that a run uses."""
+    """Measures an actor. `raypipe.run.meter.Meter` is the one that a run uses."""
 
     def start(self, gpu: Gpu | None = None) -> None:
-        """The actor is ready; what it used to get there is start-up, not work."""
+        """Count from now on: the actor is ready, and what it used so far is start-up, not work."""
 
     def call(self) -> AbstractContextManager[None]:
-        """Around the work on one shard, or one step of an actor that takes its input by itself."""
+        """Time the work on one shard, or one step of an actor that fetches its own input."""
 
     def wait(self) -> AbstractContextManager[None]:
-        """Around an actor's waiting for input that it takes by itself."""
+        """Time the waiting of an actor that fetches its own input."""
 
     def count(self, *, images: int, bytes_in: int, bytes_out: int) -> None:
-        """What the call did: rows accounted for, bytes taken and given."""
+        """Add what the call did: rows accounted for, bytes in and out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Done:
-    """What a call of a step made: the next block; and for the meter rows accounted for, bytes taken and bytes given."""
+    """What one call of a step made: the next block; and rows and bytes, for the meter."""
 
     block: pa.Table
     images: int
@@ -68,7 +72,7 @@ class Doing(Protocol):
 
     @property
     def gpu(self) -> Gpu | None:
-        """What it computes on; None: the CPU."""
+        """The device it computes on; None: the CPU."""
 
     def __call__(self, block: pa.Table) -> Done:
         """Do the step to one block."""
@@ -83,29 +87,37 @@ class Step(Protocol):
 
     @property
     def libraries(self) -> str:
-        """The backend whose libraries it imports."""
+        """The backend whose libraries the step imports."""
 
     def begin(self, *, threads: int, gpu: bool) -> Doing:
         """Load what the step needs, in the process that will do it.
 
         Args:
-            threads: that OpenCV or torch may use.
+            threads: how many OpenCV or torch may use.
             gpu: whether the process holds a GPU.
         """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A pool of actors, each of which does `steps` in a row to one block at a time."""
+    """A pool of actors, each of which does `steps` in a row to one block at a time.
+
+    noun: for its actors, in messages.
+    option: the flag that sets their number.
+    doing: what they do, for the opening line of a run.
+    in_flight: blocks that an actor holds, the one at work included.
+    share: actors per core, where the costs are unknown.
+    gpu: whether each actor holds a GPU; None: if there are enough.
+    """
 
     steps: tuple[Step, ...]
     actors: Count
-    noun: str  # for its actors, in messages
-    option: str  # the flag that says how many
-    doing: str  # what they do, for the line that opens a run
-    in_flight: int  # blocks that an actor holds, the one at work included
-    share: float = 1.0  # of the cores, in actors, where nothing is known of its costs
-    gpu: bool | None = False  # each actor holds one; None: where there are enough
+    noun: str
+    option: str
+    doing: str
+    in_flight: int
+    share: float = 1.0
+    gpu: bool | None = False
 
     @property
     def name(self) -> str:
@@ -114,10 +126,10 @@ class Stage:
 
     @property
     def libraries(self) -> tuple[str, ...]:
-        """The backends whose libraries its actors import."""
+        """The backends whose libraries the actors import."""
         return tuple(dict.fromkeys(step.libraries for step in self.steps))
 
 
 def auto_of(stages: Sequence[Stage]) -> tuple[str, ...]:
-    """The stages whose actor count is left to the planner."""
+    """Names of the stages whose actor count the planner chooses."""
     return tuple(stage.name for stage in stages if stage.actors == "auto")

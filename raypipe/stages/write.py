@@ -1,4 +1,4 @@
-"""The write stage: one block of pixels in, its files and its journal entry out."""
+"""The write stage: one block of pixels in; its files and its journal entry out."""
 
 import time
 from collections.abc import Iterable
@@ -22,10 +22,10 @@ from raypipe.stages.stage import Done
 
 
 def write_block(block: pa.Table, sink: Sink, *, backend: str, finish: Finish | None) -> Entry:
-    """Store the good rows of `block` (schema BLOCK) and say what was written.
+    """Store the good rows of `block` (schema BLOCK), and return what was written.
 
     Args:
-        finish: applied to what is stored, for the format that stores arrays (npy). None: uint8 pixels.
+        finish: applied to stored arrays, for the format npy. None: store uint8 pixels.
     """
     if sink.format in ("jpeg", "webdataset"):
         block = _within(block, JPEG_SIDE)
@@ -65,11 +65,11 @@ def write_block(block: pa.Table, sink: Sink, *, backend: str, finish: Finish | N
 
 
 JPEG_SIDE = 65_500
-"""Pixels a side that libjpeg encodes at most (JPEG_MAX_DIMENSION)."""
+"""Largest side, in pixels, of an image that libjpeg encodes (JPEG_MAX_DIMENSION)."""
 
 
 def _within(block: pa.Table, side: int) -> pa.Table:
-    """`block` with images that are longer than `side` rejected."""
+    """Reject the images of `block` with a side above `side`."""
     longest = pc.max_element_wise(block.column("height"), block.column("width"))
     if (pc.max(longest).as_py() or 0) <= side:
         return block
@@ -107,7 +107,7 @@ _TOLD = [
 
 
 def rejected_of(rows: Iterable[dict[str, Any]]) -> list[Rejected]:
-    """Those of a block's rows that have no pixels for good, and why."""
+    """The rows that are rejected, and why."""
     return [
         Rejected(
             image_id=row["image_id"],
@@ -121,7 +121,7 @@ def rejected_of(rows: Iterable[dict[str, Any]]) -> list[Rejected]:
 
 
 def unread_of(rows: Iterable[dict[str, Any]]) -> list[Unread]:
-    """Those of a block's rows that no store gave."""
+    """The rows whose bytes the store did not deliver."""
     return [
         Unread(image_id=row["image_id"], uri=row["uri"], detail=row["detail"] or "")
         for row in rows
@@ -130,7 +130,7 @@ def unread_of(rows: Iterable[dict[str, Any]]) -> list[Unread]:
 
 
 def dropped_of(rows: Iterable[dict[str, Any]]) -> list[Dropped]:
-    """The boxes of a block's good rows that could not be used."""
+    """The boxes of good rows that could not be used."""
     return [
         Dropped(image_id=row["image_id"], uri=row["uri"], **box)
         for row in rows
@@ -139,7 +139,7 @@ def dropped_of(rows: Iterable[dict[str, Any]]) -> list[Dropped]:
 
 
 def put_done(root: Location, entry: Entry, *, bytes_in: int) -> Done:
-    """Put the entry of a shard into the journal below `root`, and return what it says (schema DONE)."""
+    """Put a shard's entry into the journal below `root`, and return its counts (schema DONE)."""
     put_entry(root, entry)
     counts = (entry.shard, entry.images, len(entry.rejected), len(entry.unread))
     block = pa.table(
@@ -149,15 +149,17 @@ def put_done(root: Location, entry: Entry, *, bytes_in: int) -> Done:
 
 
 def _finished(finish: Finish, image: np.ndarray) -> np.ndarray:
-    # The table look-up of the OpenCV backend is exact and the fastest on a CPU; padding is for batches, not for what is stored.
+    # OpenCV's table look-up is exact and the fastest on a CPU. Padding is for batches, not files.
     return opencv.finish(image[None], replace(finish, pad_multiple=None))[0]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Write:
-    """The step: a block of pixels (schema BLOCK) becomes files and a journal entry; what is left is schema DONE.
+    """The step: a block of pixels (schema BLOCK) becomes files and a journal entry.
 
-    `finish`: as for `write_block`. `wait_ms`: more than it takes, an image.
+    What is left of the block is its counts (schema DONE).
+    finish: as for `write_block`.
+    wait_ms: milliseconds to add to each image.
     """
 
     sink: Sink
@@ -172,7 +174,7 @@ class Write:
         return self.backend
 
     def elsewhere(self, folder: Location) -> Self:
-        """The same step, storing into `folder`, without waiting for anything."""
+        """The same step, storing into `folder`, without `wait_ms`."""
         return replace(self, sink=replace(self.sink, root=folder), wait_ms=0.0)
 
     def begin(self, *, threads: int, gpu: bool = False) -> "Writer":

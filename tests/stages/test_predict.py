@@ -20,8 +20,9 @@ from raypipe.images.ops.geometry import CenterCrop, Flip, PadTo, Resize, ShortSi
 from raypipe.images.recipe import Finish, Recipe
 from raypipe.models import checkpoint as checkpoints
 from raypipe.models.checkpoint import Checkpoint, Progress
+from raypipe.stages.planning import Preprocessing
 from raypipe.stages.predict import Predicting, Predictor, load, predict_block
-from raypipe.stages.preprocess import Preprocessing, preprocess_shard
+from raypipe.stages.preprocess import preprocess_shard
 from tests.conftest import photo
 from tests.models.toy import Toy
 
@@ -140,7 +141,7 @@ def test_an_image_that_is_gone_when_it_is_drawn_on_stops_the_run_and_is_named(fo
     )
     predictor = Predictor(what, torch.device("cpu"))
     with pytest.raises(
-        OSError, match=r"b\.jpg could be read to predict on it, but not again to draw on it"
+        OSError, match=r"b\.jpg could be read for prediction, but not again for drawing"
     ):
         predict_block(
             block,

@@ -18,12 +18,13 @@ from raypipe.data.reader import Reader
 from raypipe.data.tables import BLOCK, SOURCE, images_of
 from raypipe.data.work import make_work
 from raypipe.images import catalog, opencv
-from raypipe.images.decode import Reject
+from raypipe.images.header import Reject
 from raypipe.images.ops.augment import HorizontalFlip
 from raypipe.images.ops.geometry import CenterCrop, Resize
 from raypipe.images.recipe import Recipe
 from raypipe.stages.actor import TRIES, Tracks
-from raypipe.stages.preprocess import Memory, Preprocessing, pixels, preprocess_shard
+from raypipe.stages.planning import Preprocessing
+from raypipe.stages.preprocess import Memory, pixels, preprocess_shard
 from tests.conftest import jpeg
 
 

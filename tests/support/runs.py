@@ -13,7 +13,8 @@ from raypipe.data.sinks import Sink
 from raypipe.data.work import shards
 from raypipe.run.background import Run
 from raypipe.run.preprocess import Settings, plan
-from raypipe.stages.preprocess import Preprocessing, preprocess_shard
+from raypipe.stages.planning import Preprocessing
+from raypipe.stages.preprocess import preprocess_shard
 from raypipe.stages.write import write_block
 from tests.conftest import buffer
 
