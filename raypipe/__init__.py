@@ -1,7 +1,9 @@
 """raypipe: preprocess images for machine learning on Ray, and see per stage what limits.
 
 outcome = raypipe.preprocess(input="photos", output="out", actors=4)
-run = raypipe.start(input="photos", output="out")   # in the background: live(), scale(), stop(), wait()
+run = raypipe.start(input="photos", output="out")  # in the background
+
+The run has live(), scale(), stop() and wait().
 """
 
 from collections.abc import Callable
@@ -29,15 +31,16 @@ def preprocess(
     """Preprocess images, to the end.
 
     Args:
-        consume: called with each block of pixels (schema BLOCK of raypipe.data.tables), without an output.
-        console: what to tell the user on; by default the terminal (stderr).
-        settings: what the flags of jobs/preprocess.py are called: input="photos", max_pixels=10**8.
+        consume: called with each block of pixels (schema BLOCK of raypipe.data.tables). Only
+            without an output.
+        console: where messages go; by default the terminal (stderr).
+        settings: the flags of jobs/preprocess.py by name: input="photos", max_pixels=10**8.
 
     Returns:
-        The outcome; its `report` is report.json, None where nothing was left to do.
+        The outcome. Its `report` is report.json, or None if nothing was left to do.
 
     Raises:
-        UsageError: what was asked for cannot be done. Nothing was started.
+        UsageError: the request cannot be done. Nothing was started.
     """
     from raypipe.run.preprocess import Settings, run
 

@@ -1,4 +1,4 @@
-"""Start a job (preprocess, train, predict, sweep), look at runs, change them, and read their reports."""
+"""Start a job (preprocess, train, predict, sweep), watch and scale runs, and read their reports."""
 
 import json
 import os
@@ -22,21 +22,21 @@ from raypipe.images.recipe_json import to_json
 from raypipe.insight.screen import listing
 from raypipe.insight.terminal import outlook, terminal
 
-# raypipe.run brings in Ray, 2 s: only commands that need it import it, when they do.
+# raypipe.run imports Ray, which takes 2 s. So only commands that need it import it, when called.
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 Address = Annotated[
     str | None,
     tyro.conf.arg(
         metavar="HOST:PORT",
-        help="Ray cluster, by its head; by default the runs of this machine and of RAY_ADDRESS.",
+        help="Head of the Ray cluster; by default the runs of this machine and of RAY_ADDRESS.",
     ),
 ]
 
 
 @dataclass(frozen=True)
 class Recipes:
-    """List the recipes that jobs take by name, or print one as JSON, to start an own recipe from."""
+    """List the recipes that jobs take by name, or print one as JSON, as a start for your own."""
 
     name: Annotated[str | None, tyro.conf.Positional] = None
     """Recipe to print as JSON."""
@@ -52,7 +52,10 @@ class Report:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a finished run's costs say of other machines: the best allocation, its throughput, and what one more of each would bring."""
+    """Predict other machines from a finished run's costs.
+
+    Prints the best allocation, its throughput, and what one more of each would bring.
+    """
 
     run: Annotated[str, tyro.conf.Positional]
     """Output directory of the run, or the folder given as --report."""
@@ -64,39 +67,40 @@ class Plan:
 
 @dataclass(frozen=True)
 class Runs:
-    """List the runs that are going on."""
+    """List the runs in progress."""
 
     address: Address = None
     json: Flag = False
-    """A line of JSON a run."""
+    """Print a line of JSON for each run."""
 
 
 @dataclass(frozen=True)
 class Watch:
-    """Watch a run: per stage actors, images/s, CPU, memory, what its actors do, and which stage limits.
+    """Watch a run: actors, images/s, CPU, memory and waiting of each stage, and which one limits.
 
-    In a terminal the arrow keys select a stage and + and - scale it by one; q leaves, and the run goes on. Elsewhere: a line an update.
+    In a terminal, the arrow keys select a stage, and + and - scale it by one. q leaves; the run
+    goes on. Elsewhere each update is a line.
     """
 
     run: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[RUN]")] = None
-    """Run to watch (`raypipe runs` lists them); by default the only one, or the next that starts."""
+    """Run to watch (see `raypipe runs`); by default the only one, or the next that starts."""
     address: Address = None
     json: Flag = False
-    """A line of JSON an update."""
+    """Print a line of JSON for each update."""
     once: Flag = False
-    """One update only."""
+    """Print one update only."""
     interval: float = 1.0
-    """Seconds from one update to the next."""
+    """Seconds between updates."""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Change how many actors a stage of a running run has: `raypipe scale preprocess=8 write=4`."""
+    """Change the actor counts of a run in progress: `raypipe scale preprocess=8 write=4`."""
 
     what: Annotated[
         tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[RUN] STAGE=N ...")
     ]
-    """Run (by default the only one), then the stages with the actors they are to have."""
+    """Run (by default the only one), then the new actor count of each stage."""
     address: Address = None
 
 
@@ -109,7 +113,7 @@ class Dashboard:
 
 
 def recipes(command: Recipes, console: Console) -> None:
-    """All recipes as a table, or one as JSON."""
+    """Print all recipes as a table, or one as JSON."""
     if command.name is not None:
         console.print_json(json.dumps(to_json(catalog.get(command.name))))
         return
@@ -124,7 +128,7 @@ def recipes(command: Recipes, console: Console) -> None:
 
 
 def _of(run: str) -> tuple[dict, str]:
-    """The report.json of a finished run, and where it is.
+    """Read the report.json of a finished run. Returns it and its location.
 
     Raises:
         UsageError: there is none.
@@ -134,12 +138,13 @@ def _of(run: str) -> tuple[dict, str]:
     for place in places:
         try:
             data = place.read()
-        except (FileNotFoundError, NotADirectoryError):  # the latter: of the report's own path, say
+        except (FileNotFoundError, NotADirectoryError):  # the latter if `run` is a file
             continue
         with foreign(f"the report {place}", remedy=_NO_REPORT):
             return json.loads(data), str(place)
     raise UsageError(
-        f"There is no report in {run!r}: neither {' nor '.join(map(str, places))} exists. A run writes it when it ends."
+        f"There is no report in {run!r}: neither {' nor '.join(map(str, places))} exists. A run "
+        f"writes it when it ends."
     )
 
 
@@ -147,7 +152,7 @@ _NO_REPORT = "It is no report of raypipe; give the output directory of a run tha
 
 
 def report(command: Report, console: Console) -> None:
-    """The report of a finished run.
+    """Print the report of a finished run.
 
     Raises:
         UsageError: there is none.
@@ -158,24 +163,22 @@ def report(command: Report, console: Console) -> None:
 
 
 def plan(command: Plan, console: Console) -> None:
-    """Other allocations and machines, by the costs of a finished run.
+    """Print what the costs of a finished run predict for other allocations and machines.
 
     Raises:
-        UsageError: there is none, or it says nothing of costs.
+        UsageError: there is none, or it has no costs.
     """
     for name, count in (("cpus", command.cpus), ("gpus", command.gpus)):
         if count is not None and count < 1:
             raise UsageError(f"--{name} is {count}; it must be at least 1.")
     found, place = _of(command.run)
-    remedy = (
-        "It says nothing of what stages cost; that of a run that finished at least a shard does."
-    )
+    remedy = "It does not say what stages cost. Give the report of a run that finished a shard."
     with foreign(f"the report {place}", remedy=remedy):
         console.print(outlook(found, cpus=command.cpus, gpus=command.gpus))
 
 
 def runs(command: Runs, console: Console) -> None:
-    """The runs of a cluster, newest first.
+    """Print the runs of a cluster, newest first.
 
     Raises:
         UsageError: there is no cluster.
@@ -191,7 +194,7 @@ def runs(command: Runs, console: Console) -> None:
 
 
 def watch(command: Watch, console: Console) -> None:
-    """A run as it goes.
+    """Show a run in progress.
 
     Raises:
         UsageError: there is no cluster or no such run.
@@ -203,7 +206,7 @@ def watch(command: Watch, console: Console) -> None:
 
     def waiting() -> None:
         console.print(
-            "No run is under way. Waiting for one ... (Ctrl-C ends this)", highlight=False
+            "No run is in progress. Waiting for one ... (Ctrl-C ends this)", highlight=False
         )
 
     run = control.attach(
@@ -215,7 +218,7 @@ def watch(command: Watch, console: Console) -> None:
 
 
 def scalings(words: tuple[str, ...]) -> tuple[str | None, dict[str, int]]:
-    """`[RUN] STAGE=N ...` as the run and how many actors each stage is to have.
+    """Parse `[RUN] STAGE=N ...` into the run and the new actor count of each stage.
 
     Raises:
         UsageError: it is not of that form.
@@ -225,9 +228,8 @@ def scalings(words: tuple[str, ...]) -> tuple[str | None, dict[str, int]]:
     )
     run, pairs = (words[0], words[1:]) if words and "=" not in words[0] else (None, words)
     if not pairs:
-        raise UsageError(
-            f"{'No stage is named' if run is None else f'{run!r} is taken for a run, and no stage is named'}. {form}"
-        )
+        cause = "" if run is None else f"{run!r} is taken for a run. "
+        raise UsageError(f"{cause}No stage is named. {form}")
     counts: dict[str, int] = {}
     for pair in pairs:
         stage, _, count = pair.partition("=")
@@ -252,17 +254,17 @@ def scale(command: Scale, console: Console) -> None:
     accepted = run.scale(counts)
     wanted = ", ".join(f"{stage}={accepted[stage]}" for stage in counts)
     console.print(
-        f"Run {run.run_id}: {wanted} wanted. `raypipe watch {run.run_id}` shows it come about.",
+        f"Run {run.run_id}: {wanted} wanted. `raypipe watch {run.run_id}` shows the change.",
         markup=False,
         highlight=False,
     )
 
 
 def dashboard(command: Dashboard, console: Console) -> None:
-    """The Grafana dashboard, to a file or to standard output.
+    """Write the Grafana dashboard to a file or to standard output.
 
     Raises:
-        UsageError: the file is there already, or cannot be written.
+        UsageError: the file exists, or cannot be written.
     """
     text = files("raypipe.insight").joinpath("grafana.json").read_text()
     if command.file is None:
@@ -273,7 +275,8 @@ def dashboard(command: Dashboard, console: Console) -> None:
                 file.write(text)
         except OSError as error:
             raise UsageError(
-                f"{command.file!r} cannot be written: {error.strerror}. Give another file, or remove it first."
+                f"{command.file!r} cannot be written: {error.strerror}. Give another file, or "
+                f"remove it first."
             ) from error
     how = "In Grafana: Dashboards, New, Import, {}; then choose the Prometheus that scrapes Ray."
     Console(stderr=True).print(
@@ -283,10 +286,13 @@ def dashboard(command: Dashboard, console: Console) -> None:
 
 @dataclass(frozen=True)
 class Cutouts:
-    """Make a labelled set for detection: images with a transparent background pasted on photos, with a COCO JSON."""
+    """Make a labelled data set for detection: cut-outs pasted on photos, and a COCO JSON.
+
+    Cut-outs are images with a transparent background.
+    """
 
     cutouts: str
-    """Folder of images with a transparent background; the folder that each is in is its class."""
+    """Folder of images with a transparent background, in a folder for each class."""
     photos: str
     """Folder of photos to paste on."""
     output: str
@@ -294,26 +300,27 @@ class Cutouts:
     count: int = 600
     """Pictures to make."""
     classes: int = 6
-    """So many classes: the folders with the most cut-outs."""
+    """Number of classes: the folders with the most cut-outs are taken."""
     seed: int = 0
-    """Of what goes where."""
+    """Seed of the choice and the positions."""
 
 
 def cutouts(command: Cutouts, console: Console) -> None:
-    """A set of pictures with boxes.
+    """Make a set of pictures with boxes.
 
     Raises:
-        UsageError: there is nothing to make them of, or results are there already.
+        UsageError: there are no images to make them of, or the output exists.
     """
     from raypipe.data.cutouts import paste
 
     made = paste(**vars(command))
     console.print(
-        f"{command.count} pictures, {len(made.cutouts)} cut-outs of {len(made.classes)} classes ({', '.join(made.classes)}) on "
-        f"{len(made.photos)} photos. To train on them: --input {command.output}/images --annotations {command.output}/annotations.json",
+        f"{command.count} pictures, {len(made.cutouts)} cut-outs of {len(made.classes)} classes "
+        f"({', '.join(made.classes)}) on {len(made.photos)} photos. To train on them: "
+        f"--input {command.output}/images --annotations {command.output}/annotations.json",
         markup=False,
         highlight=False,
-        soft_wrap=True,  # what is to be copied stays in one line
+        soft_wrap=True,  # so that the flags can be copied from one line
     )
 
 
@@ -334,11 +341,11 @@ JOBS = {
     "predict": ("raypipe.run.command", "Say what is in images with a model that `train` made."),
     "sweep": ("raypipe.sweep.command", "Measure what the talk measured, and judge its claims."),
 }
-"""The jobs, as jobs/*.py: the module whose function of that name does each. It takes the arguments."""
+"""The jobs by name: the module whose function of that name does it, and what it does."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The `raypipe` command; returns the exit status: 0, 2 for bad arguments, 130 after Ctrl-C."""
+    """Run the `raypipe` command. Returns 0, 2 for bad arguments, or 130 after Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0] in JOBS:
         module, _ = JOBS[arguments[0]]
@@ -360,8 +367,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # `raypipe watch | head`: the reader has had enough
-        # Python flushes at exit, where nobody would catch the error.
+    except BrokenPipeError:  # `raypipe watch | head`: the reader has gone
+        # Python flushes at exit, where nothing would catch the error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:  # a store that does not answer, a folder that may not be read
         _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
@@ -376,7 +383,7 @@ def _fail(text: str) -> None:
 
 
 def _listed(about: str) -> Callable[[], None]:
-    """What the list of commands shows of a job, whose flags are known to its own module."""
+    """What the list of commands shows of a job. Only its own module knows its flags."""
 
     def job() -> None: ...
 

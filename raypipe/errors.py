@@ -1,17 +1,20 @@
-"""Errors that are told to the user, and the one boundary at which foreign structure is read. Imports nothing of raypipe."""
+"""Errors that are shown to the user, and the boundary at which foreign data is read.
+
+Imports nothing of raypipe.
+"""
 
 import contextlib
 import difflib
 import reprlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
-_MOST = 300  # characters of a cause: a message stays readable, whatever a hostile file put into it
+_MOST = 300
+"""Characters of a cause, so that a hostile file cannot make a message unreadable."""
 
 
 class UsageError(ValueError):
-    """What the user asked for cannot be done. The message states the value given, the consequence and the remedy.
+    """The request cannot be done. The message states the given value, consequence and remedy.
 
     Commands print it in one line and exit with status 2.
     """
@@ -19,9 +22,12 @@ class UsageError(ValueError):
 
 @dataclass(slots=True)
 class Place:
-    """Where in a foreign file reading is. `at` is its text, or parts of one that are only joined when they are told."""
+    """The current position in a foreign file.
 
-    at: Any = ""
+    at: its text, or a tuple of parts that are joined only when an error is shown.
+    """
+
+    at: object = ""
 
     def __str__(self) -> str:
         parts = self.at if isinstance(self.at, tuple) else (self.at,)
@@ -32,29 +38,31 @@ class Place:
 
 @contextlib.contextmanager
 def foreign(what: str, *, remedy: str, passes: tuple[type[Exception], ...] = ()) -> Iterator[Place]:
-    """The boundary at which structure that somebody else wrote is read: any exception becomes a UsageError.
+    """Turn any exception into a UsageError while structure is read that somebody else wrote.
 
-        with foreign(f"the journal entry {name!r}", remedy="Delete it.", passes=(OSError,)) as place:
+        with foreign(f"the journal entry {name!r}", remedy="Delete it.") as place:
             for number, row in enumerate(json.loads(data)["rows"]):
-                place.at = ("row", number)  # told if what follows raises
+                place.at = ("row", number)  # shown if the following raises
                 ...
 
-    Parsers of damaged bytes raise anything, so a list of exceptions is never complete. A file that was cut, a footer that
-    lies, nesting that is too deep and numbers beyond 64 bits all end here. Read the bytes outside, or name what a store
-    raises in `passes`: that a store does not answer says nothing of the file.
+    Parsers of damaged bytes raise anything, so a list of exceptions is never complete. Truncated
+    files, wrong footers, deep nesting and numbers beyond 64 bits all end here. Read the bytes
+    outside, or name the store's exceptions in `passes`: a store that does not answer says nothing
+    about the file.
 
-    Where one row pays and not the run, catch Exception there and give `words` of it as the reject's detail.
+    If only one row should fail and not the run, catch Exception there and use `words` of it as the
+    reject's detail.
 
     Args:
         what: the file, as it stands after "cannot read": "the journal entry 'x.json'".
         remedy: what to do about it, a sentence.
-        passes: exceptions with another meaning, which are raised as they are. So is UsageError.
+        passes: exceptions with another meaning. They are raised unchanged, as is UsageError.
 
     Yields:
-        The place, for whoever reads to set.
+        The position, which the reader sets.
 
     Raises:
-        UsageError: file, place, cause and remedy.
+        UsageError: file, position, cause and remedy.
     """
     place = Place()
     try:
@@ -69,7 +77,7 @@ def foreign(what: str, *, remedy: str, passes: tuple[type[Exception], ...] = ())
 
 
 def words(error: BaseException) -> str:
-    """What an error says, in one line of printable text that names its kind where the message alone would not be understood."""
+    """Describe an error in a line of printable text, with its type unless the message suffices."""
     if isinstance(error, RecursionError):
         return "it is nested too deep"
     text = " ".join(str(error).split())
@@ -84,13 +92,13 @@ _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxdict, _SHORT.maxlist, _SHORT.maxstring, _SHORT.maxother = 4, 8, 6, 80, 80
 
 
-def shown(value: Any) -> str:
-    """A foreign value as Python writes it, shortened: nesting that is too deep, or a million entries, are shown as dots."""
+def shown(value: object) -> str:
+    """The repr of a foreign value, shortened: deep nesting and long lists end in dots."""
     return printable(_SHORT.repr(value))
 
 
 def printable(text: str, most: int = _MOST) -> str:
-    """The text without control characters and lone surrogates, which are written as escapes, and cut after `most` characters."""
+    """Escape control characters and lone surrogates, and cut the text after `most` characters."""
     cut = text if len(text) <= most else text[: most - 3] + "..."
     if cut.isprintable():
         return cut
@@ -100,10 +108,10 @@ def printable(text: str, most: int = _MOST) -> str:
     )
 
 
-def did_you_mean(given: Any, known: Iterable[Any]) -> str:
-    """The end of an error message: what was probably meant, and what there is."""
+def did_you_mean(given: object, known: Iterable[object]) -> str:
+    """The end of an error message: what was probably meant, and what exists."""
     names = [str(name) for name in known]
-    given = str(given)[:100]  # comparing takes the product of both lengths
+    given = str(given)[:100]  # the comparison takes time in the product of both lengths
     close = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
     lowered = [name for name in names if name.lower() == given.lower()]
     there = ", ".join(names) or "none"

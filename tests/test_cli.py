@@ -82,8 +82,8 @@ def test_gpus_matter_only_to_a_stage_that_has_one(capsys, tmp_path):
     [
         (report(), ("--cpus", "0"), "--cpus is 0"),
         (report(), ("--gpus", "-1"), "--gpus is -1"),
-        (report(stages=[]), (), "says nothing of what stages cost"),
-        ({"not": "a report"}, (), "says nothing of what stages cost"),
+        (report(stages=[]), (), "does not say what stages cost"),
+        ({"not": "a report"}, (), "does not say what stages cost"),
     ],
 )
 def test_what_cannot_be_planned_is_said_and_exits_with_2(capsys, tmp_path, found, flags, words):

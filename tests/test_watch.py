@@ -213,7 +213,7 @@ def test_what_to_scale_is_read_with_and_without_a_run():
     ("words", "says"),
     [
         ((), "No stage is named"),
-        (("r1",), "'r1' is taken for a run, and no stage is named"),
+        (("r1",), "'r1' is taken for a run. No stage is named"),
         (("write",), "'write' is taken for a run"),
         (("r1", "write"), "'write' is not STAGE=N"),
         (("write=",), "'write=' is not STAGE=N"),

@@ -1,12 +1,16 @@
-"""A training run as it stands, in a folder: enough to go on from, to predict with, and to tell what it was made with.
+"""Checkpoints: a training run in a folder, enough to go on from, to predict with and to identify.
 
-    about.json        what decides the run (model, classes, recipe, ...) and how far it is; the sizes of the other files
+    about.json        what decides the run (model, classes, recipe, ...) and its progress; the
+                      sizes of the other files
     state.pt          weights, optimizer, random states: tensors and plain values only
-    consumed.parquet  epoch, image_id of the rows of the unfinished epoch that the weights have seen
+    consumed.parquet  epoch, image_id of the rows of the unfinished epoch that were trained on
 
-about.json is put last, and each file whole: a folder counts as a checkpoint exactly when all of it is there, on a local disk as in an
-object store. Nothing that is read can run code: state.pt goes through torch's weights_only loader, the rest is JSON and Parquet. Names in
-them of anything outside raypipe (a model, an op, a class in the state) are only imported where the user trusts them, by name.
+Each file is written whole, and about.json last. So a folder counts as a checkpoint exactly when it
+is complete, on a local disk and in an object store.
+
+Reading a checkpoint cannot run code: torch's weights_only loader reads state.pt, and the rest is
+JSON and Parquet. A checkpoint may name something outside raypipe (a model, an op, a class in the
+state). That is imported only if the user trusts it by name.
 """
 
 import io
@@ -20,66 +24,69 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from raypipe import UsageError
 from raypipe.data.formats.parquet import read_table
 from raypipe.data.journal import Dropped, Rejected
 from raypipe.data.location import Location
 from raypipe.data.outputs import differences
 from raypipe.data.tables import whole
-from raypipe.errors import foreign, printable, shown, words
+from raypipe.errors import UsageError, foreign, printable, shown, words
 from raypipe.images.own import imported
 from raypipe.images.recipe_json import OPS
 from raypipe.models.detection import MODELS
 
 VERSION = 1
-"""Of the format. Raise it when older code could not read a folder, or would misread it."""
+"""Version of the format. Raise it when older code could not read a folder, or would misread it."""
 
 CONSUMED = pa.schema([("epoch", pa.int32()), ("image_id", pa.string())])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far a run is. `epoch` is the one under way: those before it are complete. Rows are of all epochs together."""
+    """How far a run is. Counts of rows and images are of all epochs together.
+
+    epoch: the one in progress; those before it are complete.
+    rows: accounted for, which is trained on or rejected.
+    images: trained on.
+    damaged: of these images, those that a decoder or a checksum calls damaged (--damaged keep).
+    rejects: a row for each image: image_id, uri, reason, detail.
+    epochs: the reported figures of each complete epoch.
+    dropped: boxes that could not be used, each once (journal.Dropped).
+    boxes_from: number of images by the frame in which their boxes were drawn.
+    """
 
     epoch: int = 0
     step: int = 0
-    rows: int = 0  # accounted for: trained on or rejected
-    images: int = 0  # trained on
-    damaged: int = (
-        0  # of these, images that a decoder or a checksum says are damaged (--damaged keep)
-    )
-    rejects: list[dict[str, str]] = field(
-        default_factory=list
-    )  # a row an image: image_id, uri, reason, detail
-    epochs: list[dict[str, Any]] = field(
-        default_factory=list
-    )  # what was reported of each complete epoch
-    dropped: list[dict[str, Any]] = field(
-        default_factory=list
-    )  # boxes that could not be used, each once: journal.Dropped
-    boxes_from: dict[str, int] = field(
-        default_factory=dict
-    )  # of how many images the boxes were drawn in which frame
+    rows: int = 0
+    images: int = 0
+    damaged: int = 0
+    rejects: list[dict[str, str]] = field(default_factory=list)
+    epochs: list[dict[str, Any]] = field(default_factory=list)
+    dropped: list[dict[str, Any]] = field(default_factory=list)
+    boxes_from: dict[str, int] = field(default_factory=dict)
 
     @property
     def rejected(self) -> int:
-        """Rows rejected; an image counts in each epoch."""
+        """Rejected rows. An image counts once in each epoch."""
         return self.rows - self.images
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """Settings are what decides the weights, JSON types. State holds tensors and plain values, by name."""
+    """What is in a checkpoint.
+
+    settings: what decides the weights, as JSON types.
+    consumed: image_ids of `progress.epoch` that were trained on or rejected.
+    state: tensors and plain values, by name.
+    """
 
     settings: dict[str, Any]
     progress: Progress
     consumed: list[str]
-    """image_ids of `progress.epoch` that were trained on or rejected."""
     state: dict[str, Any]
 
 
 def save(folder: str, checkpoint: Checkpoint) -> None:
-    """Put a checkpoint into `folder`, a local path or URI; it counts when this returns, and not before.
+    """Write a checkpoint into `folder`, a local path or URI. It counts once this has returned.
 
     Raises one of stores.ERRORS.
     """
@@ -96,7 +103,8 @@ def save(folder: str, checkpoint: Checkpoint) -> None:
     pq.write_table(consumed, rows, compression="zstd")
     files = {"state.pt": state.getbuffer(), "consumed.parquet": memoryview(rows.getvalue())}
     place = Location.of(folder)
-    (place / "about.json").delete()  # of an earlier one, whose other files are now replaced
+    # Delete the about.json of an earlier checkpoint first: its other files are replaced now.
+    (place / "about.json").delete()
     for name, data in files.items():
         place.write(name, data, tmp="")
     about = {
@@ -110,7 +118,7 @@ def save(folder: str, checkpoint: Checkpoint) -> None:
 
 
 def about(folder: str) -> dict[str, Any] | None:
-    """The content of about.json; None if the folder is no checkpoint, or one that was not finished.
+    """Read about.json. None: the folder is no checkpoint, or one that was not finished.
 
     Raises:
         UsageError: it was made by another version of the format, or cannot be read.
@@ -124,8 +132,8 @@ def about(folder: str) -> dict[str, Any] | None:
         version = found["version"]
     if version != VERSION:
         raise UsageError(
-            f"{folder} is a checkpoint of format version {shown(version)}; this raypipe reads version {VERSION}. Use the raypipe that made it, or "
-            f"start anew in another --storage."
+            f"{folder} is a checkpoint of format version {shown(version)}; this raypipe reads "
+            f"version {VERSION}. Use the raypipe that made it, or start anew in another --storage."
         )
     with foreign(f"{folder}/about.json", remedy=_OTHER) as place:
         place.at = "settings"
@@ -164,14 +172,17 @@ def _progress(about: Mapping[str, Any]) -> Progress:
 
 
 def load(folder: str, *, trusted: Collection[str] = ()) -> Checkpoint:
-    """Read a checkpoint back, into the CPU's memory: loading a state into a model copies it to where that is, and an optimizer's counts of steps,
-    which it leaves where they are, would on a GPU be waited for at every step.
+    """Read a checkpoint into the CPU's memory.
+
+    Loading a state into a model copies it to the model's device. An optimizer leaves its step
+    counts where they are; on a GPU, each step would wait for them.
 
     Args:
         trusted: classes, "module:name", that its state may hold beside tensors and plain values.
 
     Raises:
-        UsageError: there is none, it is of another version, or its files are not those that were written.
+        UsageError: there is none, it is of another version, or its files have another size than
+            those that were written.
     """
     found = about(folder)
     if found is None:
@@ -187,8 +198,8 @@ def load(folder: str, *, trusted: Collection[str] = ()) -> Checkpoint:
             data[name] = b""
         if len(data[name]) != size:
             raise UsageError(
-                f"{place / name} has {len(data[name])} bytes, {size} were written: it is damaged. Delete {folder} to go on from "
-                f"the checkpoint before it."
+                f"{place / name} has {len(data[name])} bytes, {size} were written: it is damaged. "
+                f"Delete {folder} to go on from the checkpoint before it."
             )
     consumed = read_table(
         data["consumed.parquet"], CONSUMED, str(place / "consumed.parquet"), remedy=_OTHER
@@ -212,17 +223,19 @@ def _state(data: bytes, where: str, trusted: Collection[str]) -> dict[str, Any]:
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except UsageError:
         raise
-    except Exception as error:  # pickle's and zip's many
+    except Exception as error:  # pickle and zip raise many kinds
         raise UsageError(
             f"{where} cannot be loaded safely: {words(error)}. Use another checkpoint."
         ) from error
 
 
 def check_trusted(settings: Mapping[str, Any], folder: str, trusted: Collection[str]) -> None:
-    """Whether a checkpoint's `settings` name nothing outside raypipe that would have to be imported, but what is `trusted`.
+    """Check that a checkpoint's `settings` name no code outside raypipe but what is `trusted`.
+
+    Nothing is imported.
 
     Raises:
-        UsageError: they do; the remedy names all of it. Nothing was imported.
+        UsageError: they do; the remedy names all of it.
     """
     with foreign(f"{folder}/about.json", remedy="Use another checkpoint."):
         named = [op["op"] for op in settings["recipe"]["ops"] if op["op"] not in OPS]
@@ -235,20 +248,21 @@ def check_trusted(settings: Mapping[str, Any], folder: str, trusted: Collection[
 def _refused(names: Sequence[str]) -> str:
     shown = [printable(str(name)) for name in names]
     return (
-        f"what is no part of raypipe: {', '.join(shown)}. Loading that would run code which whoever made the checkpoint chose, so nothing was "
-        f"loaded. If you know that code, add {' '.join(f'--trust {name}' for name in shown)}"
+        f"code that is no part of raypipe: {', '.join(shown)}. Loading it would run code that the "
+        f"checkpoint's author chose, so nothing was loaded. If you know that code, add "
+        f"{' '.join(f'--trust {name}' for name in shown)}"
     )
 
 
 def progress_of(folder: str) -> Progress:
-    """How far the training of a finished checkpoint is, without reading its weights."""
+    """Read how far the training of a finished checkpoint is, without its weights."""
     found = about(folder)
     assert found is not None
     return _progress(found)
 
 
 def find(where: str) -> str:
-    """The folder of the checkpoint at `where`: that itself, or the most trained one below a training's --storage.
+    """Find the checkpoint at `where`: that folder, or the most trained one below a --storage.
 
     Raises:
         UsageError: there is none.
@@ -259,26 +273,31 @@ def find(where: str) -> str:
         found = []
     if not found:
         raise UsageError(
-            f"There is no checkpoint in {where!r}: neither is it the folder of one, with an about.json, nor are there any below it. Give such a "
-            f"folder, or the --storage of a training that finished at least an epoch."
+            f"There is no checkpoint in {where!r}: it has no about.json, and neither has a folder "
+            f"below it. Give the folder of a checkpoint, or the --storage of a training that "
+            f"finished at least an epoch."
         )
     return found[-1]
 
 
 def identity(folder: str) -> dict[str, Any]:
-    """What tells the weights in `folder` from others, wherever the folder is moved to: how far they are, and a digest. JSON types."""
+    """What identifies the weights in `folder`, wherever it is moved: progress and a digest."""
     progress = progress_of(folder)
     digest = blake2b((Location.of(folder) / "state.pt").read(), digest_size=8).hexdigest()
     return {"epoch": progress.epoch, "step": progress.step, "digest": digest}
 
 
 def name_of(progress: Progress) -> str:
-    """The folder's name. With the epoch: the last step of one may be followed by a checkpoint of its own, then by that of the epoch's end."""
+    """The folder's name.
+
+    It has the epoch, because a checkpoint of an epoch's last step and that of its end have the
+    same step.
+    """
     return f"checkpoint-{progress.epoch:04d}-{progress.step:09d}"
 
 
 def all_in(storage: str) -> list[str]:
-    """The finished checkpoints one or two levels below `storage`, the least trained first."""
+    """List the finished checkpoints one or two levels below `storage`, the least trained first."""
     found = []
     for place in _folders(storage):
         one = about(str(place))
@@ -299,7 +318,7 @@ def _folders(storage: str) -> Iterator[Location]:
 
 
 def check_same(folder: str, settings: Mapping[str, Any]) -> None:
-    """Whether the checkpoint was made with `settings`, so that going on from it makes sense.
+    """Check that the checkpoint was made with `settings`, so that training can go on from it.
 
     Raises:
         UsageError: it was not; the message shows each difference.
@@ -309,8 +328,9 @@ def check_same(folder: str, settings: Mapping[str, Any]) -> None:
     changed = differences(found["settings"], json.loads(json.dumps(settings)))
     if changed:
         raise UsageError(
-            f"{folder} is of a training with other settings; going on from it would give a model of neither:\n{changed}\n"
-            f"Use another --storage, or the settings it was made with, or --no-resume to delete its checkpoints and start again."
+            f"{folder} is of a training with other settings; going on from it would give a model "
+            f"of neither:\n{changed}\nUse another --storage, or the settings it was made with, or "
+            f"--no-resume to delete its checkpoints and start again."
         )
 
 

@@ -1,10 +1,15 @@
-"""Detection models by name, fed with what a recipe made: the model neither resizes nor normalises again.
+"""Detection models by name, fed with what a recipe made: a model neither resizes nor normalises.
 
-All keep torchvision's contract. Training: `model(images, targets)` -> dict of losses, scalars; evaluating: `model(images)` -> list of
-{boxes, labels, scores}. images: a list of float tensors (3, height, width); targets: a list of {boxes: float32 (n, 4), labels: int64 (n,)}.
-Boxes are x1 y1 x2 y2 in pixels of the image as the recipe left it; labels are classes from 1 on, 0 is background.
+All keep torchvision's contract:
 
-No model has pretrained weights: nothing is downloaded, and the recipe's finish is free to be anything.
+- Training: `model(images, targets)` returns a dict of losses, scalars.
+- Evaluating: `model(images)` returns a list of {boxes, labels, scores}.
+- images: a list of float tensors (3, height, width).
+- targets: a list of {boxes: float32 (n, 4), labels: int64 (n,)}.
+- Boxes are x1 y1 x2 y2 in pixels of the image as the recipe left it.
+- Labels are classes from 1 on; 0 is background.
+
+No model has pretrained weights. So nothing is downloaded, and a recipe may have any finish.
 """
 
 import math
@@ -33,14 +38,14 @@ from raypipe.images.recipe import Finish, Recipe
 
 @dataclass(frozen=True, slots=True)
 class Classes:
-    """A data set's category ids, which may have gaps (COCO's do), and the model's classes 1..K, which may not."""
+    """A data set's category ids, which may have gaps (COCO's do), and the model's classes 1..K."""
 
     ids: tuple[int, ...]
     """Ascending; ids[i] is class i + 1."""
 
     @classmethod
     def among(cls, labels: Iterable[np.ndarray]) -> "Classes":
-        """The classes that occur in `labels`, (n,) int64 an image."""
+        """The classes that occur in `labels`, one (n,) int64 array per image."""
         arrays = list(labels)
         return cls(tuple(np.unique(np.concatenate(arrays)).tolist()) if arrays else ())
 
@@ -48,10 +53,10 @@ class Classes:
         return len(self.ids)
 
     def of(self, labels: np.ndarray) -> np.ndarray:
-        """The classes, (n,) int64 from 1, of category ids (n,).
+        """Map category ids (n,) to classes, (n,) int64 from 1.
 
         Raises:
-            UsageError: an id that is none of these.
+            UsageError: an id is none of these.
         """
         ids = np.asarray(self.ids, np.int64)
         at = np.searchsorted(ids, labels)
@@ -59,13 +64,14 @@ class Classes:
         known[known] = ids[at[known]] == labels[known]
         if not known.all():
             raise UsageError(
-                f"category {labels[~known][0]} is none of the {len(ids)} that the model knows ({_some(self.ids)}), so it cannot be trained on. "
-                f"Leave its boxes out, or train a new model in another --storage."
+                f"category {labels[~known][0]} is none of the {len(ids)} that the model knows "
+                f"({_some(self.ids)}), so it cannot be trained on. Leave its boxes out, or train a "
+                f"new model in another --storage."
             )
         return at.astype(np.int64) + 1
 
     def ids_of(self, classes: np.ndarray) -> np.ndarray:
-        """The inverse: category ids, (n,) int64, of classes (n,) from 1."""
+        """Map classes (n,) from 1 back to category ids, (n,) int64."""
         return np.asarray(self.ids, np.int64)[np.asarray(classes) - 1]
 
 
@@ -74,9 +80,9 @@ def _some(ids: tuple[int, ...]) -> str:
 
 
 class AsGiven(GeneralizedRCNNTransform):
-    """torchvision's transform without what the recipe has done: no resize, no mean, no std. Batches are padded as before.
+    """torchvision's transform without resize, mean and std, which the recipe has done.
 
-    Results need no mapping back for it, because an image's size before is its size after.
+    Batches are padded as before. Results need no mapping back, because no image changes its size.
     """
 
     def __init__(self, size_divisible: int) -> None:
@@ -93,7 +99,7 @@ class AsGiven(GeneralizedRCNNTransform):
         return image, target
 
     def batch_images(self, images: list[Tensor], size_divisible: int = 32) -> Tensor:
-        """One tensor (n, 3, height, width) whose memory is channels last, as the finish left it and as GPUs want it."""
+        """Pad to one tensor (n, 3, height, width), channels last in memory as GPUs want it."""
         height, width = (
             math.ceil(max(image.shape[side] for image in images) / size_divisible) * size_divisible
             for side in (1, 2)
@@ -137,7 +143,7 @@ def ssd_tiny(
     nms_thresh: float = 0.45,
     detections_per_img: int = 200,
 ) -> SSD:
-    """An SSD with 0.5 million parameters that a CPU trains: for trying out, and for tests. Any size of image from 64x64."""
+    """An SSD with 0.5 million parameters, for trials and tests on a CPU. Images from 64x64 on."""
     # Scales are shares of the image's side: objects from 5% of it on.
     anchors = DefaultBoxGenerator([[2], [2], [2], [2]], scales=[0.08, 0.16, 0.32, 0.5, 0.75])
     return SSD(
@@ -172,14 +178,14 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
         )
     },
 }
-"""The models by name. Each takes num_classes (background included) and its own arguments."""
+"""The models by name. Each takes num_classes (background included) and arguments of its own."""
 
 _ONE_SIZE = ("ssd_tiny", "ssd300_vgg16", "ssdlite320_mobilenet_v3_large")
-"""SSDs lay their anchors out by the size of the batch, so images of one batch must have one size."""
+"""SSDs lay their anchors out by the size of the batch, so its images must have one size."""
 
 
 def check(name: str, size: Size | None) -> None:
-    """Whether the model takes what the recipe makes.
+    """Check that the model takes the images that the recipe makes.
 
     Args:
         size: (height, width) of all images after the recipe; None: it varies.
@@ -191,22 +197,24 @@ def check(name: str, size: Size | None) -> None:
     if name == "ssd300_vgg16" and size != (300, 300):
         given = "different sizes" if size is None else "{}x{}".format(*size)
         raise UsageError(
-            f"--model ssd300_vgg16 has layers for images of exactly 300x300, but the recipe makes {given}. Choose a recipe that ends in "
-            f"300x300, such as ssd-300-train, or another model."
+            f"--model ssd300_vgg16 has layers for images of exactly 300x300, but the recipe makes "
+            f"{given}. Choose a recipe that ends in 300x300, such as ssd-300-train, or another "
+            f"model."
         )
     if name in _ONE_SIZE and size is None:
         raise UsageError(
-            f"--model {name} needs images of one size, but the recipe leaves them as they come. Add a Resize to the recipe, or choose "
-            f"retinanet_resnet50_fpn_v2 or fasterrcnn_resnet50_fpn_v2."
+            f"--model {name} needs images of one size, but the recipe leaves them in different "
+            f"sizes. Add a Resize to the recipe, or choose retinanet_resnet50_fpn_v2 or "
+            f"fasterrcnn_resnet50_fpn_v2."
         )
 
 
 def maker(name: str, *, trusted: Collection[str] | None = None) -> Callable[..., nn.Module]:
-    """What makes the model: one of MODELS, or the user's own function, as `module:function`.
+    """Find the function that makes the model: one of MODELS, or the user's own `module:function`.
 
     Args:
-        trusted: own functions that may be imported. None: any, for a name that the user wrote. One out of a checkpoint is
-            somebody else's.
+        trusted: own functions that may be imported. None: any, because the user wrote `name`. A
+            name out of a checkpoint was written by somebody else.
 
     Raises:
         UsageError: there is no such model or function, or it is not trusted.
@@ -215,12 +223,13 @@ def maker(name: str, *, trusted: Collection[str] | None = None) -> Callable[...,
         return MODELS[name]
     if ":" not in name:
         raise UsageError(
-            f"unknown model {name!r}{did_you_mean(name, MODELS)}; own ones are written module:function"
+            f"unknown model {name!r}{did_you_mean(name, MODELS)}; write your own as module:function"
         )
     found = imported(name, what="own model" if trusted is None else "the model", trusted=trusted)
     if not callable(found):
         raise UsageError(
-            f"own model {name!r} is a {type(found).__name__}; give a function that takes num_classes and returns a module"
+            f"own model {name!r} is a {type(found).__name__}; give a function that takes "
+            f"num_classes and returns a module"
         )
     return found
 
@@ -232,11 +241,11 @@ def build(
     arguments: Mapping[str, Any] | None = None,
     trusted: Collection[str] | None = None,
 ) -> nn.Module:
-    """The model, with random weights drawn from torch's generator, taking images as the recipe left them.
+    """Make a model for images as the recipe leaves them, with random weights of torch's generator.
 
     Args:
         num_classes: background included.
-        arguments: of the model's own, such as trainable_backbone_layers or detections_per_img.
+        arguments: the model's own, such as trainable_backbone_layers or detections_per_img.
         trusted: as in `maker`.
 
     Raises:
@@ -251,7 +260,7 @@ def build(
         ) from error
     if not isinstance(model, nn.Module):
         raise UsageError(
-            f"own model {name!r} gives a {type(model).__name__}; it must return a torch.nn.Module"
+            f"own model {name!r} returns a {type(model).__name__}; it must return a torch.nn.Module"
         )
     transform = getattr(model, "transform", None)
     if isinstance(transform, GeneralizedRCNNTransform):
@@ -261,11 +270,12 @@ def build(
 
 
 def _keep_boxes_exact(model: nn.Module) -> None:
-    """Have boxes and scores stay float32 where the model computes in bfloat16.
+    """Keep boxes and scores in float32 where the model computes in bfloat16.
 
-    torchvision makes anchors in the type of the feature maps, and boxes in that of the head's output. bfloat16 has 8 bits: beyond 256 pixels boxes
-    would stand on every second one; and non-maximum suppression, which tells classes apart by moving each class's boxes away from those of
-    the others, would throw together boxes of a class that are up to 128 pixels apart (80 classes, images of 300x300).
+    torchvision makes anchors in the dtype of the feature maps, and boxes in that of the head's
+    output. bfloat16 has 8 bits. Beyond 256 pixels, boxes would stand on every second pixel only.
+    Non-maximum suppression separates classes by shifting each class's boxes away from the others'.
+    It would merge boxes of one class that are up to 128 pixels apart (80 classes, 300x300 images).
     """
     for module in model.modules():
         if isinstance(module, (AnchorGenerator, DefaultBoxGenerator)):
@@ -279,7 +289,10 @@ def _keep_boxes_exact(model: nn.Module) -> None:
 def _for_float32_anchors(
     _: nn.Module, given: tuple[Any, ...], named: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Instead of the feature maps, of which anchors have the sizes, the device and the type: such of float32 that take no memory."""
+    """Replace the feature maps by float32 ones of the same size and device that take no memory.
+
+    Anchors take only the sizes, the device and the dtype from them.
+    """
 
     def stand_in(maps: list[Tensor]) -> list[Tensor]:
         return [each.new_empty((), dtype=torch.float32).expand(each.shape) for each in maps]
@@ -289,7 +302,7 @@ def _for_float32_anchors(
     return (given[0], stand_in(given[1]), *given[2:]), named
 
 
-def _float32(_: nn.Module, given: Any, out: Any) -> Any:
+def _float32(_: nn.Module, given: object, out: Any) -> Any:
     if isinstance(out, Tensor):
         return out.float()
     if type(out) in (list, tuple):
@@ -302,12 +315,12 @@ def _float32(_: nn.Module, given: Any, out: Any) -> Any:
 
 
 def finish_of(recipe: Recipe) -> Finish:
-    """What turns the recipe's pixels into what a model is fed: its finish, or where it has none, values from 0 to 1."""
+    """What turns the recipe's pixels into a model's input: its finish, by default values 0 to 1."""
     return recipe.finish or Finish(scale=1 / 255)
 
 
 def parameters(model: nn.Module) -> int:
-    """How many numbers are trained."""
+    """The number of parameters that are trained."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 

@@ -10,7 +10,12 @@ from faster_coco_eval import COCO, COCOeval_faster
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Truth:
-    """What is in an image: boxes (n, 4) float, x1 y1 x2 y2; labels (n,); crowds (n,) bool, empty if there are none."""
+    """What is in an image.
+
+    boxes: (n, 4) float, x1 y1 x2 y2.
+    labels: (n,).
+    crowds: (n,) bool; empty if there are none.
+    """
 
     boxes: np.ndarray
     labels: np.ndarray
@@ -19,7 +24,7 @@ class Truth:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Found:
-    """What a model says is in it: boxes (m, 4) float, labels (m,), scores (m,) float."""
+    """What a model finds in an image: boxes (m, 4) float, labels (m,), scores (m,) float."""
 
     boxes: np.ndarray
     labels: np.ndarray
@@ -28,9 +33,14 @@ class Found:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Precision:
-    """COCO's average precision, each from 0 to 1: over IoU .50 to .95, at .50, at .75, and by label. At most 100 detections an image.
+    """COCO's average precision, from 0 to 1, with at most 100 detections per image.
 
-    Over all areas only: boxes are in pixels of the image as the recipe left it, where small and large are not COCO's.
+    map: mean over IoU thresholds .50 to .95.
+    map50, map75: at one threshold.
+    by_label: mean over thresholds for each label.
+
+    All areas count together: boxes are in pixels of the image as the recipe left it, so COCO's
+    limits for small and large do not apply.
     """
 
     map: float
@@ -40,9 +50,12 @@ class Precision:
 
 
 def mean_average_precision(truths: Sequence[Truth], found: Sequence[Found]) -> Precision | None:
-    """The precision of `found`, for the same images in the same order as `truths`. None where no image has a box.
+    """Compute the precision of `found`, for the same images in the same order as `truths`.
 
-    Labels that are in no truth do not count, as in COCO: there is nothing to find, so nothing is known of how well.
+    Labels that are in no truth do not count, as in COCO: there is nothing to find.
+
+    Returns:
+        None if no image has a box.
     """
     labels = sorted(
         {
@@ -73,7 +86,7 @@ def mean_average_precision(truths: Sequence[Truth], found: Sequence[Found]) -> P
     )
 
 
-def _silent(*_: Any) -> None:
+def _silent(*_: object) -> None:
     pass
 
 

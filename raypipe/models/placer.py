@@ -1,8 +1,7 @@
-"""Batches on a device, and what a model finds in them: what training, judging and predicting share."""
+"""Batches on a device, and what a model finds in them: for training, evaluation and prediction."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from raypipe.data.batches import Batch, Row, batches, trainable
 from raypipe.images import torchvision as on_torch
+from raypipe.images.ops.op import Op, Size
 from raypipe.images.recipe import Finish, Recipe, left_of
 from raypipe.models.detection import Classes
 from raypipe.models.evaluate import Found, Truth
@@ -18,7 +18,11 @@ from raypipe.models.evaluate import Found, Truth
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Placed:
-    """A batch on the device: images float (3, height, width) each, targets as the model wants them. Ready after the event."""
+    """A batch on the device. It may be used after the event `ready`.
+
+    images: float (3, height, width) each.
+    targets: as the model takes them.
+    """
 
     batch: Batch
     images: list[Tensor]
@@ -30,8 +34,9 @@ class Placer:
     """Brings batches to a device, finished. On CUDA: from pinned memory, on a stream of its own.
 
     Args:
-        left: a recipe whose ops the preprocess actors left to the device (`Preprocessing.decode_only`): done here, drawn from `seed` as they
-            would have. None: blocks are as the recipe makes them.
+        left: a recipe whose ops the preprocess actors left to this device
+            (`Preprocessing.decode_only`). They are done here, with the same random parameters from
+            `seed`. None: blocks are as the recipe makes them.
     """
 
     def __init__(
@@ -44,7 +49,7 @@ class Placer:
         seed: int = 0,
     ):
         self._device = device
-        # The models want channels first and float32; autocast makes bf16 of it where that is wanted.
+        # Models take channels first and float32; autocast converts to bfloat16 if asked for.
         self._finish = replace(finish, layout="chw", dtype="float32")
         self._classes = classes
         self._left, self._seed = left, seed
@@ -61,7 +66,7 @@ class Placer:
         return Placed(batch=batch, images=images, targets=targets, ready=ready)
 
     def take(self, placed: Placed) -> None:
-        """Make the current stream wait for the batch, and keep its memory until that stream is done with it."""
+        """Make the current stream wait for the batch, and keep its memory until it is done."""
         if placed.ready is None:
             return
         stream = torch.cuda.current_stream(self._device)
@@ -77,21 +82,21 @@ class Placer:
         if not rows:
             return [], []
         if self._left is None:
-            sizes = {row.pixels.shape for row in rows if row.pixels is not None}
             pixels = [row.pixels for row in rows if row.pixels is not None]
-            images = (
-                self._sent(pixels)
-                if len(sizes) == 1
-                else [self._sent([image])[0] for image in pixels]
-            )
+            same = len({image.shape for image in pixels}) == 1
+            images = self._sent(pixels) if same else [self._sent([image])[0] for image in pixels]
         else:
             rows, images = self._executed(rows, self._left)
         return self._finished(images), self._targets(rows)
 
     def _executed(self, rows: list[Row], recipe: Recipe) -> tuple[list[Row], Tensor | list[Tensor]]:
-        """The rows with the boxes that the recipe leaves them, and their images after its ops: those that have the same size and the same
-        ops go through them together."""
-        planned, pixels, alike = [], list[np.ndarray](), dict[Any, list[int]]()
+        """Do the recipe's ops on the device, together for images with the same size and ops.
+
+        Returns:
+            The rows with the boxes that the recipe leaves them, and their images.
+        """
+        planned, pixels = [], list[np.ndarray]()
+        alike: dict[tuple[Size, tuple[Op, ...]], list[int]] = {}
         for at, row in enumerate(rows):
             assert row.pixels is not None
             size = row.pixels.shape[:2]
@@ -112,9 +117,8 @@ class Placer:
                 together = on_torch.apply(op, together)
             images |= dict(zip(members, together.permute(0, 2, 3, 1), strict=True))
         in_order = [images[at] for at in range(len(rows))]
-        return planned, torch.stack(in_order) if len(
-            {image.shape for image in in_order}
-        ) == 1 else in_order
+        same = len({image.shape for image in in_order}) == 1
+        return planned, torch.stack(in_order) if same else in_order
 
     def _finished(self, images: Tensor | list[Tensor]) -> list[Tensor]:
         if isinstance(images, Tensor):
@@ -151,7 +155,7 @@ class Placer:
 
 
 def uses_bf16(amp: str, device: torch.device) -> bool:
-    """Whether the model computes in bfloat16 on `device`, by a training's setting: on, off, or auto, where a GPU has it."""
+    """Whether to compute in bfloat16 on `device`. `amp`: on, off, or auto (where a GPU has it)."""
     return amp == "on" or (
         amp == "auto"
         and device.type == "cuda"
@@ -159,7 +163,7 @@ def uses_bf16(amp: str, device: torch.device) -> bool:
     )
 
 
-# Not inference_mode: anchors that a model keeps between calls would then be tensors that training must not touch.
+# Not inference_mode: a model may keep anchors between calls, and training could not use those.
 @torch.no_grad()
 def found_in(
     model: nn.Module,
@@ -170,7 +174,11 @@ def found_in(
     batch_size: int,
     amp: bool,
 ) -> Iterator[tuple[Row, Found]]:
-    """The good images of `blocks` in order, each with what the model finds there, by the data set's category ids. Leaves it in eval mode."""
+    """Predict on the good images of `blocks`. Leaves the model in eval mode.
+
+    Yields:
+        Each row, in order, with what the model finds there, by the data set's category ids.
+    """
     model.eval()
     for batch in batches(blocks, batch_size):
         placed = placer(batch)
@@ -199,7 +207,11 @@ def evaluate(
     batch_size: int,
     amp: bool,
 ) -> list[tuple[Truth, Found]]:
-    """What is in the good images of `blocks`, and what the model finds there, by the data set's category ids. Leaves it in eval mode."""
+    """Predict on the good images of `blocks`. Leaves the model in eval mode.
+
+    Returns:
+        For each image what is in it and what the model finds, by the data set's category ids.
+    """
     found = found_in(model, blocks, placer=placer, classes=classes, batch_size=batch_size, amp=amp)
     return [
         (Truth(boxes=row.boxes, labels=row.labels, crowds=row.crowds), seen) for row, seen in found

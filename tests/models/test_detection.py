@@ -122,7 +122,7 @@ def test_an_own_model_is_called_with_its_arguments_and_wrong_ones_are_refused():
     assert isinstance(own.transform, detection.AsGiven)
     with pytest.raises(UsageError, match=r"does not take the arguments \{'widht': 3\}"):
         build("raypipe.models.detection:ssd_tiny", num_classes=3, arguments={"widht": 3})
-    with pytest.raises(UsageError, match="gives a Classes"):
+    with pytest.raises(UsageError, match="returns a Classes"):
         build("tests.models.test_detection:no_module", num_classes=3)
 
 
