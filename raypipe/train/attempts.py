@@ -1,9 +1,9 @@
-"""A training run: preprocess actors feed Ray Train workers, and it goes on from its last checkpoint.
+"""A training run: preprocess actors feed Ray Train workers, and failures resume from a checkpoint.
 
-The work is a table: all epochs' rows, shuffled, less those that the checkpoint says were consumed. A worker that
-dies, a node that is lost and a driver that is killed all end the same way. The table is made again from the last
-checkpoint, and training goes on with as many workers and actors as there are then. Ray Train's own restarts are
-off: they would run the same dataset again.
+The work is a table: all epochs' rows, shuffled, less those that the checkpoint has consumed. A dead
+worker, a lost node and a killed driver all end the same way. The table is made again from the last
+checkpoint, and training goes on with the workers and actors that exist then. Ray Train's own
+restarts are off: they would run the same dataset again.
 """
 
 import os
@@ -50,7 +50,7 @@ from raypipe.stages.stage import Stage
 from raypipe.stages.write import Write
 from raypipe.train.board import Board, ToBoard, Uneven, train
 from raypipe.train.following import Watch
-from raypipe.train.plan import Todo, plan
+from raypipe.train.plan import Assignment, Todo, plan
 from raypipe.train.result import (
     HeldOut,
     Outcome,
@@ -60,7 +60,6 @@ from raypipe.train.result import (
     report_without_figures,
 )
 from raypipe.train.settings import Settings
-from raypipe.train.worker import Assignment
 
 _CLEARING = "clearing-checkpoints"
 """Marks that checkpoints are being deleted. Other jobs' results have a mark of their own."""
@@ -68,32 +67,38 @@ _CLEARING = "clearing-checkpoints"
 
 @dataclass(frozen=True, kw_only=True)
 class _Run:
-    """A training that has something to do. `start`: how far it is, by the checkpoint `resume`; None: it is new."""
+    """A training that has something to do.
+
+    storage: absolute.
+    start: its progress, by the checkpoint `resume`.
+    resume: None: the training is new.
+    clears: whether the content of the storage is deleted first.
+    """
 
     settings: Settings
     todo: Todo
     run_id: str
-    storage: str  # absolute
+    storage: str
     start: Progress
     resume: str | None
-    clears: bool  # what is there is deleted first
+    clears: bool
     console: Console
 
     @property
     def tell(self) -> Callable[[str], None]:
-        """Tells the user a line."""
+        """Prints a line for the user."""
         return partial(say, self.console)
 
 
 def run(settings: Settings, *, console: Console | None = None) -> Outcome:
-    """Do what `settings` say.
+    """Train as `settings` say.
 
     Args:
-        console: what to tell the user on; by default the terminal (stderr).
+        console: where messages go; by default the terminal (stderr).
 
     Raises:
         UsageError: the message is for the user.
-        KeyboardInterrupt: checkpoints so far are kept, and the same settings go on.
+        KeyboardInterrupt: checkpoints so far are kept; the same settings go on from them.
     """
     started = time.time()
     console = console or Console(stderr=True)
@@ -112,7 +117,7 @@ def run(settings: Settings, *, console: Console | None = None) -> Outcome:
 
 
 def _look(settings: Settings, console: Console) -> _Run:
-    """List, plan, and find the last checkpoint. Nothing is changed."""
+    """List, plan, and find the last checkpoint. Changes nothing."""
     place = Location.of(settings.training.storage)
     storage = place.uri
     say(console, f"Listing {settings.source.input} ...")
@@ -174,7 +179,7 @@ def _setup(this: _Run, started: float) -> Setup:
 
 
 def _stage(this: _Run, name: str, *, holdout: bool = False) -> Stage:
-    """The stage that makes pixels to learn from, or to judge on. `name`: of the attempt."""
+    """The stage that makes pixels to learn from, or to judge on. `name`: the attempt's."""
     settings, todo = this.settings, this.todo
     running, pixels, rows = settings.running, todo.pixels, todo.work
     if holdout:
@@ -187,7 +192,7 @@ def _stage(this: _Run, name: str, *, holdout: bool = False) -> Stage:
 
 
 def _probe(this: _Run, stage: Stage) -> probes.Probe:
-    """What storing preprocessed images and reading them again would cost, for the report's break-even."""
+    """Measures what it costs to store preprocessed images and to read them, for the break-even."""
     (first,) = stage.steps
     assert isinstance(first, Preprocess)
     return probes.Probe(
@@ -204,15 +209,15 @@ def _probe(this: _Run, stage: Stage) -> probes.Probe:
 
 @contextmanager
 def _claimed(this: _Run, *, check: Callable[[Location], None]) -> Iterator[lease.Lease]:
-    """The storage for this run alone, cleared where that is asked for."""
+    """Hold the storage for this run alone, and clear it if asked for."""
     storage, place = this.storage, Location.of(this.storage)
     with lease.hold(place, run_id=this.run_id, option="--storage", tell=this.tell) as held:
         there = [] if this.clears else checkpoints.all_in(storage)
         if not this.clears and (there[-1] if there else None) != this.resume:
             raise UsageError(
-                f"--storage {this.settings.training.storage!r} has changed since this run looked at it: "
-                f"another training has written there. Nothing was changed. Start this one again; it then "
-                f"goes on from what is there."
+                f"--storage {this.settings.training.storage!r} has changed since this run looked "
+                f"at it: another training has written there. Nothing was changed. Start this one "
+                f"again; it then goes on from what is there."
             )
         check(place / lease.FILE)
         if this.clears:
@@ -225,7 +230,11 @@ def _claimed(this: _Run, *, check: Callable[[Location], None]) -> Iterator[lease
 
 
 def _latest(storage: str, todo: Todo) -> tuple[Progress, str | None]:
-    """How far the training in `storage` is, and its last checkpoint. Raises UsageError if that is of another one."""
+    """Find the last checkpoint in `storage`, and its progress.
+
+    Raises:
+        UsageError: it is of a training with other settings.
+    """
     found = checkpoints.all_in(storage)
     if not found:
         return Progress(), None
@@ -234,7 +243,7 @@ def _latest(storage: str, todo: Todo) -> tuple[Progress, str | None]:
 
 
 def _nothing_left(this: _Run, folder: str) -> Outcome:
-    """The outcome of a training that is complete. It makes the report again where that is missing."""
+    """The outcome of a complete training. Makes the report again if it is missing."""
     storage, settings = this.storage, this.settings
     epochs = settings.learning.epochs
     report = None
@@ -245,7 +254,7 @@ def _nothing_left(this: _Run, folder: str) -> Outcome:
         )
     else:
         this.tell(
-            f"All {epochs} epochs are done, but the run that did the last did not come to its end. "
+            f"All {epochs} epochs are done, but the run that did the last one was cut off. "
             f"Writing its report ..."
         )
         place = Location.of(storage)
@@ -296,8 +305,8 @@ def _train(this: _Run, execution: Execution) -> Outcome:
             said = cause_of(error)
             progress, folder = now, latest
             this.tell(
-                f"A worker ended ({said}). Going on from {folder or 'the start'}: {progress.rows} of "
-                f"{total} rows are done; retry {failures} of {retries}."
+                f"A worker ended ({said}). Going on from {folder or 'the start'}: {progress.rows} "
+                f"of {total} rows are done; retry {failures} of {retries}."
             )
     measured = execution.measured()
     progress, folder = _latest(this.storage, this.todo)
@@ -309,12 +318,12 @@ def _train(this: _Run, execution: Execution) -> Outcome:
 
 
 def _held_out(this: _Run, execution: Execution) -> HeldOut:
-    """Make the blocks to judge on, once: without chance they are the same in each epoch."""
+    """Make the blocks to judge on, once: without randomness, all epochs have the same."""
     rows = this.todo.holdout
     if not rows.num_rows:
         return HeldOut()
     stage = _stage(this, this.run_id, holdout=True)
-    # These actors are up for this alone. Each takes a second of CPU to start: as long as 300 images.
+    # These actors start for this alone. A start takes a second of CPU, as long as 300 images.
     count = min(execution.counts[stage.name], 1 + rows.num_rows // 300)
     made = execution.dataset(rows, (stage,), counts={stage.name: count}, tells=False).materialize()
     rejected, dropped = 0, list[dict[str, Any]]()
@@ -338,14 +347,14 @@ def _trainer(
     resume: str | None,
     board: ray.actor.ActorHandle,
 ) -> TorchTrainer:
-    """Ray Train's trainer of one attempt: from checkpoint `resume` to the end, or until a worker dies."""
+    """Make Ray Train's trainer of one attempt, which goes on from checkpoint `resume`."""
     workers, todo, storage = this.settings.training, this.todo, this.storage
     left = _left(todo.work, resume, workers.trust)
     datasets = {}
     if left.num_rows:
         stage = _stage(this, name)
         datasets["train"] = execution.dataset(left, (stage,))
-        # Epochs come one after the other, and a run is the same each time.
+        # So that epochs come one after the other, and runs are reproducible.
         datasets["train"].context.execution_options.preserve_order = True
     assignment = Assignment(
         training=todo.training,
@@ -366,7 +375,7 @@ def _trainer(
         where = {"storage_filesystem": system, "storage_path": path}
     return TorchTrainer(
         train,
-        # By reference: the processes that hand it on would otherwise load torch to read it.
+        # By reference: otherwise the processes that hand it on would load torch to read it.
         train_loop_config={"assignment": ray.put(assignment)},
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers.workers,
@@ -394,10 +403,10 @@ def _left(work: pa.Table, resume: str | None, trust: Sequence[str]) -> pa.Table:
 
 
 def _fit(trainer: TorchTrainer, check: Callable[[], None]) -> None:
-    """trainer.fit() in a thread: in the main thread it would take Ctrl-C for itself.
+    """Run trainer.fit() in a thread: in the main thread it would catch Ctrl-C itself.
 
     Args:
-        check: called meanwhile; ends it by raising.
+        check: called meanwhile. If it raises, waiting ends.
 
     Raises:
         ray.train.TrainingFailedError: a worker died or raised.
@@ -423,7 +432,9 @@ def _fit(trainer: TorchTrainer, check: Callable[[], None]) -> None:
 def _give_up(
     error: ray.train.TrainingFailedError, failures: int, retries: int, *, before: str | None
 ) -> None:
-    """Raise what ends the run: a cause that the user must remove, too many failures, or one error of code twice.
+    """Raise the error if trying again is of no use.
+
+    That is a cause that the user must remove, too many failures, or an exception of code twice.
 
     Args:
         before: the cause of the failure before this one, at the same checkpoint.

@@ -1,7 +1,8 @@
-"""What the processes of Ray Train load of raypipe: its controller, its dataset manager, and the board beside them.
+"""What Ray Train's controller and dataset manager load of raypipe, and the board beside them.
 
-Only the workers need torch. Loading it and torchvision takes 5 s of CPU (2 cores of a Xeon, torch 2.15), so none of these may: what a worker is to do is handed on
-by reference, and read by the worker.
+Only the workers need torch. Loading it and torchvision takes 5 s of CPU (2 cores of a Xeon, torch
+2.15), so this module must not import it. The assignment is passed by reference, and only the worker
+reads it.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import ray.train
 
 
 class Board:
-    """Where workers say how it goes, and the driver looks. An actor without a CPU of its own."""
+    """Where workers report and the driver looks. An actor without a CPU of its own."""
 
     def __init__(self) -> None:
         self._records: list[dict[str, Any]] = []
@@ -27,7 +28,7 @@ class Board:
 
 @dataclass(frozen=True)
 class ToBoard:
-    """A worker's end of it (train.worker.Tell)."""
+    """A worker's side of the board (train.plan.Tell)."""
 
     board: ray.actor.ActorHandle
 
@@ -36,7 +37,10 @@ class ToBoard:
 
 
 class Uneven(ray.train.DataConfig):
-    """Hands each block to the worker with the fewest rows so far. Ray Train's own way would drop rows to make the numbers equal."""
+    """Gives each block to the worker with the fewest rows so far.
+
+    Ray Train's default would drop rows to make the numbers equal.
+    """
 
     def configure(self, datasets, world_size, worker_handles, worker_node_ids, **kwargs):
         splits = {
@@ -47,7 +51,7 @@ class Uneven(ray.train.DataConfig):
 
 
 def train(config: dict[str, Any]) -> None:
-    """What Ray Train runs in each worker; `config["assignment"]` refers to an Assignment."""
+    """The function that Ray Train runs in each worker. `config` refers to an Assignment."""
     from raypipe.train.worker import work
 
     work(ray.get(config["assignment"]))

@@ -9,10 +9,11 @@ import torch
 
 
 def lr_factor(done: float, *, schedule: str, warmup: float) -> float:
-    """What the learning rate is multiplied by when the share `done` (0 to 1) of all rows is done.
+    """The factor of the learning rate when the share `done` (0 to 1) of all rows is done.
 
-    A function of rows, not of steps: it is the same with another number of workers, and after a resume. Linear warm-up over the share
-    `warmup`; then "cosine" to 0, or "step": a tenth from 2/3 on, a hundredth from 8/9 on (torchvision's and MLPerf's SSD).
+    A function of rows, not of steps: it does not change with the number of workers, or by a resume.
+    Linear warm-up over the share `warmup`. Then "cosine" to 0, or "step": a tenth from 2/3 on, a
+    hundredth from 8/9 on (as SSD in torchvision and MLPerf).
     """
     if done < warmup:
         return max(done / warmup, 1e-3)
@@ -22,14 +23,17 @@ def lr_factor(done: float, *, schedule: str, warmup: float) -> float:
 
 
 class Clock:
-    """Where a worker's time goes, in seconds. Steps on a GPU are timed by events on its stream: nobody waits for them."""
+    """Where a worker's time goes, in seconds.
+
+    Steps on a GPU are timed by events on its stream, so nothing waits for them.
+    """
 
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
         self.start()
 
     def start(self) -> None:
-        """Count from now on: what was before is start-up."""
+        """Count from now on; the time before is start-up."""
         self.began = time.time()
         self._started = time.perf_counter()
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
@@ -37,7 +41,7 @@ class Clock:
 
     @contextlib.contextmanager
     def on(self, what: str) -> Iterator[None]:
-        """Around what the time goes on."""
+        """Time what happens inside, as `what`."""
         if self._cuda and what == "step":
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
@@ -50,7 +54,7 @@ class Clock:
         self.seconds[what] += time.perf_counter() - begun
 
     def read(self) -> dict[str, float]:
-        """The seconds so far by what they went on, and "wall", all since the start."""
+        """The seconds since the start: by what they were spent on, and in all ("wall")."""
         waiting = []
         for begin, end in self._events:
             if end.query():

@@ -37,8 +37,8 @@ def train(
             judged = f"mAP {trained['map']:.3f} on the held-out images; "
         if trained["wait_share"] is not None:
             out.print(
-                f"{judged}workers computed {100 * trained['accelerator_utilisation']:.0f}% and waited "
-                f"for data {100 * trained['wait_share']:.0f}% of their time",
+                f"{judged}workers computed {100 * trained['accelerator_utilisation']:.0f}% and "
+                f"waited for data {100 * trained['wait_share']:.0f}% of their time",
                 highlight=False,
             )
             out.print(

@@ -1,4 +1,4 @@
-"""Batches prepared ahead on the device, in a thread, while the model trains on the one before."""
+"""Batches that a thread prepares on the device while the model trains on the one before."""
 
 import contextlib
 import queue
@@ -11,11 +11,11 @@ from raypipe.data.batches import Batch
 from raypipe.models.placer import Placed
 
 PREFETCHED = 2
-"""Batches that wait on the device, beside the one in training."""
+"""Batches that wait on the device, in addition to the one in training."""
 
 
 class Feed:
-    """Prepares items ahead in a thread; what goes wrong there is raised here."""
+    """Prepares items ahead in a thread. Its errors are raised by `peek` and `take`."""
 
     def __init__(
         self, items: Iterator[Batch], prepare: Callable[[Batch], Placed], device: torch.device
@@ -33,21 +33,19 @@ class Feed:
     ) -> None:
         try:
             if device.type == "cuda":
-                torch.cuda.set_device(
-                    device
-                )  # which is of the thread: else every rank would have a context on the first GPU too
+                # Per thread: otherwise every rank would have a context on the first GPU too.
+                torch.cuda.set_device(device)
             for item in items:
                 self._queue.put(prepare(item))
-                if (
-                    self._closed
-                ):  # else it would hold batches, and the execution behind them, for ever
+                # Otherwise the thread would hold batches, and the execution behind them, for ever.
+                if self._closed:
                     return
             self._queue.put(None)
         except BaseException as error:
             self._queue.put(error)
 
     def peek(self) -> Placed | None:
-        """The next one, which stays the next; None at the end. Waits for it."""
+        """Wait for the next item and return it, without taking it. None: there is no more."""
         if self._next is None and not self._ended:
             item = self._queue.get()
             if isinstance(item, BaseException):
@@ -56,14 +54,14 @@ class Feed:
         return self._next
 
     def take(self) -> Placed:
-        """The next one."""
+        """Take the next item."""
         item = self.peek()
         assert item is not None
         self._next = None
         return item
 
     def close(self) -> None:
-        """End the thread, once it is done with what it prepares now."""
+        """End the thread after the item that it prepares now."""
         self._closed = True
         with contextlib.suppress(queue.Empty):
             while True:

@@ -1,4 +1,4 @@
-"""Follows a training from the driver: tells the user how it goes, and keeps what the report needs."""
+"""Follows a training from the driver: prints its progress, and keeps what the report needs."""
 
 import threading
 import time
@@ -17,24 +17,30 @@ from raypipe.run.progress import LINE_EVERY_S
 
 @dataclass
 class Watch:
-    """Follows the board while an attempt runs: tells the user, and keeps what the report needs."""
+    """Follows the board while an attempt runs: prints progress, and keeps what the report needs.
+
+    before: rows and rejects of earlier runs.
+    rows: done by now.
+    outputs: seconds since the begin, and rows done since the output before.
+    workers: for each attempt, the latest figures of its workers.
+    began: time.time() of the first step.
+    """
 
     console: Console
     total: int
     collector: ray.actor.ActorHandle
     begun_at: float
-    before: tuple[int, int]  # rows and rejects of earlier runs
-    rows: int  # done by now
+    before: tuple[int, int]
+    rows: int
     outputs: list[tuple[float, int]] = field(default_factory=list)
-    workers: list[list[dict[str, Any]]] = field(
-        default_factory=list
-    )  # of each attempt, what its workers last said
-    began: float | None = None  # when the first step did, time.time()
+    workers: list[list[dict[str, Any]]] = field(default_factory=list)
+    began: float | None = None
     _seen: int = 0
     _said: float = 0.0
 
     @contextmanager
     def on(self, board: ray.actor.ActorHandle) -> Iterator[None]:
+        """Follow `board` while an attempt runs inside."""
         self.workers.append([])
         stop = threading.Event()
 
@@ -79,14 +85,16 @@ def _epoch_line(record: dict[str, Any]) -> str:
     )
     loss = "no image" if record["loss"] is None else f"loss {record['loss']:.3f}"
     return (
-        f"epoch {record['epoch']} done: {loss}{judged}, {record['images']} images in {record['seconds']:.1f} s, "
-        f"{record['images_per_s']:.1f} images/s, {100 * record['wait_share']:.0f}% waiting for data"
+        f"epoch {record['epoch']} done: {loss}{judged}, {record['images']} images in "
+        f"{record['seconds']:.1f} s, {record['images_per_s']:.1f} images/s, "
+        f"{100 * record['wait_share']:.0f}% waiting for data"
     )
 
 
 def _step_line(record: dict[str, Any], total: int) -> str:
     loss = "-" if record["loss"] is None else f"{record['loss']:.3f}"
     return (
-        f"{record['rows']}/{total} rows, epoch {record['epoch']}, step {record['step']}, loss {loss}, lr {record['lr']:.2g}, "
-        f"{record['images_per_s']:.1f} images/s, {100 * record['wait_share']:.0f}% waiting for data, {record['rejected']} rejected"
+        f"{record['rows']}/{total} rows, epoch {record['epoch']}, step {record['step']}, "
+        f"loss {loss}, lr {record['lr']:.2g}, {record['images_per_s']:.1f} images/s, "
+        f"{100 * record['wait_share']:.0f}% waiting for data, {record['rejected']} rejected"
     )

@@ -1,23 +1,29 @@
 """The workers of a training, in step with each other."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+T = TypeVar("T")
+
 
 class Peers:
-    """The workers of the run. Small things go over gloo, also where gradients go over NCCL: then no GPU waits for them."""
+    """The workers of the run.
+
+    Small messages go over gloo, even if gradients go over NCCL: then no GPU waits for them.
+    """
 
     def __init__(self, rank: int, size: int):
         self.rank, self.size = rank, size
-        self._group: Any = dist.new_group(backend="gloo") if size > 1 else None
+        group = dist.new_group(backend="gloo") if size > 1 else None
+        self._group = cast("dist.ProcessGroup | None", group)
 
     def gather(self, *numbers: int) -> np.ndarray:
-        """Everybody's numbers, int64 (size, len(numbers)), to everybody."""
+        """Exchange numbers: every rank gets those of all, int64 (size, len(numbers))."""
         mine = torch.tensor(numbers, dtype=torch.int64)
         if self._group is None:
             return mine.numpy()[None]
@@ -25,16 +31,16 @@ class Peers:
         dist.all_gather(all_, mine, group=self._group)
         return torch.stack(all_).numpy()
 
-    def collect(self, item: Any) -> list[Any]:
-        """Everybody's item, by rank, to rank 0; an empty list to the others."""
+    def collect(self, item: T) -> list[T]:
+        """Send an item to rank 0, which gets all items by rank. The others get an empty list."""
         if self._group is None:
             return [item]
-        items = [None] * self.size if self.rank == 0 else None
-        dist.gather_object(item, items, dst=0, group=self._group)
-        return items or []
+        items: list[T] = [item] * self.size if self.rank == 0 else []
+        dist.gather_object(item, items or None, dst=0, group=self._group)
+        return items
 
     def agree(self, tensors: Iterable[Tensor]) -> None:
-        """Give everybody rank 0's values of `tensors`, in place."""
+        """Copy rank 0's values of `tensors` to every rank, in place."""
         if self._group is not None:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)

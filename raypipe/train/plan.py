@@ -1,13 +1,15 @@
 """What a training has to do: all epochs' rows in one table, shuffled, and the rows to judge on."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+import ray
 
 from raypipe.data import sizes
 from raypipe.data.listing import list_images, look
@@ -20,13 +22,19 @@ from raypipe.images.recipe import Finish, Recipe, for_evaluation
 from raypipe.models import detection
 from raypipe.models.detection import Classes
 from raypipe.run.settings import recipe_identity
-from raypipe.stages.preprocess import Preprocessing
+from raypipe.stages.planning import Preprocessing
+from raypipe.stages.stage import Meter
 from raypipe.train.settings import Learning, Model, Settings
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """How to train, as a worker needs it. `rows`: of all epochs. `left`: a recipe whose ops the workers do on their devices."""
+    """How to train, as a worker needs it.
+
+    rows: number of rows of all epochs.
+    left: a recipe whose ops the workers do on their devices.
+    trust: the user's own classes that a checkpoint may hold.
+    """
 
     learning: Learning
     model: Model
@@ -38,16 +46,46 @@ class Training:
     threads: int = 1
     compile: bool = False
     checkpoint_every: int | None = None
-    trust: tuple[str, ...] = ()  # classes of the user's own that a checkpoint may hold
+    trust: tuple[str, ...] = ()
+
+
+class Tell(Protocol):
+    """Where rank 0 reports its progress."""
+
+    def tell(self, record: dict[str, Any]) -> None:
+        """Take one record; `record["kind"]` is "step" or "epoch"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assignment:
+    """What a worker is started with.
+
+    attempt: the folder for this attempt's checkpoints.
+    resume: the checkpoint to go on from.
+    holdout: references to blocks (schema BLOCK) that nobody trains on.
+    dropped: boxes of the hold-out that could not be used (journal.Dropped).
+    """
+
+    training: Training
+    settings: dict[str, Any]
+    attempt: str
+    resume: str | None
+    has_rows: bool
+    holdout: Sequence[ray.ObjectRef]
+    board: Tell
+    meter: Meter
+    row_log: str | None = None
+    dropped: Sequence[dict[str, Any]] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Todo:
     """What a training has to do.
 
-    work: the rows of all epochs. holdout: those that it is judged on (schema WORK).
-    deciding: what decides the weights, JSON types; a checkpoint of other settings is refused.
-    skipped: what the listing left out, by suffix.
+    work: the rows of all epochs (schema WORK).
+    holdout: the rows to judge on (schema WORK).
+    deciding: what decides the weights, as JSON types. A checkpoint with others is refused.
+    skipped: number of files that the listing left out, by suffix.
     shard_bytes: memory that an actor takes for the largest shard, as far as known.
     """
 
@@ -62,7 +100,7 @@ class Todo:
 
 
 def plan(settings: Settings) -> Todo:
-    """List the input, and decide what is trained on in which order.
+    """List the input, and decide which rows are trained on, in which order.
 
     Raises:
         UsageError: the settings, the model or the input cannot be used. Nothing was changed.
@@ -72,7 +110,7 @@ def plan(settings: Settings) -> Todo:
     recipe = catalog.get(learning.recipe)
     on_device = learning.ops_on == "device"
     backend_module("torchvision" if on_device else decoding.backend).check(recipe)
-    backend_module(decoding.backend).check(for_evaluation(recipe))  # makes what is judged on
+    backend_module(decoding.backend).check(for_evaluation(recipe))  # makes the hold-out
     detection.check(settings.model.model, recipe.fixed_size)
     found, listed, held = _listed(settings)
     source = wanted_by(listed, needs_boxes=recipe.needs_boxes, drops_crowds=recipe.drops_crowds)
@@ -120,7 +158,7 @@ def plan(settings: Settings) -> Todo:
 
 
 def _listed(settings: Settings) -> tuple[Listed, pa.Table, pa.Table]:
-    """What the listing found, the rows to train on, and the rows to judge on (schema SOURCE)."""
+    """The listing, and the rows to train on and the rows to judge on (schema SOURCE)."""
     source, holdout = settings.source, settings.holdout
     found = look(
         source.input,
@@ -137,9 +175,12 @@ def _listed(settings: Settings) -> tuple[Listed, pa.Table, pa.Table]:
 
 
 def split(source: pa.Table, *, share: float, seed: int) -> tuple[pa.Table, pa.Table]:
-    """Take a random share of the rows out of `source`: the others, and these, each in its order.
+    """Take a random share of the rows out of `source`.
 
-    It is a function of the seed and the number of rows.
+    Which rows is a function of the seed and their number.
+
+    Returns:
+        The remaining rows, and the share, each in order.
     """
     held = np.zeros(source.num_rows, bool)
     count = round(share * source.num_rows)
@@ -148,28 +189,33 @@ def split(source: pa.Table, *, share: float, seed: int) -> tuple[pa.Table, pa.Ta
 
 
 def _told_apart(source: pa.Table) -> dict[str, Any]:
-    """What tells one list of images from another: their number, and a digest of their ids in order."""
+    """What identifies a list of images: their number, and a digest of their ids in order."""
     ids = "\n".join(source.column("image_id").to_pylist()).encode("utf-8", "surrogatepass")
     return {"count": source.num_rows, "digest": blake2b(ids, digest_size=8).hexdigest()}
 
 
 def check_learnable(source: pa.Table, listed: pa.Table, input: str) -> None:
-    """Raise UsageError where a detector would see no box of `source`: labelled, no crowd, and with an area.
+    """Check that a detector can learn from a box: one with a label and an area that is no crowd.
 
     Args:
-        source: what the recipe wants of the images that were `listed` (both of schema SOURCE).
+        source: the images that the recipe takes (schema SOURCE).
+        listed: all images (schema SOURCE).
+
+    Raises:
+        UsageError: `source` has no such box.
     """
     if _boxes_of(source)["learnable"]:
         return
     counts = _boxes_of(listed)
     if not counts["boxes"]:
         raise UsageError(
-            f"No image of {input!r} has labelled boxes, so there is nothing to learn. Give --annotations."
+            f"No image of {input!r} has labelled boxes, so there is nothing to learn. "
+            f"Give --annotations."
         )
     raise UsageError(
-        f"The {counts['boxes']} boxes of {input!r} leave nothing to learn: {counts['crowds']} are crowds "
-        f"(iscrowd), and {counts['without an area']} have no area or are no numbers. Nothing was started. "
-        f"Annotate single objects, or mend the boxes."
+        f"The {counts['boxes']} boxes of {input!r} leave nothing to learn: {counts['crowds']} are "
+        f"crowds (iscrowd), and {counts['without an area']} have no area or are no numbers. "
+        f"Nothing was started. Annotate single objects, or mend the boxes."
     )
 
 

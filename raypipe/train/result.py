@@ -25,7 +25,11 @@ from raypipe.train.settings import Settings
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a training ended. `report` is None when there was nothing left to do. `checkpoint`: the last one's folder."""
+    """How a training ended.
+
+    report: None if there was nothing left to do.
+    checkpoint: folder of the last one.
+    """
 
     report: dict[str, Any] | None
     progress: Progress
@@ -35,9 +39,11 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """What a training is judged on: blocks (schema BLOCK), and what of their rows cannot be used.
+    """What a training is judged on.
 
-    `rejected`: rows. `dropped`: boxes (journal.Dropped, as dicts).
+    blocks: of schema BLOCK.
+    rejected: number of their rows that have no pixels.
+    dropped: boxes that cannot be used (journal.Dropped, as dicts).
     """
 
     blocks: Sequence[ray.ObjectRef] = ()
@@ -59,7 +65,7 @@ def report_of(
     watch: Watch,
     held: HeldOut,
 ) -> dict[str, Any]:
-    """report.json of a training that has ended."""
+    """Make report.json of a training that has ended."""
     workers = [worker for attempt in watch.workers for worker in attempt]
     spent = {
         what: sum(worker[what] for worker in workers)
@@ -91,7 +97,7 @@ def report_of(
 def report_without_figures(
     settings: Settings, todo: Todo, progress: Progress, *, run_id: str
 ) -> dict[str, Any]:
-    """report.json of a training whose figures died with its driver."""
+    """Make report.json of a training whose figures were lost with its driver."""
     report = reports.unmeasured(
         run_id=run_id,
         settings=settings.flat,
@@ -115,7 +121,7 @@ def report_without_figures(
 
 
 def leave(settings: Settings, report: dict[str, Any], progress: Progress) -> None:
-    """Put the report and what was rejected into the storage, and into --report."""
+    """Put the report and the rejects into the storage, and into --report."""
     rejected = [Rejected(**row) for row in progress.rejects]
     dropped = [Dropped(**row) for row in progress.dropped]
     storage = Location.of(settings.training.storage)
@@ -127,9 +133,9 @@ def leave(settings: Settings, report: dict[str, Any], progress: Progress) -> Non
 
 
 def _with_workers(snapshot: Snapshot, spent: dict[str, float], count: int) -> Snapshot:
-    """Put what the workers say of themselves into the collector's snapshot.
+    """Replace the workers' figures in the collector's snapshot by those of their own clocks.
 
-    Their meters count what the feeding thread does meanwhile; the workers' own clocks know better.
+    A worker's meter also counts the work of the feeding thread.
     """
     if snapshot == reports.NOTHING_SEEN:
         return snapshot
@@ -150,6 +156,7 @@ def _with_workers(snapshot: Snapshot, spent: dict[str, float], count: int) -> Sn
 
 
 def _counts(todo: Todo, progress: Progress, *, before: int) -> reports.Counts:
+    """The report's counts. `before`: rows done by earlier runs."""
     reasons = Counter(row["reason"] for row in progress.rejects)
     return reports.Counts(
         images_in=todo.work.num_rows,
@@ -164,7 +171,7 @@ def _counts(todo: Todo, progress: Progress, *, before: int) -> reports.Counts:
 
 
 def _in_all(reasons: Counter[str], progress: Progress) -> dict[str, int]:
-    """Rejected rows of all epochs by reason, from the images that were rejected.
+    """Rejected rows of all epochs by reason, estimated from the rejected images.
 
     Each image is in every epoch, but the last epoch may not be over.
     """
@@ -180,7 +187,7 @@ def _in_all(reasons: Counter[str], progress: Progress) -> dict[str, int]:
 def _break_even(
     report: dict[str, Any], timed: list[planner.StageCost], todo: Todo
 ) -> dict[str, Any]:
-    """What the report says of the two designs: preprocess continuously, or once into a store."""
+    """Compare the two designs: preprocess continuously, or once into a store."""
     if todo.recipe.random:
         why = (
             "The recipe draws anew in each epoch, which stored images cannot: only continuous "
@@ -192,7 +199,7 @@ def _break_even(
         return {"epochs": None, "reason": why}
     try:
         measured, machine = planner.of_report(report)
-        # What the run itself measured counts more.
+        # Figures of the run itself replace those of the probe.
         costs = {cost.name: cost for cost in [*timed, *measured]}
         stages = {name: costs[name] for name in ("preprocess", "write", "stored", "train")}
     except (ValueError, KeyError):
@@ -208,26 +215,27 @@ def _break_even(
     else:
         why = (
             f"Preprocessing once takes {found.once_s:.1f} s and saves "
-            f"{found.continuous_s - found.stored_s:.1f} s in each epoch: from {math.ceil(epochs)} epochs "
-            f"on it takes less in all."
+            f"{found.continuous_s - found.stored_s:.1f} s in each epoch: from "
+            f"{math.ceil(epochs)} epochs on it takes less in all."
         )
     return {"epochs": epochs, "reason": why, **asdict(found)}
 
 
 def verdict_on(outcome: Outcome, settings: Settings) -> str | None:
-    """Why a finished training counts as failed: rows lost, or too many rejected. None: it does not."""
+    """Why a finished training counts as failed: rows lost, or too many rejected. None: success."""
     progress = outcome.progress
     if progress.rows != outcome.rows:
         return (
-            f"{progress.rows} of {outcome.rows} rows are accounted for: some were missed, or seen twice. "
-            f"This is a defect of raypipe; report it. --no-resume trains again."
+            f"{progress.rows} of {outcome.rows} rows are accounted for: some were missed, or seen "
+            f"twice. This is a defect of raypipe; report it. --no-resume trains again."
         )
     limit = settings.running.max_reject_fraction
     if progress.rejected > limit * outcome.rows:
         first = progress.rejects[0]
         return (
-            f"{progress.rejected} of {outcome.rows} rows were rejected, more than --max-reject-fraction "
-            f"{limit:g} allows; the model is kept. The first: {first['uri']}: {first['reason']} "
-            f"({first['detail']}). All are in {settings.training.storage}/{journal.STATE}/rejects.parquet."
+            f"{progress.rejected} of {outcome.rows} rows were rejected, more than "
+            f"--max-reject-fraction {limit:g} allows; the model is kept. The first: "
+            f"{first['uri']}: {first['reason']} ({first['detail']}). All are in "
+            f"{settings.training.storage}/{journal.STATE}/rejects.parquet."
         )
     return None

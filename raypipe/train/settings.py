@@ -29,26 +29,26 @@ class Learning:
     recipe: str = "ssd-300-train"
     """Name (`raypipe recipes` lists them) or a JSON file."""
     ops_on: Literal["actors", "device"] = "actors"
-    """Who does the recipe's ops after decoding: the preprocess actors, or torchvision in batches on the
-    device that trains (whole images go there)."""
+    """Where the recipe's ops run after decoding: in the preprocess actors, or with torchvision in
+    batches on the device that trains (whole images go there)."""
     epochs: int = 10
     """How often each image is seen; decides the schedule of the learning rate too."""
     batch_size: int = 16
     """Images a step, over all workers together."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    """How weights follow gradients."""
+    """Optimizer of the weights."""
     lr: float = 1e-3
     """Learning rate, after the warm-up."""
     momentum: float = 0.9
     """Of sgd."""
     weight_decay: float = 5e-4
-    """Pull of the weights to zero."""
+    """Weight decay."""
     schedule: Literal["cosine", "step"] = "cosine"
-    """How the learning rate falls: cosine to 0, or step: to a tenth at 2/3 and again at 8/9 of the run."""
+    """How the learning rate falls: cosine to 0; or step, to a tenth at 2/3 and again at 8/9."""
     warmup: float = 0.05
     """Share of the run in which the learning rate rises from 0."""
     clip: float = 10.0
-    """Largest norm of a gradient; 0: any."""
+    """Gradients are clipped to this norm; 0: never."""
     amp: Literal["auto", "on", "off"] = "auto"
     """bfloat16 arithmetic; auto: on GPUs that have it."""
 
@@ -80,7 +80,7 @@ class Model:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The model's own. Raises UsageError if they are no JSON object."""
+        """The model's own arguments. Raises UsageError if they are no JSON object."""
         try:
             found = json.loads(self.model_arguments)
         except ValueError as error:
@@ -107,7 +107,7 @@ class Holdout:
     decides: ClassVar = True
 
     holdout: float = 0.1
-    """Share of the images that is not trained on but judged on after each epoch; 0: none."""
+    """Share of the images to judge on after each epoch instead of training on them; 0: none."""
     holdout_input: str | None = None
     """Images to judge on instead: whatever --input may be."""
     holdout_annotations: str | None = None
@@ -118,13 +118,13 @@ class Holdout:
         _check_share("holdout", self.holdout)
         if self.holdout_annotations is not None and self.holdout_input is None:
             raise UsageError(
-                f"--holdout-annotations {self.holdout_annotations!r} says nothing of where its images are. "
-                f"Give --holdout-input."
+                f"--holdout-annotations {self.holdout_annotations!r} does not say where its images "
+                f"are. Give --holdout-input."
             )
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Nothing of its own: a checkpoint must agree with the images themselves (`plan.deciding`)."""
+        """Nothing: a checkpoint must agree with the images themselves (`Todo.deciding`)."""
         return {}
 
 
@@ -135,7 +135,7 @@ class Workers:
     decides: ClassVar = False
 
     storage: str
-    """Folder or URI for the checkpoints and the report; with several nodes one that all of them see."""
+    """Folder or URI for checkpoints and report; with several nodes, one that all of them see."""
     workers: int = 1
     """Training workers: one a GPU, or one a CPU."""
     worker_threads: int = 1
@@ -143,16 +143,16 @@ class Workers:
     compile: bool = False
     """Compile the model's backbone: minutes at the start, faster steps."""
     checkpoint_every: int | None = None
-    """A checkpoint every so many steps, beside the one after each epoch."""
+    """Steps between checkpoints, in addition to the one after each epoch."""
     keep: int = 2
     """Checkpoints to keep, the latest ones."""
     retries: int = 3
-    """How often to go on by itself after workers died, without a new checkpoint in between."""
+    """How often to go on after workers died, without a new checkpoint in between."""
     row_log: str | None = None
     """Local folder for a log of the image ids of each step: JSON lines, a file a worker."""
     trust: TRUST = ()
-    """Classes outside raypipe that the checkpoints in --storage may hold, as module:name; may be given
-    several times. What --model and the recipe file name needs none."""
+    """Classes outside raypipe that the checkpoints in --storage may hold, as module:name; may be
+    given several times. What --model and the recipe file name needs none."""
 
     def check(self) -> None:
         """Raise UsageError for a value that no training can use."""
@@ -188,8 +188,9 @@ class Settings(Composed):
         batch_size, workers = self.learning.batch_size, self.training.workers
         if batch_size < workers:
             raise UsageError(
-                f"--batch-size is {batch_size} for {workers} workers, so some would have no image in any "
-                f"step. It counts the images of all workers together: give at least {workers}."
+                f"--batch-size is {batch_size} for {workers} workers, so some would have no image "
+                f"in any step. It counts the images of all workers together: give at least "
+                f"{workers}."
             )
 
 
@@ -205,7 +206,7 @@ def _check_share(name: str, share: float) -> None:
 
 
 def _check_row_log(folder: str | None) -> None:
-    """Raise UsageError where logs of rows would go into a file, or be added to another kind of log."""
+    """Raise UsageError if row logs would go into a file, or be appended to other logs."""
     if folder is None or not os.path.exists(folder):
         return
     if not os.path.isdir(folder):
@@ -221,6 +222,6 @@ def _check_row_log(folder: str | None) -> None:
             known = False
         if not known:
             raise UsageError(
-                f"--row-log {folder!r} has {path.name!r}, which is no log of raypipe's and might be written "
-                f"to. Nothing was started. Give a folder without it."
+                f"--row-log {folder!r} has {path.name!r}, which is no row log and might be "
+                f"appended to. Nothing was started. Give a folder without it."
             )

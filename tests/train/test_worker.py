@@ -26,13 +26,14 @@ from raypipe.images.recipe import Finish, Recipe
 from raypipe.models import checkpoint as checkpoints
 from raypipe.models.detection import Classes
 from raypipe.models.placer import Placer
-from raypipe.stages.preprocess import Preprocessing, preprocess_shard
+from raypipe.stages.planning import Preprocessing
+from raypipe.stages.preprocess import preprocess_shard
 from raypipe.train.clock import lr_factor
 from raypipe.train.feed import Feed
 from raypipe.train.peers import Peers
-from raypipe.train.plan import Training
+from raypipe.train.plan import Assignment, Training
 from raypipe.train.settings import Learning, Model
-from raypipe.train.worker import Assignment, Worker
+from raypipe.train.worker import Worker
 from tests.support.training import Quiet
 
 
