@@ -1,8 +1,9 @@
-"""The rest of the work on Ray: what is done, by how many actors, and what becomes of it."""
+"""Stages on Ray: settings, execution, and what a run leaves."""
 
 import os
 
-# Ray reads it as it is imported. On few cores it would warn on the terminal that more processes start than there are cores: raypipe means them to.
+# Ray reads this as it is imported. Otherwise it would warn that more processes start than there are
+# cores, which raypipe intends.
 os.environ.setdefault(
     "RAY_DEDUP_LOGS_SKIP_REGEX", "PYTHON worker processes have been started on node"
 )

@@ -1,4 +1,4 @@
-"""A run in the background, of a notebook or a program."""
+"""A run in the background of a notebook or a program."""
 
 import threading
 from collections.abc import Callable
@@ -10,10 +10,10 @@ from raypipe.run.result import Outcome
 
 
 class Run:
-    """A run in the background: look at it and scale it while it goes on.
+    """A run in the background, which can be watched and scaled.
 
     Args:
-        do: does the run; called with `began` and `stop`, as `carry_out`.
+        do: does the run. It is called with `began` and `stop`, as in `carry_out`.
     """
 
     def __init__(self, do: Callable[..., Outcome]):
@@ -30,7 +30,7 @@ class Run:
         def work() -> None:
             try:
                 self._outcome = do(began=begin, stop=self._stop)
-            except BaseException as error:  # it belongs to whoever waits
+            except BaseException as error:  # `wait` raises it
                 self._error = error
             finally:
                 self._began.set()
@@ -44,7 +44,7 @@ class Run:
         return not self._thread.is_alive()
 
     def live(self) -> dict[str, Any]:
-        """How it goes (`Control.live`). Waits for the execution to begin.
+        """The current figures (`Control.live`). Waits for the execution to begin.
 
         Raises:
             UsageError: it has ended.
@@ -56,11 +56,11 @@ class Run:
         return self._begun().scale(counts)
 
     def stop(self) -> None:
-        """End it after the shards that are under way. What is finished is kept; the same settings go on."""
+        """End the run after the shards in progress. Results are kept; the same settings go on."""
         self._stop.set()
 
     def wait(self) -> Outcome:
-        """Its outcome, when it has ended; raises what the run raises."""
+        """Wait for the end, and return the outcome. Raises what the run raised."""
         self._thread.join()
         if self._error is not None:
             raise self._error

@@ -1,4 +1,4 @@
-"""Why an execution ended: the innermost cause of an error of Ray's, in words."""
+"""Why an execution ended: the innermost cause of one of Ray's errors, in words."""
 
 import contextlib
 import os
@@ -21,10 +21,14 @@ from ray.exceptions import (
 from raypipe.errors import UsageError, printable
 
 BREAKS: tuple[type[Exception], ...] = (
-    *(RayError, ray.train.TrainingFailedError, SystemException, ExecutionTimeoutError),
-    *(OSError, TimeoutError),
+    RayError,
+    ray.train.TrainingFailedError,
+    SystemException,
+    ExecutionTimeoutError,
+    OSError,
+    TimeoutError,
 )
-"""Errors by which an execution breaks off. Others are defects."""
+"""Errors that end an execution. Others are defects."""
 
 
 class Untouched(KeyboardInterrupt):
@@ -32,7 +36,7 @@ class Untouched(KeyboardInterrupt):
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """The error and all that it was made from, the innermost last."""
+    """The error and its causes, the innermost last."""
     seen: set[int] = set()
     now: BaseException | None = error
     while now is not None and id(now) not in seen:
@@ -46,28 +50,30 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def cause_of(error: BaseException) -> str:
-    """Why an execution ended, in one line of words: the innermost cause, with the file or host that it names."""
+    """Why an execution ended, in one line: the innermost cause, with the file or host it names."""
     chain = list(causes(error))
     for one in reversed(chain):
         if not isinstance(
             one, RayError | SystemException | ExecutionTimeoutError | ray.train.TrainingFailedError
         ):
             return _words(one)
-    # What an actor raised comes as the text of its traceback: its own causes are lost on the way.
+    # An actor's error arrives as the text of its traceback: its own causes are lost on the way.
     for one in reversed(chain):
         if (told := raised_in(str(one))) is not None:
             return told
     kinds: tuple[tuple[type | tuple[type, ...], str], ...] = (
         (
             OutOfMemoryError,
-            "the machine ran out of memory, and Ray killed an actor. Ask for fewer actors, or a smaller --actor-memory",
+            "the machine ran out of memory, and Ray killed an actor. Ask for fewer actors, or a "
+            "smaller --actor-memory",
         ),
         (NodeDiedError, "a node of the cluster was lost"),
         (ObjectLostError, "a block was lost with the node or the process that had it"),
         (WorkerCrashedError, "a worker process was killed, from outside or for want of memory"),
         (
             RayActorError,
-            "an actor was killed, from outside or for want of memory, more often than it is started again",
+            "an actor was killed, from outside or for want of memory, more often than it is "
+            "started again",
         ),
     )
     for of, words in kinds:
@@ -101,8 +107,10 @@ _PLAIN = (
 
 
 def raised_in(text: str) -> str | None:
-    """The first error of the tracebacks in `text`, which is the innermost: what Python prints first was
-    raised first. None: there is none."""
+    """The first error of the tracebacks in `text`; None: there is none.
+
+    It is the innermost: Python prints first what was raised first.
+    """
     for name, said in _RAISED.findall(text):
         if name not in (UserCodeException.__name__, SystemException.__name__):
             said = re.sub(r"^\[Errno \d+\] ", "", said)
@@ -111,7 +119,7 @@ def raised_in(text: str) -> str | None:
 
 
 def _first_line(error: BaseException) -> str:
-    """The first line of what an error says that is no header or trace of Ray's."""
+    """The first line of an error's text that is no header or trace of Ray's."""
     for line in str(error).splitlines():
         line = line.strip()
         if line and not line.startswith(("ray::", "File ", "Traceback", "\x1b", "^", "UDF failed")):
@@ -130,8 +138,10 @@ _LOGS = (
 
 
 def raised_in_logs() -> str | None:
-    """The cause that the processes of the last Ray that this process started left in their logs, with
-    the file; None: they left none. Ray names the folder of a session after its driver's process id."""
+    """The error in the logs of the last Ray that this process started, with the file; None: none.
+
+    Ray names the folder of a session after its driver's process id.
+    """
     root = Path(os.environ.get("RAY_TMPDIR") or "/tmp") / "ray"
     for folder in sorted(root.glob(f"session_*_{os.getpid()}"), reverse=True)[:1]:
         for name in _LOGS:

@@ -45,7 +45,7 @@ def predict(
     description: str | None = None,
     prog: str | None = None,
 ) -> int:
-    """Say what is in images with a trained model, on Ray; and how good that is, where boxes are known."""
+    """Find objects in images with a trained model, on Ray, and judge it if boxes are known."""
     console = Console(stderr=True)
     settings = parse(
         predicting.Settings, arguments, description=description or predict.__doc__, prog=prog
@@ -64,7 +64,7 @@ def predict(
         found = outcome.report["predict"]
         judged = ""
         if found["map"] is not None:
-            judged = f"; mAP {found['map']:.3f} (at .50 {found['map50']:.3f}) by the boxes that are known"
+            judged = f"; mAP {found['map']:.3f} (at .50 {found['map50']:.3f}) by the known boxes"
         Console().print(f"{found['boxes']} boxes{judged}", highlight=False)
         say(
             console,

@@ -1,4 +1,4 @@
-"""What a job tells the terminal when it ends, and its exit status. The first line of a failure is its cause."""
+"""What a job prints when it ends, and its exit status. A failure's first line is its cause."""
 
 import tempfile
 import traceback
@@ -14,11 +14,14 @@ T = TypeVar("T")
 
 
 def attempt(do: Callable[[], T], *, kept: str, again: str, console: Console) -> T | int:
-    """What `do` returns; or where it did not come to its end, the exit status of a job, and the user is told why.
+    """Call `do`. If it fails, print why.
 
     Args:
-        kept: what there is of an execution that broke off, a sentence.
-        again: the command that goes on, in a sentence.
+        kept: a sentence that says what is left of an execution that ended early.
+        again: a sentence that says which command goes on.
+
+    Returns:
+        What `do` returns, or the exit status of a job that failed.
     """
     try:
         return do()
@@ -32,35 +35,35 @@ def attempt(do: Callable[[], T], *, kept: str, again: str, console: Console) -> 
         say(console, f"\nInterrupted. {again} {kept}")
         return 130
     except BREAKS as error:
-        if isinstance(error.__context__, KeyboardInterrupt):  # Ctrl-C again, while Ray was ending
+        if isinstance(error.__context__, KeyboardInterrupt):  # Ctrl-C again, as Ray was ending
             return 130
         say(console, f"error: {cause_of(error)}", bad=True)
-        say(console, f"{kept} {again}\nAll that Ray says of it: {_trace(error)}")
+        say(console, f"{kept} {again}\nRay's whole trace: {_trace(error)}")
         return 1
 
 
 def ended(failure: str | None, *, console: Console) -> int:
-    """The exit status of a job that came to its end; the user is told why it counts as failed, if it does."""
+    """The exit status of a job that ran to its end. Prints `failure`, the reason why it failed."""
     if failure:
         say(console, f"error: {printable(failure, 4000)}", bad=True)
     return 1 if failure else 0
 
 
 def say(console: Console, text: str, *, bad: bool = False) -> None:
-    """Print `text` as it is, control characters of names aside; red where it is `bad`."""
+    """Print `text` with control characters escaped; red if it is `bad`."""
     lines = [printable(line, 4000) for line in text.split("\n")]
     style = "red" if bad else None
-    # Unwrapped: what is to be copied stays in one line.
+    # Unwrapped, so that commands and paths can be copied from one line.
     console.print("\n".join(lines), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def goes_on(*, resume: bool) -> str:
-    """How a run goes on, in a sentence: with --no-resume it would delete what is finished."""
+    """A sentence that says how the run goes on: --no-resume would delete what is finished."""
     return f"The same command {'' if resume else 'without --no-resume '}goes on from there."
 
 
 def _trace(error: BaseException) -> str:
-    """The file that now has the whole trace of an error, which runs over pages."""
+    """Write the whole trace of an error, which takes pages, to a file. Returns its name."""
     text = "".join(traceback.format_exception(error))
     with tempfile.NamedTemporaryFile(
         "w", prefix="raypipe-error-", suffix=".log", delete=False, errors="backslashreplace"

@@ -1,4 +1,4 @@
-"""Stages put on Ray Data. The only place that builds datasets."""
+"""Puts stages on Ray Data. The only place that builds datasets."""
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +22,7 @@ START_AT_MOST_S = 600
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Make executions wait until all their actors are ready, so that none works while others start."""
+    """Make executions wait until all actors are ready, so that none works while others start."""
     context = DataContext.get_current()
     before = context.wait_for_min_actors_s
     context.wait_for_min_actors_s = START_AT_MOST_S
@@ -41,16 +41,18 @@ def dataset_of(
     cpus_each: float = 1.0,
     collector: ray.actor.ActorHandle | None = None,
 ) -> ray.data.Dataset:
-    """Put `stages` on Ray Data, as a dataset of what the last one makes of each shard of `work`.
-
-    Nothing runs before it is consumed. One shard is one block is one call, all the way.
+    """Put `stages` on Ray Data.
 
     Args:
         work: rows (schema WORK); they are small.
         counts: actors of each stage.
-        threads: that OpenCV or torch may use within each actor.
+        threads: how many OpenCV or torch may use within each actor.
         cpus_each: logical CPUs of an actor that holds no GPU.
-        collector: gets what the actors measure; None: nobody does.
+        collector: gets the actors' measurements; None: they are not sent.
+
+    Returns:
+        A dataset of the last stage's output. One shard is one block and one call of each stage.
+        Nothing runs before it is consumed.
     """
     tables = list(shards(work))
     # Not from_arrow: it runs a task for each table first, and Ray starts a process for each CPU.
@@ -60,7 +62,7 @@ def dataset_of(
     context.print_on_execution_start = False
     # A shard stays one block, however large.
     context.target_max_block_size = 2**62
-    # The actors measure their own memory; Ray Data would start a thread for it in every task.
+    # The actors measure their own memory. Ray Data would start a thread for it in every task.
     context.memory_usage_poll_interval_s = None
     actors = {stage.name: actor_class(stage) for stage in stages}
     if collector is not None and not internals.missing():
@@ -68,15 +70,15 @@ def dataset_of(
 
         operators = {f"MapBatches({kind.__name__})": name for name, kind in actors.items()}
         steer(context, collector=collector, stages=operators)
-    # Ray 2.60 deprecates passing these through, without another way yet (map_batches, "ray_remote_args").
+    # Ray 2.60 deprecates ray_remote_args of map_batches, but has no replacement yet.
     warnings.filterwarnings("ignore", message=".*ray_remote_args.*", category=RayDeprecationWarning)
-    # Ray would repeat the task of an actor that dies for ever. Each image may kill it TRIES times.
+    # Without a limit Ray repeats a dead actor's task for ever. Each image may kill it TRIES times.
     largest = max(table.num_rows for table in tables)
     again = {"max_restarts": -1, "max_task_retries": TRIES * largest}
     for stage in stages:
         on_gpu = bool(stage.gpu)
         resources = {"num_gpus": 1, "num_cpus": 0} if on_gpu else {"num_cpus": cpus_each}
-        # map_batches refuses GPUs without a number of rows; with one, Ray Data cuts and joins shards.
+        # map_batches refuses GPUs without a batch size; with one, Ray Data cuts and joins shards.
         map_batches = getattr(dataset, "map_batches_internal", dataset.map_batches)
         dataset = map_batches(
             actors[stage.name],

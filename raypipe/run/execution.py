@@ -1,8 +1,8 @@
-"""One execution: what preprocess, train and predict do around their own loops, once.
+"""One execution: what preprocess, train and predict have in common around their own loops.
 
-`executing` is the door. It starts Ray and the timing of a few images, sizes the pools, claims the output, lists
-the run where `raypipe watch` finds it, and starts its collector. The caller iterates blocks or attempts inside,
-then asks for the report.
+`executing` is the entry. It starts Ray and the timing of a few images, sizes the pools, claims the
+output, registers the run for `raypipe watch`, and starts its collector. The caller iterates blocks
+or attempts inside, then asks for the report.
 """
 
 import os
@@ -44,18 +44,19 @@ SNAPSHOT_AT_MOST_S = 60.0
 
 
 class Held(Protocol):
-    """An output that this run has alone."""
+    """An output that no other run may write."""
 
     def check(self) -> None:
-        """Raise LeaseLost where it has it no more."""
+        """Raise LeaseLost if this run has lost it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """What a run writes into, and how it takes it. `option`: the user's flag.
+    """The output of a run, and how the run takes it.
 
-    `take(check=...)` holds it until its end, and deletes or writes first. It calls `check` with a file that
-    it has just made there, before it deletes anything.
+    option: the user's flag.
+    take: `take(check=...)` holds the output until its end, and deletes or writes first. Before it
+        deletes anything, it calls `check` with a file that it has just made there.
     """
 
     root: Location
@@ -65,7 +66,10 @@ class Claim:
 
 @dataclass(frozen=True, kw_only=True)
 class Workers:
-    """Processes beside the stages, each with a CPU or a GPU: the workers of a training. `must`: as in `on_gpus`."""
+    """Processes beside the stages, each with a CPU or a GPU: the workers of a training.
+
+    must: as in `on_gpus`.
+    """
 
     name: str
     count: int
@@ -77,11 +81,12 @@ class Workers:
 class Setup:
     """What an execution needs to know before it begins.
 
-    what: what is done, for the line that opens the run.
+    what: what is done, for the opening line of the run.
     given: all settings by their flat names, for the report.
-    started: when the user's command was, time.time().
-    images: still to do. auto: stages whose count the planner may change.
+    started: time.time() of the user's command.
+    images: still to do.
     shard_bytes: memory that an actor of the first stage takes for its largest shard.
+    auto: stages whose count the planner may change.
     probe: what is timed while Ray starts; None: nothing.
     """
 
@@ -108,7 +113,11 @@ class Setup:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What an execution took. `wall_s` from its begin; `driver_cpu_s`: of this process, with what consumes blocks."""
+    """The costs of an execution.
+
+    wall_s: since its begin.
+    driver_cpu_s: CPU of this process, the consumer of the blocks included.
+    """
 
     wall_s: float
     driver_cpu_s: float
@@ -120,7 +129,9 @@ class Measured:
 class Execution:
     """An execution that has begun.
 
-    stages: with it decided which hold GPUs. counts: actors of each. costs: of the timing beforehand.
+    stages: each with the decision whether it holds GPUs.
+    counts: actors of each stage.
+    costs: of the timing beforehand.
     check: raises LeaseLost when another driver has taken the output.
     """
 
@@ -149,7 +160,7 @@ class Execution:
 
         Args:
             stages, counts: others than the execution's.
-            tells: the actors tell the collector of themselves.
+            tells: whether the actors report to the collector.
         """
         return dataset_of(
             work,
@@ -161,7 +172,7 @@ class Execution:
         )
 
     def measured(self) -> Measured:
-        """What it took until now."""
+        """The costs until now."""
         wall_s = time.perf_counter() - self.begun
         driver_cpu_s = time.process_time() - self._cpu
         snapshot, cpu_percent = _collected(self.collector, since=self._machine)
@@ -170,7 +181,7 @@ class Execution:
         )
 
     def ready_s(self, snapshot: Snapshot) -> float:
-        """When the preprocess actors of the beginning could begin: the mean, as they start one after the other."""
+        """The mean time at which the first preprocess actors were ready, since the begin."""
         first = self.stages[0].name
         ready = sorted(one.at for one in snapshot.first if one.stage == first)
         ready = ready[: self.counts[first]]
@@ -188,9 +199,9 @@ class Execution:
         """Build report.json.
 
         Args:
-            outputs: when how many rows were done, since the begin.
-            ready_s: when actors could begin, since the begin.
-            consumer: what took the last blocks.
+            outputs: seconds since the begin, and rows done.
+            ready_s: when actors were ready, since the begin.
+            consumer: the function that consumed the last blocks.
         """
         setup = self.setup
         names = [stage.name for stage in self.stages]
@@ -222,7 +233,7 @@ class Execution:
         )
 
     def _predicted(self) -> float | None:
-        """Images/s by the planner, from the timing beforehand; None where that says nothing of all stages."""
+        """Images/s by the planner, from the timing beforehand; None if a stage was not timed."""
         if self.setup.workers is not None or self.costs is None:
             return None
         if self.counts.keys() != {cost.name for cost in self.costs}:
@@ -235,10 +246,10 @@ class Execution:
 
 @contextmanager
 def executing(setup: Setup, *, console: Console, touch: Callable[[], None]) -> Iterator[Execution]:
-    """Open an execution. Its clocks run from when this yields.
+    """Open an execution. Its clocks start when this yields.
 
     Args:
-        touch: called before anything that the user has is changed.
+        touch: called before anything of the user's is changed.
 
     Raises:
         UsageError: it cannot go on; nothing was changed.
@@ -282,13 +293,13 @@ def executing(setup: Setup, *, console: Console, touch: Callable[[], None]) -> I
 
 
 def new_run_id(given: str | None) -> str:
-    """The run's name: the one given, or one made from the time."""
+    """The given name of the run, or one made from the time."""
     return given or f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
 
 
 @contextmanager
 def untouched() -> Iterator[Callable[[], None]]:
-    """Raise Untouched for an interruption before the function that this yields was called."""
+    """Turn an interruption into Untouched, until the function that this yields is called."""
     touched = False
 
     def touch() -> None:
@@ -307,7 +318,7 @@ def untouched() -> Iterator[Callable[[], None]]:
 def _claimed(
     claim: Claim | None, session: Session, touch: Callable[[], None]
 ) -> Iterator[Callable[[], None]]:
-    """The output for this run alone. Yields a function that raises LeaseLost once it is not."""
+    """Hold the output. Yields a function that raises LeaseLost once it is lost."""
     if claim is None:
         touch()
         yield lambda: None
@@ -344,12 +355,12 @@ def _facts(setup: Setup, session: Session, stages: Sequence[Stage], workers_on_g
 
 
 def _unscalable() -> str:
-    """Why actor counts cannot be changed while a run goes on; empty: they can."""
+    """Why actor counts cannot be changed during a run; empty: they can."""
     if not (lacks := internals.missing()):
         return ""
     return (
-        f"live scaling is off: this Ray ({ray.__version__}) lacks {', '.join(lacks)}, which raypipe "
-        f"knows from Ray 2.60. All else works"
+        f"live scaling is off: this Ray ({ray.__version__}) lacks {', '.join(lacks)}, which "
+        f"raypipe knows from Ray 2.60. All else works"
     )
 
 
@@ -372,7 +383,7 @@ def _opening(execution: Execution) -> str:
 
 
 def _watching(run_id: str, session: Session) -> str:
-    """How the run is watched from elsewhere, in a line."""
+    """The line that says how to watch the run from elsewhere."""
     there = f" --address {session.address}" if session.joined else ""
     return f"Watch it: raypipe watch {run_id}{there}"
 
@@ -387,13 +398,18 @@ def _collected(collector: ray.actor.ActorHandle, *, since: Any) -> tuple[Snapsho
         snapshot = ray.get(collector.snapshot.remote(), timeout=SNAPSHOT_AT_MOST_S)
         here = ray.get_runtime_context().get_node_id()
         others = [seen for node, seen in snapshot.nodes.items() if node != here]
-    except RayError:  # the collector was killed, or its node: the stages' costs died with it
+    except RayError:  # the collector or its node was killed, and the stages' costs are lost
         snapshot, others = reports.NOTHING_SEEN, []
     return snapshot, _cpu_percent(since, psutil.cpu_times(), others)
 
 
 def _cpu_percent(before: Any, after: Any, others: list[NodeCpu]) -> float | None:
-    """Mean use of all cores, 0 to 100: of this node between two psutil.cpu_times(), of `others` as their actors saw it."""
+    """The mean use of all cores, 0 to 100.
+
+    Args:
+        before, after: psutil.cpu_times() of this node.
+        others: the other nodes, as their actors measured them.
+    """
     used = busy_cpu_s(after) - busy_cpu_s(before) + sum(node.cpu_busy_s for node in others)
     total = sum(after[:8]) - sum(before[:8]) + sum(node.cpu_total_s for node in others)
     return 100 * used / total if total else None
@@ -401,7 +417,7 @@ def _cpu_percent(before: Any, after: Any, others: list[NodeCpu]) -> float | None
 
 @contextmanager
 def tracks(run_id: str) -> Iterator[None]:
-    """Delete the tracks of a run's actors on this node afterwards."""
+    """Delete the position files of a run's actors on this node afterwards."""
     try:
         yield
     finally:
@@ -409,5 +425,5 @@ def tracks(run_id: str) -> Iterator[None]:
 
 
 def tracks_folder(run_id: str) -> str:
-    """Where the preprocess actors of a run leave their tracks, on each node."""
+    """The folder for the position files of a run's preprocess actors, on each node."""
     return os.path.join(tempfile.gettempdir(), f"raypipe-{run_id}")

@@ -1,6 +1,6 @@
-"""A job on Ray Data: which rows it has to do, and its way to the end. preprocess and predict are jobs.
+"""A job on Ray Data: the rows it has to do, and its execution. preprocess and predict are jobs.
 
-`left_to_do` looks: it cuts the source into shards and takes off what the journal has. `carry_out` does the
+`left_to_do` plans: it cuts the source into shards, less those in the journal. `carry_out` does the
 rest: it claims the output, runs the stages, and accounts for every row.
 """
 
@@ -49,26 +49,29 @@ from raypipe.run.result import (
     shown,
 )
 from raypipe.run.settings import Decoding, Running, check_free
-from raypipe.stages.preprocess import Preprocess, Preprocessing
+from raypipe.stages.planning import Preprocessing
+from raypipe.stages.preprocess import Preprocess
 from raypipe.stages.stage import Stage, auto_of
 
 SHORT = 32
 """Images of a shard below which an actor holds four blocks instead of two.
 
-Ray Data hands out tasks ten times a second, and the fastest recipes take 3 ms an image: with two, an actor
-has no work in between (12 images a shard: 174 to 244 images/s with two, 208 to 337 with four; 1 and 2 actors)."""
+Ray Data hands out tasks ten times a second, and the fastest recipes take 3 ms an image. With two
+blocks, an actor has no work in between. With 12 images a shard, 1 and 2 actors did 174 and 244
+images/s with two blocks, 208 and 337 with four."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Todo:
     """What a run has to do.
 
-    work: all rows (schema WORK). left: those that the journal does not have.
-    image_ids: what `work` calls the images of the source, in the source's order.
+    work: all rows (schema WORK).
+    left: rows that are not in the journal.
+    image_ids: the ids in `work` of the images of the source, in the source's order.
     endings: files of the output that are written when all shards are done.
     claim: what the run changes in the output before it begins; None: nothing is written.
     shard_bytes: memory that an actor takes for the largest shard, as far as known.
-    skipped: what the listing left out, by suffix.
+    skipped: number of files that the listing left out, by suffix.
     """
 
     recipe: Recipe
@@ -83,10 +86,11 @@ class Todo:
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """What a job puts where. `root`: the output; None: nothing is written.
+    """The results of a job.
 
-    decides: what decides the results, JSON types: an output made with other settings is refused.
-    names: what the results are called (`outputs.Made`).
+    root: the output; None: nothing is written.
+    decides: what decides the results, as JSON types. An output with other settings is refused.
+    names: names of the results (`outputs.Made`).
     endings: files of the output that are written when all shards are done.
     """
 
@@ -105,13 +109,15 @@ def left_to_do(
     running: Running,
     skipped: Mapping[str, int] | None = None,
 ) -> Todo:
-    """Cut the images of `source` (schema SOURCE) into shards, less what an earlier run has done.
+    """Cut the images of `source` (schema SOURCE) into shards, less what earlier runs have done.
+
+    Changes nothing.
 
     Args:
-        skipped: what the listing left out, by suffix.
+        skipped: number of files that the listing left out, by suffix.
 
     Raises:
-        UsageError: the output is of another run, or cannot be used. Nothing was changed.
+        UsageError: the output is of another run, or cannot be used.
     """
     check_report(running.report)
     shape = sizes.cut(
@@ -168,14 +174,14 @@ def left_to_do(
 
 
 def _among(rows: pa.Table, others: pa.Table) -> pa.ChunkedArray:
-    """Which of `rows` are of images that `others` has."""
+    """Whether each of `rows` is of an image that is in `others`."""
     return pc.is_in(rows.column("image_id"), others.column("image_id").combine_chunks())
 
 
 def preprocess_stage(
     work: pa.Table, pixels: Preprocessing, running: Running, reading: Reading, *, run_id: str
 ) -> Stage:
-    """The stage that makes blocks of pixels of the shards of `work` (schema WORK)."""
+    """Make the stage that turns shards of `work` (schema WORK) into blocks of pixels."""
     largest = int(pc.max(work.column("shard").value_counts().field("counts")).as_py() or 0)
     height, width = pixels.done_here.fixed_size or (0, 0)
     return Stage(
@@ -198,11 +204,11 @@ def preprocess_stage(
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What a run does: images are preprocessed, then go through the stage `then`, where there is one.
+    """What a run does: images are preprocessed, then go through the stage `then`, if there is one.
 
     given: all settings by their flat names, for the report.
-    conclude: called with all images that were delivered, when their shards are done. What it returns is added
-        to the report, except "dropped": boxes (journal.Dropped) that it found to be unusable.
+    conclude: called when all shards are done, with all images that were delivered. Its result is
+        added to the report, except "dropped": unusable boxes (journal.Dropped).
     """
 
     given: dict[str, Any]
@@ -226,7 +232,7 @@ class Job:
         return (first,) if self.then is None else (first, self.then)
 
     def setup(self, run_id: str, *, started: float, tell: Callable[[str], None]) -> Setup:
-        """What an execution of it needs to know. `tell`: told, in a line, what takes longer."""
+        """Describe the job to an execution. `tell`: prints a line for the user."""
         stages = self.stages(run_id)
         auto = auto_of(stages)
         recipe, left, claim = self.todo.recipe.name, self.todo.left, self.todo.claim
@@ -260,18 +266,18 @@ def carry_out(
     began: Callable[[Control], None] = lambda control: None,
     stop: threading.Event | None = None,
 ) -> Outcome:
-    """Do the job that `make` makes, to the end.
+    """Do the job that `make` returns.
 
     Args:
-        source: what it lists, for the user.
-        consume: called with each block of pixels (schema BLOCK), when nothing is written.
-        console: what to tell the user on; by default the terminal (stderr).
-        began: called when the execution begins, with what looks at the run and scales it.
+        source: the input that `make` lists, for messages.
+        consume: called with each block of pixels (schema BLOCK), if nothing is written.
+        console: where messages go; by default the terminal (stderr).
+        began: called when the execution begins, with the control of the run.
         stop: when it is set, the run ends as by Ctrl-C.
 
     Raises:
         UsageError: the message is for the user; nothing was started.
-        KeyboardInterrupt: results so far are kept, and the same settings go on.
+        KeyboardInterrupt: results so far are kept; the same settings go on from them.
     """
     started = time.time()
     console = console or Console(stderr=True)
@@ -290,7 +296,7 @@ def carry_out(
             tally = Tally()
             with progress(console, todo.left.num_rows) as show:
                 _iterate(job, execution, tally, consume=consume, stop=stop, show=show)
-            # Before Ray ends, which takes seconds: who is killed then has its report.
+            # Before Ray ends, which takes seconds: a driver that is killed then has its report.
             return _account(job, execution, tally)
 
 
@@ -303,11 +309,11 @@ def _iterate(
     stop: threading.Event | None,
     show: Callable[[Tally], None],
 ) -> None:
-    """Take what comes out of the last stage until there is no more."""
+    """Consume the output of the last stage to its end."""
     blocks = execution.dataset(job.todo.left).iter_batches(
         batch_size=None,
         batch_format="pyarrow",
-        # Fetching ahead is for blocks of other nodes; here each block would come out one later.
+        # Prefetching is for blocks of other nodes. Here it would delay each block by one.
         prefetch_batches=1 if execution.session.nodes > 1 and job.then is None else 0,
     )
     for block in blocks:
@@ -324,28 +330,29 @@ def _iterate(
 def _nothing_left(
     job: Job, run_id: str, *, source: str, console: Console, touch: Callable[[], None]
 ) -> Outcome:
-    """The outcome of a run that finds all shards done. It makes the end again where that is missing."""
+    """The outcome of a run that finds all shards done. Makes missing reports again."""
     todo = job.todo
     assert todo.claim is not None
     root, total = todo.claim.root, todo.work.num_rows
     rows = became(root, todo.work)
     if lost := total - len(rows.written) - len(rows.rejected) - len(rows.unread):
         raise UsageError(
-            f"The journal in {root} says that all shards are done, but its entries have {lost} of {total} "
-            f"images neither as written nor as rejected: somebody changed it, or it is a defect of raypipe. "
-            f"--no-resume does all of them again."
+            f"The journal in {root} says that all shards are done, but its entries have {lost} of "
+            f"{total} images neither as written nor as rejected: somebody changed it, or it is a "
+            f"defect of raypipe. --no-resume does all of them again."
         )
     covered = covers(root, todo.work)
     if covered:
         say(
             console,
-            f"Nothing to do: all {total} images of {source} are done, in {root}. --no-resume does them again.",
+            f"Nothing to do: all {total} images of {source} are done, in {root}. --no-resume does "
+            f"them again.",
         )
     else:
         say(
             console,
-            f"All {total} images of {source} are done, in {root}; the run that did the last of them did not "
-            f"come to its end. Writing its report from the journal ...",
+            f"All {total} images of {source} are done, in {root}, but the run that did the last of "
+            f"them was cut off. Writing its report from the journal ...",
         )
     nothing = Outcome(report=None, rejected=rows.rejected, unread=rows.unread, rows=total)
     if covered and all((root / file).exists() for file in todo.endings):
@@ -363,7 +370,7 @@ def _nothing_left(
 
 
 def _account(job: Job, execution: Execution, tally: Tally) -> Outcome:
-    """Write and return what became of the rows, and what it cost."""
+    """Account for the rows and the costs of an execution, and write the report."""
     measured = execution.measured()
     todo = job.todo
     rows = tally.became if job.root is None else became(job.root, todo.work)
@@ -385,7 +392,7 @@ def _account(job: Job, execution: Execution, tally: Tally) -> Outcome:
 
 
 def _conclude(job: Job, report: dict[str, Any], rows: Became) -> Outcome:
-    """Write what a run leaves at its end, the report last: it says which shards all of it covers."""
+    """Write what a run leaves at its end. The report is last: it says which shards are covered."""
     work, root, place = job.todo.work, job.root, job.running.report
     dropped = rows.dropped
     pictures = shown(work, rows.rejected) if root is not None or place is not None else []
@@ -394,7 +401,7 @@ def _conclude(job: Job, report: dict[str, Any], rows: Became) -> Outcome:
         dropped = extra.pop("dropped", dropped)
         report |= {**extra, "boxes_dropped": len(dropped)}
         report["shards"] = ranges(work.column("shard").to_pylist())
-        outputs.clear_temporary(root)  # what killed actors had under way
+        outputs.clear_temporary(root)  # unfinished files of killed actors
         leave_report(root, f"{STATE}/", report, rows.rejected, pictures, dropped)
     if place is not None:
         leave_report(Location.of(place), "", report, rows.rejected, pictures, dropped)

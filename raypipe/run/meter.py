@@ -1,7 +1,7 @@
-"""Measures what a stage uses: in its actors with psutil, sent to the run's collector.
+"""Measures what a stage uses, with psutil in its actors, and sends it to the run's collector.
 
-Each actor sends its running totals after every shard, and every second within a long one. A message
-costs its sender 0.2 ms; a shard takes 100 ms or more.
+Each actor sends its totals after every shard, and every second within a long one. A message costs
+its sender 0.2 ms; a shard takes 100 ms or more.
 """
 
 import os
@@ -26,17 +26,19 @@ SHARED_MEMORY = "/dev/shm"
 class Meter:
     """Measures the actor it lives in.
 
-    Busy is the wall time inside calls, and the CPU time between them, in which Ray copies the block
-    into the object store. CPU and memory are those of the whole process, threads included, from
-    psutil; peaks are over samples, not between them. Private memory is the resident memory less the
-    shared pages, so that the object store does not count once an actor. Waiting for a core is that
-    of the thread that makes the calls, from Linux's /proc/self/task/*/schedstat.
+    - Busy: the wall time inside calls, and the CPU time between them, in which Ray copies the block
+      into the object store.
+    - CPU and memory: of the whole process, threads included, from psutil. Peaks are over samples.
+    - Private memory: resident memory less shared pages. Otherwise the object store would count once
+      per actor.
+    - Waiting for a core: of the thread that makes the calls, from /proc/self/task/*/schedstat
+      (Linux).
 
     Args:
         stage: the name of its stage.
         collector: where to send the totals; None: they are only kept.
-        loops: the actor is not called but takes its input by itself, as a training worker does. It
-            is busy whenever it does not `wait`.
+        loops: whether the actor fetches its own input, as a training worker does. Such an actor is
+            busy whenever it does not `wait`.
     """
 
     def __init__(self, *, stage: str, collector: ray.actor.ActorHandle | None, loops: bool = False):
@@ -77,7 +79,7 @@ class Meter:
             try:
                 if time.time() - self._sent >= SAMPLE_EVERY_S:
                     self._send()
-            except Exception:  # the run ends, and Ray with it: nobody is left to tell
+            except Exception:  # the run ends, and Ray with it
                 return
 
     @contextmanager
@@ -121,7 +123,7 @@ class Meter:
                 self._waits_since = None
 
     def _spent(self, now: float) -> tuple[float, float, float | None, float | None]:
-        """Seconds busy; of these in the call under way and waiting for a core; and starved."""
+        """Seconds busy; of these in the current call, and waiting for a core; and starved."""
         if not self._loops:
             under_way = now - self._entered if self._entered is not None else 0.0
             return self._busy + under_way, under_way, self._core_wait, None
@@ -143,7 +145,7 @@ class Meter:
             self._bytes_out += bytes_out
 
     def sample(self) -> Sample:
-        """The totals as they stand."""
+        """The current totals."""
         machine = psutil.cpu_times()
         with self._lock:
             memory = self._process.memory_info()
@@ -184,10 +186,10 @@ class Meter:
 
 
 def store_bytes() -> int | None:
-    """Shared memory in use on this node: Ray's object store, and what other programs have there."""
+    """Shared memory in use on this node, by Ray's object store and other programs."""
     try:
         return int(psutil.disk_usage(SHARED_MEMORY).used)
-    except OSError:  # macOS has none; there Ray's store is a file
+    except OSError:  # macOS has none: Ray's store is a file there
         return None
 
 

@@ -1,4 +1,4 @@
-"""The preprocess job: its settings, what it looks at, and its second stage, which writes."""
+"""The preprocess job: its settings, its plan, and its second stage, which writes."""
 
 import os
 import re
@@ -23,8 +23,8 @@ from raypipe.data.work import wanted_by
 from raypipe.errors import UsageError
 from raypipe.images import backend as backend_module
 from raypipe.images import catalog
-from raypipe.images.decode import Reject
 from raypipe.images.frames import into_picture
+from raypipe.images.header import Reject
 from raypipe.images.recipe import Finish, Recipe
 from raypipe.run import result
 from raypipe.run.background import Run
@@ -58,10 +58,10 @@ class Stored:
     format: Literal["jpeg", "png", "npy", "webdataset", "parquet"] = "jpeg"
     """How results are stored."""
     layout: Literal["nchw", "nhwc"] | None = None
-    """Order of the axes of npy, instead of the recipe's."""
+    """Order of the axes of npy files, instead of the recipe's."""
     mlperf_cache: str | None = None
-    """Write npy files where MLPerf's inference looks for them: OUTPUT/preprocessed/NAME/NHWC or NCHW. NAME
-    is its data set (coco-300 ...)."""
+    """Write npy files where MLPerf's inference looks for them: OUTPUT/preprocessed/NAME/NHWC or
+    NCHW. NAME is its data set (coco-300 ...)."""
     quality: int = 95
     """JPEG quality of what is written, 1 to 100."""
 
@@ -75,7 +75,8 @@ class Stored:
         cache = self.mlperf_cache
         if cache is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", cache):
             raise UsageError(
-                f"--mlperf-cache is {cache!r}; it is the name of one of MLPerf's data sets, such as coco-300."
+                f"--mlperf-cache is {cache!r}; it is the name of one of MLPerf's data sets, such "
+                f"as coco-300."
             )
         if not 1 <= self.quality <= 100:
             raise UsageError(f"--quality is {self.quality}; JPEG quality goes from 1 to 100.")
@@ -92,7 +93,7 @@ class Stored:
         }
 
     def finish(self, recipe: Recipe) -> Finish | None:
-        """What npy files hold; None: the uint8 pixels as they are."""
+        """The finish of npy files; None: they hold the uint8 pixels unchanged."""
         if self.format != "npy":
             return None
         layouts: dict[str | None, Literal["chw", "hwc"]] = {"nchw": "chw", "nhwc": "hwc"}
@@ -109,11 +110,12 @@ class Writing:
     decides: ClassVar = False
 
     output: str | None = None
-    """Where results go; with several nodes a place that all of them see. Without it nothing is written."""
+    """Folder or URI for results; with several nodes, one that all of them see. Without it nothing
+    is written."""
     writers: Count = "auto"
     """Writer actors; auto: as for --actors."""
     store_ms: float = 0.0
-    """Have every image take so many milliseconds longer to write, as to a slow store."""
+    """Milliseconds to add to the writing of each image, as for a slow store."""
 
     def check(self) -> None:
         """Raise UsageError for a value that no run can use."""
@@ -140,7 +142,7 @@ def run(
     began: Callable[[Control], None] = lambda control: None,
     stop: threading.Event | None = None,
 ) -> Outcome:
-    """Do what `settings` say, to the end; arguments, result and errors are those of `carry_out`."""
+    """Preprocess as `settings` say. Arguments, result and errors are those of `carry_out`."""
     return carry_out(
         lambda: preprocessing(settings),
         source=settings.source.input,
@@ -157,15 +159,15 @@ def start(
     consume: Callable[[pa.Table], None] | None = None,
     console: Console | None = None,
 ) -> Run:
-    """Begin a run in the background; the arguments are those of `run`."""
+    """Start a run in the background; the arguments are those of `run`."""
     return Run(partial(run, settings, consume=consume, console=console))
 
 
 def preprocessing(settings: Settings) -> Job:
-    """The job.
+    """Plan the job. Changes nothing.
 
     Raises:
-        UsageError: the settings, the input or the output cannot be used. Nothing was changed.
+        UsageError: the settings, the input or the output cannot be used.
     """
     todo = plan(settings)
     then = writing(settings, todo.recipe)
@@ -196,10 +198,10 @@ def preprocessing(settings: Settings) -> Job:
 
 
 def plan(settings: Settings) -> Todo:
-    """List the input, and take off what an earlier run into the same output has done.
+    """List the input, less what an earlier run into the same output has done. Changes nothing.
 
     Raises:
-        UsageError: the settings, the input or the output cannot be used. Nothing was changed.
+        UsageError: the settings, the input or the output cannot be used.
     """
     settings.check()
     source, output = settings.source, settings.writing.output
@@ -215,7 +217,8 @@ def plan(settings: Settings) -> Todo:
     rows = wanted_by(listed.rows, needs_boxes=recipe.needs_boxes, drops_crowds=recipe.drops_crowds)
     if not rows.num_rows:
         raise UsageError(
-            f"No image of {source.input!r} has boxes, which recipe {recipe.name} needs. Give --annotations."
+            f"No image of {source.input!r} has boxes, which recipe {recipe.name} needs. "
+            f"Give --annotations."
         )
     check_cache_names(settings, rows)
     annotations: tuple[str, ...] = ()
@@ -240,7 +243,7 @@ def plan(settings: Settings) -> Todo:
 
 
 def writing(settings: Settings, recipe: Recipe) -> Stage | None:
-    """The stage that writes what preprocess made; None: nothing is written."""
+    """The stage that writes the preprocessed images; None: nothing is written."""
     if settings.writing.output is None:
         return None
     stored, backend = settings.stored, settings.decoding.backend
@@ -263,20 +266,23 @@ def writing(settings: Settings, recipe: Recipe) -> Stage | None:
         option="writers",
         doing=f"writing {stored.format}",
         share=0.25,
-        # Ray Data hands out tasks ten times a second; two short ones leave a writer idle mostly.
+        # Ray Data hands out tasks ten times a second. With two short ones a writer is mostly idle.
         in_flight=4,
     )
 
 
 def _annotates(settings: Settings) -> bool:
-    """Whether the run writes the COCO JSON of its results. MLPerf's loader takes the original one beside its cache."""
+    """Whether the run writes the COCO JSON of its results. MLPerf's loader takes the original."""
     return settings.source.annotations is not None and settings.stored.mlperf_cache is None
 
 
 def _placed(
     seed: int, todo: Todo, written: Iterable[journal.Written]
 ) -> Iterator[tuple[str, Placement]]:
-    """Where the recipe put each image, for the shapes of its annotations. Left out: where that cannot be told again."""
+    """Compute where the recipe put each image, for the shapes of its annotations.
+
+    Images for which that cannot be computed again are left out.
+    """
     ids = todo.work.column("image_id").to_pylist()
     known = zip(unlist(todo.work.column("boxes")), frames_of(todo.work).tolist(), strict=True)
     boxes = dict(zip(ids, known, strict=True))
@@ -296,13 +302,13 @@ def _placed(
         same = len(plan.boxes) == len(image.boxes) and np.allclose(
             plan.boxes, image.boxes, atol=0.01
         )
-        # What is drawn may depend on the boxes, which may have been moved before.
+        # Random parameters may depend on the boxes, which may have been moved before.
         if same or not todo.recipe.random:
             yield image.image_id, place
 
 
 def result_names(settings: Settings) -> tuple[str, ...]:
-    """What the results are called, relative to the output (`raypipe.data.outputs.Made`)."""
+    """Names of the results, relative to the output (`raypipe.data.outputs.Made`)."""
     stored = settings.stored
     if stored.mlperf_cache is not None:
         return (os.path.join(image_folder(settings), "{name}{suffix}.npy"),)
@@ -323,7 +329,7 @@ def image_folder(settings: Settings) -> str:
     if stored.mlperf_cache is not None:
         finish = stored.finish(catalog.get(stored.recipe))
         shape = "NCHW" if finish is not None and finish.layout == "chw" else "NHWC"
-        # MLPerf's COCO loader puts this before the JSON's file names; the others take these as they are.
+        # MLPerf's COCO loader puts this before the JSON's file names; the other loaders do not.
         images = ("val2017",) if stored.mlperf_cache.startswith("coco") else ()
         return "/".join(("preprocessed", stored.mlperf_cache, shape, *images))
     if source.annotations is None:
@@ -332,7 +338,7 @@ def image_folder(settings: Settings) -> str:
 
 
 def check_cache_names(settings: Settings, work: pa.Table) -> None:
-    """Raise UsageError where a file of --mlperf-cache would not have the name by which MLPerf looks for it."""
+    """Raise UsageError if a file of --mlperf-cache would not have the name that MLPerf expects."""
     if settings.stored.mlperf_cache is None:
         return
     names, uris = (work.column(column).to_pylist() for column in ("name", "uri"))
@@ -340,12 +346,13 @@ def check_cache_names(settings: Settings, work: pa.Table) -> None:
         path, suffix = "/" + (place := Location.of(uri)).path, place.suffix
         if suffix.lower() in _CONTAINERS or not path.endswith(f"/{name}{suffix}"):
             raise UsageError(
-                f"--mlperf-cache names a file by its image file, and {uri!r} would become {name!r}: images "
-                f"of tars and Parquet files have no file of their own, and names that are taken or unsafe "
-                f"are changed. Leave out --mlperf-cache, or rename the image."
+                f"--mlperf-cache names a file by its image file, and {uri!r} would become "
+                f"{name!r}: images of tars and Parquet files have no file of their own, and names "
+                f"that are taken or unsafe are changed. Leave out --mlperf-cache, or rename the "
+                f"image."
             )
 
 
 def verdict_on(outcome: Outcome, settings: Settings) -> str | None:
-    """Why a finished run counts as failed: rows lost or unread, or too many rejected. None: it does not."""
+    """Why a finished run failed: rows lost or unread, or too many rejected. None: it did not."""
     return result.verdict_on(outcome, settings.running, output=settings.writing.output)

@@ -1,8 +1,9 @@
-"""Times a few images before a run starts, in a process of its own: an image that kills it costs an estimate, not the run.
+"""Times a few images before a run starts, in a process of its own.
 
     python -m raypipe.run.probe < pickled Probe
 
-It runs while Ray starts, and imports no Ray. What is written goes to the run's folder for unfinished files, and is deleted.
+An image that kills the process costs an estimate, not the run. The probe runs while Ray starts, and
+imports no Ray. It writes to the run's folder for unfinished files, and deletes that afterwards.
 """
 
 import json
@@ -28,37 +29,39 @@ from raypipe.data.work import make_work
 from raypipe.images import backend as backend_module
 from raypipe.insight.planner import StageCost
 from raypipe.stages.actor import keep_freed_memory
-from raypipe.stages.preprocess import Preprocess, Preprocessing, preprocess_shard
+from raypipe.stages.planning import Preprocessing
+from raypipe.stages.preprocess import Preprocess, preprocess_shard
 from raypipe.stages.stage import Doing, Stage, Step
 
 IMAGES = 32
 ENOUGH_S = 1.0
-"""Timing stops after so many images, or when this many seconds have passed and there is one timing of each stage."""
+"""Timing stops after IMAGES, or after ENOUGH_S once there is a timing of each stage."""
 
 WAIT_AT_MOST_S = 10.0
 
 
 @runtime_checkable
 class Storing(Step, Protocol):
-    """A step that stores what it makes. `wait_ms`: more than it takes, an image."""
+    """A step that stores what it makes. `wait_ms`: milliseconds to add to each image."""
 
     @property
     def sink(self) -> Sink:
-        """Where to."""
+        """Where it stores."""
 
     @property
     def wait_ms(self) -> float: ...
 
     def elsewhere(self, folder: Location) -> "Storing":
-        """The same step, storing into `folder`, without waiting for anything."""
+        """The same step, storing into `folder`, without `wait_ms`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """What to time: `rows` (schema WORK), of which the first few are enough, in preprocess and in the step after it.
+    """What to time: the first few rows, in preprocess and in the step after it.
 
-    `may_be_on_gpu`: the step after holds one where there are enough.
-    `stored`: also preprocess what was stored, as a training from a store does in every epoch.
+    rows: of schema WORK.
+    may_be_on_gpu: whether the step after holds a GPU if there are enough.
+    stored: also time preprocessing what was stored, as a training from a store does each epoch.
     """
 
     rows: pa.Table
@@ -71,19 +74,19 @@ class Probe:
 
     @property
     def folder(self) -> Location:
-        """Where the step after stores: beside unfinished files, as the output is not claimed yet."""
+        """Where the step after stores: with unfinished files, as the output is not claimed yet."""
         assert self.then is not None
         sink = self.then.sink
         return sink.root / f"{sink.tmp}/probe-{self.token}"
 
     @cached_property
     def makes_root(self) -> bool:
-        """Whether the output was missing when this was first asked: then it goes with the probe."""
+        """Whether the output did not exist at the first call: then it is deleted with the probe."""
         return self.then is not None and not self.then.sink.root.exists()
 
 
 def of(rows: pa.Table, stages: Sequence[Stage], *, threads: int, stored: bool = False) -> Probe:
-    """What to time of a pipeline: its first step, and the one that stores."""
+    """Choose what to time of a pipeline: its first step, and the one that stores."""
     first, *others = (step for stage in stages for step in stage.steps)
     assert isinstance(first, Preprocess)
     return Probe(
@@ -97,9 +100,9 @@ def of(rows: pa.Table, stages: Sequence[Stage], *, threads: int, stored: bool = 
 
 
 def start(probe: Probe) -> subprocess.Popen[bytes]:
-    """Begin timing; `end` is for whatever happens meanwhile."""
+    """Start the process. Call `end` in any case."""
     _ = probe.makes_root
-    # Own ops live in modules that this process finds.
+    # Own ops are in modules that this process can find.
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)
     }
@@ -109,7 +112,7 @@ def start(probe: Probe) -> subprocess.Popen[bytes]:
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         env=environment,
-        start_new_session=True,  # Ctrl-C is for the run, which ends it
+        start_new_session=True,  # Ctrl-C is for the run, which ends the probe
     )
     assert process.stdin is not None
     try:
@@ -122,7 +125,7 @@ def start(probe: Probe) -> subprocess.Popen[bytes]:
 
 @contextmanager
 def started(probe: Probe) -> Iterator[subprocess.Popen[bytes]]:
-    """`start`, and whatever happens meanwhile, it is over afterwards."""
+    """Start the process, and end it afterwards in any case."""
     process = start(probe)
     try:
         yield process
@@ -131,7 +134,7 @@ def started(probe: Probe) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def end(process: subprocess.Popen[bytes], probe: Probe) -> None:
-    """It is over, and what it has stored is deleted, which it cannot do itself when it is killed."""
+    """Kill the process, and delete what it has stored."""
     process.kill()
     process.wait()
     if probe.then is not None:
@@ -139,7 +142,7 @@ def end(process: subprocess.Popen[bytes], probe: Probe) -> None:
 
 
 def finish(process: subprocess.Popen[bytes]) -> list[StageCost] | None:
-    """What the images cost (actors: 1 each); None: the timing failed, found no good image, or took too long."""
+    """Wait for the costs, with one actor each. None: the timing failed, or no image was good."""
     assert process.stdout is not None
     try:
         process.wait(WAIT_AT_MOST_S)
@@ -154,9 +157,10 @@ def finish(process: subprocess.Popen[bytes]) -> list[StageCost] | None:
 
 
 def time_stages(probe: Probe) -> list[StageCost]:
-    """Costs an image, from one actor's work without Ray. Empty: no image was good.
+    """Measure the costs per image of one actor, without Ray. Empty: no image was good.
 
-    A step that would be on a GPU here is left out: GPUs decide its actors, and its cost on a CPU says nothing.
+    A step that would run on a GPU is left out: the number of GPUs decides its actors, and its cost
+    on a CPU says nothing.
     """
     keep_freed_memory()
     first = probe.first
@@ -168,7 +172,7 @@ def time_stages(probe: Probe) -> list[StageCost]:
         step = probe.then.elsewhere(probe.folder)
         then[step.name] = step.begin(threads=probe.threads, gpu=False)
         waits_s[step.name] = probe.then.wait_ms / 1000
-    # The first image pays for libraries that load, and for memory that is new.
+    # The first image includes the loading of libraries and new memory, so it does not count.
     block, _ = preprocess_shard(probe.rows.slice(0, 1), first.pixels, reader=reader)
     for store in then.values():
         store(block)
@@ -201,7 +205,7 @@ def time_stages(probe: Probe) -> list[StageCost]:
 
 def _time_stored(folder: Location, pixels: Preprocessing, reader: Reader) -> StageCost:
     rows = make_work(list_images(str(folder)), rows_per_shard=IMAGES)
-    for _ in range(2):  # the first time pays for what a reader keeps of a file
+    for _ in range(2):  # the first time fills the reader's caches
         times = _now()
         preprocess_shard(rows, pixels, reader=reader)
         busy_s, cpu_s = _add((0.0, 0.0), times)
@@ -216,7 +220,7 @@ def _has_gpu() -> bool:
 
 
 def _tidy(probe: Probe) -> None:
-    """Delete what the probe stored, and the folders that nobody else has put anything into."""
+    """Delete what the probe stored, and the folders that are empty then."""
     assert probe.then is not None
     probe.folder.delete_folder()
     root, tmp = probe.then.sink.root, probe.then.sink.tmp
@@ -238,7 +242,7 @@ def _add(spent: tuple[float, float], since: tuple[float, float]) -> tuple[float,
 
 
 def main(stdin: BinaryIO) -> None:
-    """Time what is described on `stdin`, and print the costs as JSON."""
+    """Read a Probe from `stdin`, and print the costs as JSON."""
     probe = pickle.load(stdin)
     try:
         costs = time_stages(probe)

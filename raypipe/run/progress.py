@@ -1,4 +1,4 @@
-"""What came out of an execution so far, and how a person is told."""
+"""Counts what came out of an execution so far, and shows it."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -28,27 +28,32 @@ LINE_EVERY_S = 5.0
 
 @dataclass
 class Tally:
-    """What came out of the execution so far. `outputs`: when (seconds) how many rows were done."""
+    """What came out of the execution so far.
+
+    outputs: seconds since the begin, and rows done.
+    damaged: damaged images that were delivered.
+    became: rows of blocks of pixels. Writers put theirs into the journal.
+    consumed: the time of the caller's function.
+    """
 
     outputs: list[tuple[float, int]] = field(default_factory=list)
     images: int = 0
     rejected: int = 0
     unread: int = 0
-    damaged: int = 0  # delivered all the same
-    # Of blocks of pixels; writers put theirs into the journal.
+    damaged: int = 0
     became: Became = field(default_factory=Became)
-    consumed: Consumed | None = None  # what the caller's function did with the blocks
+    consumed: Consumed | None = None
     _free_at: float | None = None
     _told: float = 0.0
 
     @property
     def rate(self) -> str:
-        """Images/s since the first shard came out, for a person. Neither start-up nor what is to come counts."""
+        """Images/s since the first shard came out, as text. Start-up does not count."""
         took = self.outputs[-1][0] - self.outputs[0][0] if self.outputs else 0.0
         return f"{(self.images - self.outputs[0][1]) / took:.0f}" if took else "-"
 
     def count(self, block: pa.Table, at_s: float) -> None:
-        """Take in what came out of the last stage: pixels (schema BLOCK) or counts (schema DONE)."""
+        """Count a block of the last stage: pixels (schema BLOCK) or counts (schema DONE)."""
         if "image" in block.column_names:
             images, rejected, unread = self._count_pixels(block)
         else:
@@ -74,14 +79,14 @@ class Tally:
         return block.num_rows, len(rejects), len(waiting)
 
     def tell(self, collector: ray.actor.ActorHandle) -> None:
-        """Tell those who watch; twice a second is enough for them."""
+        """Send the counts to those who watch, at most twice a second."""
         now = time.time()
         if now - self._told >= 0.5:
             collector.progress.remote(now, self.images, self.rejected, self.consumed)
             self._told = now
 
     def consume(self, consume: Callable[[pa.Table], None], block: pa.Table) -> None:
-        """Give a block to the caller's function, and keep what that took.
+        """Pass a block to the caller's function, and time it.
 
         The wait for the first block is start-up and does not count.
         """
@@ -102,7 +107,7 @@ class Tally:
 
 @contextmanager
 def progress(console: Console, total: int) -> Iterator[Callable[[Tally], None]]:
-    """Show a progress bar in a terminal; elsewhere (a log, `ray job submit`) a line every few seconds."""
+    """Show a progress bar in a terminal; elsewhere (a log, `ray job submit`) a line at times."""
     begun = said = time.perf_counter()
     if not console.is_terminal:
 

@@ -1,8 +1,8 @@
-"""What a run leaves at its end: counts, rejects and the report, all of them functions of the journal.
+"""What a run leaves at its end: counts, rejects and the report, all functions of the journal.
 
-Whatever is written here says which shards it covers (`shards` in report.json, which is put last). A run
-that finds nothing to do makes the end again where it does not cover all: the driver before it was killed
-between its last shard and its end. Figures that died with that driver are null.
+report.json is written last, and its `shards` say which shards are covered. If a driver is killed
+between its last shard and its end, not all are covered. The next run then has no shards to do and
+writes the report again. Figures that were lost with the driver are null.
 """
 
 import json
@@ -16,7 +16,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raypipe import UsageError
 from raypipe.data import journal
 from raypipe.data.journal import Dropped, Rejected, Unread, Written
 from raypipe.data.location import Location
@@ -33,7 +32,11 @@ FILES = ("rejects.parquet", "boxes_dropped.parquet", "report.html", "report.json
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a run ended. `report` is None when there was nothing left to do; `rows` were to be accounted for."""
+    """How a run ended.
+
+    report: None if there was nothing left to do.
+    rows: number of rows to account for.
+    """
 
     report: dict[str, Any] | None
     rejected: list[Rejected]
@@ -43,8 +46,11 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Became:
-    """What became of the rows of a run: delivered, rejected, or not read. `dropped`: boxes of those that were delivered;
-    `boxes_from`: how many images had theirs from which frame, where nothing was written."""
+    """What became of the rows of a run: delivered, rejected, or not read.
+
+    dropped: unusable boxes of delivered images.
+    boxes_from: number of images by the frame of their boxes, if nothing was written.
+    """
 
     written: list[Written] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
@@ -61,8 +67,15 @@ class Became:
         damaged: int | None = None,
         skipped: Mapping[str, int] | None = None,
     ) -> reports.Counts:
-        """As the report has them. `rows`: in all. `out` and, of these, `damaged`: delivered, where nothing was written.
-        `skipped`: files that the listing left out, by suffix."""
+        """Count for the report.
+
+        Args:
+            rows: of the run and earlier ones.
+            before: rows done by earlier runs.
+            out: images delivered, if nothing was written.
+            damaged: of these, the damaged ones.
+            skipped: number of files that the listing left out, by suffix.
+        """
         reasons = Counter(row.reason for row in self.rejected)
         return reports.Counts(
             images_in=rows,
@@ -82,7 +95,7 @@ class Became:
 
 
 def became(root: Location, work: pa.Table) -> Became:
-    """What the journal in `root` says of the rows of `work` (schema WORK).
+    """Read from the journal in `root` what became of the rows of `work` (schema WORK).
 
     Raises:
         UsageError: an entry cannot be read.
@@ -103,12 +116,12 @@ def became(root: Location, work: pa.Table) -> Became:
 
 
 def frames_told(boxes_from: Mapping[str, int]) -> dict[str, int]:
-    """As the report has it: of how many images boxes were moved from which frame, or were left because sizes cannot tell."""
+    """The report's counts of images whose boxes were not drawn in the upright frame."""
     return {kind: count for kind, count in sorted(boxes_from.items()) if kind != UPRIGHT}
 
 
 def ranges(shards: Iterable[int]) -> list[list[int]]:
-    """Shard numbers as runs of consecutive ones: `[first, last]` each."""
+    """Compress shard numbers to ranges: `[first, last]` each."""
     numbers = np.unique(np.fromiter(shards, np.int64))
     runs = np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1) if len(numbers) else []
     return [[int(run[0]), int(run[-1])] for run in runs]
@@ -154,7 +167,7 @@ def _report_in(folder: Location) -> dict[str, Any] | None:
 
 
 def check_report(folder: str | None) -> None:
-    """Raise UsageError where a report in `folder`, given as --report, would overwrite what is none."""
+    """Raise UsageError if --report `folder` has files that are no report of raypipe."""
     if folder is None:
         return
     place = Location.of(folder)
@@ -165,8 +178,8 @@ def check_report(folder: str | None) -> None:
     taken = [name for name in FILES if (place / name).exists()]
     if taken and not is_report(place):
         raise UsageError(
-            f"--report {folder!r} has a {taken[0]} that is no report of raypipe: it would be overwritten. "
-            f"Nothing was started. Give a folder without it."
+            f"--report {folder!r} has a {taken[0]} that is no report of raypipe: it would be "
+            f"overwritten. Nothing was started. Give a folder without it."
         )
 
 
@@ -178,9 +191,10 @@ def leave_report(
     shown: Sequence[dict[str, Any]] = (),
     dropped: Sequence[Dropped] = (),
 ) -> None:
-    """Put rejects.parquet, boxes_dropped.parquet, report.html and, last, report.json into `folder`, their names after `prefix`.
+    """Write rejects.parquet, boxes_dropped.parquet, report.html and, last, report.json.
 
     Args:
+        prefix: put before their names.
         shown: rejects that the page shows.
     """
     page = html.page(report, rejects=shown, more_rejects=len(rejected) - len(shown))
@@ -201,11 +215,11 @@ _HARMFUL = (
     "too many pixels",
     "too large for --actor-memory",
 )
-"""Reasons of images that would do to the driver what they did to an actor, or were kept from doing."""
+"""Reasons for which an image may kill or fill a process: the driver must not decode it."""
 
 
 def shown(work: pa.Table, rejected: list[Rejected]) -> list[dict[str, Any]]:
-    """A few rejects of each reason with what can be seen of them, for the report's page."""
+    """A few rejects of each reason, with thumbnails, for the report's page."""
     count: Counter[str] = Counter()
     rows: list[Rejected] = []
     for row in rejected:
@@ -224,7 +238,7 @@ def shown(work: pa.Table, rejected: list[Rejected]) -> list[dict[str, Any]]:
 
 
 def verdict_on(outcome: Outcome, running: Running, *, output: str | None) -> str | None:
-    """Why a finished run counts as failed: rows lost or unread, or too many rejected. None: it does not."""
+    """Why a finished run failed: rows lost or unread, or too many rejected. None: it did not."""
     report = outcome.report
     if report is not None:
         lost = (
@@ -235,8 +249,9 @@ def verdict_on(outcome: Outcome, running: Running, *, output: str | None) -> str
         )
         if lost:
             return (
-                f"{lost} of {report['images_in']} images are unaccounted for: {report['images_out']} came out and "
-                f"{report['images_rejected']} were rejected. This is a defect of raypipe; run again to have them done, and report it."
+                f"{lost} of {report['images_in']} images are unaccounted for: "
+                f"{report['images_out']} came out and {report['images_rejected']} were rejected. "
+                f"This is a defect of raypipe; run again to have them done, and report it."
             )
     if outcome.unread:
         causes = Counter(row.detail for row in outcome.unread)
@@ -247,8 +262,9 @@ def verdict_on(outcome: Outcome, running: Running, *, output: str | None) -> str
         )
         without = "" if running.resume else " without --no-resume"
         return (
-            f"{len(outcome.unread)} of {outcome.rows} images could not be read ({causes.most_common(1)[0][0]}); {again}{without}. "
-            f"The first: {outcome.unread[0].uri}."
+            f"{len(outcome.unread)} of {outcome.rows} images could not be read "
+            f"({causes.most_common(1)[0][0]}); {again}{without}. The first: "
+            f"{outcome.unread[0].uri}."
         )
     share = len(outcome.rejected) / outcome.rows
     if share > running.max_reject_fraction:
@@ -257,8 +273,10 @@ def verdict_on(outcome: Outcome, running: Running, *, output: str | None) -> str
         )
         first = outcome.rejected[0]
         return (
-            f"{len(outcome.rejected)} of {outcome.rows} images were rejected ({100 * share:.1f}%), more than --max-reject-fraction "
-            f"{running.max_reject_fraction:g} allows; what was good is kept. The first: {first.uri}: {first.reason} ({first.detail}). "
+            f"{len(outcome.rejected)} of {outcome.rows} images were rejected "
+            f"({100 * share:.1f}%), more than --max-reject-fraction "
+            f"{running.max_reject_fraction:g} allows; what was good is kept. The first: "
+            f"{first.uri}: {first.reason} ({first.detail}). "
             + (
                 f"All are in {where}/rejects.parquet."
                 if where

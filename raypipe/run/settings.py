@@ -1,8 +1,8 @@
-"""What a user asks of a job: groups of settings, which the jobs compose, and their flat names.
+"""Settings of jobs: groups that the jobs compose, and their flat names.
 
-Each job's Settings hold some of these groups and some of its own. Flags, `settings` in report.json and the
-arguments of Python functions have the flat names of the groups' fields. A group decides the results of a
-run, whole, or it decides nothing: then it says only where results go and how they come about.
+Each job's Settings hold some of these groups and some of its own. Flags, `settings` in report.json
+and the arguments of Python functions have the flat names of the groups' fields. A group either
+decides the results of a run as a whole, or only where results go and how they are made.
 """
 
 import math
@@ -17,18 +17,18 @@ from raypipe.data.location import Location
 from raypipe.data.patience import READ_PATIENCE_S
 from raypipe.data.reader import Reading
 from raypipe.errors import UsageError, did_you_mean
-from raypipe.images.decode import MAX_PIXELS
+from raypipe.images.header import MAX_PIXELS
 from raypipe.images.recipe import Recipe
 from raypipe.images.recipe_json import to_json
 from raypipe.stages.actor import ACTOR_BYTES
-from raypipe.stages.preprocess import Preprocessing
+from raypipe.stages.planning import Preprocessing
 from raypipe.stages.stage import Count
 
 TRUST = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="MODULE:NAME")]
-"""A flag that may be given several times: the user's own code that a file from elsewhere may name."""
+"""A flag that may be given several times: the user's own code that a foreign file may name."""
 
 LEAST_MEMORY = 100_000_000
-"""Bytes for images without which an actor is of no use: a few photos and their shard's results."""
+"""Bytes for images that an actor needs at least: a few photos and their shard's results."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class Source:
     annotations: str | None = None
     """COCO JSON with the boxes; --input is then the folder its file names are relative to."""
     seed: int = 0
-    """Of all random draws: demo images, augmentations; in a training also weights, order and hold-out."""
+    """Seed of demo images and augmentations; in a training also of weights, order and hold-out."""
 
     def check(self) -> None:
         """Raise UsageError for a value that no run can use."""
@@ -62,22 +62,22 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
-    """How images are decoded, and which are not."""
+    """How images are decoded, and which are rejected."""
 
     decides: ClassVar = True
 
     backend: Literal["opencv", "torchvision"] = "opencv"
     """Library that decodes and transforms."""
     max_pixels: int = MAX_PIXELS
-    """Images with more pixels are rejected before they are decoded."""
+    """Images with more pixels are rejected without decoding."""
     actor_memory: float = 2.0
-    """GB that a preprocess actor may hold. Shards are cut for it; an image that needs more is rejected."""
+    """GB that a preprocess actor may hold. Shards are cut to fit; larger images are rejected."""
     image_seconds: float = 30.0
-    """Seconds of CPU that one image may take; more ends its actor, and the image is rejected."""
+    """Seconds of CPU that an image may take. More ends its actor, and the image is rejected."""
     decoder: Literal["simplejpeg", "own"] = "simplejpeg"
-    """Decoder of JPEGs: simplejpeg notices damage; the backend's own (OpenCV, Pillow) mostly does not."""
+    """Decoder of JPEGs: simplejpeg detects damage; the backend's own mostly does not."""
     damaged: Literal["reject", "keep"] = "reject"
-    """Images that a decoder or a checksum calls damaged: reject them, or keep what can be decoded."""
+    """Images that a decoder or checksum calls damaged: reject, or keep what can be decoded."""
 
     def check(self) -> None:
         """Raise UsageError for a value that no run can use."""
@@ -89,8 +89,8 @@ class Decoding:
         if not LEAST_MEMORY <= self.memory < 2**50:
             least = (ACTOR_BYTES[self.backend] + LEAST_MEMORY) / 1e9
             raise UsageError(
-                f"--actor-memory is {self.actor_memory}; it is GB, and an actor with {self.backend} "
-                f"needs {least:g} at least."
+                f"--actor-memory is {self.actor_memory}; it is GB, and an actor with "
+                f"{self.backend} needs {least:g} at least."
             )
 
     @property
@@ -115,31 +115,31 @@ class Decoding:
 
 @dataclass(frozen=True, kw_only=True)
 class Running:
-    """How the run goes. Nothing here decides what comes out of an image."""
+    """How the run is executed. Nothing here decides the results."""
 
     decides: ClassVar = False
 
     limit: int | None = None
-    """Only the first so many images."""
+    """Use only this many images, the first ones."""
     actors: Count = "auto"
-    """Preprocess actors; auto: as many as the planner finds best, corrected while the run goes on."""
+    """Preprocess actors; auto: as many as the planner finds best, corrected during the run."""
     threads: int = 1
     """Threads that OpenCV or torch may use within each actor."""
     read_ms: float = 0.0
-    """Have every image take so many milliseconds longer to read, as from a slow store."""
+    """Milliseconds to add to the reading of each image, as for a slow store."""
     read_patience: float = READ_PATIENCE_S
-    """Seconds for which a store that does not answer is asked again. What it has not given by then is left
-    for the next run; a training stops, and goes on from its last checkpoint."""
+    """Seconds for which a store that does not answer is asked again. Images that it has not given
+    by then are left for the next run; a training stops, and goes on from its last checkpoint."""
     shard_rows: int | None = None
-    """Images a shard at most, as far as --actor-memory allows; by default 64 MiB of pixels."""
+    """Images per shard, if --actor-memory allows; by default 64 MiB of pixels."""
     max_reject_fraction: float = 0.01
-    """The run fails when more than this share of the images was rejected; results are kept."""
+    """The run fails if a larger share of the images is rejected; results are kept."""
     run_id: str | None = None
     """Name of this run; by default made from the time."""
     resume: bool = True
-    """--no-resume deletes what earlier runs have left there, and starts again."""
+    """Go on from earlier runs. --no-resume deletes what they have left, and starts again."""
     report: str | None = None
-    """Folder for the report too; by default only _raypipe in the output or storage."""
+    """Folder for a second copy of the report, beside _raypipe in the output or storage."""
 
     def check(self) -> None:
         """Raise UsageError for a value that no run can use."""
@@ -169,8 +169,8 @@ class Running:
 
     def reading(self, input: str) -> Reading:
         """How preprocess actors read `input`."""
-        # One thread reads ahead of the decoder. More only contend for the interpreter, unless each waits
-        # for a network.
+        # One thread reads ahead of the decoder. More would only contend for the interpreter, unless
+        # each waits for a network.
         place = Location.of(input)
         known = not place.is_remote and os.path.isdir(place.path)
         return Reading(
@@ -200,7 +200,7 @@ class Device:
 
     @property
     def must(self) -> bool | None:
-        """Whether GPUs must be taken, must not, or (None) are taken where there are enough."""
+        """Whether GPUs must be used, must not, or (None) are used if there are enough."""
         return True if self.gpu else False if self.cpu else None
 
 
@@ -208,14 +208,14 @@ class Device:
 
 
 def check_counts(counts: Mapping[str, Count | None]) -> None:
-    """Raise UsageError for a number below 1, by its flag."""
+    """Raise UsageError for a number below 1. Keys are flags."""
     for name, value in counts.items():
         if isinstance(value, int) and value < 1:
             raise UsageError(f"--{name} is {value}; it must be at least 1.")
 
 
 def check_wait(name: str, wait_ms: float) -> None:
-    """Raise UsageError for a delay that is none."""
+    """Raise UsageError for a delay that is negative, or an hour or more."""
     if not 0 <= wait_ms < 3_600_000:
         raise UsageError(
             f"--{name} is {wait_ms}; it is milliseconds an image, from 0 to an hour's."
@@ -227,28 +227,30 @@ def check_trust(trust: tuple[str, ...]) -> None:
     for name in trust:
         if not all(name.partition(":")):
             raise UsageError(
-                f"--trust is {name!r}; it is module:name, as the checkpoint writes it, such as mymodels:make."
+                f"--trust is {name!r}; it is module:name, as the checkpoint writes it, such as "
+                f"mymodels:make."
             )
 
 
 def check_apart(output: str | None, input: str) -> None:
-    """Raise UsageError where results would overwrite what they are made from, or be taken for input the next time."""
+    """Raise UsageError if results would overwrite the input, or be part of the next run's input."""
     if output is None or input.startswith("demo"):
         return
     if Location.of(output).within(Location.of(input)):
         raise UsageError(
             f"--output {output!r} is the input folder {input!r} or in it: results would overwrite "
-            f"originals, or be taken for input by the next run. Nothing was started. Give a folder beside it."
+            f"originals, or be taken for input by the next run. Nothing was started. Give a folder "
+            f"beside it."
         )
 
 
 def check_free(output: Location, files: Sequence[str], *, ours: Set[str]) -> None:
-    """Raise UsageError where a run would overwrite one of `files`, relative to `output`, that is not one of `ours`."""
+    """Raise UsageError if one of `files`, relative to `output`, exists and is not one of `ours`."""
     wanted = [file for file in files if file not in ours]
     if not wanted:
         return
     if output.is_remote:
-        there = set(output.below())  # one listing, not a question an image
+        there = set(output.below())  # one listing instead of a request per image
         taken = [file for file in wanted if file in there]
     elif os.path.isdir(output.path):
         taken = [file for file in wanted if os.path.lexists(os.path.join(output.path, file))]
@@ -262,7 +264,7 @@ def check_free(output: Location, files: Sequence[str], *, ours: Set[str]) -> Non
 
 
 def recipe_identity(recipe: Recipe) -> dict[str, Any]:
-    """What of a recipe decides the results, as JSON types."""
+    """The part of a recipe that decides the results, as JSON types."""
     return {key: value for key, value in to_json(recipe).items() if key != "description"}
 
 
@@ -272,14 +274,14 @@ S = TypeVar("S", bound="Composed")
 
 
 class Composed:
-    """Settings of a job: a frozen dataclass whose fields are groups, with the flat names of their fields."""
+    """Settings of a job: a frozen dataclass of groups, with the flat names of their fields."""
 
     @classmethod
     def of(cls: type[S], **given: Any) -> S:
         """Compose settings from flat names.
 
         Raises:
-            UsageError: a name is unknown, or one that has no default is missing.
+            UsageError: a name is unknown, or one without a default is missing.
         """
         unknown = [name for name in given if name not in cls.names()]
         if unknown:
@@ -321,7 +323,7 @@ class Composed:
             group.check()
 
     def decided(self) -> dict[str, Any]:
-        """The groups that decide the results, whole, by flat names; a group may say itself what its identity is."""
+        """The groups that decide the results, by flat names; for a group with `identity`, that."""
         found: dict[str, Any] = {}
         for group in self._parts():
             if group.decides:
@@ -343,9 +345,9 @@ def parse(
     description: str | None,
     prog: str | None = None,
 ) -> S:
-    """Settings from a command line: each flag is the flat name of a field.
+    """Parse a command line: each flag is the flat name of a field.
 
-    Flags that are off by default have no --no- form, and the others no plain one.
+    Flags that are off by default have no --no- form, and flags that are on have only that.
     """
     return tyro.cli(
         kind,

@@ -401,7 +401,7 @@ def test_an_op_of_the_recipe_that_is_not_there_is_named(trained, tmp_path):
     folder = str(tmp_path / "storage/x" / checkpoints.name_of(kept.progress))
     checkpoints.save(folder, kept)
     with pytest.raises(
-        UsageError, match=r"The recipe in the checkpoint .* cannot be followed.*gone_module:Sparkle"
+        UsageError, match=r"The recipe in the checkpoint .* cannot be used.*gone_module:Sparkle"
     ):
         predicting(
             settings(

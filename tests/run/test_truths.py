@@ -10,7 +10,7 @@ import pytest
 from raypipe import UsageError
 from raypipe.data.listing import list_images
 from raypipe.data.tables import PREDICTIONS
-from raypipe.run.predict import precision_of, truths_of
+from raypipe.run.predictions import precision_of, truths_of
 from raypipe.train.plan import plan
 from raypipe.train.settings import Settings
 

@@ -1,1 +1,1 @@
-"""Ray itself: its life, its machines, its actor pools. The only room that touches its internals."""
+"""Ray itself: its life, its machines, its actor pools. Only this room uses Ray's internals."""

@@ -1,6 +1,6 @@
-"""The names inside Ray that raypipe relies on. On a Ray that lacks one, live scaling is off.
+"""Ray's internal names that raypipe uses. On a Ray that lacks one, live scaling is off.
 
-Written against Ray 2.60. Importing this module touches nothing of Ray.
+Written for Ray 2.60. Importing this module imports nothing of Ray.
 """
 
 from dataclasses import fields, is_dataclass
@@ -42,12 +42,12 @@ PINNED: dict[str, tuple[str, ...]] = {
     ),
     "ray.data:DataContext": ("set_config", "get_config", "custom_execution_callback_classes"),
 }
-"""Classes, as module:name, and what of them is used. Attributes of instances are not seen here."""
+"""Classes, as module:name, and their members in use. Attributes of instances are not listed."""
 
 
 @cache
 def missing() -> tuple[str, ...]:
-    """What this Ray lacks; empty: live scaling works."""
+    """The names that this Ray lacks; empty: live scaling works."""
     return tuple(name for path, names in PINNED.items() for name in _missing_of(path, names))
 
 

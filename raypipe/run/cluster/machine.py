@@ -1,4 +1,4 @@
-"""What there is to compute on: versions, cores, processors, and the Ray that a run uses."""
+"""The machine: versions, cores, processors, and the Ray that a run uses."""
 
 import os
 import platform
@@ -14,21 +14,24 @@ import psutil
 class Session:
     """The Ray that a run uses.
 
-    `at_most`: actors of all stages together that there is room for. `cpus_each`: logical CPUs of each.
+    at_most: how many actors of all stages together have room.
+    cpus_each: logical CPUs of each actor.
+    cores: physical cores on this machine, or logical CPUs of a cluster.
+    address: HOST:PORT, to join it.
     """
 
     at_most: int
     cpus_each: float
-    cores: float  # physical on a machine of our own, logical CPUs of a cluster
+    cores: float
     nodes: int
     joined: bool
     dashboard: str | None
-    address: str  # HOST:PORT, for who joins it
+    address: str
     gpus: int = 0
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a run's results and speed depend on."""
+    """Versions of the packages on which results and speed depend."""
     names = (
         "raypipe",
         "ray",
@@ -45,19 +48,18 @@ def versions() -> dict[str, str]:
     for name in names:
         try:
             found[name] = version(name)
-        except (
-            ImportError
-        ):  # PackageNotFoundError: raypipe itself, when only its source travels with a job
+        except ImportError:  # PackageNotFoundError: for raypipe, if a job brings only its source
             found[name] = "source" if name == "raypipe" else "missing"
     return found
 
 
 def cores_here() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def hardware(session: Session) -> dict[str, Any]:
+    """The report's `hardware`."""
     return {
         "cores": session.cores,
         "nodes": session.nodes,
@@ -68,7 +70,7 @@ def hardware(session: Session) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """What this machine's processor is called."""
+    """Name of this machine's processor."""
     try:
         named = [
             line

@@ -1,8 +1,8 @@
-"""Ray Data's actor pools, seen and changed from inside a running execution.
+"""Observes and resizes Ray Data's actor pools from inside a running execution.
 
-Ray has no public way to see how long a stage's actors had nothing to do, and why, nor to change a pool while it runs.
-An execution callback runs in the executor's own thread after every scheduling step. Only there its state is
-consistent. Import this module only where `internals.missing()` is empty.
+Ray has no public way to see how long a stage's actors were idle and why, or to resize a pool while
+it runs. An execution callback runs in the executor's own thread after every scheduling step. Only
+there its state is consistent. Import this module only if `internals.missing()` is empty.
 """
 
 import time
@@ -29,7 +29,7 @@ def steer(
     """Report actor pools to `collector`, and apply the sizes it asks for.
 
     Args:
-        context: of the dataset that is about to run.
+        context: of the dataset that will run.
         collector: gets `observe(pools)` twice a second and at the end; returns {stage: count}.
         stages: operator name (Ray Data's, such as MapBatches(Preprocess)) -> stage name.
     """
@@ -48,7 +48,7 @@ class _Steering(ExecutionCallback):
     def on_execution_step(self, executor) -> None:
         now = time.perf_counter()
         if self._seen is None:
-            # The time before the first step is no work: it may be a wait for all actors.
+            # The time before the first step is not work: it may be a wait for all actors.
             self._seen = self._sent = now
         if now - self._seen < LOOK_EVERY_S:
             return
@@ -57,7 +57,7 @@ class _Steering(ExecutionCallback):
         if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
             self._apply(self._answer)
             self._answer = None
-        # One request at a time: none pile up where the collector is slow or gone.
+        # One request at a time, so that none pile up if the collector is slow or gone.
         if self._answer is None and now - self._sent >= SEND_EVERY_S:
             self._answer = self._send(executor)
             self._sent = now
@@ -75,7 +75,7 @@ class _Steering(ExecutionCallback):
     def _apply(self, answer: ray.ObjectRef) -> None:
         try:
             wanted = ray.get(answer)
-        except ray.exceptions.RayError:  # a run goes on without its collector
+        except ray.exceptions.RayError:  # the run goes on without its collector
             return
         for stage, pool in self._pools.items():
             if stage in wanted:
@@ -100,11 +100,11 @@ class _Steering(ExecutionCallback):
                 pool.release_drained()
                 running = of_ray.num_running_actors()
                 queued = state.total_enqueued_input_blocks()
-                # Idle while input waits: blocked by the stage behind. Idle otherwise: starved.
+                # Idle while input waits: blocked by the next stage. Idle otherwise: starved.
                 idle = max(running - of_ray.num_active_actors(), 0)
                 there = running + of_ray.num_pending_actors() - len(pool.draining)
                 view = self._views.get(stage) or PoolView(start=there, min=there, max=there)
-                # Shrinking at the end of the input is no scaling: Ray releases idle actors.
+                # Shrinking at the end of the input is not scaling: Ray releases idle actors.
                 self._views[stage] = replace(
                     view,
                     min=min(view.min, there) if queued else view.min,
@@ -120,11 +120,11 @@ class _Steering(ExecutionCallback):
 
 
 class _Pool:
-    """One of Ray Data's actor pools, made to shrink under load too.
+    """One of Ray Data's actor pools, which can shrink under load too.
 
-    Ray releases idle actors only. A saturated pool has none, because dispatch precedes autoscaling. So
-    excess actors drain: they leave the dispatch heaps as dead actors do, finish what they have, and
-    are released. A busy actor is never released: its task would be done again.
+    Ray releases only idle actors. A saturated pool has none, because dispatch precedes autoscaling.
+    So excess actors drain: they leave the dispatch heaps as dead actors do, finish their tasks, and
+    are released. A busy actor is never released, as its task would be done again.
     """
 
     def __init__(self, of_ray: _ActorPool):
@@ -158,7 +158,7 @@ class _Pool:
         while excess > 0 and pool._try_remove_pending_actor():
             excess -= 1
         if excess > 0:
-            # Those with the least to finish go first.
+            # The actors with the fewest tasks go first.
             running = sorted(
                 pool._running_actors.items(), key=lambda item: item[1].num_tasks_in_flight
             )
@@ -168,10 +168,10 @@ class _Pool:
         self.release_drained()
 
     def release_drained(self) -> None:
-        """Release drained actors, and make the bounds of Ray's autoscaler fit.
+        """Release drained actors, and adapt the bounds of Ray's autoscaler.
 
-        It replaces lost actors. Without the draining ones in its bounds it would release an idle actor
-        that is to stay.
+        The autoscaler replaces lost actors. If its bounds left out the draining actors, it would
+        release an idle actor that should stay.
         """
         for actor in list(self.draining):
             state = self._of_ray._running_actors.get(actor)

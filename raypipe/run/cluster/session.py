@@ -1,4 +1,4 @@
-"""Ray's life around a run: joined, or started for it alone, and ended with it."""
+"""Ray around a run: a cluster that is joined, or one that is started and ended with the run."""
 
 import logging
 import os
@@ -6,9 +6,10 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import grpc
@@ -21,20 +22,23 @@ from raypipe.run.cluster.machine import Session, cores_here
 from raypipe.run.cluster.sizing import room_here
 from raypipe.stages.stage import Stage
 
+_Handler = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
+"""A handler of a signal, as signal.signal takes and returns it."""
+
 
 def beside_driver() -> dict[str, Any]:
-    """Options for an actor on the driver's node that takes no CPU: no other node's loss can end it."""
+    """Options for an actor without a CPU on the driver's node, which other nodes cannot end."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return {"num_cpus": 0, "scheduling_strategy": here}
 
 
 def joins() -> bool:
-    """Whether a session that opens now would use a Ray that exists, instead of starting one."""
+    """Whether a session that opens now would use an existing Ray, instead of starting one."""
     return bool(os.environ.get("RAY_ADDRESS")) or ray.is_initialized()
 
 
 def check_shared(file: str, *, option: str) -> None:
-    """Raise UsageError where a node of the cluster does not see `file`, a local file of this node.
+    """Raise UsageError if a node of the cluster does not see `file`, a local file of this node.
 
     Args:
         option: the user's flag and value, for the message.
@@ -48,46 +52,55 @@ def check_shared(file: str, *, option: str) -> None:
     )
     if blind:
         raise UsageError(
-            f"{option} is a folder of this node, and {blind} of the cluster's {len(nodes)} nodes do not "
-            f"see it: what they wrote would stay with them, unknown to the run. Nothing was started. Give a "
-            f"folder that all of them share, or s3:// or gs://."
+            f"{option} is a folder of this node, and {blind} of the cluster's {len(nodes)} nodes "
+            f"do not see it: what they wrote would stay with them, unknown to the run. Nothing was "
+            f"started. Give a folder that all of them share, or s3:// or gs://."
         )
 
 
 ENDING = threading.Lock()
-"""Held while a session's Ray ends, and by other threads that ask it something. Asked after its end, Ray
-would start another one by itself."""
+"""Held while a session's Ray ends, and by other threads that call it. A call after the end would
+start another Ray."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Open:
+    """The open session of this process.
+
+    ours: whether Ray ends with it.
+    thread: the one that opened it.
+    ending: SIGTERM's handler before.
+    """
+
     session: Session
-    ours: bool  # Ray ends with it
-    thread: int  # that opened it
-    ending: Any  # what SIGTERM did before
+    ours: bool
+    thread: int
+    ending: _Handler
 
 
-_open: list[_Open] = []  # the session of this process, if there is one
+_open: list[_Open] = []
+"""The session of this process, if there is one."""
+
 _OPENING = threading.Lock()
-"""Held while it is opened or closed."""
+"""Held while the session is opened or closed."""
 
 
 @contextmanager
 def ray_session(
     stages: Sequence[Stage], *, beside: int = 0, shard_bytes: int = 0
 ) -> Iterator[Session]:
-    """Join the cluster that RAY_ADDRESS names, use the Ray of this process, or start one for this run alone.
+    """Join the cluster of RAY_ADDRESS, use the Ray of this process, or start one for this run.
 
-    Within another ray_session it is that one, with its room. Several runs then share what was opened
-    once, for the largest of them.
+    Within another ray_session, this is that session with its room. So several runs share what was
+    opened once, for the largest of them.
 
     Args:
-        stages: what the run needs room for.
-        beside: CPUs that others than these actors take: the workers of a training.
+        stages: whose actors need room.
+        beside: CPUs for others than these actors: the workers of a training.
         shard_bytes: memory that an actor of the first stage takes for its largest shard.
 
     Raises:
-        UsageError: there is no cluster at RAY_ADDRESS, no memory here for the actors asked for, or
+        UsageError: there is no cluster at RAY_ADDRESS, no memory for the actors asked for, or
             another run of this process has a Ray that ends with it.
     """
     with _OPENING:
@@ -96,8 +109,9 @@ def ray_session(
             _open.append(_opened(stages, beside, shard_bytes))
         elif _open[0].ours and _open[0].thread != threading.get_ident():
             raise UsageError(
-                "Another run of this process is going on, with a Ray that ends with it. Wait for it "
-                "(`run.wait()`), start this one in a process of its own, or call ray.init() before both."
+                "Another run of this process is in progress, with a Ray that ends with it. Wait "
+                "for it (`run.wait()`), start this one in a process of its own, or call ray.init() "
+                "before both."
             )
         opened = _open[0]
     try:
@@ -113,9 +127,9 @@ ANSWERS_WITHIN_S = 10.0
 
 
 def check_answers(address: str) -> None:
-    """Raise ConnectionError where no Ray answers at `address`, HOST:PORT or ray://HOST:PORT.
+    """Raise ConnectionError if no Ray answers at `address`, HOST:PORT or ray://HOST:PORT.
 
-    Ray itself would ask for minutes where nobody listens, and for 75 s where another program does
+    Ray itself would try for minutes if nobody listens, and for 75 s if another program does
     (measured).
     """
     where = address.removeprefix("ray://")
@@ -131,15 +145,16 @@ def check_answers(address: str) -> None:
 
 
 FREE_EVERY_MS = 100
-"""How often the Ray that raypipe starts frees blocks that nobody needs; Ray's default is 1000.
+"""How often the Ray that raypipe starts frees unused blocks; Ray's default is 1000.
 
-Two cores make some 5 blocks a second. A block in memory that is new to its actor takes 25 to 60 ms to
-store, otherwise 13 ms (19 such blocks in two runs, then 10)."""
+Two cores make about 5 blocks a second. Storing a block takes 25 to 60 ms in memory that is new to
+its actor, and otherwise 13 ms. In two runs 19 blocks were in new memory with the default, and 10
+with this value."""
 
 
 def ray_here(*, num_cpus: int, **options: Any) -> Any:
-    """Start a Ray for this process alone; arguments and result are those of ray.init."""
-    # Not 0, which frees at once: Ray then no longer checks whether its store must spill.
+    """Start a Ray for this process alone. Arguments and result are those of ray.init."""
+    # 0 would free at once, but then Ray no longer checks whether its store must spill.
     own = (
         {}
         if "RAY_free_objects_period_milliseconds" in os.environ
@@ -165,19 +180,19 @@ def _opened(stages: Sequence[Stage], beside: int, shard_bytes: int) -> _Open:
         except ConnectionError as error:
             address = os.environ.get("RAY_ADDRESS", "")
             raise token_missing(address, error) or UsageError(
-                f"RAY_ADDRESS is {address!r}, but no Ray cluster answers there ({error}). Start it, correct "
-                f"the address, or unset RAY_ADDRESS to run on this machine alone."
+                f"RAY_ADDRESS is {address!r}, but no Ray cluster answers there ({error}). Start "
+                f"it, correct the address, or unset RAY_ADDRESS to run on this machine alone."
             ) from error
         except Exception as error:
-            if (
-                type(error) is not Exception
-            ):  # Ray raises a bare one for a node that does not come up
+            # Ray raises a bare Exception for a node that does not start.
+            if type(error) is not Exception:
                 raise
             cause = raised_in_logs()
             raise TimeoutError(
                 f"Ray did not start: {cause}. Install or mend what it names, then start again."
                 if cause
-                else f"Ray did not start: {error} Try again when other programs leave it more of the machine."
+                else f"Ray did not start: {error} Try again when other programs use less of the "
+                f"machine."
             ) from None
         dashboard = context.dashboard_url or None
     ending = _end_by_sigterm() if ours else None
@@ -185,8 +200,8 @@ def _opened(stages: Sequence[Stage], beside: int, shard_bytes: int) -> _Open:
         cpus = int(ray.cluster_resources().get("CPU", 0)) - (beside if joined else 0)
         nodes = sum(1 for node in ray.nodes() if node["Alive"])
         cores = min(cpus + (beside if joined else 0), cores_here()) if nodes == 1 else cpus + beside
-        # Actors that mostly wait may outnumber the cores, and more may be asked for later. Each gets a
-        # fraction of a CPU: with more logical CPUs Ray would start an idle process for each.
+        # Actors that mostly wait may outnumber the cores, and more may be asked for later. Each
+        # gets a fraction of a CPU: for more logical CPUs, Ray would start an idle process each.
         at_most, each = (cpus, 1.0) if joined else (room, int(10_000 * cores / room) / 10_000)
         gpus = int(ray.cluster_resources().get("GPU", 0))
         address = ray.get_runtime_context().gcs_address
@@ -206,20 +221,22 @@ def _opened(stages: Sequence[Stage], beside: int, shard_bytes: int) -> _Open:
     return _Open(session=session, ours=ours, thread=threading.get_ident(), ending=ending)
 
 
-def _end(*, ours: bool, ending: Any) -> None:
+def _end(*, ours: bool, ending: _Handler) -> None:
     if ours:
-        # After Ctrl-C Ray would announce retries of every task under way, which never happen.
+        # After Ctrl-C, Ray would announce retries of every current task, which never happen.
         with without_rays_lines(), ENDING:
             ray.shutdown()
     if ending is not None:
         signal.signal(signal.SIGTERM, ending)
 
 
-def _end_by_sigterm() -> Any:
-    """Have SIGTERM, which `ray job stop` and batch schedulers send, end a run as Ctrl-C does.
+def _end_by_sigterm() -> _Handler:
+    """Make SIGTERM, which `ray job stop` and batch schedulers send, end a run as Ctrl-C does.
 
-    Ray would have it print a stack and exit. Returns the handler before; None: this is not the main
-    thread, so signals cannot be set.
+    Ray's handler would print a stack and exit.
+
+    Returns:
+        The handler before; None: this is not the main thread, so signals cannot be set.
     """
     if threading.current_thread() is not threading.main_thread():
         return None
@@ -227,26 +244,27 @@ def _end_by_sigterm() -> Any:
 
 
 def token_missing(address: str, error: BaseException) -> UsageError | None:
-    """The error for the user if Ray refused to connect without a token; None: it was another reason."""
+    """The error for the user if Ray refused to connect without a token; None: another reason."""
     if "InvalidAuthToken" not in str(error.__cause__):
         return None
     return UsageError(
-        f"The Ray cluster at {address!r} wants a token, and none was sent: Ray sends it to an address "
-        f"that is given only where RAY_AUTH_MODE=token says so. Set that; and RAY_AUTH_TOKEN, unless the "
+        f"The Ray cluster at {address!r} wants a token, and none was sent: Ray sends it to a given "
+        f"address only if RAY_AUTH_MODE=token says so. Set that; and RAY_AUTH_TOKEN, unless the "
         f"token is in ~/.ray/auth_token."
     )
 
 
 @contextmanager
 def without_rays_lines() -> Iterator[None]:
-    """Keep Ray's own lines off the terminal; they stay in its log files, and what raises still raises.
+    """Keep Ray's own lines off the terminal. They stay in its log files, and errors are raised.
 
-    They are a line for its log level at the start, and a warning for every actor pool that its
+    The lines are one for its log level at the start, and for every actor pool a warning that its
     arguments are in the object store (where Ray Data puts them).
     """
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    # Errors are raised, and told in a line (command.attempt). Ray Data would log the whole trace twice.
+    # Errors are raised and printed in a line (console.attempt). Ray Data would log the whole trace
+    # twice.
     sys.stderr.flush()
     stderr = os.dup(2)
     with open(os.devnull, "wb") as nowhere:

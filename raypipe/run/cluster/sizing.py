@@ -12,17 +12,17 @@ from raypipe.stages.actor import ACTOR_BYTES
 from raypipe.stages.stage import Stage
 
 REST_BYTES = 1500 * 10**6
-"""Memory for the driver, Ray's own processes and the system, beside the actors."""
+"""Memory for the driver, Ray's own processes and the system, in addition to the actors."""
 
 ROOM = 0.6
 """Share of a machine's memory that actors may take; the rest is for the object store and others."""
 
 START_S = {"opencv": 1.0, "torchvision": 3.0}
-"""CPU seconds that the start of an actor costs (measured: mostly imports of libraries)."""
+"""CPU seconds of an actor's start, by backend (measured; mostly imports of libraries)."""
 
 
 def memory_for(actors: Iterable[tuple[int, str]]) -> int:
-    """Bytes of memory for a run with so many actors, each with these libraries."""
+    """Bytes of memory for a run with these actors: their number, and their libraries."""
     return sum(count * ACTOR_BYTES[libraries] for count, libraries in actors) + REST_BYTES
 
 
@@ -33,7 +33,7 @@ def room_here(stages: Sequence[Stage], *, shard_bytes: int = 0) -> int:
         shard_bytes: memory that an actor of the first stage takes for its largest shard.
 
     Raises:
-        UsageError: there is not enough for those asked for.
+        UsageError: there is not enough memory for the actors asked for.
     """
     memory = psutil.virtual_memory().total
     first = stages[0]
@@ -46,7 +46,8 @@ def room_here(stages: Sequence[Stage], *, shard_bytes: int = 0) -> int:
     if needed > memory and asked:
         raise UsageError(
             f"{_counted(stages, {})} need about {needed / 1e9:.0f} GB of memory; this machine has "
-            f"{memory / 1e9:.0f} GB and {cores_here()} cores. Ask for fewer with {_options(stages)}."
+            f"{memory / 1e9:.0f} GB and {cores_here()} cores. Ask for fewer with "
+            f"{_options(stages)}."
         )
     return max(room, sum(count for count, _ in asked) + 1)
 
@@ -56,7 +57,7 @@ def _actor_bytes(stage: Stage) -> int:
 
 
 def _counted(stages: Sequence[Stage], counts: dict[str, int]) -> str:
-    """So many actors of each stage, in words."""
+    """The actors of each stage, in words."""
     return " and ".join(f"{counts.get(stage.name, stage.actors)} {stage.noun}" for stage in stages)
 
 
@@ -65,27 +66,28 @@ def _options(stages: Sequence[Stage]) -> str:
 
 
 def on_gpus(count: int, noun: str, *, must: bool | None, session: Session) -> bool:
-    """Whether `count` actors, called `noun` and set by an option of that name, hold a GPU each.
+    """Decide whether `count` actors hold a GPU each.
 
     Args:
-        must: they have to; they must not; None: they do where there are enough.
+        noun: for the actors; also the option that sets their number.
+        must: True: they have to. False: they must not. None: they do if there are enough.
 
     Raises:
-        UsageError: they have to, and there are too few.
+        UsageError: they have to, and there are too few GPUs.
     """
     if must and count > session.gpus:
         raise UsageError(
-            f"--gpu with {count} {noun} needs as many GPUs, but Ray sees {session.gpus}. Ask for fewer "
-            f"with --{noun}, add GPU nodes, or take --cpu."
+            f"--gpu with {count} {noun} needs as many GPUs, but Ray sees {session.gpus}. Ask for "
+            f"fewer with --{noun}, add GPU nodes, or use --cpu."
         )
     return must is not False and count <= session.gpus
 
 
 def seated(stage: Stage, session: Session) -> Stage:
-    """Decide whether the stage's actors hold GPUs; then there are as many as GPUs, unless it was said how many.
+    """Decide whether the stage's actors hold GPUs. If so, "auto" is as many actors as GPUs.
 
     Raises:
-        UsageError: they have to, and there are too few.
+        UsageError: they have to, and there are too few GPUs.
     """
     count = max(session.gpus, 1) if stage.actors == "auto" else stage.actors
     on_gpu = on_gpus(count, stage.noun, must=stage.gpu, session=session)
@@ -99,12 +101,12 @@ def size_pools(
     *,
     images: int,
 ) -> dict[str, int]:
-    """How many actors each stage starts with.
+    """Decide how many actors each stage starts with.
 
     Args:
-        stages: in order, `seated`.
+        stages: in order, after `seated`.
         costs: of stages, timed beforehand; None or incomplete: a rule of thumb decides.
-        images: to do.
+        images: number of images to do.
 
     Raises:
         UsageError: the cluster has fewer CPUs than were asked for.
@@ -114,7 +116,7 @@ def size_pools(
     on_gpu = {stage.name for stage in stages if stage.gpu}
     seats = sum(fixed[name] for name in on_gpu)  # they take no CPU
     room = session.at_most + seats
-    # A stage that turns out to be on GPUs was timed on a CPU.
+    # The timing was on a CPU, so it does not hold for stages that are on GPUs.
     known = [
         replace(cost, actors=fixed.get(cost.name, 1))
         for cost in costs or ()
@@ -135,8 +137,8 @@ def size_pools(
     counts |= fixed
     if sum(counts.values()) > room:
         raise UsageError(
-            f"{_counted(stages, counts)} take {sum(counts.values()) - seats} CPUs, one each, but the "
-            f"cluster has {session.at_most}: Ray would wait for ever for the rest. Ask for fewer with "
-            f"{_options(stages)}, or add nodes first."
+            f"{_counted(stages, counts)} take {sum(counts.values()) - seats} CPUs, one each, but "
+            f"the cluster has {session.at_most}: Ray would wait for ever for the rest. Ask for "
+            f"fewer with {_options(stages)}, or add nodes first."
         )
     return {stage.name: counts[stage.name] for stage in stages}
