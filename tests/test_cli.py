@@ -1,4 +1,4 @@
-"""Commands that read what a run left behind. Those for running runs: test_watch.py and run/test_watching.py."""
+"""Commands that read what a run left. For running runs: test_watch.py, run/test_watching.py."""
 
 import json
 import subprocess
@@ -12,7 +12,10 @@ from tests.support.clusters import environment
 
 
 def report(**given) -> dict:
-    """The parts of a report.json that a plan needs: 2 preprocess actors that compute and a writer that waits for a slow store."""
+    """The parts of a report.json that a plan needs.
+
+    2 preprocess actors compute, and a writer waits for a slow store.
+    """
 
     def stage(name: str, actors: int, busy_ms: float, cpu_ms: float) -> dict:
         counts = dict.fromkeys(("start", "min", "max", "end"), actors)

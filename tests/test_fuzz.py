@@ -1,4 +1,4 @@
-"""Damaged files of every format that raypipe reads: an error in a line or a reject, never a traceback, never a hang.
+"""Damaged files of every format give an error in a line or a reject, never a traceback or a hang.
 
 All in this process and without Ray: what an actor does with a row is done here too.
 """
@@ -70,7 +70,7 @@ def watched() -> Iterator[None]:
 
 @dataclass
 class Case:
-    """A format: a good file, how it is damaged, and what is done with it; None: it was read as it stands."""
+    """A format: a good file, how it is damaged, and how it is read; None: it was read unchanged."""
 
     file: str
     good: bytes
@@ -86,7 +86,7 @@ def jpeg(value: int) -> bytes:
 
 
 def processed(listed: Listed, *, at_least: int = ROWS) -> None:
-    """Every row is read, decoded and planned; as many come out, or somebody said why there are fewer."""
+    """Read, decode and plan every row. As many come out, or there is a reason for fewer."""
     assert listed.rows.num_rows >= at_least or listed.skipped or said, (
         listed.rows.num_rows,
         listed.skipped,

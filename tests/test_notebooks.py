@@ -13,7 +13,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 SMALLER = {
     "quickstart": {"demo:4000": "demo:1200"},
-    # As many points as it takes for each figure to have a line; sweep/test_command has both libraries.
+    # Enough points for each figure to have a line. sweep/test_command has both libraries.
     "talk": {
         "demo:160": "demo:40",
         "limit=160": "limit=40",

@@ -21,6 +21,7 @@ from raypipe.data.journal import Dropped, Rejected, Unread, Written
 from raypipe.data.location import Location
 from raypipe.data.names import STATE
 from raypipe.data.reader import Reader
+from raypipe.errors import UsageError
 from raypipe.images.decode import thumbnail
 from raypipe.images.frames import UPRIGHT
 from raypipe.insight import html

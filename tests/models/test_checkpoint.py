@@ -154,7 +154,8 @@ from tests.models.test_checkpoint import made
 import torch
 big = made()
 for step in range(1, 10**6):
-    now = replace(big, progress=replace(big.progress, step=step, rows=step), state={"w": torch.full((500_000,), float(step))})
+    state = {"w": torch.full((500_000,), float(step))}
+    now = replace(big, progress=replace(big.progress, step=step, rows=step), state=state)
     save(f"{sys.argv[1]}/{name_of(now.progress)}", now)
 """
 

@@ -41,7 +41,8 @@ def test_an_overlap_counts_at_the_thresholds_that_it_reaches():
 
 
 def test_a_false_find_between_two_true_ones_costs_precision_at_the_second_half_of_recall():
-    # In order of scores: true (recall 1/2, precision 1), false, true (recall 1, precision 2/3). Of 101 recalls 51 are up to 1/2.
+    # By score: true (recall 1/2, precision 1), false, true (recall 1, precision 2/3).
+    # Of 101 recalls, 51 are at most 1/2.
     result = mean_average_precision([truth(A, B)], [found((A, 0.9), (FAR, 0.8), (B, 0.7))])
     assert result.map == pytest.approx((51 + 50 * 2 / 3) / 101)
 
@@ -67,7 +68,8 @@ def test_the_mean_is_over_labels_that_there_are_and_other_labels_do_not_count():
     result = mean_average_precision(
         truths, [found((A, 0.9), (FAR, 0.99), (B, 0.9), labels=[3, 7, 3])]
     )
-    # 3: the second find is false, but comes when all is found. 90: nothing was found. 7: is in no truth.
+    # 3: the second detection is false, but comes after all is found. 90: nothing was found.
+    # 7: is in no truth.
     assert result.by_label == {3: 1.0, 90: 0.0}
     assert result.map == 0.5
 

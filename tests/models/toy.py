@@ -1,4 +1,4 @@
-"""Models of the user's own for tests: small enough to work out by hand, or to die at a given moment."""
+"""A user's own models for tests: small enough to compute by hand, or to die at a given time."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from raypipe.models.detection import ssd_tiny
 
 
 class Toy(nn.Module):
-    """Learns, from the mean colour, how many boxes an image has: the loss is a mean over images, as plain as can be."""
+    """Learns the number of boxes from the mean colour. The loss is a mean over images."""
 
     def __init__(self, num_classes: int):
         super().__init__()
@@ -32,7 +32,7 @@ class Toy(nn.Module):
 
 
 def mortal(*, num_classes: int, at: int, mark: str, hang: bool = False):
-    """ssd_tiny, but the process kills itself (or hangs) at its batch number `at`, once: the file `mark` says that it did."""
+    """ssd_tiny, but the process kills itself (or hangs) once, at batch `at`. `mark` records that."""
     model = ssd_tiny(num_classes=num_classes)
     seen = 0
 

@@ -1,4 +1,4 @@
-"""The predict stage without Ray: boxes on the original images, what is stored, and what a checkpoint must be."""
+"""The predict stage without Ray: boxes on original images, results, and bad checkpoints."""
 
 from pathlib import Path
 
@@ -44,7 +44,7 @@ def toy(root: Path, **settings) -> str:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A plain photo of 90x120; one of 120x90 that its EXIF turns to 90x120; and a file that is none."""
+    """A photo of 90x120; one of 120x90 that EXIF turns to 90x120; and a file that is no image."""
     (tmp_path / "photos").mkdir()
     Image.fromarray(photo(0, height=90, width=120)).save(tmp_path / "photos/a.jpg")
     turned = Image.fromarray(photo(1, height=120, width=90))

@@ -107,7 +107,7 @@ def test_labels_of_whole_images_stay_and_those_of_dropped_boxes_go():
 
 
 def annotated(folder: Path, *images: tuple[str, tuple[int, int], list[list[float]]]) -> pa.Table:
-    """The work of a COCO JSON: of each image its file, height and width as the JSON says, and its boxes (x y width height)."""
+    """The work of a COCO JSON. Images: file, the JSON's size, boxes (x y width height)."""
     listed = [
         {"id": n, "file_name": file, "height": h, "width": w}
         for n, (file, (h, w), _) in enumerate(images)
@@ -408,7 +408,10 @@ def shard_with(*images: bytes) -> tuple[pa.Table, Any]:
     ],
 )
 def test_what_does_not_fit_into_the_actors_memory_is_rejected_alone(recipe, memory, good):
-    """A PNG of 2000x2000 takes 36 MB to decode, 70 to resize in float; flipped as it is, 12 MB until its shard is done."""
+    """A PNG of 2000x2000 takes 36 MB to decode, and 70 MB to resize in float.
+
+    Flipped in its size, it takes 12 MB until its shard is done.
+    """
     shard, reader = shard_with(flat_png(2000), flat_png(3000), flat_png(100), flat_png(2000))
     block, _ = preprocess_shard(shard, replace(settings(recipe), memory=memory), reader=reader)
     assert [reason is None for reason in block.column("reason").to_pylist()] == good

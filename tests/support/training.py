@@ -13,11 +13,12 @@ from raypipe.data.work import shards
 from raypipe.images.recipe import for_evaluation
 from raypipe.models import checkpoint as checkpoints
 from raypipe.models.checkpoint import Checkpoint
-from raypipe.stages.preprocess import Preprocessing, preprocess_shard
+from raypipe.stages.planning import Preprocessing
+from raypipe.stages.preprocess import preprocess_shard
 from raypipe.train.peers import Peers
-from raypipe.train.plan import plan
+from raypipe.train.plan import Assignment, plan
 from raypipe.train.settings import Settings
-from raypipe.train.worker import Assignment, Worker
+from raypipe.train.worker import Worker
 
 
 class Quiet:
