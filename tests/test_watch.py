@@ -74,9 +74,8 @@ def command(updates: int, *flags: str) -> list[str]:
 
 def test_keys_scale_the_selected_stage_and_q_leaves_the_terminal_as_it_was():
     with Terminal(command(10_000), env=os.environ, cwd=ROOT) as terminal:
-        assert "─" not in terminal.shows(
-            r"▶ +preprocess +4 .*quit"
-        )  # rich draws a box where a part has nothing to show
+        # Rich draws a box where a part has nothing to show.
+        assert "─" not in terminal.shows(r"▶ +preprocess +4 .*quit")
         terminal.press("+")
         terminal.shows(r"there is room for 8 actors, and a stage needs one.*quit")
         terminal.press("--")

@@ -59,8 +59,8 @@ def cause_of(error: BaseException) -> str:
             return _words(one)
     # An actor's error arrives as the text of its traceback: its own causes are lost on the way.
     for one in reversed(chain):
-        if (told := raised_in(str(one))) is not None:
-            return told
+        if (raised := raised_in(str(one))) is not None:
+            return raised
     kinds: tuple[tuple[type | tuple[type, ...], str], ...] = (
         (
             OutOfMemoryError,
@@ -147,7 +147,7 @@ def raised_in_logs() -> str | None:
         for name in _LOGS:
             path = folder / "logs" / name
             with contextlib.suppress(OSError):
-                told = _RAISED.findall(path.read_text(errors="replace"))
-                if told:
-                    return printable(f"{told[-1][0]}: {told[-1][1]} (in {path})", 600)
+                raised = _RAISED.findall(path.read_text(errors="replace"))
+                if raised:
+                    return printable(f"{raised[-1][0]}: {raised[-1][1]} (in {path})", 600)
     return None

@@ -154,13 +154,13 @@ class Execution:
         stages: Sequence[Stage] | None = None,
         *,
         counts: Mapping[str, int] | None = None,
-        tells: bool = True,
+        observed: bool = True,
     ) -> ray.data.Dataset:
         """The stages on Ray Data, for `work` (schema WORK).
 
         Args:
             stages, counts: others than the execution's.
-            tells: whether the actors report to the collector.
+            observed: whether the actors report to the collector.
         """
         return dataset_of(
             work,
@@ -168,7 +168,7 @@ class Execution:
             self.counts if counts is None else counts,
             threads=self.setup.threads,
             cpus_each=self.session.cpus_each,
-            collector=self.collector if tells else None,
+            collector=self.collector if observed else None,
         )
 
     def measured(self) -> Measured:

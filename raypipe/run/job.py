@@ -129,18 +129,39 @@ def left_to_do(
         max_pixels=decoding.max_pixels,
     )
     cut: dict[str, Any] = {**shape.arguments, "taper": running.shard_rows is None}
-    todo = partial(
-        Todo,
+    claim = None
+    if results.root is None:
+        work = left = make_work(source, **cut)
+    else:
+        source, work, left, claim = _resumed(
+            source, results, results.root, cut=cut, resume=running.resume
+        )
+    return Todo(
         recipe=recipe,
+        work=work,
+        left=left,
+        image_ids=source.column("image_id"),
         endings=results.endings,
+        claim=claim,
         shard_bytes=shape.need,
         skipped=skipped or {},
     )
-    root = results.root
-    if root is None:
-        work = make_work(source, **cut)
-        return todo(work=work, left=work, image_ids=source.column("image_id"))
-    found = outputs.look(root, results.decides, resume=running.resume)
+
+
+def _resumed(
+    source: pa.Table, results: Results, root: Location, *, cut: dict[str, Any], resume: bool
+) -> tuple[pa.Table, pa.Table, pa.Table, outputs.Claim]:
+    """Compare the images of `source` (schema SOURCE) with what is in the output `root`.
+
+    Args:
+        cut: arguments of `make_work`.
+        resume: False: what is there will be deleted.
+
+    Returns:
+        `source` with the ids of earlier runs, all its rows and the rows that are left (schema
+        WORK), and what the run changes in the output.
+    """
+    found = outputs.look(root, results.decides, resume=resume)
     stored, done = found.work, found.done
     if stored is None:
         work = here = make_work(source, **cut)
@@ -165,12 +186,7 @@ def left_to_do(
         work=None if found.work is not None and work.equals(found.work) else work,
         seen=found.seen,
     )
-    return todo(
-        work=here,
-        left=remaining(here, done),
-        image_ids=source.column("image_id"),
-        claim=claim,
-    )
+    return source, here, remaining(here, done), claim
 
 
 def _among(rows: pa.Table, others: pa.Table) -> pa.ChunkedArray:

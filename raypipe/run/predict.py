@@ -207,17 +207,9 @@ def predicting(settings: Settings) -> Job:
     """
     settings.check()
     given, output = settings.source, settings.predicting.output
-    trust = settings.predicting.trust
-    folder = settings.model.folder
-    trained = checkpoints.load(folder, trusted=trust).settings
-    checkpoints.check_trusted(trained, folder, trust)
-    with foreign(f"{folder}/about.json, settings", remedy="Use another checkpoint."):
-        decoding = settings.decoding.after(trained)
-    decoding.check()
     check_apart(output, given.input)
-    recipe = _recipe(trained, folder, backend=decoding.backend, trust=trust)
-    # Errors in the weights are found before anything starts.
-    load(folder, torch.device("cpu"), trusted=trust)
+    trained = _trained(settings)
+    recipe, decoding = trained.recipe, trained.decoding
     listed = look(
         given.input,
         annotations=given.annotations,
@@ -241,16 +233,17 @@ def predicting(settings: Settings) -> Job:
         skipped=listed.skipped,
     )
     what = Predicting(
-        checkpoint=folder,
+        checkpoint=trained.folder,
         recipe=recipe,
         batch_size=settings.found.batch_size,
         min_score=settings.found.min_score,
         draw_score=settings.found.draw_score if settings.found.draw else None,
         names=names,
-        trusted=trust,
+        trusted=settings.predicting.trust,
     )
     source = listed.rows.set_column(0, SOURCE.field("image_id"), todo.image_ids)
-    about = {"folder": folder, "model": trained["model"]["name"], **checkpoints.identity(folder)}
+    identity = checkpoints.identity(trained.folder)
+    about = {"folder": trained.folder, "model": trained.model, **identity}
     ids = {image_key(image["id"]): image["id"] for image in coco.get("images") or ()}
 
     def conclude(written: list[journal.Written]) -> dict[str, Any]:
@@ -264,9 +257,40 @@ def predicting(settings: Settings) -> Job:
         reading=settings.running.reading(given.input),
         pixels=decoding.pixels(recipe, seed=given.seed),
         todo=todo,
-        then=_stage(settings, what, model=about["model"], step=about["step"]),
+        then=_stage(settings, what, model=trained.model, step=identity["step"]),
         conclude=conclude,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Trained:
+    """A checkpoint, and how its images were made.
+
+    model: its name.
+    recipe: the training's, without randomness.
+    """
+
+    folder: str
+    model: str
+    decoding: Decoding
+    recipe: Recipe
+
+
+def _trained(settings: Settings) -> _Trained:
+    """Read and check the checkpoint. Errors in it are found before anything starts.
+
+    Raises:
+        UsageError: it cannot be used.
+    """
+    trust, folder = settings.predicting.trust, settings.model.folder
+    trained = checkpoints.load(folder, trusted=trust).settings
+    checkpoints.check_trusted(trained, folder, trust)
+    with foreign(f"{folder}/about.json, settings", remedy="Use another checkpoint."):
+        decoding = settings.decoding.after(trained)
+    decoding.check()
+    recipe = _recipe(trained, folder, backend=decoding.backend, trust=trust)
+    load(folder, torch.device("cpu"), trusted=trust)
+    return _Trained(folder=folder, model=trained["model"]["name"], decoding=decoding, recipe=recipe)
 
 
 def _stage(settings: Settings, what: Predicting, *, model: str, step: int) -> Stage:

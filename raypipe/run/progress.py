@@ -44,7 +44,7 @@ class Tally:
     became: Became = field(default_factory=Became)
     consumed: Consumed | None = None
     _free_at: float | None = None
-    _told: float = 0.0
+    _sent_at: float = 0.0
 
     @property
     def rate(self) -> str:
@@ -74,16 +74,16 @@ class Tally:
         rejects, waiting = rejected_of(rows), unread_of(rows)
         self.became.rejected.extend(rejects)
         self.became.unread.extend(waiting)
-        told = block.num_rows - block.column("detail").null_count
-        self.damaged += told - len(rejects) - len(waiting)
+        detailed = block.num_rows - block.column("detail").null_count
+        self.damaged += detailed - len(rejects) - len(waiting)
         return block.num_rows, len(rejects), len(waiting)
 
     def tell(self, collector: ray.actor.ActorHandle) -> None:
         """Send the counts to those who watch, at most twice a second."""
         now = time.time()
-        if now - self._told >= 0.5:
+        if now - self._sent_at >= 0.5:
             collector.progress.remote(now, self.images, self.rejected, self.consumed)
-            self._told = now
+            self._sent_at = now
 
     def consume(self, consume: Callable[[pa.Table], None], block: pa.Table) -> None:
         """Pass a block to the caller's function, and time it.

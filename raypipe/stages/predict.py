@@ -190,15 +190,15 @@ def predict_block(block: pa.Table, predictor: Predictor, sink: Sink, *, reader: 
         OSError: an image cannot be read again for drawing.
     """
     predictions = predictor(block)
-    rows = block.select(_OF_THE_SOURCE)
-    told = rows.to_pylist()
-    shard = told[0]["shard"]
+    source = block.select(_OF_THE_SOURCE)
+    rows = source.to_pylist()
+    shard = rows[0]["shard"]
     sizes: dict[str, int] = {}
-    for file, data in _files(shard, rows, predictions, predictor.predicting, sink, reader):
+    for file, data in _files(shard, source, predictions, predictor.predicting, sink, reader):
         sink.root.write(file, data, tmp=sink.tmp)
         sizes[file] = len(data)
     return Entry(
-        epoch=told[0]["epoch"],
+        epoch=rows[0]["epoch"],
         shard=shard,
         written=[
             Written(
@@ -208,11 +208,11 @@ def predict_block(block: pa.Table, predictor: Predictor, sink: Sink, *, reader: 
                 width=row["source_width"],
                 damaged=row["detail"] is not None,
             )
-            for row in told
+            for row in rows
             if row["reason"] is None
         ],
-        rejected=rejected_of(told),
-        unread=unread_of(told),
+        rejected=rejected_of(rows),
+        unread=unread_of(rows),
         files=list(sizes),
         bytes=sum(sizes.values()),
     )

@@ -325,7 +325,9 @@ def _held_out(this: _Run, execution: Execution) -> HeldOut:
     stage = _stage(this, this.run_id, holdout=True)
     # These actors start for this alone. A start takes a second of CPU, as long as 300 images.
     count = min(execution.counts[stage.name], 1 + rows.num_rows // 300)
-    made = execution.dataset(rows, (stage,), counts={stage.name: count}, tells=False).materialize()
+    made = execution.dataset(
+        rows, (stage,), counts={stage.name: count}, observed=False
+    ).materialize()
     rejected, dropped = 0, list[dict[str, Any]]()
     columns = [*REJECTS.names, "boxes_dropped"]
     for block in made.select_columns(columns).iter_batches(batch_format="pyarrow"):

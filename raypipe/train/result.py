@@ -149,10 +149,10 @@ def _with_workers(snapshot: Snapshot, spent: dict[str, float], count: int) -> Sn
     )
     busy_s = spent["step"] + spent["evaluate"] + spent["checkpoint"]
     mine = [actor for actor in snapshot.actors if actor.stage == "train"]
-    told = [replace(actor, busy_s=busy_s / len(mine)) for actor in mine]
+    clocked = [replace(actor, busy_s=busy_s / len(mine)) for actor in mine]
     others = [actor for actor in snapshot.actors if actor.stage != "train"]
     pools = {**snapshot.pools, "train": pool}
-    return replace(snapshot, pools=pools, actors=(*others, *told))
+    return replace(snapshot, pools=pools, actors=(*others, *clocked))
 
 
 def _counts(todo: Todo, progress: Progress, *, before: int) -> reports.Counts:

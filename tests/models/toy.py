@@ -32,7 +32,7 @@ class Toy(nn.Module):
 
 
 def mortal(*, num_classes: int, at: int, mark: str, hang: bool = False):
-    """ssd_tiny, but the process kills itself (or hangs) once, at batch `at`. `mark` records that."""
+    """ssd_tiny, but its process kills itself (or hangs) once, at batch `at`. `mark` records it."""
     model = ssd_tiny(num_classes=num_classes)
     seen = 0
 

@@ -97,9 +97,8 @@ def test_labels_of_whole_images_stay_and_those_of_dropped_boxes_go():
         def read(self, shard):
             return [photo] * 3
 
-    left = Recipe(
-        name="left", ops=(CenterCrop(height=60, width=60),)
-    )  # of 120x160: the first box is outside
+    # Of 120x160: the first box is outside.
+    left = Recipe(name="left", ops=(CenterCrop(height=60, width=60),))
     block, _ = preprocess_shard(shard, settings(left), reader=Given())
     assert block.column("reason").to_pylist() == [None] * 3
     assert block.column("labels").to_pylist() == [[7], [], [2]]
@@ -129,9 +128,8 @@ def test_boxes_drawn_in_another_frame_are_moved_into_the_picture(tmp_path, decod
     picture[20:60, 30:110] = (220, 20, 20)
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.fromarray(np.ascontiguousarray(np.rot90(picture))).save(
-        tmp_path / "rotated.jpg", exif=exif
-    )  # stored 200x100
+    turned = np.ascontiguousarray(np.rot90(picture))  # stored as 200x100
+    Image.fromarray(turned).save(tmp_path / "rotated.jpg", exif=exif)
     Image.fromarray(picture).resize((400, 200)).save(tmp_path / "doubled.jpg")
     Image.fromarray(picture).save(tmp_path / "as is.jpg")
     exif[0x0112] = 3

@@ -68,9 +68,8 @@ def head(*, cpus: int, env: dict[str, str], python: str = sys.executable) -> Ite
         f"--dashboard-port={dashboard}",
         f"--ray-client-server-port={client}",
     ]
-    folder = tempfile.mkdtemp(
-        prefix="rp-"
-    )  # a short path: Ray's sockets are in it, and theirs may have 107 characters
+    # A short path: Ray's sockets are in it, whose paths may have 107 characters.
+    folder = tempfile.mkdtemp(prefix="rp-")
     try:
         with started(
             *more, f"--temp-dir={folder}", cpus=cpus, env=env, python=python, folder=folder

@@ -166,59 +166,65 @@ def ray_here(*, num_cpus: int, **options: Any) -> Any:
 def _opened(stages: Sequence[Stage], beside: int, shard_bytes: int) -> _Open:
     joined = joins()
     ours = not ray.is_initialized()
-    dashboard = None
-    if ours:
-        quiet = {"logging_level": "ERROR", "log_to_driver": False}
-        try:
-            with without_rays_lines():
-                if joined:
-                    check_answers(os.environ.get("RAY_ADDRESS", ""))
-                    context = ray.init(**quiet)
-                else:
-                    room = room_here(stages, shard_bytes=shard_bytes)
-                    context = ray_here(num_cpus=cores_here() + beside, **quiet)
-        except ConnectionError as error:
-            address = os.environ.get("RAY_ADDRESS", "")
-            raise token_missing(address, error) or UsageError(
-                f"RAY_ADDRESS is {address!r}, but no Ray cluster answers there ({error}). Start "
-                f"it, correct the address, or unset RAY_ADDRESS to run on this machine alone."
-            ) from error
-        except Exception as error:
-            # Ray raises a bare Exception for a node that does not start.
-            if type(error) is not Exception:
-                raise
-            cause = raised_in_logs()
-            raise TimeoutError(
-                f"Ray did not start: {cause}. Install or mend what it names, then start again."
-                if cause
-                else f"Ray did not start: {error} Try again when other programs use less of the "
-                f"machine."
-            ) from None
-        dashboard = context.dashboard_url or None
+    room = 0 if joined else room_here(stages, shard_bytes=shard_bytes)
+    dashboard = _connected(joined=joined, num_cpus=cores_here() + beside) if ours else None
     ending = _end_by_sigterm() if ours else None
     try:
-        cpus = int(ray.cluster_resources().get("CPU", 0)) - (beside if joined else 0)
-        nodes = sum(1 for node in ray.nodes() if node["Alive"])
-        cores = min(cpus + (beside if joined else 0), cores_here()) if nodes == 1 else cpus + beside
-        # Actors that mostly wait may outnumber the cores, and more may be asked for later. Each
-        # gets a fraction of a CPU: for more logical CPUs, Ray would start an idle process each.
-        at_most, each = (cpus, 1.0) if joined else (room, int(10_000 * cores / room) / 10_000)
-        gpus = int(ray.cluster_resources().get("GPU", 0))
-        address = ray.get_runtime_context().gcs_address
-        session = Session(
-            at_most=at_most,
-            cpus_each=each,
-            cores=cores,
-            nodes=nodes,
-            joined=joined,
-            dashboard=dashboard,
-            address=address,
-            gpus=gpus,
-        )
+        session = _session(joined=joined, beside=beside, room=room, dashboard=dashboard)
     except BaseException:
         _end(ours=ours, ending=ending)
         raise
     return _Open(session=session, ours=ours, thread=threading.get_ident(), ending=ending)
+
+
+def _connected(*, joined: bool, num_cpus: int) -> str | None:
+    """Join the cluster of RAY_ADDRESS or start Ray. Returns the address of its dashboard."""
+    quiet = {"logging_level": "ERROR", "log_to_driver": False}
+    try:
+        with without_rays_lines():
+            if joined:
+                check_answers(os.environ.get("RAY_ADDRESS", ""))
+                context = ray.init(**quiet)
+            else:
+                context = ray_here(num_cpus=num_cpus, **quiet)
+    except ConnectionError as error:
+        address = os.environ.get("RAY_ADDRESS", "")
+        raise token_missing(address, error) or UsageError(
+            f"RAY_ADDRESS is {address!r}, but no Ray cluster answers there ({error}). Start "
+            f"it, correct the address, or unset RAY_ADDRESS to run on this machine alone."
+        ) from error
+    except Exception as error:
+        # Ray raises a bare Exception for a node that does not start.
+        if type(error) is not Exception:
+            raise
+        cause = raised_in_logs()
+        raise TimeoutError(
+            f"Ray did not start: {cause}. Install or mend what it names, then start again."
+            if cause
+            else f"Ray did not start: {error} Try again when other programs use less of the "
+            f"machine."
+        ) from None
+    return context.dashboard_url or None
+
+
+def _session(*, joined: bool, beside: int, room: int, dashboard: str | None) -> Session:
+    """Describe the Ray that is there now. `room`: for actors, in a Ray that raypipe started."""
+    cpus = int(ray.cluster_resources().get("CPU", 0)) - (beside if joined else 0)
+    nodes = sum(1 for node in ray.nodes() if node["Alive"])
+    cores = min(cpus + (beside if joined else 0), cores_here()) if nodes == 1 else cpus + beside
+    # Actors that mostly wait may outnumber the cores, and more may be asked for later. Each gets a
+    # fraction of a CPU: for more logical CPUs, Ray would start an idle process each.
+    at_most, each = (cpus, 1.0) if joined else (room, int(10_000 * cores / room) / 10_000)
+    return Session(
+        at_most=at_most,
+        cpus_each=each,
+        cores=cores,
+        nodes=nodes,
+        joined=joined,
+        dashboard=dashboard,
+        address=ray.get_runtime_context().gcs_address,
+        gpus=int(ray.cluster_resources().get("GPU", 0)),
+    )
 
 
 def _end(*, ours: bool, ending: _Handler) -> None:

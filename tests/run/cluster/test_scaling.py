@@ -195,7 +195,7 @@ def test_a_run_that_has_ended_says_so_and_no_other_ray_is_started_to_ask_it():
         timeout=300,
     )
     assert asked.returncode == 0, asked.stderr
-    assert "Another run of this process is going on" in asked.stdout
+    assert "Another run of this process is in progress" in asked.stdout
     assert "has ended" in asked.stdout and asked.stdout.split()[-1] == "False"
 
 
