@@ -15,7 +15,8 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -334,24 +335,36 @@ def read(seed: int, index: int) -> bytes:
         return data
 
 
-def render_missing(seed: int, count: int) -> int:
-    """Render those of the first `count` pictures that the cache lacks, and return their number.
+TELL_AFTER_S = 2.0
+"""How long making photos may take before the user is told how far it is."""
+TELL_EVERY_S = 5.0
 
-    It uses a thread a core.
+
+def render_missing(seed: int, count: int, tell: Callable[[str], None] = log.warning) -> int:
+    """Render those of the first `count` pictures that the cache lacks, with a thread a core.
+
+    Args:
+        tell: told in a line how far it is, after TELL_AFTER_S and then every TELL_EVERY_S. The
+            default is a warning, which Python shows where nobody has set up logging.
+
+    Returns:
+        How many were missing.
     """
     root = cache_dir()
     missing = sorted(set(range(count)) - set(_cached(root, seed, count)))
     if missing:
-        log.log(
-            logging.INFO if len(missing) < 1000 else logging.WARNING,
-            "making %d demo photos in %s, once",
-            len(missing),
-            root,
-        )
         _clouds(), _grain()  # here once, instead of once a thread
+        begun = time.monotonic()
+        due = begun + TELL_AFTER_S
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for _ in pool.map(functools.partial(read, seed), missing):
-                pass
+            for done, _ in enumerate(pool.map(functools.partial(read, seed), missing), 1):
+                if (now := time.monotonic()) >= due:
+                    due = now + TELL_EVERY_S
+                    left_s = (now - begun) * (len(missing) - done) / done
+                    tell(
+                        f"Making demo photos, once: {done} of {len(missing)} done, "
+                        f"about {left_s:.0f} s left"
+                    )
     return len(missing)
 
 

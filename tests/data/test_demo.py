@@ -1,5 +1,9 @@
 import contextlib
+import itertools
+import subprocess
+import sys
 import time
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -160,6 +164,34 @@ def test_listing_makes_only_what_is_missing(cache, monkeypatch):
     list_images("demo:6")
     list_images("demo:6")
     assert sorted(rendered) == [4, 5]
+
+
+def test_making_many_tells_how_far_it_is(monkeypatch):
+    now = itertools.count()  # a second a picture
+    monkeypatch.setattr(demo, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    told = []
+    assert demo.render_missing(0, 12, told.append) == 12
+    assert told == [
+        "Making demo photos, once: 2 of 12 done, about 10 s left",
+        "Making demo photos, once: 7 of 12 done, about 5 s left",
+        "Making demo photos, once: 12 of 12 done, about 0 s left",
+    ]
+    assert demo.render_missing(0, 12, told.append) == 0 and len(told) == 3
+
+
+def test_making_few_says_nothing(caplog):
+    demo.render_missing(0, 2)
+    assert caplog.messages == []
+
+
+def test_a_terminal_shows_it():
+    """A warning reaches the user of a job, who has set up no logging."""
+    code = (
+        "from raypipe.data import demo, listing; demo.TELL_AFTER_S = 0.0; "
+        "listing.list_images('demo:3')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "Making demo photos, once: 1 of 3 done" in done.stderr
 
 
 def test_the_cache_falls_back_to_the_temporary_folder(tmp_path, monkeypatch):
