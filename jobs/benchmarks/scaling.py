@@ -1,14 +1,21 @@
-"""What `--actors auto` reaches, whether it follows a change, and whether predictions hold: on stages that wait, so that any machine shows it.
+"""Measure `--actors auto`: what it reaches, whether it follows a change, whether predictions hold.
 
-    python jobs/benchmarks/scaling.py auto      # beside static allocations found by search, and beside Ray Data's own autoscaler
-    python jobs/benchmarks/scaling.py change    # images grow 40 times halfway: how much of the best static allocation's rate is there 20 s later
-    python jobs/benchmarks/scaling.py predict   # one run predicts 14 allocations, which are then run
-    python jobs/benchmarks/scaling.py overhead  # throughput with meters, collector and steering, and without
+    # beside static allocations found by search, and Ray Data's own autoscaler
+    python jobs/benchmarks/scaling.py auto
+    # images grow 40 times halfway: the rate 20 s later, beside the best static allocation's
+    python jobs/benchmarks/scaling.py change
+    # one run predicts 14 allocations, which are then run
+    python jobs/benchmarks/scaling.py predict
+    # throughput with meters, collector and steering, and without
+    python jobs/benchmarks/scaling.py overhead
 
-auto is the case of ray-project/ray#65540: two stages of 0.17 s and 0.21 s a task, the second slow to start. Ray Data's autoscaler is measured as it is in Ray 2.60, where it
-starts as many actors as the queue asks for, and as it was when that was reported, an actor at a time. Waiting takes no core, so logical CPUs may be many more than
-cores; only the start of actors (about 1 s of CPU each) is the machine's own. All times are whole executions, actors' start included, except
-where a table says otherwise.
+The stages mostly wait, so that any machine shows the effects. Waiting takes no core, so logical
+CPUs may far outnumber the cores. Only the start of actors (about 1 s of CPU each) is the machine's
+own. All times are whole executions, actors' start included, except where a table says otherwise.
+
+`auto` is the case of ray-project/ray#65540: two stages of 0.17 s and 0.21 s a task, the second slow
+to start. Ray Data's autoscaler is measured twice: as it is in Ray 2.60, where it starts as many
+actors as the queue asks for, and as it was when that was reported, an actor at a time.
 """
 
 import contextlib
@@ -52,7 +59,7 @@ TINY = Recipe(name="tiny", ops=(Resize(height=32, width=32, antialias=False),))
 
 @dataclass(frozen=True, kw_only=True)
 class Wait(Op):
-    """An op of this benchmark: waits in proportion to the image's size, as a slow decoder on another machine would."""
+    """An op that waits in proportion to the image's size, as a slow remote decoder would."""
 
     purpose = "neutral"
     ms_per_megapixel: float
@@ -72,11 +79,13 @@ class Benchmark:
     cpus: int = 20
     """Logical CPUs of the Ray that is started: as many actors may run."""
     tasks: int = 3000
-    """Shards of one image each (auto), images (change, overhead), or a tenth of it a point (predict)."""
+    """Shards of one image each (auto); images (change, overhead); images of the run that predicts,
+    and a fifth of them where stages wait (predict)."""
     slow_start_s: float = 0.0
-    """Have every writer wait so long when it starts, as one that loads a model does (auto)."""
+    """Delay the start of every writer, as loading a model would (auto)."""
     rounds: int = 3
-    """Every contender once a round, interleaved (auto, overhead); auto alone (change); predictions of what computes, and the runs themselves (predict)."""
+    """Rounds of every contender, interleaved (auto, overhead); of auto alone (change); of the
+    stages that compute (predict)."""
 
 
 def quiet() -> Console:
@@ -84,7 +93,7 @@ def quiet() -> Console:
 
 
 def waiting(settings: Settings, **changes: Any) -> Settings:
-    """0.17 s to preprocess a task, 0.21 s to write it."""
+    """Settings with 0.17 s to preprocess a task and 0.21 s to write it."""
     return settings.changed(
         read_ms=170.0, store_ms=210.0, shard_rows=1, recipe=_file(TINY), **changes
     )
@@ -99,7 +108,7 @@ def _file(recipe: Recipe) -> str:
 
 
 def took(settings: Settings) -> dict[str, Any]:
-    """The report of one run into a folder of its own."""
+    """Run into a temporary folder; return the report."""
     with tempfile.TemporaryDirectory(prefix="raypipe-benchmark-") as folder:
         report = run(settings.changed(output=folder), console=quiet()).report
     assert report is not None and report["images_out"] == report["images_in"]
@@ -107,7 +116,7 @@ def took(settings: Settings) -> dict[str, Any]:
 
 
 def autoscaled_by_ray_data(settings: Settings, cpus: int, *, one_by_one: bool) -> float:
-    """Seconds of the same two stages under Ray Data's own autoscaler.
+    """Measure the same two stages under Ray Data's own autoscaler, in seconds.
 
     Args:
         one_by_one: as it was by default before ray-project/ray#66035.
@@ -145,7 +154,7 @@ def autoscaled_by_ray_data(settings: Settings, cpus: int, *, one_by_one: bool) -
 
 
 def auto(wanted: Benchmark, console: Console) -> None:
-    """Seconds for the same work: static allocations, raypipe's auto, Ray Data's autoscaler."""
+    """Compare seconds for the same work: static allocations, `auto`, Ray Data's autoscaler."""
     base = waiting(Settings.of(input=f"demo:{wanted.tasks}", actors=1, writers=1))
     half = round(wanted.cpus * 0.17 / 0.38)
     static = {(p, wanted.cpus - p) for p in (half - 1, half, half + 1)}
@@ -184,7 +193,10 @@ def auto(wanted: Benchmark, console: Console) -> None:
 
 
 def change(wanted: Benchmark, console: Console) -> None:
-    """Images grow 40 times halfway: rates before and after 20 s of that, of static allocations and of auto, which starts with one for small images."""
+    """Compare rates after images have grown 40 times halfway, in the next 20 s and later.
+
+    The contenders are static allocations and auto, which starts with one for small images.
+    """
     with tempfile.TemporaryDirectory(prefix="raypipe-benchmark-") as folder:
         small, large = (
             cv2.imencode(".png", np.zeros((*size, 3), np.uint8))[1].tobytes()
@@ -226,7 +238,12 @@ def change(wanted: Benchmark, console: Console) -> None:
 
 
 def _followed(settings: Settings, half: int) -> tuple[float, float, str]:
-    """Rates of a run in the 20 s from when its first `half` images are done, and from there to its end; and the changes that it made."""
+    """Run, and watch how the rate follows the growth of the images.
+
+    Returns:
+        Images/s in the 20 s after the first `half` images, images/s from then to the end, and the
+        changes that the run made.
+    """
     with tempfile.TemporaryDirectory(prefix="raypipe-benchmark-") as output:
         run_ = start(settings.changed(output=output), console=quiet())
         points: list[tuple[float, int]] = []
@@ -251,7 +268,10 @@ def _followed(settings: Settings, half: int) -> tuple[float, float, str]:
 
 
 def running_rate(report: dict[str, Any]) -> float:
-    """Images/s written while all actors were there and had work: from the timeline, without the start and the end. nan: too short a run."""
+    """Images/s written while all actors were there and had work; nan: the run was too short.
+
+    It comes from the timeline, without the start and the end.
+    """
     wanted = {stage["name"]: stage["actors"]["max"] for stage in report["stages"]}
     seconds: dict[float, dict[str, dict[str, Any]]] = {}
     for record in report["timeline"]:
@@ -274,7 +294,7 @@ def running_rate(report: dict[str, Any]) -> float:
 
 
 def predict(wanted: Benchmark, console: Console) -> None:
-    """One run's costs predict other allocations, which are then run: throughput once all actors run."""
+    """Predict the throughput of other allocations from one run, and run them."""
     waits = Settings.of(
         input="demo:20000", read_ms=60.0, store_ms=40.0, shard_rows=8, recipe=_file(TINY)
     )
@@ -313,7 +333,7 @@ def predict(wanted: Benchmark, console: Console) -> None:
                 there = planner.outlook(
                     costs, machine, {"preprocess": actors, "write": writers}
                 ).images_per_s
-                # As many images as take 20 s, and those that pass while actors start, about 1.2 s each on two cores.
+                # Images for 20 s, and for the start of actors: about 1.2 s each on two cores.
                 images = int(there * (20 + 1.2 * (actors + writers)))
                 rate = running_rate(
                     took(settings.changed(actors=actors, writers=writers, limit=images))
@@ -359,17 +379,19 @@ def overhead(wanted: Benchmark, console: Console) -> None:
             )
         ratios.append(rates[1] / rates[0])
         console.print(
-            f"round {round_ + 1}: {rates[0]:.0f} images/s without, {rates[1]:.0f} with: {ratios[-1]:.3f}",
+            f"round {round_ + 1}: {rates[0]:.0f} images/s without, {rates[1]:.0f} with: "
+            f"{ratios[-1]:.3f}",
             highlight=False,
         )
     console.print(
-        f"median {statistics.median(ratios):.3f} of the throughput without ({min(ratios):.3f}-{max(ratios):.3f})",
+        f"median {statistics.median(ratios):.3f} of the throughput without "
+        f"({min(ratios):.3f}-{max(ratios):.3f})",
         highlight=False,
     )
 
 
 def slow_writers(seconds: float) -> Callable[[], None]:
-    """What makes writers slow to start, in each process that Ray starts: the stage is the same for all contenders."""
+    """A set-up hook of Ray's processes that makes writers slow to start, for all contenders."""
 
     def patch() -> None:
         import functools

@@ -1,14 +1,26 @@
-"""What raypipe reaches of what this machine can do: side by side, interleaved, medians.
+"""Measure what raypipe reaches of what this machine can do: side by side, interleaved, medians.
 
-    python jobs/benchmarks/throughput.py --input demo:4000                    # stream to a consumer, and write JPEG files; about 10 minutes
+    # stream to a consumer, and write JPEG files; about 10 minutes
+    python jobs/benchmarks/throughput.py --input demo:4000
+    # only streaming, of your own photos
     python jobs/benchmarks/throughput.py --input photos/ --rounds 5 --modes stream
-    python jobs/benchmarks/throughput.py --input demo:4000 --contenders plain-opencv raypipe-opencv
+    # only these two
+    python jobs/benchmarks/throughput.py --input demo:4000 \\
+        --contenders plain-opencv raypipe-opencv
 
-Contenders: as many plain processes as cores, each looping over its share with nothing delivered (the ceiling; they get the reused
-buffers and the allocator setting that raypipe's actors get); PyTorch's DataLoader; Ray Data as its documentation does it (read_images,
-map_batches, write_images); raypipe. All resize to 300x300 (bilinear) and deliver uint8 batches of 64 to one consumer, or write JPEG
-files of quality 95. Ray runs before the clock starts. Images/s are over the time from the first batch to the last, that batch left out; of
-raypipe and of the plain processes over all of the time from when they could begin, which is a little harder on them.
+Contenders:
+- as many plain processes as cores, each looping over its share with nothing delivered. They are the
+  ceiling: they get the reused buffers and the allocator setting that raypipe's actors get;
+- PyTorch's DataLoader;
+- Ray Data as its documentation does it (read_images, map_batches, write_images);
+- raypipe.
+
+All resize to 300x300 (bilinear). They deliver uint8 batches of 64 to one consumer, or write JPEG
+files of quality 95. Ray runs before the clock starts.
+
+Images/s are over the time from the first batch to the last, without the first batch. For raypipe
+and the plain processes they are over all of the time from when they could begin, which is a little
+harder on them.
 """
 
 import multiprocessing
@@ -65,7 +77,7 @@ class Benchmark:
 
 
 def local_files(input: str) -> Paths:
-    """Paths of the images of `input`; demo images are copied out of their cache first, as the others read files."""
+    """Paths of the images of `input`. Demo images become files first, which all contenders read."""
     uris = list_images(input).column("uri").to_pylist()
     if not input.startswith("demo"):
         return uris
@@ -80,7 +92,7 @@ def local_files(input: str) -> Paths:
 
 @dataclass(frozen=True)
 class Timing:
-    """Of one contender in one round."""
+    """What one contender reached in one round."""
 
     images_per_s: float
     first_s: float  # until the first batch; of plain processes, until they could begin
@@ -90,7 +102,7 @@ Contender = Callable[[Paths, str | None], Timing]
 
 
 def timed(batches: Callable[[Paths, str | None], Moments]) -> Contender:
-    """A contender from what yields when batches came out."""
+    """Make a contender of a function that yields when batches came out."""
 
     def contender(paths: Paths, folder: str | None) -> Timing:
         started = time.perf_counter()
@@ -101,7 +113,7 @@ def timed(batches: Callable[[Paths, str | None], Moments]) -> Contender:
 
 
 def load(path: str) -> np.ndarray:
-    """The image file at `path`, decoded, (height, width, 3) RGB uint8."""
+    """Read and decode an image file: (height, width, 3) RGB uint8."""
     with open(path, "rb") as file:
         image = cv2.imdecode(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_COLOR_RGB)
     assert image is not None, path
@@ -109,12 +121,12 @@ def load(path: str) -> np.ndarray:
 
 
 def resize(image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-    """To SIZE x SIZE, bilinear."""
+    """Resize to SIZE x SIZE, bilinear."""
     return cv2.resize(image, (SIZE, SIZE), dst=out, interpolation=cv2.INTER_LINEAR)
 
 
 def write(image: np.ndarray, path: str) -> None:
-    """As a JPEG file."""
+    """Write a JPEG file."""
     with open(path, "wb") as file:
         file.write(
             cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), QUALITY)[1].tobytes()
@@ -122,7 +134,7 @@ def write(image: np.ndarray, path: str) -> None:
 
 
 def name_of(path: str, folder: str) -> str:
-    """Where the result of `path` goes."""
+    """The file for the result of `path`."""
     return os.path.join(folder, Path(path).stem + ".jpg")
 
 
@@ -157,7 +169,7 @@ def _plain_loop(backend: str, paths: Paths, folder: str | None, ready, done) -> 
 
 
 def plain(backend: str) -> Contender:
-    """Processes without any framework. Their clock runs from the first image, loading of libraries excepted."""
+    """Processes without a framework. Their clock starts at the first image, libraries loaded."""
 
     def contender(paths: Paths, folder: str | None) -> Timing:
         started = time.perf_counter()
@@ -229,7 +241,7 @@ def ray_data(paths: Paths, folder: str | None) -> Moments:
 
 
 class _Bare:
-    """What a user would write into an actor pool at first."""
+    """A first actor pool, as a user would write it."""
 
     def __init__(self) -> None:
         cv2.setNumThreads(1)
@@ -239,7 +251,7 @@ class _Bare:
 
 
 def ray_actors(paths: Paths, folder: str | None) -> Moments:
-    """A bare Ray Data actor pool over a table of paths: how fast Ray alone has a first block."""
+    """A bare Ray Data actor pool over a table of paths: how soon Ray alone has a first block."""
     if folder:
         raise NotImplementedError("the bare pool only delivers")
     blocks = [
@@ -254,7 +266,7 @@ def ray_actors(paths: Paths, folder: str | None) -> Moments:
 
 
 def raypipe(backend: Literal["opencv", "torchvision"]) -> Contender:
-    """jobs/preprocess.py's own run."""
+    """The run of jobs/preprocess.py."""
 
     def consume(block: pa.Table) -> None:
         batch = pixels(block)
@@ -289,11 +301,16 @@ CONTENDERS: dict[str, Contender] = {
 
 
 def measure(contender: Contender, paths: Paths, folder: str | None) -> tuple[Timing, int]:
-    """Run it once; also the most memory (bytes) that this process, its children and Ray's object store took above what they had."""
+    """Run `contender` once.
+
+    Returns:
+        Its timing, and the most bytes that this process, its children and Ray's object store took
+        above what they had before.
+    """
     stop, peak = threading.Event(), [0]
 
     def used() -> int:
-        # Not PSS: adding it up walks every process's pages, which cost Ray's twenty processes a tenth of the machine.
+        # Not PSS: it walks every page, which took a tenth of the machine for Ray's 20 processes.
         total = shutil.disk_usage("/dev/shm").used
         for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
             try:

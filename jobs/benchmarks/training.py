@@ -1,11 +1,15 @@
-"""What preprocessing while training costs, and what else could be done instead: beside each other on your machine.
+"""Measure what preprocessing while training costs, beside the alternatives, on your machine.
 
-    python jobs/benchmarks/training.py overlap   # both at once, beside the longer of the two alone: training-bound, balanced, preprocess-bound
-    python jobs/benchmarks/training.py designs   # continuous, or preprocessed once: measured from 1 epoch on, beside the report's break-even
-    python jobs/benchmarks/training.py ops       # the recipe's ops in the actors, or on the training device
+    # both at once, beside the longer of the two alone: training-bound, balanced, preprocess-bound
+    python jobs/benchmarks/training.py overlap
+    # continuous, or preprocessed once: from 1 epoch on, beside the report's break-even
+    python jobs/benchmarks/training.py designs
+    # the recipe's ops in the actors, or on the training device
+    python jobs/benchmarks/training.py ops
 
-Reading an image and a training step wait for set times here (overlap, designs), so that any machine shows what is to be seen: two stages that do
-not take each other's cores. Images are 64x64 then, made before. `ops` trains ssd_tiny for real, on a GPU if there is one.
+In `overlap` and `designs`, reading an image and a training step wait for set times. So any machine
+shows two stages that do not take each other's cores. Their images are 64x64, made before. `ops`
+trains ssd_tiny for real, on a GPU if there is one.
 """
 
 import sys
@@ -28,11 +32,12 @@ from raypipe.run.cluster.session import ray_here
 from raypipe.train import attempts
 from raypipe.train.settings import Settings
 
-RECIPE = """{"name": "small", "ops": [{"op": "Resize", "height": 64, "width": 64}], "finish": {"scale": 0.00392156862745098}}"""
+RECIPE = """{"name": "small", "ops": [{"op": "Resize", "height": 64, "width": 64}],
+ "finish": {"scale": 0.00392156862745098}}"""
 
 
 class Waiting(nn.Module):
-    """A model with torchvision's contract whose step takes `ms` milliseconds and hardly a core."""
+    """A model with torchvision's contract whose step waits `ms` milliseconds."""
 
     def __init__(self, *, num_classes: int, ms: float):
         super().__init__()
@@ -40,7 +45,7 @@ class Waiting(nn.Module):
         self._s = ms / 1000
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
-        """The loss of a step; what it finds in an image is nothing."""
+        """Return the loss of a step, or that no image has a box."""
         if self.training:
             time.sleep(self._s)
             return {"nothing": (self.weight - 1) ** 2}
@@ -62,11 +67,11 @@ class Benchmark:
     epochs: int | None = None
     """Epochs of a training; by default 16 (overlap), 2 (ops), and 1 to 4 (designs)."""
     rounds: int = 1
-    """Everything once a round; medians."""
+    """Rounds (overlap, ops): each is a row."""
 
 
 def trained(folder: Path, **given: Any) -> dict[str, Any]:
-    """The report of a training into a folder of its own."""
+    """Train into a temporary folder; return the report."""
     settings = Settings.of(
         **{
             "storage": tempfile.mkdtemp(dir=folder),
@@ -82,7 +87,7 @@ def trained(folder: Path, **given: Any) -> dict[str, Any]:
 
 
 def waiting(folder: Path, step_ms: float, **given: Any) -> dict[str, Any]:
-    """A training on CPU whose steps wait."""
+    """Train on CPU with steps that wait; return the report."""
     model = {
         "model": "training:Waiting",
         "model_arguments": f'{{"ms": {step_ms}}}',
@@ -92,7 +97,7 @@ def waiting(folder: Path, step_ms: float, **given: Any) -> dict[str, Any]:
 
 
 def preprocessed(folder: Path, **given: Any) -> dict[str, Any]:
-    """The report of a preprocessing, into nothing unless an output is given."""
+    """Preprocess, without an output unless one is given; return the report."""
     settings = preprocess.Settings.of(recipe=str(folder / "small.json"), shard_rows=32, **given)
     report = preprocess.run(settings, console=Console(quiet=True)).report
     assert report is not None
@@ -100,14 +105,14 @@ def preprocessed(folder: Path, **given: Any) -> dict[str, Any]:
 
 
 def small_images(folder: Path, count: int) -> str:
-    """A store of images with boxes that take hardly a core to read."""
+    """Make a folder of images with boxes that take little CPU to read."""
     made = str(folder / "small")
     preprocessed(folder, input=f"demo:{count}", output=made, format="parquet")
     return made
 
 
 def overlap(wanted: Benchmark, folder: Path, console: Console) -> None:
-    """Seconds from the first step to the end, of both at once and of each alone."""
+    """Compare seconds from the first step to the end: both at once, and each alone."""
     table = Table(
         "setting",
         "preprocess alone",
@@ -118,7 +123,7 @@ def overlap(wanted: Benchmark, folder: Path, console: Console) -> None:
     )
     epochs = wanted.epochs or 16
     how: dict[str, Any] = {"actors": 4, "input": small_images(folder, wanted.images)}
-    # 4 actors that wait 20 ms an image make 200 images/s; a step of 16 images takes 80 ms at the same rate.
+    # 4 actors that wait 20 ms an image make 200 images/s: 80 ms for the 16 images of a step.
     for name, step_ms in (
         ("training-bound", 160.0),
         ("balanced", 80.0),
@@ -142,7 +147,7 @@ def overlap(wanted: Benchmark, folder: Path, console: Console) -> None:
 
 
 def designs(wanted: Benchmark, folder: Path, console: Console) -> None:
-    """Seconds of both designs, start-up left out, for as many epochs as it takes."""
+    """Compare seconds of both designs over epochs, start-up left out."""
     source: dict[str, Any] = {"actors": 2, "input": small_images(folder, wanted.images)}
     stored = folder / "stored"
     once = preprocessed(
@@ -167,7 +172,7 @@ def designs(wanted: Benchmark, folder: Path, console: Console) -> None:
 
 
 def ops(wanted: Benchmark, folder: Path, console: Console) -> None:
-    """Images/s of a real training, with the ops here and there."""
+    """Compare images/s of a real training, with the ops in the actors and on the device."""
     table = Table(
         "ops on",
         "images/s",
