@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 from raypipe.data.formats.parquet import read_table
 from raypipe.data.location import Location
 from raypipe.data.names import OUTSIDE, STATE
-from raypipe.data.tables import DROPPED, REJECTS, WORK
+from raypipe.data.tables import ANNOTATION_FIELDS, DROPPED, REJECTS, WORK, has_nulls
 from raypipe.errors import foreign
 
 
@@ -268,6 +268,10 @@ def read_work(root: Location) -> pa.Table | None:
             place.at = ("column", name)
             if table.column(name).null_count:
                 raise ValueError("it has empty cells")
+        for field in ANNOTATION_FIELDS:
+            place.at = ("column", field.name)
+            if has_nulls(table.column(field.name)):
+                raise ValueError("a list has nulls")
         place.at = ("column", "name")
         if pc.any(pc.match_substring_regex(table.column("name"), OUTSIDE.pattern)).as_py():
             raise ValueError("a name leads out of the output")

@@ -285,11 +285,27 @@ def lists(values: Iterable[np.ndarray], type_: pa.ListType) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(offsets), flat, type=type_)
 
 
+def has_nulls(values: pa.Array | pa.ChunkedArray) -> bool:
+    """Whether there is a null inside the lists of a column. Null lists do not count."""
+    array = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
+    while pa.types.is_list(array.type) or pa.types.is_fixed_size_list(array.type):
+        array = array.flatten()
+        if array.null_count:
+            return True
+    return False
+
+
 def unlist(column: pa.ChunkedArray | pa.Array) -> list[np.ndarray]:
-    """The inverse of `lists`: an array a row, (n,) or (n, 4). A null becomes an empty array."""
+    """The inverse of `lists`: an array a row, (n,) or (n, 4). A null becomes an empty array.
+
+    Raises:
+        ValueError: a null is inside a list. `flatten` would move all later elements.
+    """
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     element = array.type.value_type
     flat = array.flatten()
+    if flat.null_count:
+        raise ValueError("a list has nulls")
     if not len(flat):
         # np.split costs 16 us a row, 1% of a small image. Most sources have no boxes.
         of_one = element.value_type if pa.types.is_fixed_size_list(element) else element

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raypipe.data.formats.files import npy
+from raypipe.data.tables import frame
 from raypipe.errors import UsageError
 from raypipe.images.header import Reject
 
@@ -208,7 +209,7 @@ def image_at(
     height, width = _sides(table, row)
     # A small PNG may have this length by chance, and raw pixels may begin like a JPEG. So raypipe
     # marks its own files.
-    fits = isinstance(height, int) and isinstance(width, int) and len(value) == height * width * 3
+    fits = len(value) == height * width * 3
     if fits and (raw or not value.startswith(_MAGIC)):
         return npy(np.frombuffer(value, np.uint8).reshape(height, width, 3))
     return value
@@ -218,17 +219,14 @@ def _nothing(where: str) -> Reject:
     return Reject("empty", f"{where}: no bytes")
 
 
-def _sides(table: pa.Table, row: int) -> tuple[Any, Any]:
+def _sides(table: pa.Table, row: int) -> tuple[int, int]:
+    """Height and width of an image by the columns of these names; 0, 0 if they do not say."""
     if not {"height", "width"} <= {*table.column_names}:
-        return None, None
-    return table["height"][row].as_py(), table["width"][row].as_py()
+        return 0, 0
+    return frame({name: table[name][row].as_py() for name in ("height", "width")})
 
 
 def _said(table: pa.Table, row: int, depth: int) -> tuple[int, ...] | None:
     """The shape of a flat list of pixels, by the columns `height` and `width`."""
     height, width = _sides(table, row)
-    return (
-        (height, width, -1)
-        if depth == 1 and isinstance(height, int) and isinstance(width, int)
-        else None
-    )
+    return (height, width, -1) if depth == 1 and height else None

@@ -18,28 +18,19 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raypipe.data.formats import parquetfile
+from raypipe.data.formats.annotations import COLUMNS, annotations, sides
 from raypipe.data.formats.columns import image_at
 from raypipe.data.formats.parquetfile import RAW, Images, images_in, open_plain, pieces
 from raypipe.data.location import Location
 from raypipe.data.stores import ERRORS
-from raypipe.data.tables import ANNOTATION_FIELDS, Listed, lists_of, rows
-from raypipe.errors import Place, UsageError, foreign, words
+from raypipe.data.tables import Listed, rows
+from raypipe.errors import Place, foreign, words
 from raypipe.images.header import Reject
 
 log = logging.getLogger(__name__)
 
 _ANNOTATED_ROWS = 1 << 13  # whose annotations are read together
-_WITH_IMAGE = (
-    "image_id",
-    "name",
-    "boxes",
-    "labels",
-    "crowds",
-    "annotation_ids",
-    "label",
-    "height",
-    "width",
-)
+_WITH_IMAGE = ("image_id", "name", *COLUMNS)
 
 
 # --- raypipe's own small files ---------------------------------------------------------------
@@ -93,16 +84,9 @@ def list_parquet(place: Location, relative: str, limit: int | None) -> Listed:
                 max(images.bytes) / 1e9,
             )
         table = _annotated(images, count, at)
-        unfit = [name for name in table.column_names if _column(table, name, _TYPES[name]) is None]
-        if unfit:
-            log.warning(
-                "%s: the columns %s are of types that annotations do not have; they are ignored",
-                place,
-                ", ".join(unfit),
-            )
         at.at = "its annotations"
         stem = posixpath.splitext(relative)[0]
-        own_ids, own_names = (_column(table, name, pa.string()) for name in ("image_id", "name"))
+        own_ids, own_names = (_texts(table, name) for name in ("image_id", "name"))
         numbered = [f"{stem}/{row:06d}" for row in range(count)]
         return Listed(
             rows(
@@ -111,20 +95,9 @@ def list_parquet(place: Location, relative: str, limit: int | None) -> Listed:
                 [place.uri] * count,
                 np.arange(count),
                 1,
-                frames=_frames(table),
-                **_annotations(place, table),
+                **annotations(place, table),
             )
         )
-
-
-_TYPES = {
-    **{field.name: field.type for field in ANNOTATION_FIELDS},
-    "image_id": pa.string(),
-    "name": pa.string(),
-    "label": pa.int64(),
-    "height": pa.int32(),
-    "width": pa.int32(),
-}
 
 
 def _counted(images: Images, place: Location) -> int:
@@ -180,68 +153,23 @@ def _nulls(file: pq.ParquetFile, columns: list[str], count: int) -> pa.Table:
     return pa.table([pa.nulls(count, type) for type in of], names=columns)
 
 
-def _column(table: pa.Table, name: str, type: pa.DataType) -> pa.Array | None:
-    """The column as `type`, without null lists; None if there is none that can be cast."""
+def _texts(table: pa.Table, name: str) -> pa.Array | None:
+    """The column as text; None if there is none that can be cast."""
     if name not in table.column_names:
         return None
+    column = table[name]
     try:
-        values = table[name].cast(type).combine_chunks()
+        if pa.types.is_floating(column.type):  # pandas writes NaN for a null
+            column = pc.if_else(pc.is_nan(column), None, column)
+        return column.cast(pa.string()).combine_chunks()
     except ERRORS:
         return None
-    return (
-        pc.coalesce(values, pa.scalar([], type))
-        if pa.types.is_list(type) and values.null_count
-        else values
-    )
 
 
 def _filled(values: pa.Array | None, defaults: list[str]) -> list[str]:
     if values is None:
         return defaults
     return [value or default for value, default in zip(values.to_pylist(), defaults, strict=True)]
-
-
-def _frames(table: pa.Table) -> np.ndarray | None:
-    """Height and width of each image, int32 (n, 2); 0, 0 where the table has none."""
-    sides = [
-        side
-        for name in ("height", "width")
-        if (side := _column(table, name, pa.int32())) is not None
-    ]
-    if len(sides) < 2:
-        return None
-    frames = np.stack([side.fill_null(0).to_numpy(zero_copy_only=False) for side in sides], axis=1)
-    return np.where((frames > 0).all(axis=1, keepdims=True), frames, 0)
-
-
-def _annotations(place: Location, table: pa.Table) -> dict[str, pa.Array | None]:
-    boxes, labels, crowds, annotation_ids = (
-        _column(table, field.name, field.type) for field in ANNOTATION_FIELDS
-    )
-    if labels is None and (label := _column(table, "label", pa.int64())) is not None:
-        labels = lists_of(
-            label.is_valid().cast(pa.int64()).to_numpy(zero_copy_only=False), label.drop_null()
-        )
-    if boxes is None:
-        return {"labels": labels}
-    counts = boxes.value_lengths().to_numpy(zero_copy_only=False)
-    found = (
-        np.zeros_like(counts)
-        if labels is None
-        else labels.value_lengths().to_numpy(zero_copy_only=False)
-    )
-    if (wrong := np.flatnonzero((counts > 0) & (counts != found))).size:
-        row = wrong[0]
-        raise UsageError(
-            f"{str(place)!r}: row {row} has {counts[row]} boxes, but {found[row]} labels "
-            f"({wrong.size} rows are like that); it is not clear what is in which box. Write as "
-            "many `labels` as `boxes`, or rename the column `boxes`"
-        )
-    if crowds is None or not crowds.value_lengths().equals(boxes.value_lengths()):
-        crowds = lists_of(counts, np.zeros(counts.sum(), bool))
-    if annotation_ids is None or not annotation_ids.value_lengths().equals(boxes.value_lengths()):
-        annotation_ids = lists_of(counts, np.arange(counts.sum()))
-    return {"boxes": boxes, "labels": labels, "crowds": crowds, "annotation_ids": annotation_ids}
 
 
 # --- reading ---------------------------------------------------------------------------------
@@ -401,11 +329,7 @@ def sizes(place: Location) -> tuple[np.ndarray, np.ndarray | None]:
     if not {"height", "width"} <= set(images.file.schema_arrow.names):
         return each, None
     table = images.file.read(columns=["height", "width"], use_threads=False)
-    sides = [
-        pc.fill_null(pc.cast(table.column(name), pa.int64()), 0).to_numpy()
-        for name in ("height", "width")
-    ]
-    return each, np.stack(sides, axis=1)
+    return each, np.stack([sides(table.column(name)) for name in ("height", "width")], axis=1)
 
 
 # --- writing ---------------------------------------------------------------------------------
