@@ -1,4 +1,4 @@
-"""Damages bytes of known formats, by seed: so that parsers get past the first check and meet nonsense further in."""
+"""Damage bytes of known formats, by seed: parsers pass the first check and meet nonsense later."""
 
 import json
 import random

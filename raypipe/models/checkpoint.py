@@ -342,8 +342,8 @@ _DELETING = "deleting"
 def prune(storage: str, keep: Sequence[str] = ()) -> list[str]:
     """Delete the checkpoints that trainings made below `storage`, except those to keep.
 
-    Of each, only the files that raypipe writes are deleted. Copies that somebody put elsewhere stay,
-    and so does what a symbolic link leads to. A deletion that was interrupted goes on.
+    Of each, only the files that raypipe writes are deleted. Copies that somebody put elsewhere
+    stay, and so does what a symbolic link leads to. A deletion that was interrupted goes on.
 
     Returns:
         A line for each checkpoint that was left, with the reason.

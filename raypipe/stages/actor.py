@@ -64,7 +64,8 @@ def keep_freed_memory() -> None:
     """Tell glibc to keep freed memory for the next image.
 
     Otherwise the kernel takes it back and the process faults it in again, which was a third of a
-    decoding process's time (measured; see jobs/benchmarks/throughput.py). Without glibc this does nothing.
+    decoding process's time (measured; see jobs/benchmarks/throughput.py). Without glibc this does
+    nothing.
     """
     if sys.platform != "linux":
         return

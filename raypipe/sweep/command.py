@@ -121,8 +121,8 @@ def look(settings: Settings) -> tuple[list[dict[str, Any]], bool]:
         damaged = True
     if made is not None and not {"machine", "shard_rows"} <= made.settings.keys():
         raise UsageError(
-            f"--output {str(root)!r} has the results of another job ({STATE}/run.json). Nothing was "
-            "measured. Give an --output of its own."
+            f"--output {str(root)!r} has the results of another job ({STATE}/run.json). Nothing "
+            "was measured. Give an --output of its own."
         )
     taken = [name for name in RESULT_FILES if (root / name).exists()]
     if taken and made is None and not (interrupted or damaged):

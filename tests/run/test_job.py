@@ -106,7 +106,7 @@ def test_bad_arguments_end_with_status_2_and_one_clear_line(tmp_path):
 def bare_python(tmp_path) -> str:
     """A Python with all packages of this one except raypipe.
 
-    An editable install needs its own .pth file, and a path from a .pth file is not searched for one.
+    An editable install needs its own .pth file. A path from a .pth file is not searched for one.
     """
     venv.create(tmp_path / "node", symlinks=True)
     site = next((tmp_path / "node").glob("lib/python*/site-packages"))
