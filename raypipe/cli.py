@@ -377,7 +377,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _fail(text: str) -> None:
-    """Tell the user an error, in a line that can be copied."""
+    """Print an error in one line, which can be copied."""
     line = f"error: {printable(text, 4000)}"
     Console(stderr=True).print(line, style="red", markup=False, highlight=False, soft_wrap=True)
 
