@@ -16,8 +16,8 @@ SMALLER = {
     "quickstart": {"demo:4000": "demo:1200"},
     # Enough points for each figure to have a line. sweep/test_command has both libraries.
     "talk": {
-        "demo:160": "demo:40",
-        "limit=160": "limit=40",
+        "demo:1000": "demo:40",
+        "limit=1000": "limit=40",
         "actors=(1, 2, 4)": 'actors=(1, 2), backends=("opencv",)',
     },
 }
