@@ -80,6 +80,7 @@ class Reader:
         self._patience_s = patience_s
         self._root = root
         self._stores: dict[Store | None, Patience] = {}
+        self._away = Patience(patience_s)  # with a root of which nothing can be read
 
     def close(self) -> None:
         """End the threads. Reads in progress are finished, others are dropped."""
@@ -120,7 +121,9 @@ class Reader:
         for row, one in enumerate(found):
             if isinstance(one, _Missing):
                 return (yield from self._again(ranges[row:], [one, *found], nothing=nothing))
-            nothing = nothing and isinstance(one, Reject)
+            if nothing and not isinstance(one, Reject):
+                nothing = False
+                self._away.succeeded()
             yield one
 
     def _again(
@@ -136,9 +139,10 @@ class Reader:
             missing = [row for row, one in enumerate(found) if isinstance(one, _Missing)]
             nothing = nothing and all(isinstance(one, Reject) for one in found) and len(found) > 1
             if not missing or not (nothing or self._root_is_away()):
+                self._away.succeeded()
                 break
-            patience = self._patience(ranges[missing[0]].place)
-            pause = patience.failed(found[missing[0]].detail, pauses) if self._patience_s else None  # type: ignore[union-attr]
+            # Not the store's patience: that a file is missing is an answer, which resets it.
+            pause = self._away.failed(found[missing[0]].detail, pauses)  # type: ignore[union-attr]
             if pause is None:
                 for row in missing:
                     found[row] = Reject(UNREAD, found[row].short)  # type: ignore[union-attr]

@@ -326,6 +326,55 @@ def test_a_mount_that_is_away_is_the_stores_failure(tmp_path, root):
     assert read(table, threads=1) == list(contents.values())
 
 
+@pytest.fixture
+def clock(monkeypatch) -> list[float]:
+    """The time, which only sleeping moves."""
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+        assert now[0] < 2000, "it waits without a bound"
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    return now
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_mount_that_stays_away_is_waited_for_once_for_at_most_the_patience(
+    tmp_path, clock, named
+):
+    folder = tmp_path / "photos"
+    put(folder, *(f"{i}.jpg" for i in range(10)))
+    table = list_images(str(folder))
+    folder.rename(tmp_path / "away")
+    root = str(folder) if named else None
+    with contextlib.closing(Reader(0, patience_s=60.0, root=root)) as one:
+        assert reasons(list(one.read(table))) == ["unread"] * 10
+        assert 60 <= clock[0] - 1000 <= 60 + reader.AGAIN_AFTER_S
+        before = clock[0]
+        assert reasons(list(one.read(table))) == ["unread"] * 10  # the next shard
+        assert clock[0] - before == reader.AGAIN_AFTER_S
+        (tmp_path / "away").rename(folder)  # it is back, and has patience again
+        assert reasons(list(one.read(table))) == [None] * 10
+        folder.rename(tmp_path / "away")
+        before = clock[0]
+        assert reasons(list(one.read(table))) == ["unread"] * 10
+        assert clock[0] - before >= 60
+
+
+def test_a_mount_that_goes_away_within_a_shard_is_not_waited_for_without_a_bound(tmp_path, clock):
+    folder = tmp_path / "photos"
+    put(folder, *(f"{i}.jpg" for i in range(10)))
+    table = list_images(str(folder))
+    with contextlib.closing(Reader(0, patience_s=60.0, root=str(folder))) as one:
+        found = one.read(table)
+        first = next(found)
+        folder.rename(tmp_path / "away")
+        assert reasons([first, *found])[2:] == ["unread"] * 8  # two are a chunk
+    assert 60 <= clock[0] - 1000 <= 60 + reader.AGAIN_AFTER_S
+
+
 def test_rejects_of_the_reader_survive_pickling(tmp_path):
     (result,) = read(rows((str(tmp_path / "x.jpg"), 0, -1)))
     again = pickle.loads(pickle.dumps(result))

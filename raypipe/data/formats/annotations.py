@@ -222,11 +222,14 @@ def _without_nulls(lists: pa.ListArray) -> pa.ListArray:
 def _with_labels(boxes: pa.ListArray, labels: pa.ListArray) -> tuple[pa.ListArray, pa.ListArray]:
     """A box without a label is no box, and is dropped later. A label without a box is left out."""
     of_boxes, of_labels = [], []
+    spare = pc.min(labels.flatten()).as_py() or 0  # of the dropped box: a class that there is
     for row, found in zip(boxes.to_pylist(), labels.to_pylist(), strict=True):
         of_boxes.append(
             [_NO_BOX if label is None else box for box, label in zip(row, found, strict=bool(row))]
         )
-        of_labels.append([label or 0 for label in found if row or label is not None])
+        of_labels.append(
+            [spare if label is None else label for label in found if row or label is not None]
+        )
     return pa.array(of_boxes, BOXES), pa.array(of_labels, labels.type)
 
 

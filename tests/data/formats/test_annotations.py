@@ -66,7 +66,7 @@ def test_a_null_label_loses_its_box(tmp_path):
         annotation_ids=[[8, 9], [], [10]],
     )
     assert boxes(table) == [[B0, None], [], [B2]]
-    assert table["labels"].to_pylist() == [[1, 0], [7], [3]]
+    assert table["labels"].to_pylist() == [[1, 1], [7], [3]]  # no new class
     assert table["annotation_ids"].to_pylist() == [[8, 9], [], [10]]
     assert listed(tmp_path, labels=[[1, None], [None], [2]])["labels"].to_pylist() == [[1], [], [2]]
 
