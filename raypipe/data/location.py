@@ -183,12 +183,16 @@ class Location:
             raise StoreError("the file has changed while it was read")
         return data, size
 
-    def open(self) -> pa.NativeFile:
-        """The file, to read at any place."""
+    def open(self, *, patient: bool = False) -> pa.NativeFile:
+        """The file, to read at any place.
+
+        patient: reads are repeated while the store fails. Else the caller repeats them.
+        """
         if self.store is None:
             return pa.OSFile(self.path)
         if self.store.has_objects:
-            return pa.PythonFile(Ranges(self.store.objects(), self.path), mode="r")
+            ranges = self.stream() if patient else Ranges(self.store.objects(), self.path)
+            return pa.PythonFile(ranges, mode="r")
         system, path = self.filesystem()
         return system.open_input_file(path)
 

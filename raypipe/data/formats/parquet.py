@@ -24,7 +24,7 @@ from raypipe.data.formats.parquetfile import RAW, Images, images_in, open_plain,
 from raypipe.data.location import Location
 from raypipe.data.stores import ERRORS
 from raypipe.data.tables import Listed, rows
-from raypipe.errors import Place, foreign, words
+from raypipe.errors import Place, UsageError, foreign, words
 from raypipe.images.header import Reject
 
 log = logging.getLogger(__name__)
@@ -70,34 +70,47 @@ def list_parquet(place: Location, relative: str, limit: int | None) -> Listed:
     `width`.
 
     Raises:
-        UsageError: it is no Parquet file, or has no images.
+        UsageError: it is no Parquet file, has no images, or cannot be read now.
     """
     with foreign(f"the Parquet file {str(place)!r}", remedy="Remove it or write it again.") as at:
-        at.at = "its footer"
-        images = images_in(place)
-        count = _counted(images, place) if limit is None else min(limit, _counted(images, place))
-        if max(images.bytes, default=0) > parquetfile.LARGE_GROUP:
-            log.warning(
-                "%s has row groups of up to %.1f GB, so they are read in pieces. For rows in "
-                "random order, as in training, smaller row groups are much faster",
-                place,
-                max(images.bytes) / 1e9,
-            )
-        table = _annotated(images, count, at)
-        at.at = "its annotations"
-        stem = posixpath.splitext(relative)[0]
-        own_ids, own_names = (_texts(table, name) for name in ("image_id", "name"))
-        numbered = [f"{stem}/{row:06d}" for row in range(count)]
-        return Listed(
-            rows(
-                _filled(own_ids, [f"{relative}#{row}" for row in range(count)]),
-                _filled(own_names if own_names is not None else own_ids, numbered),
-                [place.uri] * count,
-                np.arange(count),
-                1,
-                **annotations(place, table),
-            )
+        try:
+            return _listed(place, relative, limit, at)
+        except Exception as error:
+            if not _is_stores(error, place):
+                raise
+            raise UsageError(
+                f"cannot read the Parquet file {str(place)!r}: {words(error)}. Nothing was "
+                "started. The file may be whole: make it readable, or try again when its store "
+                "answers"
+            ) from error
+
+
+def _listed(place: Location, relative: str, limit: int | None, at: Place) -> Listed:
+    at.at = "its footer"
+    images = images_in(place, patient=True)
+    count = _counted(images, place) if limit is None else min(limit, _counted(images, place))
+    if max(images.bytes, default=0) > parquetfile.LARGE_GROUP:
+        log.warning(
+            "%s has row groups of up to %.1f GB, so they are read in pieces. For rows in "
+            "random order, as in training, smaller row groups are much faster",
+            place,
+            max(images.bytes) / 1e9,
         )
+    table = _annotated(images, count, at)
+    at.at = "its annotations"
+    stem = posixpath.splitext(relative)[0]
+    own_ids, own_names = (_texts(table, name) for name in ("image_id", "name"))
+    numbered = [f"{stem}/{row:06d}" for row in range(count)]
+    return Listed(
+        rows(
+            _filled(own_ids, [f"{relative}#{row}" for row in range(count)]),
+            _filled(own_names if own_names is not None else own_ids, numbered),
+            [place.uri] * count,
+            np.arange(count),
+            1,
+            **annotations(place, table),
+        )
+    )
 
 
 def _counted(images: Images, place: Location) -> int:

@@ -98,14 +98,17 @@ class Images:
     promised: int
 
 
-def images_in(place: Location) -> Images:
+def images_in(place: Location, *, patient: bool = False) -> Images:
     """Open a file.
+
+    Args:
+        patient: reads are repeated while the store fails.
 
     Raises:
         UsageError: it has no column of images.
         Exception: one of ERRORS if it cannot be read, or anything if it is damaged.
     """
-    source = place.open()
+    source = place.open(patient=patient)
     file = open_plain(source, streamed=False)
     metadata, schema = file.metadata, file.schema_arrow
     extensions = _extensions(metadata)

@@ -14,6 +14,7 @@ from raypipe import UsageError
 from raypipe.data.formats import parquet, parquetfile
 from raypipe.data.listing import list_images
 from raypipe.data.location import Location
+from raypipe.data.patience import Patience
 from raypipe.data.reader import Reader
 from raypipe.data.sinks import Sink
 from raypipe.images.header import Reject
@@ -30,6 +31,7 @@ from tests.data.conftest import (
     tar,
     write_block,
 )
+from tests.support.objects import objects
 
 PICTURES = [bytes([i]) * (50 + i) for i in range(20)]
 
@@ -406,3 +408,35 @@ def test_s3_parquet_with_a_damaged_row_group(bucket, monkeypatch):
         assert [one.reason for one in results[8:12] if isinstance(one, Reject)] == [
             "unreadable"
         ] * 4
+
+
+def test_a_store_that_fails_while_a_parquet_file_is_listed(monkeypatch):
+    monkeypatch.setattr(Patience.__init__, "__defaults__", (2.0,))
+    data = io.BytesIO()
+    pq.write_table(pa.table({"image": [b"a", b"b"], "label": [4, 5]}), data)
+    with objects(**{"a.parquet": data.getvalue()}) as store:
+        place = Location.of(store.uri("a.parquet"))
+        whole = parquet.list_parquet(place, "a.parquet", None).rows
+        asked = len(store.asked)
+        for once in range(asked):  # each of its requests fails once
+            store.asked.clear()
+            store.fails = lambda key, n, once=once: 503 if n == once else None
+            assert parquet.list_parquet(place, "a.parquet", None).rows.equals(whole)
+        for bad in range(asked):  # from each of its requests on, all fail
+            store.asked.clear()
+            store.fails = lambda key, n, bad=bad: 503 if n >= bad else None
+            with pytest.raises(UsageError, match=r"HTTP 503.*try again") as told:
+                parquet.list_parquet(place, "a.parquet", None)
+            assert "Remove it" not in str(told.value)
+
+
+def test_a_parquet_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    pq.write_table(pa.table({"image": [b"a"]}), tmp_path / "a.parquet")
+
+    def refuse(self: Location, *, patient: bool = False) -> pa.NativeFile:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Location, "open", refuse)
+    with pytest.raises(UsageError, match=r"Permission denied.*make it readable") as told:
+        list_images(str(tmp_path))
+    assert "Remove it" not in str(told.value)
