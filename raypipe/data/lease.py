@@ -111,7 +111,7 @@ def read(root: Location) -> tuple[Holder | None, bytes | None]:
     An unreadable file gives None and its content: it has no known holder, but may be in renewal.
     """
     try:
-        data = (root / FILE).read()
+        data = (root / FILE).read(once=True)  # a lease is about time
     except (FileNotFoundError, NotADirectoryError):
         return None, None
     try:

@@ -16,7 +16,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote, unquote, unquote_to_bytes
 
 import obstore
@@ -26,11 +26,13 @@ from pyarrow import fs
 
 from raypipe.data import local
 from raypipe.data.patience import Patience
-from raypipe.data.stores import Ranges, Store, StoreError, as_os_errors, may_pass, short
+from raypipe.data.stores import Ranges, Store, StoreError, as_os_errors, may_pass, passing
 
 _URI = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+)://([^/?]*)([^?]*)(\?.*)?", re.DOTALL)
 _WITHOUT_FOLDERS = ("s3", "gcs", "abfs")
 _CHUNK = 8 << 20
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,8 @@ class Location:
     """A folder or a file. Two locations are equal if they have the same path in the same store.
 
     It can be hashed and pickled. In another process it means the same, and makes new clients. All
-    operations raise one of ERRORS where they fail, unless they say otherwise.
+    operations raise one of ERRORS where they fail, unless they say otherwise. Those that can be
+    repeated are, for READ_PATIENCE_S, while the store fails.
 
     Attributes:
         text: what the user gave, or a text made of it. `str()` gives it.
@@ -140,14 +143,34 @@ class Location:
         system, base = self.store.filesystem()
         return system, f"{base.rstrip('/')}/{self.path}".rstrip("/")
 
+    def _patiently(self, do: Callable[[], T]) -> T:
+        """The result of `do`, which is repeated while the store fails. Twice must be as once."""
+
+        def ask() -> T:
+            try:
+                return do()
+            except OSError as error:
+                told = passing(error, self.store)
+                if told is error:
+                    raise
+                raise told from error
+
+        return Patience().call(ask, self.may_pass)
+
     def may_pass(self, error: BaseException) -> bool:
         """Whether a failure here is the store's, which may pass, and not the file's."""
         return may_pass(error, self.store)
 
     # --- reading -----------------------------------------------------------------------------
 
-    def read(self) -> bytes:
-        """All bytes of a file."""
+    def read(self, *, once: bool = False) -> bytes:
+        """All bytes of a file.
+
+        once: do not ask again if the store fails.
+        """
+        return self._read() if once else self._patiently(self._read)
+
+    def _read(self) -> bytes:
         if self.store is None:
             with open(self.path, "rb") as file:
                 return file.read()
@@ -212,7 +235,7 @@ class Location:
         if self.store is None:
             return os.path.lexists(self.path)
         system, path = self.filesystem()
-        return system.get_file_info(path).type == fs.FileType.File
+        return self._patiently(lambda: system.get_file_info(path)).type == fs.FileType.File
 
     def names(self) -> list[str]:
         """Names of the files directly in a folder, sorted; none if there is no such folder."""
@@ -225,7 +248,8 @@ class Location:
     def _listed(self, kind: fs.FileType) -> list[str]:
         if self.store is not None:
             system, path = self.filesystem()
-            found = system.get_file_info(fs.FileSelector(path, allow_not_found=True))
+            folder = fs.FileSelector(path, allow_not_found=True)
+            found = self._patiently(lambda: system.get_file_info(folder))
             return sorted(info.base_name for info in found if info.type == kind)
         try:
             with os.scandir(self.path) as entries:
@@ -241,7 +265,7 @@ class Location:
         """The files below a remote folder, by their paths in it; none if there is no folder."""
         system, path = self.filesystem()
         selector = fs.FileSelector(path, recursive=True, allow_not_found=True)
-        for info in system.get_file_info(selector):
+        for info in self._patiently(lambda: system.get_file_info(selector)):
             if info.type == fs.FileType.File:
                 yield info.path[len(path) :].lstrip("/")
 
@@ -255,16 +279,8 @@ class Location:
             OSError: the store still does not answer, or has no such folder.
         """
         system, _ = self.filesystem()
-
-        def ask() -> list[fs.FileInfo]:
-            try:
-                return system.get_file_info(fs.FileSelector(folder, recursive=True))
-            except (FileNotFoundError, PermissionError):
-                raise
-            except OSError as error:  # Arrow has no class for what may pass
-                raise StoreError(short(error)) from error
-
-        return Patience().call(ask, self.may_pass)
+        selector = fs.FileSelector(folder, recursive=True)
+        return self._patiently(lambda: system.get_file_info(selector))
 
     # --- writing -----------------------------------------------------------------------------
 
@@ -305,7 +321,7 @@ class Location:
         target = self / relative
         try:
             if not self.store.has_objects:
-                same = target.read() == before
+                same = target.read(once=True) == before
                 if same:
                     target._put(data)
                 return same
@@ -320,6 +336,10 @@ class Location:
             return False
 
     def _put(self, data: bytes | memoryview) -> None:
+        """Write a file of a store, again while the store fails."""
+        self._patiently(lambda: self._put_once(data))
+
+    def _put_once(self, data: bytes | memoryview) -> None:
         """Write a file of a store by one stream."""
         system, path = self.filesystem()
         if system.type_name not in _WITHOUT_FOLDERS:
@@ -339,7 +359,7 @@ class Location:
                 os.unlink(self.path)
             else:
                 system, path = self.filesystem()
-                system.delete_file(path)
+                self._patiently(lambda: system.delete_file(path))
 
     def delete_folder(self) -> None:
         """Delete a folder with everything below it, if it is there."""
@@ -348,8 +368,12 @@ class Location:
                 shutil.rmtree(self.path)
             return
         system, path = self.filesystem()
-        if system.get_file_info(path).type == fs.FileType.Directory:
-            system.delete_dir(path)
+
+        def delete() -> None:
+            if system.get_file_info(path).type == fs.FileType.Directory:
+                system.delete_dir(path)
+
+        self._patiently(delete)
 
     def delete_empty(self) -> None:
         """Delete a local folder if it is empty; stores have no folders. Raises nothing."""

@@ -96,6 +96,22 @@ def may_pass(error: BaseException, store: "Store | None") -> bool:
     return not store.has_objects
 
 
+_ANSWERS = re.compile(
+    r"AWS Error (?:ACCESS_DENIED|NO_SUCH|INVALID|SIGNATURE|MISSING|UNRECOGNIZED|ACCOUNT|VALIDATION)"
+    r"|HTTP status (?:501|(?!408|429)4\d\d)"
+)
+
+
+def passing(error: BaseException, store: "Store | None") -> BaseException:
+    """The error of a call of pyarrow.fs; a StoreError if the store may answer later.
+
+    pyarrow has no class for that. It raises a plain OSError for whatever a store says.
+    """
+    if store is None or type(error) is not OSError or _ANSWERS.search(str(error)):
+        return error
+    return StoreError(short(error))
+
+
 def one_line(error: BaseException) -> str:
     """An error's message in one line."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,12 +1,20 @@
+import io
 import pickle
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
+from pyarrow import fs
 
+from raypipe.data import journal
+from raypipe.data.formats.coco import read_coco
 from raypipe.data.location import Location
+from raypipe.data.patience import Patience
+from raypipe.data.stores import StoreError
 from tests.data.conftest import files
+from tests.support.objects import objects
 
 
 def test_readers_never_see_half_a_file(tmp_path):
@@ -133,3 +141,84 @@ def test_equal_locations_may_be_written_differently(tmp_path, monkeypatch):
         f"{tmp_path}/x/y",
     }
     assert Location.of("s3://b/a b") == Location.of("s3://b/a%20b/") != Location.of("gs://b/a b")
+
+
+# --- a store that fails for a while ----------------------------------------------------------
+
+
+def test_reading_asks_again_while_the_store_fails(monkeypatch):
+    monkeypatch.setattr(Patience.__init__, "__defaults__", (2.0,))
+    entry = journal.Entry(epoch=0, shard=3, written=[], rejected=[], files=[], bytes=0)
+    content = journal._json({name: getattr(entry, name) for name in entry.__slots__})
+    key = journal.entry_path(3)
+    with objects(**{key: content, "coco.json": b'{"images": [{"id": 1}]}'}) as store:
+        store.fails = lambda key, n: 503 if n == 0 else None
+        assert list(journal.read_entries(Location.of(store.uri("")), [3])) == [entry]
+        store.asked.clear()
+        assert read_coco(Location.of(store.uri("coco.json")))["images"] == [{"id": 1}]
+        store.asked.clear()
+        with pytest.raises(StoreError):
+            Location.of(store.uri(key)).read(once=True)
+        store.fails = lambda key, n: 404
+        store.asked.clear()
+        with pytest.raises(FileNotFoundError):
+            Location.of(store.uri(key)).read()
+        assert len(store.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "passes"),
+    [
+        ("AWS Error UNKNOWN (HTTP status 503) during HeadObject operation", True),
+        ("AWS Error SLOW_DOWN during ListObjectsV2 operation", True),
+        ("AWS Error NETWORK_CONNECTION during HeadObject operation: curlCode: 7", True),
+        ("AWS Error UNKNOWN (HTTP status 429) during HeadObject operation", True),
+        ("AWS Error UNKNOWN (HTTP status 400) during HeadObject operation", False),
+        ("AWS Error UNKNOWN (HTTP status 501) during PutObject operation", False),
+        ("AWS Error ACCESS_DENIED during HeadObject operation", False),
+        ("AWS Error NO_SUCH_BUCKET during ListObjectsV2 operation", False),
+    ],
+)
+def test_what_pyarrow_asks_a_store_is_asked_again_if_that_may_help(monkeypatch, said, passes):
+    class Failing:
+        """A file system of which every other call fails."""
+
+        type_name = "s3"
+        calls = 0
+
+        def get_file_info(self, what):
+            self._fail()
+            return [] if isinstance(what, fs.FileSelector) else fs.FileInfo("", fs.FileType.File)
+
+        def open_output_stream(self, path):
+            self._fail()
+            return io.BytesIO()
+
+        def delete_file(self, path):
+            self._fail()
+
+        def _fail(self):
+            self.calls += 1
+            if self.calls % 2:
+                raise OSError(said)
+
+    system = Failing()
+    monkeypatch.setattr(Location, "filesystem", lambda self: (system, "b/key"))
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    place = Location.of("s3://b/key")
+    for do in (
+        place.exists,
+        place.names,
+        place.delete,
+        lambda: list(place.below()),
+        lambda: place.infos("b"),
+        lambda: place.write("x", b"1"),
+    ):
+        system.calls = 0
+        if passes:
+            do()
+            assert system.calls == 2
+        else:
+            with pytest.raises(OSError, match="AWS Error"):
+                do()
+            assert system.calls == 1
