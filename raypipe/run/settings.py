@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
 
 import tyro
 
+from raypipe.data.formats.files import root_of
 from raypipe.data.location import Location
 from raypipe.data.patience import READ_PATIENCE_S
 from raypipe.data.reader import Reading
@@ -171,12 +172,10 @@ class Running:
         """How preprocess actors read `input`."""
         # One thread reads ahead of the decoder. More would only contend for the interpreter, unless
         # each waits for a network.
-        place = Location.of(input)
-        known = not place.is_remote and os.path.isdir(place.path)
         return Reading(
-            threads=8 if place.is_remote else 1,
+            threads=8 if Location.of(input).is_remote else 1,
             patience_s=self.read_patience,
-            root=place.path if known else None,
+            root=root_of(input),
         )
 
 

@@ -363,14 +363,18 @@ def test_a_mount_that_stays_away_is_waited_for_once_for_at_most_the_patience(
         assert clock[0] - before >= 60
 
 
-def test_a_mount_that_goes_away_within_a_shard_is_not_waited_for_without_a_bound(tmp_path, clock):
-    folder = tmp_path / "photos"
+@pytest.mark.parametrize("input", ["photos", "photos/*.jpg", "photos/{0..9}.jpg", "{photos}/?.jpg"])
+def test_a_mount_that_goes_away_within_a_shard_is_waited_for_with_a_bound(tmp_path, clock, input):
+    folder = tmp_path / ("{photos}" if input.startswith("{") else "photos")
     put(folder, *(f"{i}.jpg" for i in range(10)))
-    table = list_images(str(folder))
-    with contextlib.closing(Reader(0, patience_s=60.0, root=str(folder))) as one:
+    table = list_images(f"{tmp_path}/{input}")
+    root = files.root_of(f"{tmp_path}/{input}")
+    with contextlib.closing(Reader(0, patience_s=60.0, root=root)) as one:
         found = one.read(table)
         first = next(found)
         folder.rename(tmp_path / "away")
+        if input != "photos":  # a mount point without its mount
+            folder.mkdir()
         assert reasons([first, *found])[2:] == ["unread"] * 8  # two are a chunk
     assert 60 <= clock[0] - 1000 <= 60 + reader.AGAIN_AFTER_S
 

@@ -67,6 +67,23 @@ def alternatives(input: str) -> list[str]:
     return [place for choice in choices for place in alternatives(head + choice + tail)]
 
 
+def root_of(input: str) -> str | None:
+    """The local folder that everything `input` lists is below; None if it is remote or missing.
+
+    It is the folder itself, the fixed part of a glob or of braces, or the folder of a file.
+    """
+    if Location.of(input).is_remote:
+        return None
+    folders = []
+    for place in map(Location.of, alternatives(input)):
+        path = place.path
+        if not os.path.lexists(path) and (magic := re.search(r"[*?[]", path)) is not None:
+            path = path[: magic.start()] + "_"
+        folders.append(path if os.path.isdir(path) else os.path.dirname(path))
+    folder = os.path.commonpath(folders)
+    return folder if os.path.isdir(folder) else None
+
+
 def _find_local(place: Location) -> tuple[Location, Iterable[str]]:
     path = place.path
     if os.path.isdir(path):
