@@ -5,6 +5,7 @@ Imports nothing of raypipe.
 
 import contextlib
 import difflib
+import logging
 import reprlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -118,3 +119,15 @@ def did_you_mean(given: object, known: Iterable[object]) -> str:
     if lowered or close:
         return f"; did you mean {(lowered or close)[0]!r}? Known: {there}"
     return f"; known: {there}"
+
+
+def logger(name: str) -> logging.Logger:
+    """The logger of a module whose messages contain foreign names: they are `printable`."""
+    log = logging.getLogger(name)
+    log.addFilter(_make_printable)
+    return log
+
+
+def _make_printable(record: logging.LogRecord) -> bool:
+    record.msg, record.args = printable(record.getMessage(), 2000), ()
+    return True

@@ -23,7 +23,6 @@ A row whose image cannot be read is still a row. It becomes a `Reject` when it i
 """
 
 import itertools
-import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -40,9 +39,9 @@ from raypipe.data.formats.tar import list_tar
 from raypipe.data.location import Location
 from raypipe.data.names import PACKED, PARQUET, SUFFIXES, TAR, suffix_of, unique_names
 from raypipe.data.tables import EMPTY, SOURCE, Listed, box_lists, lists_of, rows, text
-from raypipe.errors import UsageError
+from raypipe.errors import UsageError, logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 _MOST_SUFFIXES = 20
 """At most so many suffixes are counted each; rarer ones are counted together."""

@@ -1,7 +1,10 @@
 import glob
 import gzip
+import logging
 import os
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from raypipe import UsageError
@@ -339,3 +342,28 @@ def test_many_suffixes_are_told_together(tmp_path):
         and found.skipped["(others)"] == 11
         and found.skipped.total() == 33
     )
+
+
+def test_control_characters_in_names_of_files_and_folders_do_not_reach_the_terminal(
+    tmp_path, capfd, monkeypatch
+):
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # as in a command: straight to stderr
+    folder = tmp_path / "\x1b[2J\x1b]0;title\x07"
+    folder.mkdir()
+    members = (("a.jpg", b"a"), ("other.json", b"{}"), ("a.cls", b"cat\x1b[31m"))
+    tar(folder / "a\x1b[1m.tar", *members)
+    data = (folder / "a\x1b[1m.tar").read_bytes()
+    (folder / "a\x1b[1m.tar").write_bytes(data[:3072] + b"\x1b" * 512)
+    list_images(str(folder))
+    (folder / "a\x1b[1m.tar").unlink()
+    columns = {"image": [b"a", b"b"], "label": ["1", "\x1b[31mcat"], "boxes": ["x", "y"]}
+    pq.write_table(pa.table(columns), folder / "b\x1b[1m.parquet")
+    (folder / "x.a\x1b").touch()
+    list_images(str(folder))
+    (folder / "c.json").write_text(
+        '{"images": [{"id": 1, "file_name": "a"}], "annotations": [{"image_id": 2}]}'
+    )
+    list_images(str(folder), annotations=str(folder / "c.json"))
+    said = capfd.readouterr().err
+    assert said.count("\\x1b[2J") >= 6, said
+    assert said.replace("\n", "").isprintable()

@@ -5,7 +5,6 @@ rule for numbers in foreign text (`raypipe.data.tables`): 1, 1.0 and "1" are the
 NaN is a null, as pandas writes it.
 """
 
-import logging
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -25,9 +24,9 @@ from raypipe.data.tables import (
     real,
     whole,
 )
-from raypipe.errors import UsageError, words
+from raypipe.errors import UsageError, logger, words
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 COLUMNS = ("boxes", "labels", "crowds", "annotation_ids", "label", "height", "width")
 """The columns that annotations are read from."""

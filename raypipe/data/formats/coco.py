@@ -1,7 +1,6 @@
 """COCO JSONs: their images and annotations, and the JSON of the images that were written."""
 
 import json
-import logging
 import math
 import os
 import posixpath
@@ -19,9 +18,9 @@ from raypipe.data.names import suffix_of
 from raypipe.data.shapes import Placement, moved_keypoints, moved_segmentation
 from raypipe.data.stores import ERRORS, one_line
 from raypipe.data.tables import Listed, box_lists, flag, frame, lists_of, real, rows, whole
-from raypipe.errors import UsageError, foreign, printable, shown, words
+from raypipe.errors import UsageError, foreign, logger, printable, shown, words
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 # --- listing -----------------------------------------------------------------------------------
 

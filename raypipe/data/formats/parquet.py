@@ -5,7 +5,6 @@ Images are encoded bytes (also Hugging Face's struct of bytes and path), raw pix
 """
 
 import bisect
-import logging
 import posixpath
 import threading
 from collections import OrderedDict
@@ -24,10 +23,10 @@ from raypipe.data.formats.parquetfile import RAW, Images, images_in, open_plain,
 from raypipe.data.location import Location
 from raypipe.data.stores import ERRORS
 from raypipe.data.tables import Listed, rows
-from raypipe.errors import Place, UsageError, foreign, words
+from raypipe.errors import Place, UsageError, foreign, logger, words
 from raypipe.images.header import Reject
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 _ANNOTATED_ROWS = 1 << 13  # whose annotations are read together
 _WITH_IMAGE = ("image_id", "name", *COLUMNS)

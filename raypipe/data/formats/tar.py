@@ -10,7 +10,6 @@ A sidecar may stand anywhere in the tar.
 
 import io
 import json
-import logging
 import posixpath
 import tarfile
 from collections import Counter, defaultdict
@@ -26,9 +25,9 @@ from raypipe.data.location import Location
 from raypipe.data.names import SUFFIXES, suffix_of
 from raypipe.data.stores import ERRORS
 from raypipe.data.tables import Listed, flag, frame, images_of, real, rows, text, whole
-from raypipe.errors import UsageError, printable, words
+from raypipe.errors import UsageError, logger, printable, words
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 _MOST = 1 << 62  # bytes of a member: a header may claim more than a table holds
 _SIDECARS = (".json", ".cls")
