@@ -31,6 +31,7 @@ from raypipe.data.journal import (
 from raypipe.data.location import Location
 from raypipe.data.names import OUTSIDE, STATE
 from raypipe.errors import UsageError, foreign, printable
+from raypipe.images.header import NO_ROOM
 
 # --- run.json --------------------------------------------------------------------------------
 
@@ -169,6 +170,7 @@ class Found:
         seen: the state of the output that was looked at.
         done: shards that are done.
         waiting: the image ids of unread rows of done shards, by shard. They are tried again.
+        tight: shards in which some of these had no room in an actor's memory.
         clearing: all of it is to be deleted, so nothing counts.
     """
 
@@ -177,6 +179,7 @@ class Found:
     work: pa.Table | None = None
     done: frozenset[int] = frozenset()
     waiting: dict[int, set[str]] = field(default_factory=dict)
+    tight: frozenset[int] = frozenset()
     clearing: bool = False
 
 
@@ -207,6 +210,9 @@ def look(root: Location, settings: dict[str, Any], *, resume: bool = True) -> Fo
         work=work,
         done=seen.done,
         waiting={shard: {row.image_id for row in rows} for shard, rows in waiting.items()},
+        tight=frozenset(
+            shard for shard, rows in waiting.items() if any(row.detail == NO_ROOM for row in rows)
+        ),
     )
 
 

@@ -258,16 +258,25 @@ def requeued(
     rows_per_shard: int,
     taper: bool = False,
     weigh: Weigh | None = None,
+    tight: Set[int] = frozenset(),
 ) -> pa.Table:
     """`work` with the rows in `waiting` (image ids, by shard) moved to new shards at its end.
 
     They keep their names.
+
+    Args:
+        tight: shards whose rows wait for want of memory. The new shards have at most as many rows
+            as the smallest number that one of these had room for.
     """
     if not waiting:
         return work
     keys = zip(work.column("shard").to_pylist(), work.column("image_id").to_pylist(), strict=True)
     again = np.array([image_id in waiting.get(shard, ()) for shard, image_id in keys], bool)
     rows = work.filter(pa.array(again))
+    waited = Counter(rows.column("shard").to_pylist())
+    had = Counter(work.column("shard").to_pylist())
+    fitted = [had[shard] - waited[shard] for shard in tight & waited.keys()]
+    rows_per_shard = max(min([rows_per_shard, *fitted]), 1)
     first = int(work.column("shard").to_numpy().max()) + 1
     weights = None if weigh is None else weigh(rows)
     numbers = pa.array(first + _cut(rows.num_rows, rows_per_shard, taper=taper, weights=weights))

@@ -8,6 +8,9 @@ MAX_PIXELS = 178_956_970
 UNREAD = "unread"
 """The store did not deliver the bytes in time. Not a reject: the next run tries the row again."""
 
+NO_ROOM = "no room in --actor-memory beside the rest of its shard"
+"""The detail of an UNREAD row that fits alone. It is done again, in a smaller shard."""
+
 REASONS = (
     UNREAD,
     "empty",

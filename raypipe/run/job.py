@@ -7,7 +7,7 @@ rest: it claims the output, runs the stages, and accounts for every row.
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from raypipe.data.reader import Reading
 from raypipe.data.work import extend, make_work, named_as_before, remaining, renewed, requeued
 from raypipe.errors import UsageError
 from raypipe.images import backend as backend_module
+from raypipe.images.header import NO_ROOM
 from raypipe.images.recipe import Recipe
 from raypipe.insight import report as reports
 from raypipe.run import probe as probes
@@ -72,6 +73,7 @@ class Todo:
     claim: what the run changes in the output before it begins; None: nothing is written.
     shard_bytes: memory that an actor takes for the largest shard, as far as known.
     skipped: number of files that the listing left out, by suffix.
+    cut: how rows are cut into shards, as `requeued` takes it.
     """
 
     recipe: Recipe
@@ -82,6 +84,7 @@ class Todo:
     claim: outputs.Claim | None = None
     shard_bytes: int = 0
     skipped: Mapping[str, int] = field(default_factory=dict)
+    cut: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +148,7 @@ def left_to_do(
         claim=claim,
         shard_bytes=shape.need,
         skipped=skipped or {},
+        cut=cut,
     )
 
 
@@ -168,7 +172,7 @@ def _resumed(
         wanted = [*results.endings, *outputs.named(results.names, work)]
     else:
         source = named_as_before(source, stored)
-        stored = requeued(stored, found.waiting, **cut)
+        stored = requeued(stored, found.waiting, tight=found.tight, **cut)
         work = extend(renewed(stored, source, done), source, **cut)
         here = work.filter(_among(work, source))
         fresh = work.filter(pc.invert(_among(work, stored)))
@@ -311,9 +315,13 @@ def carry_out(
             began(Control(run_id, execution.collector))
             tally = Tally()
             with progress(console, todo.left.num_rows) as show:
-                _iterate(job, execution, tally, consume=consume, stop=stop, show=show)
-            # Before Ray ends, which takes seconds: a driver that is killed then has its report.
-            return _account(job, execution, tally)
+                doing: Job | None = job
+                while doing is not None:
+                    job = doing
+                    _iterate(job, execution, tally, consume=consume, stop=stop, show=show)
+                    doing = _in_smaller_shards(job, tally, console)
+            # Before Ray ends, which takes seconds: who is killed then has its report.
+            return _account(job, execution, tally, before=done)
 
 
 def _iterate(
@@ -337,10 +345,52 @@ def _iterate(
         tally.tell(execution.collector)
         show(tally)
         if consume is not None and job.then is None:
-            tally.consume(consume, block)
+            tally.consume(consume, _without(block, NO_ROOM))
         if stop is not None and stop.is_set():
             raise KeyboardInterrupt
         execution.check()
+
+
+def _without(block: pa.Table, detail: str) -> pa.Table:
+    """`block` (schema BLOCK) without the rows that have this detail."""
+    has = pc.fill_null(pc.equal(block.column("detail"), detail), False)
+    return block.filter(pc.invert(has)) if pc.any(has).as_py() else block
+
+
+def _in_smaller_shards(job: Job, tally: Tally, console: Console) -> Job | None:
+    """The job with those rows left that had no room beside the rest of their shard; None: no rows.
+
+    They get smaller shards. It ends, for a row alone in its shard is delivered or rejected.
+    """
+    todo, root = job.todo, job.root
+    if not tally.unread:
+        return None
+    unread = tally.became.unread
+    if root is not None:
+        found = journal.unread(root, todo.left.column("shard").to_pylist())
+        unread = [row for rows in found.values() for row in rows]
+    ids = pa.array([row.image_id for row in unread if row.detail == NO_ROOM], pa.string())
+    back = todo.left.filter(pc.is_in(todo.left.column("image_id"), ids))
+    if not back.num_rows:
+        return None
+    waiting: dict[int, set[str]] = {}
+    pairs = (back.column(name).to_pylist() for name in ("shard", "image_id"))
+    for shard, image_id in zip(*pairs, strict=True):
+        waiting.setdefault(shard, set()).add(image_id)
+    stored = todo.work if root is None else journal.read_work(root)
+    assert stored is not None
+    stored = requeued(stored, waiting, tight=waiting.keys(), **todo.cut)
+    if root is not None:
+        journal.put_work(root, stored)
+    tally.take_back(back.num_rows)
+    say(
+        console,
+        f"{back.num_rows} images had no room in --actor-memory beside the rest of their shards: "
+        "they follow in smaller shards.",
+    )
+    work = stored.filter(_among(stored, todo.work))
+    left = work.filter(_among(work, back))
+    return replace(job, todo=replace(todo, work=work, left=left))
 
 
 def _nothing_left(
@@ -385,14 +435,18 @@ def _nothing_left(
         return _conclude(job, report, rows)
 
 
-def _account(job: Job, execution: Execution, tally: Tally) -> Outcome:
-    """Account for the rows and the costs of an execution, and write the report."""
+def _account(job: Job, execution: Execution, tally: Tally, *, before: int) -> Outcome:
+    """Account for the rows and the costs of an execution, and write the report.
+
+    Args:
+        before: rows that were done before it.
+    """
     measured = execution.measured()
     todo = job.todo
     rows = tally.became if job.root is None else became(job.root, todo.work)
     counts = rows.counts(
         rows=todo.work.num_rows,
-        before=todo.work.num_rows - todo.left.num_rows,
+        before=before,
         out=tally.images - tally.rejected - tally.unread if job.root is None else None,
         damaged=tally.damaged,
         skipped=todo.skipped,

@@ -19,6 +19,7 @@ from rich.progress import (
 )
 
 from raypipe.data.tables import REJECTS
+from raypipe.images.header import NO_ROOM
 from raypipe.insight.states import Consumed
 from raypipe.run.result import Became
 from raypipe.stages.write import dropped_of, rejected_of, unread_of
@@ -64,6 +65,13 @@ class Tally:
         self.images += images
         self.rejected += rejected
         self.outputs.append((at_s, images))
+
+    def take_back(self, rows: int) -> None:
+        """Uncount `rows` unread rows, which had no room beside the rest of their shards."""
+        self.images -= rows
+        self.unread -= rows
+        self.outputs = [(at_s, min(images, self.images)) for at_s, images in self.outputs]
+        self.became.unread[:] = [row for row in self.became.unread if row.detail != NO_ROOM]
 
     def _count_pixels(self, block: pa.Table) -> tuple[int, int, int]:
         bad = block.filter(pc.is_valid(block.column("reason")))

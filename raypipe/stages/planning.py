@@ -11,7 +11,7 @@ from raypipe.data.tables import frames_of
 from raypipe.images import backend as backend_module
 from raypipe.images.decode import read_header
 from raypipe.images.frames import into_picture
-from raypipe.images.header import MAX_PIXELS, Header, Reject
+from raypipe.images.header import MAX_PIXELS, NO_ROOM, UNREAD, Header, Reject
 from raypipe.images.memory import MOST, needed
 from raypipe.images.recipe import Plan, Recipe
 
@@ -22,6 +22,8 @@ class Preprocessing:
 
     memory: bytes that a shard's images may take in an actor. They are the results of all images,
         and what one image takes while it is decoded and transformed. Larger images are rejected.
+    gives_back: an image that fits alone, but not beside the rest of its shard, is UNREAD with the
+        detail NO_ROOM: a smaller shard does it. Otherwise it is rejected.
     image_seconds: of CPU. An image that takes more ends the process; its successor rejects it.
     decoder: of JPEGs, one of raypipe.images.DECODERS.
     damaged: "reject" an image that a decoder or a checksum calls damaged, or "keep" what can be
@@ -35,6 +37,7 @@ class Preprocessing:
     seed: int = 0
     max_pixels: int = MAX_PIXELS
     memory: int = 1_750_000_000
+    gives_back: bool = True
     image_seconds: float = 30.0
     decoder: str = "simplejpeg"
     damaged: str = "reject"
@@ -77,7 +80,8 @@ class Planner:
         self._recipe, self._here = settings.recipe, settings.done_here
         fixed = self._here.fixed_size
         self._keep = fixed is None
-        self._room = _Room(settings, 0 if fixed is None else len(boxes) * fixed[0] * fixed[1] * 3)
+        each = 0 if fixed is None else fixed[0] * fixed[1] * 3
+        self._room = _Room(settings, rows=len(boxes), each=each)
         boxed = any(len(of) for of in boxes)
         self._frames = frames_of(shard).tolist() if boxed else []
         # Without chance and boxes, only the size decides the plan. Planning takes 20 us, 1% of a
@@ -130,13 +134,15 @@ class _Room:
     """The memory of a shard.
 
     Args:
-        held: bytes that the shard's results take from the start.
+        rows: of the shard.
+        each: bytes of a result; memory for all of them is taken from the start.
     """
 
-    def __init__(self, settings: Preprocessing, held: int) -> None:
+    def __init__(self, settings: Preprocessing, *, rows: int, each: int) -> None:
         self._settings = settings
         self._scratch = backend_module(settings.backend).SCRATCH
-        self._held = held
+        self._each = each
+        self._held = rows * each
 
     def take(self, data: bytes, header: Header, plan: Plan, *, keep: bool) -> None:
         """Take memory for an image while it is worked on.
@@ -145,7 +151,7 @@ class _Room:
             keep: take memory for its bytes and its result too, until the shard is done.
 
         Raises:
-            Reject: there is not enough.
+            Reject: there is not enough, at all or beside the rest of the shard (UNREAD, NO_ROOM).
         """
         kept = len(data) + bytes_of(plan) if keep else 0
         # MOST is a quick upper bound; only an image that exceeds it is looked at closely.
@@ -160,6 +166,8 @@ class _Room:
         most = needed(decoded, plan.ops, self._scratch, reduce=reduce) + len(data) * (not keep)
         if self._held + kept + most <= settings.memory:
             return
+        if settings.gives_back and self._each + kept + most <= settings.memory:
+            raise Reject(UNREAD, NO_ROOM)
         others = (
             f"; others of its shard take {self._held / 1e9:.2f} GB"
             if self._held > 5_000_000

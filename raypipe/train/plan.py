@@ -144,7 +144,8 @@ def plan(settings: Settings) -> Todo:
             checkpoint_every=workers.checkpoint_every,
             trust=workers.trust,
         ),
-        pixels=decoding.pixels(recipe, seed=seed, decode_only=on_device),
+        # Rows of an epoch keep their order, so none can be given back for a later shard.
+        pixels=replace(decoding.pixels(recipe, seed=seed, decode_only=on_device), gives_back=False),
         deciding={
             **settings.decided(),
             "recipe": recipe_identity(recipe),

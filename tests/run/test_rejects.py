@@ -9,6 +9,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -246,6 +247,36 @@ def test_an_image_too_large_for_the_actors_memory_is_rejected_and_not_shown(
         ("a/large.png", "too large for --actor-memory")
     ]
     assert "9000x9000 pixels (png) take 1.2" in outcome.rejected[0].detail
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_images_that_do_not_fit_together_are_done_by_the_same_run(session, tmp_path, written):
+    """Parquet tells their encoded sizes: 20 kB a PNG of 12 MB, so one shard has all of them."""
+    pages = [encoded(Image.new("RGB", (2000, 2000), (n, n, n)), "PNG") for n in range(12)]
+    pq.write_table(pa.table({"image": pages}), tmp_path / "pages.parquet")
+    recipe = tmp_path / "as-it-is.json"
+    recipe.write_text(json.dumps({"name": "as-it-is", "ops": [{"op": "HorizontalFlip"}]}))
+    wanted = settings(
+        input=tmp_path / "pages.parquet",
+        output=tmp_path / "out" if written else None,
+        recipe=recipe,
+        actor_memory=0.35,
+        shard_rows=12,
+    )
+    taken: list[str | None] = []
+    outcome = run(
+        wanted,
+        console=quiet(),
+        consume=None if written else lambda block: taken.extend(block["reason"].to_pylist()),
+    )
+    report = outcome.report
+    assert (outcome.rejected, outcome.unread, verdict_on(outcome, wanted)) == ([], [], None)
+    assert report is not None
+    assert (report["images_in"], report["images_out"], report["images_unread"]) == (12, 12, 0)
+    assert taken == ([] if written else [None] * 12)
+    if written:
+        assert len(files(tmp_path / "out")) > 1
+        assert run(wanted, console=quiet()).report is None  # nothing is left to do
 
 
 def test_bad_boxes_are_dropped_and_counted_and_their_images_stay(session, tmp_path):

@@ -16,9 +16,9 @@ from PIL import Image
 from raypipe.data.listing import list_images
 from raypipe.data.reader import Reader
 from raypipe.data.tables import BLOCK, SOURCE, images_of
-from raypipe.data.work import make_work
+from raypipe.data.work import make_work, requeued, shards
 from raypipe.images import catalog, opencv
-from raypipe.images.header import Reject
+from raypipe.images.header import NO_ROOM, UNREAD, Reject
 from raypipe.images.ops.augment import HorizontalFlip
 from raypipe.images.ops.geometry import CenterCrop, Resize
 from raypipe.images.recipe import Recipe
@@ -399,23 +399,62 @@ def shard_with(*images: bytes) -> tuple[pa.Table, Any]:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "memory", "good"),
-    [
-        ("coco-300", 75_000_000, [True, False, True, True]),
-        (AS_IT_IS, 50_000_000, [True, False, True, False]),
-    ],
+    ("recipe", "memory", "last"),
+    [("coco-300", 75_000_000, (None, None)), (AS_IT_IS, 50_000_000, (UNREAD, NO_ROOM))],
 )
-def test_what_does_not_fit_into_the_actors_memory_is_rejected_alone(recipe, memory, good):
+def test_what_does_not_fit_into_the_actors_memory_is_rejected_alone(recipe, memory, last):
     """A PNG of 2000x2000 takes 36 MB to decode, and 70 MB to resize in float.
 
     Flipped in its size, it takes 12 MB until its shard is done.
     """
     shard, reader = shard_with(flat_png(2000), flat_png(3000), flat_png(100), flat_png(2000))
     block, _ = preprocess_shard(shard, replace(settings(recipe), memory=memory), reader=reader)
-    assert [reason is None for reason in block.column("reason").to_pylist()] == good
-    assert set(block.column("reason").to_pylist()) == {None, "too large for --actor-memory"}
+    reasons = block.column("reason").to_pylist()
+    assert reasons == [None, "too large for --actor-memory", None, last[0]]
+    assert block.column("detail")[3].as_py() == last[1]
     detail = block.column("detail")[1].as_py()
     assert (
         detail.startswith("3000x3000 pixels (png) take 0.")
         and f"there are {memory / 1e9:.2f} GB" in detail
     )
+
+
+@pytest.mark.parametrize(
+    ("recipe", "memory", "fit"),
+    [
+        (AS_IT_IS, 75_000_000, [[True] * 3 + [False] * 2, [True] * 2]),
+        (Recipe(name="large", ops=(Resize(height=2000, width=2000),)), 100_000_000, None),
+    ],
+)
+def test_images_that_fit_alone_are_given_back_until_they_are_delivered(recipe, memory, fit):
+    """Encoded, these are 20 kB each: nothing but their headers tells that a shard is too large."""
+    images = [flat_png(2000)] * 5
+    shard, _ = shard_with(*images)
+    asked = replace(settings(recipe), memory=memory)
+    work, passes = shard, []
+
+    class Given:
+        def read(self, shard):
+            return images[: shard.num_rows]
+
+    left = [shard]
+    while left:
+        block, _ = preprocess_shard(left[0], asked, reader=Given())
+        assert set(block.column("detail").to_pylist()) <= {None, NO_ROOM}
+        good = [reason is None for reason in block.column("reason").to_pylist()]
+        number = left[0].column("shard")[0].as_py()
+        ids = block.column("image_id").to_pylist()
+        waiting = {i for i, one in zip(ids, good, strict=True) if not one}
+        passes.append(good)
+        if waiting:
+            new = requeued(work, {number: waiting}, rows_per_shard=256, tight={number})
+            known = set(work.column("shard").to_pylist())
+            fresh = [one for one in shards(new) if one.column("shard")[0].as_py() not in known]
+            work, left = new, [*left, *fresh]
+        left = left[1:]
+    assert sum(map(sum, passes)) == 5
+    assert fit is None or passes == fit
+    block, _ = preprocess_shard(shard, replace(asked, gives_back=False), reader=Given())
+    reasons = block.column("reason").to_pylist()
+    assert reasons[-1] == "too large for --actor-memory"  # as in a training
+    assert ", and others of its shard 0.0" in block.column("detail")[4].as_py()
