@@ -117,13 +117,14 @@ def batches(blocks: Iterable[pa.Table], size: int) -> Iterator[Batch]:
 
 
 def trainable(row: Row) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes (n, 4) and labels (n,) to learn from: no crowds, and no boxes without an area."""
+    """Boxes (n, 4) and labels (n,) to learn from: none without an area.
+
+    Boxes around crowds are among them unless the recipe drops these (`work.wanted_by`).
+    """
     if len(row.labels) != len(row.boxes):
         raise UsageError(
             f"image {row.image_id} has {len(row.boxes)} boxes, but {len(row.labels)} labels, so it "
             "is unknown what is in them. Give a label for each box, or leave the image out."
         )
     kept = (row.boxes[:, 2] > row.boxes[:, 0]) & (row.boxes[:, 3] > row.boxes[:, 1])
-    if len(row.crowds):
-        kept &= ~row.crowds
     return row.boxes[kept], row.labels[kept]

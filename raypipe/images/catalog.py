@@ -37,7 +37,9 @@ _INFERENCE = (
 _SSD = "MLPerf training, single_stage_detector/ssd/{utils,train}.py (2020-11)"
 _MASK = "MLPerf training, object_detection/pytorch/maskrcnn_benchmark (2020-11)"
 _RETINANET = "MLPerf training, retinanet/ssd/{presets,model/transform}.py (retired by 2026-07)"
-_TORCHVISION = "torchvision 0.29.2, references/detection/presets.py"
+_TORCHVISION = (
+    "Boxes around crowds are left out. torchvision 0.29.2, references/detection/presets.py"
+)
 
 
 def _stretch(size: int, *, antialias: bool = False) -> Resize:
@@ -113,8 +115,8 @@ _IMAGENETS = (
 _SSD_TRAIN = Recipe(
     name="ssd-300-train",
     description="SSD-ResNet34 training: IoU crop, flip, 300x300, colour jitter, ImageNet "
-    "normalised. Boxes around crowds are learned from, as in MLPerf; ssd-300-train-no-crowds "
-    f"leaves them out. {_SSD}",
+    "normalised. A training learns from boxes around crowds as from others, as MLPerf's does; "
+    f"ssd-300-train-no-crowds leaves them out. {_SSD}",
     ops=(
         IoUCrop(flavour="mlperf"),
         HorizontalFlip(),
@@ -195,10 +197,12 @@ _ALL = (
     Recipe(
         name="retinanet-train",
         description="RetinaNet training: flip, 800x800, ImageNet normalised (after the resize, "
-        f"in uint8; MLPerf: before it, in float). {_RETINANET}",
+        "in uint8; MLPerf: before it, in float). Boxes around crowds are left out, as in MLPerf. "
+        f"{_RETINANET}",
         ops=(HorizontalFlip(), _stretch(800)),
         finish=_IMAGENET,
         needs_boxes=True,
+        drops_crowds=True,
     ),
     Recipe(
         name="retinanet-val",
@@ -211,6 +215,7 @@ _ALL = (
         description=f"Flip only, sizes as they are; 0 to 1. {_TORCHVISION}",
         ops=(HorizontalFlip(), SanitizeBoxes()),
         finish=_UNIT,
+        drops_crowds=True,
     ),
     Recipe(
         name="torchvision-lsj",
@@ -218,6 +223,7 @@ _ALL = (
         f"{_TORCHVISION}",
         ops=(LargeScaleJitter(), HorizontalFlip(), SanitizeBoxes()),
         finish=_UNIT,
+        drops_crowds=True,
     ),
     Recipe(
         name="torchvision-multiscale",
@@ -228,6 +234,7 @@ _ALL = (
             SanitizeBoxes(),
         ),
         finish=_UNIT,
+        drops_crowds=True,
     ),
     Recipe(
         name="torchvision-ssd",
@@ -235,12 +242,14 @@ _ALL = (
         f"{_TORCHVISION}",
         ops=(PhotometricDistort(), ZoomOut(), IoUCrop(), HorizontalFlip(), SanitizeBoxes()),
         finish=_UNIT,
+        drops_crowds=True,
     ),
     Recipe(
         name="torchvision-ssdlite",
         description=f"IoU crop, flip; sizes as they come; 0 to 1. {_TORCHVISION}",
         ops=(IoUCrop(), HorizontalFlip(), SanitizeBoxes()),
         finish=_UNIT,
+        drops_crowds=True,
     ),
     # Measured on 14 JPEG photos of 12 to 18 megapixels, one thread, against decoding whole and
     # resizing antialiased (111 ms). Mean error in counts, PSNR in dB (all photos, the worst one):

@@ -120,7 +120,8 @@ class Recipe:
         least as much. Much faster for large photos; the pixels are not the same.
     needs_boxes: images without boxes are left out of the run, as MLPerf training does. They are not
         rejects.
-    drops_crowds: boxes around crowds are removed before that.
+    drops_crowds: boxes around crowds are removed before that. Otherwise a training learns from
+        them as from others.
     """
 
     name: str

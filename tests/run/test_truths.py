@@ -8,11 +8,15 @@ import pyarrow as pa
 import pytest
 
 from raypipe import UsageError
+from raypipe.data.batches import rows_of, trainable
 from raypipe.data.listing import list_images
+from raypipe.data.reader import Reader
 from raypipe.data.tables import PREDICTIONS
 from raypipe.run.predictions import precision_of, truths_of
+from raypipe.stages.preprocess import preprocess_shard
 from raypipe.train.plan import plan
 from raypipe.train.settings import Settings
+from tests.conftest import jpeg
 
 
 def coco(folder: Path, images: list[dict], annotations: list[dict]) -> str:
@@ -65,7 +69,7 @@ def test_predictions_are_judged_in_the_pictures_frame_without_boxes_that_are_non
     assert precision is not None and precision.map == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("recipe", ["ssd-300-val", "ssd-300-train"])
+@pytest.mark.parametrize("recipe", ["retinanet-train", "ssd-300-train-no-crowds"])
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -94,3 +98,56 @@ def test_a_training_that_would_see_no_box_is_refused_before_it_starts(
         return
     with pytest.raises(UsageError, match=message):
         plan(given)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "learned"),
+    [
+        ("ssd-300-train", [1, 2]),  # as MLPerf's training does
+        ("ssd-300-train-no-crowds", [1]),
+        ("mask-rcnn-train", [1]),
+        ("retinanet-train", [1]),
+        ("torchvision-ssdlite", [1]),
+    ],
+)
+def test_a_training_learns_from_crowds_if_the_recipe_keeps_them(tmp_path, recipe, learned):
+    (tmp_path / "0.jpg").write_bytes(jpeg(0))
+    given = Settings.of(
+        input=str(tmp_path),
+        annotations=coco(
+            tmp_path,
+            [{"id": 0, "file_name": "0.jpg"}],
+            [
+                {"image_id": 0, "bbox": [9, 9, 90, 90]},
+                {"image_id": 0, "bbox": [8, 8, 95, 95], "iscrowd": 1, "category_id": 2},
+            ],
+        ),
+        storage=str(tmp_path / "s"),
+        recipe=recipe,
+        model="ssd_tiny" if recipe.startswith("ssd") else "fasterrcnn_resnet50_fpn_v2",
+        holdout=0.0,
+        epochs=8,  # a crop may lose a box
+    )
+    todo = plan(given)
+    assert list(todo.training.classes.ids) == learned
+    block, _ = preprocess_shard(todo.work, todo.pixels, reader=Reader())
+    labels = {int(label) for row in rows_of(block) for label in trainable(row)[1]}
+    assert sorted(labels) == learned
+
+
+def test_only_crowds_are_enough_for_a_recipe_that_keeps_them(tmp_path):
+    images = [{"id": 0, "file_name": "0.jpg"}]
+    for box, learns in (([1, 1, 9, 9], True), ([5, 5, 0, 9], False)):
+        crowds = [{"image_id": 0, "bbox": box, "iscrowd": 1}]
+        given = Settings.of(
+            input=str(tmp_path),
+            annotations=coco(tmp_path, images, crowds),
+            storage=str(tmp_path / "s"),
+            recipe="ssd-300-train",
+            holdout=0.0,
+        )
+        if learns:
+            assert plan(given).work.num_rows > 0
+        else:
+            with pytest.raises(UsageError, match="nothing to learn: 1 have no area"):
+                plan(given)

@@ -112,7 +112,7 @@ def test_an_epoch_that_comes_after_a_later_one_is_an_error():
         list(batches([block(1, [1]), block(0, [2])], 4))
 
 
-def test_crowds_and_boxes_without_an_area_are_not_learned_and_boxes_without_labels_are_refused():
+def test_boxes_without_an_area_are_not_learned_and_boxes_without_labels_are_refused():
     (row,) = rows_of(block(0, [3], boxes=3))
     row = replace(
         row,
@@ -120,7 +120,8 @@ def test_crowds_and_boxes_without_an_area_are_not_learned_and_boxes_without_labe
         crowds=np.array([False, False, True]),
     )
     boxes, labels = trainable(row)
-    assert boxes.tolist() == [[0, 0, 2, 2]] and labels.tolist() == [5]
+    # A crowd among them: the recipe has left it there to be learned from.
+    assert boxes.tolist() == [[0, 0, 2, 2], [0, 0, 4, 4]] and labels.tolist() == [5, 5]
     with pytest.raises(UsageError, match="i3 has 3 boxes, but 0 labels"):
         trainable(replace(row, labels=np.array([], np.int64)))
 
@@ -388,7 +389,6 @@ def test_an_epoch_without_a_box_to_learn_from_ends_the_training(tmp_path):
     for number, blocks in enumerate(
         [
             [block(0, range(6), rejected=range(6))],
-            [without("crowds", np.ones(1, bool))],
             [without("boxes", np.float32([[3, 3, 3, 9]]))],
         ]
     ):
