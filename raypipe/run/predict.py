@@ -240,6 +240,7 @@ def predicting(settings: Settings) -> Job:
         draw_score=settings.found.draw_score if settings.found.draw else None,
         names=names,
         trusted=settings.predicting.trust,
+        memory=decoding.memory,
     )
     source = listed.rows.set_column(0, SOURCE.field("image_id"), todo.image_ids)
     identity = checkpoints.identity(trained.folder)
@@ -297,7 +298,14 @@ def _stage(settings: Settings, what: Predicting, *, model: str, step: int) -> St
     """The stage that predicts."""
     sink = Sink(format="parquet", root=Location.of(settings.predicting.output))
     return Stage(
-        steps=(Predict(sink=sink, predicting=what, wait_ms=settings.predicting.store_ms),),
+        steps=(
+            Predict(
+                sink=sink,
+                predicting=what,
+                reading=settings.running.reading(settings.source.input),
+                wait_ms=settings.predicting.store_ms,
+            ),
+        ),
         actors=settings.predicting.predictors,
         noun="predictors",
         option="predictors",

@@ -18,14 +18,15 @@ from torch import nn
 
 from raypipe.data.journal import Entry, Written
 from raypipe.data.location import Location
-from raypipe.data.reader import Reader
+from raypipe.data.reader import Reader, Reading
 from raypipe.data.sinks import Sink
 from raypipe.data.tables import PREDICTIONS, lists, unlist, whole
 from raypipe.errors import UsageError, foreign, shown, words
 from raypipe.images import opencv
 from raypipe.images.decode import read_header
 from raypipe.images.drawing import draw_boxes
-from raypipe.images.header import Reject
+from raypipe.images.header import UNREAD, Header, Reject
+from raypipe.images.memory import needed
 from raypipe.images.recipe import Recipe, boxes_back
 from raypipe.models import checkpoint as checkpoints
 from raypipe.models import detection
@@ -33,6 +34,7 @@ from raypipe.models.detection import Classes
 from raypipe.models.evaluate import Found
 from raypipe.models.placer import Placer, found_in, uses_bf16
 from raypipe.stages.gpu import GpuMeter
+from raypipe.stages.preprocess import Preprocessing
 from raypipe.stages.stage import Done
 from raypipe.stages.write import put_done, rejected_of, unread_of
 
@@ -47,6 +49,8 @@ class Predicting:
     draw_score: boxes with at least this score are drawn; None: none are.
     names: of category ids, for drawing.
     trusted: the user's own code that the checkpoint may name.
+    memory: bytes that an original may take while it is drawn on. A JPEG that needs more is drawn on
+        at a reduced scale.
     """
 
     checkpoint: str
@@ -56,6 +60,7 @@ class Predicting:
     draw_score: float | None = None
     names: Mapping[int, str] = field(default_factory=dict)
     trusted: tuple[str, ...] = ()
+    memory: int = Preprocessing.memory
 
 
 def load(
@@ -183,20 +188,37 @@ def drawing_of(name: str) -> str:
 def predict_block(block: pa.Table, predictor: Predictor, sink: Sink, *, reader: Reader) -> Entry:
     """Store what is found in the good rows of `block` (schema BLOCK, without boxes).
 
+    A row whose original cannot be read again, to be drawn on, is unread.
+
     Args:
         reader: of the originals, if boxes are drawn on them.
-
-    Raises:
-        OSError: an image cannot be read again for drawing.
     """
     predictions = predictor(block)
     source = block.select(_OF_THE_SOURCE)
     rows = source.to_pylist()
     shard = rows[0]["shard"]
     sizes: dict[str, int] = {}
-    for file, data in _files(shard, source, predictions, predictor.predicting, sink, reader):
-        sink.root.write(file, data, tmp=sink.tmp)
-        sizes[file] = len(data)
+    if predictor.predicting.draw_score is not None:
+        good = [row for row in rows if row["reason"] is None]
+        drawn = _drawn(source, predictions, predictor.predicting, sink, reader)
+        for row, made in zip(good, drawn, strict=True):
+            if isinstance(made, Reject):
+                row |= {
+                    "reason": UNREAD,
+                    "detail": f"not readable again, to be drawn on: {made.detail or made.reason}",
+                }
+            else:
+                sink.root.write(drawing_of(row["name"]), made, tmp=sink.tmp)
+                sizes[drawing_of(row["name"])] = len(made)
+        predictions = predictions.filter(
+            pa.array([row["reason"] is None for row in good], pa.bool_())
+        )
+    if predictions.num_rows:
+        out = pa.BufferOutputStream()
+        pq.write_table(predictions, out, compression="zstd")
+        part = memoryview(out.getvalue())
+        sink.root.write(part_of(shard), part, tmp=sink.tmp)
+        sizes = {part_of(shard): len(part), **sizes}
     return Entry(
         epoch=rows[0]["epoch"],
         shard=shard,
@@ -218,22 +240,17 @@ def predict_block(block: pa.Table, predictor: Predictor, sink: Sink, *, reader: 
     )
 
 
-def _files(
-    shard: int,
+def _drawn(
     rows: pa.Table,
     predictions: pa.Table,
     predicting: Predicting,
     sink: Sink,
     reader: Reader,
-) -> Iterator[tuple[str, bytes | memoryview]]:
-    """The files of a shard's results, each with its content."""
+) -> Iterator[bytes | Reject]:
+    """The good rows' originals with their boxes, as JPEGs; or why one cannot be read again."""
     if not predictions.num_rows:
         return
-    out = pa.BufferOutputStream()
-    pq.write_table(predictions, out, compression="zstd")
-    yield part_of(shard), memoryview(out.getvalue())
-    if predicting.draw_score is None:
-        return
+    assert predicting.draw_score is not None
     good = rows.filter(pc.is_null(rows.column("reason")))
     found = (unlist(predictions.column(name)) for name in ("boxes", "labels", "scores"))
     for row, data, boxes, labels, scores in zip(
@@ -245,24 +262,41 @@ def _files(
             f"{predicting.names.get(label, label)} {score:.2f}"
             for label, score in zip(labels[sure], scores[sure], strict=True)
         ]
-        drawn = draw_boxes(_original(row, data), boxes[sure], labels[sure], texts)
-        yield drawing_of(row["name"]), opencv.encode(drawn, "jpeg", sink.quality)
+        try:
+            image = _original(row, data, predicting.memory)
+        except Reject as reject:
+            yield Reject(reject.reason, reject.detail)  # not its traceback, which has the bytes
+            continue
+        scale = image.shape[1] / row["source_width"], image.shape[0] / row["source_height"]
+        drawn = draw_boxes(image, boxes[sure] * np.asarray(scale * 2, np.float32), labels[sure], texts)
+        yield opencv.encode(drawn, "jpeg", sink.quality)
 
 
-def _original(row: dict[str, Any], data: bytes | Reject) -> np.ndarray:
-    """The upright image of `row`, (height, width, 3) RGB uint8."""
-    try:
-        if isinstance(data, Reject):
-            raise data
-        return opencv.decode(
-            data,
-            read_header(data, max_pixels=row["source_height"] * row["source_width"]),
-            strict=False,
-        )
-    except Reject as reject:
-        raise OSError(
-            f"{row['uri']} could be read for prediction, but not again for drawing: {reject}"
-        ) from reject
+_DRAWING = 9
+"""Bytes a pixel of drawing: the image, the copy with boxes, and that copy in OpenCV's order."""
+
+
+def _original(row: dict[str, Any], data: bytes | Reject, memory: int) -> np.ndarray:
+    """The upright image of `row`, (height, width, 3) RGB uint8.
+
+    A JPEG that would take more than `memory` bytes comes at 1/2, 1/4 or 1/8 of its size.
+
+    Raises:
+        Reject: it cannot be read.
+    """
+    if isinstance(data, Reject):
+        raise data
+    header = read_header(data, max_pixels=row["source_height"] * row["source_width"])
+    reduce = 1
+    while header.native and reduce < 8 and len(data) + _to_draw(header, reduce) > memory:
+        reduce *= 2
+    return opencv.decode(data, header, reduce, strict=False)
+
+
+def _to_draw(header: Header, reduce: int) -> int:
+    """Bytes that an image takes to be decoded at 1/`reduce` of its size and drawn on."""
+    drawing = _DRAWING * header.height * header.width // reduce**2
+    return max(needed(header, (), opencv.SCRATCH, reduce=reduce), drawing)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,10 +305,12 @@ class Predict:
 
     What is left of the block is its counts (schema DONE).
     wait_ms: milliseconds to add to each image.
+    reading: how the originals are read that are drawn on.
     """
 
     sink: Sink
     predicting: Predicting
+    reading: Reading = field(default_factory=Reading)
     wait_ms: float = 0.0
 
     name = "predict"
@@ -296,7 +332,7 @@ class Predictions:
         torch.set_num_threads(threads)
         self._step = step
         self._predictor = Predictor(step.predicting, device)
-        self._reader = Reader(threads=1)
+        self._reader = step.reading.reader()
         self.gpu = GpuMeter(device)
 
     def __call__(self, block: pa.Table) -> Done:

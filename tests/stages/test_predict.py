@@ -125,7 +125,7 @@ def test_weak_boxes_are_left_out_and_strong_ones_drawn_on_the_original(folder):
         assert np.median(changed[40:80, 20:100]) < 12
 
 
-def test_an_image_that_is_gone_when_it_is_drawn_on_stops_the_run_and_is_named(folder):
+def test_an_image_that_is_gone_when_it_is_drawn_on_is_unread_and_the_others_are_done(folder):
     recipe = Recipe(name="r", ops=(Resize(height=32, width=32),))
     shard = make_work(list_images(str(folder / "photos")), rows_per_shard=10)
     block, _ = preprocess_shard(
@@ -139,16 +139,33 @@ def test_an_image_that_is_gone_when_it_is_drawn_on_stops_the_run_and_is_named(fo
         draw_score=0.5,
         trusted=("tests.models.toy:Toy",),
     )
-    predictor = Predictor(what, torch.device("cpu"))
-    with pytest.raises(
-        OSError, match=r"b\.jpg could be read for prediction, but not again for drawing"
-    ):
-        predict_block(
-            block,
-            predictor,
-            Sink(format="parquet", root=Location.of(str(folder / "out"))),
-            reader=Reader(),
-        )
+    sink = Sink(format="parquet", root=Location.of(str(folder / "out")))
+    entry = predict_block(
+        block, Predictor(what, torch.device("cpu")), sink, reader=Reader(patience_s=0)
+    )
+    assert [row.image_id for row in entry.written] == ["a.jpg"]
+    assert [row.image_id for row in entry.rejected] == ["c.jpg"]
+    (unread,) = entry.unread
+    assert unread.image_id == "b.jpg"
+    assert unread.detail.startswith("not readable again, to be drawn on: ")
+    assert entry.files == ["predictions/part-000000.parquet", "drawn/a.jpg"]
+    found = pq.read_table(folder / "out" / entry.files[0]).column("image_id").to_pylist()
+    assert found == ["a.jpg"]
+
+
+def test_a_jpeg_too_large_for_the_actors_memory_is_drawn_on_at_a_reduced_scale(folder):
+    recipe = Recipe(name="r", ops=(Resize(height=32, width=32),), finish=Finish(scale=1 / 255))
+    whole, half = 9 * 90 * 120, 9 * 45 * 60
+    sizes = {}
+    for memory in (10**9, whole - 1, half - 1):
+        size = len((folder / "photos/a.jpg").read_bytes())
+        entry = predicted(folder, recipe, draw_score=0.0, memory=memory + size)
+        assert entry.files[1] == "drawn/a.jpg"
+        drawn = cv2.imread(str(folder / "out/drawn/a.jpg"))
+        sizes[memory] = drawn.shape[:2]
+        left = np.abs(drawn[:, 0].astype(int) - drawn[:, 5]).max()  # a box around all of it
+        assert left > 40
+    assert list(sizes.values()) == [(90, 120), (45, 60), (23, 30)]
 
 
 def test_a_shard_of_nothing_but_rejects_has_an_entry_and_no_file(folder):
