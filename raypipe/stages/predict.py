@@ -268,7 +268,9 @@ def _drawn(
             yield Reject(reject.reason, reject.detail)  # not its traceback, which has the bytes
             continue
         scale = image.shape[1] / row["source_width"], image.shape[0] / row["source_height"]
-        drawn = draw_boxes(image, boxes[sure] * np.asarray(scale * 2, np.float32), labels[sure], texts)
+        drawn = draw_boxes(
+            image, boxes[sure] * np.asarray(scale * 2, np.float32), labels[sure], texts
+        )
         yield opencv.encode(drawn, "jpeg", sink.quality)
 
 

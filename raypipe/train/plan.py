@@ -115,7 +115,7 @@ def plan(settings: Settings) -> Todo:
     found, listed, held = _listed(settings)
     source = wanted_by(listed, needs_boxes=recipe.needs_boxes, drops_crowds=recipe.drops_crowds)
     classes = Classes.among(unlist(source.column("labels")))
-    check_learnable(source, listed, settings.source.input, drops_crowds=recipe.drops_crowds)
+    check_learnable(source, listed, settings.source.input)
     shape = partial(
         sizes.cut,
         images=source.num_rows,
@@ -195,13 +195,14 @@ def _digest_of(source: pa.Table) -> dict[str, Any]:
     return {"count": source.num_rows, "digest": blake2b(ids, digest_size=8).hexdigest()}
 
 
-def check_learnable(source: pa.Table, listed: pa.Table, input: str, *, drops_crowds: bool) -> None:
-    """Check that a detector can learn from a box: one with a label and an area.
+def check_learnable(source: pa.Table, listed: pa.Table, input: str) -> None:
+    """Check that a detector can learn from a box: one with a label and an area that is no crowd.
+
+    Crowds alone do not do, also where a recipe keeps them beside others.
 
     Args:
         source: the images that the recipe takes (schema SOURCE).
         listed: all images (schema SOURCE).
-        drops_crowds: the recipe takes no boxes around crowds.
 
     Raises:
         UsageError: `source` has no such box.
@@ -214,12 +215,10 @@ def check_learnable(source: pa.Table, listed: pa.Table, input: str, *, drops_cro
             f"No image of {input!r} has labelled boxes, so there is nothing to learn. "
             f"Give --annotations."
         )
-    crowds = f"{counts['crowds']} are crowds (iscrowd), and " if drops_crowds else ""
-    useless = counts["without an area"] + (0 if drops_crowds else counts["crowds"])
     raise UsageError(
-        f"The {counts['boxes']} boxes of {input!r} leave nothing to learn: {crowds}"
-        f"{useless} have no area or are no numbers. Nothing was started. "
-        f"Annotate single objects, or mend the boxes."
+        f"The {counts['boxes']} boxes of {input!r} leave nothing to learn: {counts['crowds']} are "
+        f"crowds (iscrowd), and {counts['without an area']} have no area or are no numbers. "
+        f"Nothing was started. Annotate single objects, or mend the boxes."
     )
 
 
@@ -230,7 +229,7 @@ def _boxes_of(source: pa.Table) -> Counter[str]:
         crowd = crowds if len(crowds) == len(boxes) else np.zeros(len(boxes), bool)
         with np.errstate(invalid="ignore"):
             good = np.isfinite(boxes).all(axis=1) & (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
-        learnable = int(good.sum()) if len(labels) == len(boxes) else len(boxes)
+        learnable = int((good & ~crowd).sum()) if len(labels) == len(boxes) else len(boxes)
         counts["boxes"] += len(boxes)
         counts["crowds"] += int(crowd.sum())
         counts["without an area"] += int((~good & ~crowd).sum())

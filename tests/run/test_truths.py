@@ -69,7 +69,7 @@ def test_predictions_are_judged_in_the_pictures_frame_without_boxes_that_are_non
     assert precision is not None and precision.map == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("recipe", ["retinanet-train", "ssd-300-train-no-crowds"])
+@pytest.mark.parametrize("recipe", ["retinanet-train", "ssd-300-train", "ssd-300-train-no-crowds"])
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -133,21 +133,3 @@ def test_a_training_learns_from_crowds_if_the_recipe_keeps_them(tmp_path, recipe
     block, _ = preprocess_shard(todo.work, todo.pixels, reader=Reader())
     labels = {int(label) for row in rows_of(block) for label in trainable(row)[1]}
     assert sorted(labels) == learned
-
-
-def test_only_crowds_are_enough_for_a_recipe_that_keeps_them(tmp_path):
-    images = [{"id": 0, "file_name": "0.jpg"}]
-    for box, learns in (([1, 1, 9, 9], True), ([5, 5, 0, 9], False)):
-        crowds = [{"image_id": 0, "bbox": box, "iscrowd": 1}]
-        given = Settings.of(
-            input=str(tmp_path),
-            annotations=coco(tmp_path, images, crowds),
-            storage=str(tmp_path / "s"),
-            recipe="ssd-300-train",
-            holdout=0.0,
-        )
-        if learns:
-            assert plan(given).work.num_rows > 0
-        else:
-            with pytest.raises(UsageError, match="nothing to learn: 1 have no area"):
-                plan(given)
