@@ -81,7 +81,8 @@ def joined(session) -> dict[str, str]:
 
     Only tests about starting, ending or watching a Ray have commands start their own.
     """
-    return environment(RAY_ADDRESS=ray.get_runtime_context().gcs_address)
+    address = ray.get_runtime_context().gcs_address
+    return environment(RAY_ADDRESS=address, RAY_AUTH_MODE="token")  # its token is in ~/.ray
 
 
 def photo(index: int, height: int = 120, width: int = 160) -> np.ndarray:

@@ -82,8 +82,9 @@ def lineage(root: Path) -> list[str]:
                 f"{record['epoch']}/{i}" for i in record["image_ids"]
             )
     rows: list[str] = []
-    firsts = [min(steps) for steps in attempts.values()]
-    for steps, first_of_next in zip(attempts.values(), [*firsts[1:], 10**9], strict=True):
+    begun = [steps for steps in attempts.values() if steps]  # others ended before their first step
+    firsts = [min(steps) for steps in begun]
+    for steps, first_of_next in zip(begun, [*firsts[1:], 10**9], strict=True):
         rows += [row for step, those in steps.items() if step < first_of_next for row in those]
     return rows
 

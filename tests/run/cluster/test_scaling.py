@@ -165,6 +165,7 @@ def test_what_went_before_the_first_step_was_no_time_of_the_actors(monkeypatch):
 @pytest.mark.slow
 def test_a_run_that_has_ended_says_so_and_no_other_ray_is_started_to_ask_it():
     code = """if True:
+        import time
         import ray
         from rich.console import Console
         from raypipe import UsageError
@@ -184,6 +185,7 @@ def test_a_run_that_has_ended_says_so_and_no_other_ray_is_started_to_ask_it():
                 said = str(error)
                 if run.done:
                     break
+            time.sleep(0.05)
         print(said, ray.is_initialized())
     """
     asked = subprocess.run(
