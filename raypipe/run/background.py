@@ -1,11 +1,13 @@
 """A run in the background of a notebook or a program."""
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 from raypipe.errors import UsageError
 from raypipe.run.live.control import Control
+from raypipe.run.live.steering import NOT_BEGUN
 from raypipe.run.result import Outcome
 
 
@@ -52,8 +54,18 @@ class Run:
         return self._begun().live()
 
     def scale(self, **counts: int) -> dict[str, int]:
-        """Change actor counts, as in scale(preprocess=8, write=4) (`Control.scale`)."""
-        return self._begun().scale(counts)
+        """Change actor counts, as in scale(preprocess=8, write=4) (`Control.scale`).
+
+        Waits for the first actors of the execution.
+        """
+        control = self._begun()
+        while True:
+            try:
+                return control.scale(counts)
+            except UsageError as error:
+                if NOT_BEGUN not in str(error):
+                    raise
+            time.sleep(0.1)
 
     def stop(self) -> None:
         """End the run after the shards in progress. Results are kept; the same settings go on."""

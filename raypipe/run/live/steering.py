@@ -16,6 +16,9 @@ CALLS_PER_ACTOR = 2
 """The planner waits for so many calls of each actor in the window: one call may be an odd one."""
 
 
+NOT_BEGUN = "the run has not begun yet; try again when its first actors start"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Facts:
     """What is known of a run when its execution begins.
@@ -77,7 +80,7 @@ class Steering:
         if self._facts.unscalable:
             return self._facts.unscalable
         if not self.wanted:
-            return "the run has not begun yet; try again when its first actors start"
+            return NOT_BEGUN
         for stage, count in counts.items():
             if stage not in self.wanted:
                 return f"this run has no stage {stage!r}; its stages are {', '.join(self.wanted)}"

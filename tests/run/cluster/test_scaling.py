@@ -56,6 +56,7 @@ def test_both_stages_scale_up_and_down_under_full_load_and_every_change_is_in_th
     monkeypatch.setitem(catalog.RECIPES, "waits", Recipe(name="waits", ops=ops))
     given = {"recipe": "waits", "limit": 800, "shard_rows": 2, "read_ms": 0.0, "store_ms": 0.0}
     run = begin(tmp_path / "out", **given)
+    assert run.scale(preprocess=2)["preprocess"] == 2  # waits for the first actors
     until(run, lambda record: record["done"] > 0)
     steps = [
         {"preprocess": 3, "write": 3},
