@@ -20,6 +20,9 @@ from raypipe import UsageError
 from raypipe.data.demo import overlap
 from raypipe.data.location import Location
 from raypipe.data.names import SUFFIXES
+from raypipe.errors import logger
+
+log = logger(__name__)
 
 SIZE = (480, 640)
 """Height and width of a picture."""
@@ -118,12 +121,14 @@ def paste(
 
 
 def load(cutouts: str, photos: str, *, classes: int) -> Material:
-    """Read the parts of pictures. Other files and cut-outs without transparency are skipped.
+    """Read the parts of pictures. Images that cannot be used are skipped; a warning counts them.
 
     Raises:
         UsageError: too few folders have cut-outs, or there is no photo.
     """
-    found = [(path, pixels) for path in _files(cutouts) if (pixels := _cut(path)) is not None]
+    there = _files(cutouts)
+    found = [(path, pixels) for path in there if (pixels := _cut(path)) is not None]
+    _warn(cutouts, len(there) - len(found), "cannot be decoded, or are not partly transparent")
     count = Counter(_class(path, cutouts) for path, _ in found)
     if len(count) < classes:
         raise UsageError(
@@ -134,7 +139,9 @@ def load(cutouts: str, photos: str, *, classes: int) -> Material:
     chosen = sorted(
         name for name, _ in sorted(count.items(), key=lambda item: (-item[1], item[0]))[:classes]
     )
-    grounds = [photo for path in _files(photos) if (photo := _photo(path)) is not None]
+    there = _files(photos)
+    grounds = [photo for path in there if (photo := _photo(path)) is not None]
+    _warn(photos, len(there) - len(grounds), "cannot be decoded")
     if not grounds:
         raise UsageError(
             f"There is no photo below {photos!r} (with a name that ends in "
@@ -150,6 +157,11 @@ def load(cutouts: str, photos: str, *, classes: int) -> Material:
         photos=grounds,
         classes=chosen,
     )
+
+
+def _warn(folder: str, count: int, why: str) -> None:
+    if count:
+        log.warning("%s: %d images are left out: they %s", folder, count, why)
 
 
 def _files(folder: str) -> list[Path]:

@@ -11,7 +11,7 @@
 | Parquet | rows: encoded bytes, raw pixels, or tensors | `image_id`, or file#row |
 | `demo`, `demo:N` | procedural photos with boxes (`raypipe.data.demo`) | demo-SEED-INDEX |
 
-Hidden files and `_raypipe/` are left out. Other files that are left out are counted by suffix.
+`_raypipe/` is left out. So are hidden files and files that are no images: these are counted.
 Directories and globs are ordered by path components, everything else as stored. The first N rows
 are the same with and without `limit`; only their names may differ, if a later row's name clashes.
 
@@ -83,7 +83,9 @@ def look(
         )
     if annotations is not None:
         folder, json = Location.of(input), Location.of(annotations)
-        listed = list_coco(folder, json, limit, there=_files_beside(json, input))
+        beside = Counter[str]()
+        listed = list_coco(folder, json, limit, there=_files_beside(json, input, beside))
+        listed.skipped.update(+beside)
         why = f" (not named in {annotations})"
     else:
         listed, why = _list_places(input, limit), ""
@@ -102,13 +104,13 @@ def look(
     return Listed(_unique(listed.rows), skipped)
 
 
-def _files_beside(annotations: Location, folder: str) -> Iterator[str]:
+def _files_beside(annotations: Location, folder: str, skipped: Counter[str]) -> Iterator[str]:
     """The files below a folder, except the annotations themselves.
 
     A folder that cannot be listed gives only a warning: its images become rejects later.
     """
     try:
-        base, paths = files.find(folder)
+        base, paths = files.find(folder, skipped)
         yield from (path for path in paths if base / path != annotations)
     except UsageError as error:
         log.warning("%s; files that the annotations do not name are not counted", error)
@@ -158,14 +160,14 @@ def _most_common(skipped: Counter[str]) -> Counter[str]:
 def _list_places(input: str, limit: int | None) -> Listed:
     pieces, skipped, left = [EMPTY], Counter[str](), limit
     for place in files.alternatives(input):
-        base, paths = files.find(place)
+        base, paths = files.find(place, skipped)
         listed = _list_files(base, paths, left)
         pieces.append(listed.rows)
         skipped += listed.skipped
         left = left if left is None else left - listed.rows.num_rows
         if left == 0:
             break
-    return Listed(pa.concat_tables(pieces), skipped)
+    return Listed(pa.concat_tables(pieces), +skipped)
 
 
 def _list_files(base: Location, paths: Iterable[str], limit: int | None) -> Listed:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import ray
 
 from raypipe.data import sizes
-from raypipe.data.listing import list_images, look
+from raypipe.data.listing import look
 from raypipe.data.tables import Listed, unlist
 from raypipe.data.work import make_work, wanted_by
 from raypipe.errors import UsageError
@@ -169,10 +169,8 @@ def _listed(settings: Settings) -> tuple[Listed, pa.Table, pa.Table]:
     )
     if holdout.holdout_input is None:
         return found, *split(found.rows, share=holdout.holdout, seed=source.seed)
-    held = list_images(
-        holdout.holdout_input, annotations=holdout.holdout_annotations, seed=source.seed
-    )
-    return found, found.rows, held
+    held = look(holdout.holdout_input, annotations=holdout.holdout_annotations, seed=source.seed)
+    return Listed(found.rows, found.skipped + held.skipped), found.rows, held.rows
 
 
 def split(source: pa.Table, *, share: float, seed: int) -> tuple[pa.Table, pa.Table]:

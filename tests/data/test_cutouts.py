@@ -42,6 +42,13 @@ def material(tmp_path) -> Path:
     return tmp_path
 
 
+def test_images_that_cannot_be_used_are_counted(material, caplog):
+    (material / "photos/broken.jpg").write_bytes(b"no image")
+    load(str(material / "cut"), str(material / "photos"), classes=3)
+    assert "cut: 2 images are left out: they cannot be decoded, or are not partly" in caplog.text
+    assert "photos: 1 images are left out: they cannot be decoded" in caplog.text
+
+
 def test_boxes_are_around_what_was_pasted_and_labels_say_its_folder(material):
     made = load(str(material / "cut"), str(material / "photos"), classes=3)
     assert list(made.classes) == ["deep/blues", "greens", "reds"]

@@ -1,5 +1,6 @@
 import glob
 import gzip
+import json
 import logging
 import os
 
@@ -11,6 +12,7 @@ from raypipe import UsageError
 from raypipe.data import listing
 from raypipe.data.formats import files
 from raypipe.data.listing import list_images, look
+from raypipe.data.location import Location
 from raypipe.data.tables import SOURCE
 from tests.data.conftest import ids, names, put, read, reasons, tar
 
@@ -159,7 +161,9 @@ def test_deep_globs_have_the_guards_of_directories(tmp_path, monkeypatch):
     # Folders that the pattern excludes are not looked into.
     walk = files._entries
     monkeypatch.setattr(
-        files, "_entries", lambda folder: [][1] if folder.endswith("/closed") else walk(folder)
+        files,
+        "_entries",
+        lambda folder, skipped: [][1] if folder.endswith("/closed") else walk(folder, skipped),
     )
     put(tmp_path, "closed/z.jpg", "open-1/deep/x.jpg", "open-2/.thumbs/t.jpg")
     assert ids(list_images(f"{tmp_path}/open-*/**/*.jpg")) == ["open-1/deep/x.jpg"]
@@ -288,10 +292,11 @@ def test_what_is_left_out_is_counted_by_suffix_and_said_in_one_line(tmp_path, ca
         ".tgz": 1,
         ".tar": 1,
         ".parquet": 1,
+        "(hidden)": 1,
     }
     assert len(caplog.records) == 1
     for part in (
-        "8 files are left out",
+        "9 files are left out",
         "2 .cr2",
         "1 .tar.gz",
         "unpack compressed tars first, with gunzip -k FILE",
@@ -312,7 +317,7 @@ def test_what_is_left_out_of_tars_is_counted_too(tmp_path, caplog):
     (tmp_path / "1.tar.gz").write_bytes(gzip.compress((tmp_path / "0.tar").read_bytes()))
     found = look(str(tmp_path))
     assert ids(found.rows) == ["0", "1", "2"]
-    assert found.skipped == {".tar.gz": 1, ".txt": 1, ".nef": 1}
+    assert found.skipped == {".tar.gz": 1, ".txt": 1, ".nef": 1, "(hidden)": 1}
     assert "gunzip -k" in caplog.text
 
 
@@ -367,3 +372,25 @@ def test_control_characters_in_names_of_files_and_folders_do_not_reach_the_termi
     said = capfd.readouterr().err
     assert said.count("\\x1b[2J") >= 6, said
     assert said.replace("\n", "").isprintable()
+
+
+def test_hidden_files_and_circular_links_are_counted(tmp_path, bucket):
+    files_ = ["a.jpg", ".b.jpg", "sub/.hidden/c.jpg", "sub/.hidden/d.jpg", "sub/e.jpg"]
+    put(tmp_path / "in", *files_, "_raypipe/x.jpg", "sub/_raypipe/y.jpg")
+    (tmp_path / "in/sub/up").symlink_to(tmp_path / "in")
+    found = look(str(tmp_path / "in"))
+    assert ids(found.rows) == ["a.jpg", "sub/e.jpg"]
+    assert found.skipped == {"(hidden)": 2, "(link in a circle)": 1}
+    assert not look(f"{tmp_path}/in/*.jpg").skipped
+    assert not look(f"{tmp_path}/in/**/*.jpg").skipped
+    place = Location.of(bucket("in"))
+    for name in (*files_, "_raypipe/x.jpg"):
+        place.write(name, b"x")
+    assert look(bucket("in")).skipped == {"(hidden)": 2}
+    assert not look(bucket("in/**/*.jpg")).skipped
+    tar(tmp_path / "a.tar", ("a.jpg", b"a"), ("._a.jpg", b"b"), ("sub/.x", b"c"))
+    assert look(str(tmp_path / "a.tar")).skipped == {"(hidden)": 2}
+    coco = {"images": [{"id": 1, "file_name": "a.jpg"}]}
+    (tmp_path / "in/coco.json").write_text(json.dumps(coco))
+    found = look(str(tmp_path / "in"), annotations=str(tmp_path / "in/coco.json"))
+    assert found.skipped == {".jpg": 1, "(hidden)": 2, "(link in a circle)": 1}

@@ -444,6 +444,17 @@ def test_deaths_are_retried_as_often_as_allowed_but_not_what_the_code_itself_rai
         _give_up(WorkerGroupError("rank 1", {1: UsageError("Lower --lr")}), 1, 2, before=None)
 
 
+def test_what_the_listing_of_the_images_to_judge_on_leaves_out_is_counted(labelled, tmp_path):
+    held = tmp_path / "held"
+    held.mkdir()
+    (held / "x.jpg").write_bytes((labelled / "photos/000.jpg").read_bytes())
+    (held / "notes.txt").touch()
+    before = plan(settings(labelled)).skipped
+    found = plan(settings(labelled, holdout_input=held))
+    assert found.holdout.num_rows == 1
+    assert found.skipped == Counter(before) + Counter({".txt": 1})
+
+
 def test_the_hold_out_is_a_function_of_the_seed_and_is_never_trained_on(labelled):
     first, again, other = (plan(settings(labelled, holdout=0.2, seed=seed)) for seed in (1, 1, 2))
     held = set(first.holdout["image_id"].to_pylist())

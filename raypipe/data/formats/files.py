@@ -11,6 +11,7 @@ import os
 import posixpath
 import re
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -31,16 +32,24 @@ MAX_BYTES = 512 << 20
 # --- listing -----------------------------------------------------------------------------------
 
 
-def find(input: str) -> tuple[Location, Iterable[str]]:
+HIDDEN, CIRCULAR = "(hidden)", "(link in a circle)"
+"""What is left out of a folder, as it is counted. A hidden folder counts once."""
+
+
+def find(input: str, skipped: Counter[str]) -> tuple[Location, Iterable[str]]:
     """The files of a folder, of a glob, or one file: their folder, and their paths in it, in order.
 
     Ids are relative to this folder.
+
+    Args:
+        skipped: counts what is left out of a folder, while the paths are taken. What a glob does
+            not match is not counted.
 
     Raises:
         UsageError: there is no such place, or a folder cannot be listed.
     """
     place = Location.of(input)
-    return _find_remote(place) if place.is_remote else _find_local(place)
+    return (_find_remote if place.is_remote else _find_local)(place, skipped)
 
 
 def alternatives(input: str) -> list[str]:
@@ -84,10 +93,10 @@ def root_of(input: str) -> str | None:
     return folder if os.path.isdir(folder) else None
 
 
-def _find_local(place: Location) -> tuple[Location, Iterable[str]]:
+def _find_local(place: Location, skipped: Counter[str]) -> tuple[Location, Iterable[str]]:
     path = place.path
     if os.path.isdir(path):
-        return place, _walk(path)
+        return place, _walk(path, skipped)
     if os.path.lexists(path):
         return _local(os.path.dirname(path)), [os.path.basename(path)]
     if not glob.has_magic(path):
@@ -122,11 +131,12 @@ def _deep(base: str, pattern: str) -> Iterator[str]:
     ]
     for folder in sorted(folders, key=components):
         if STATE not in components(folder):
-            inside = (posixpath.join(folder, path) for path in _walk(os.path.join(base, folder)))
+            found = _walk(os.path.join(base, folder), Counter())
+            inside = (posixpath.join(folder, path) for path in found)
             yield from filter(wanted.fullmatch, inside)
 
 
-def _find_remote(place: Location) -> tuple[Location, Iterable[str]]:
+def _find_remote(place: Location, skipped: Counter[str]) -> tuple[Location, Iterable[str]]:
     system, path = place.filesystem()
     magic = re.search(r"[*\[]", path)
     base = path if magic is None else path[: magic.start()].rpartition("/")[0].rstrip("/")
@@ -150,16 +160,26 @@ def _find_remote(place: Location) -> tuple[Location, Iterable[str]]:
     markers = {info.path for info in infos if info.type == fs.FileType.File and info.size == 0}
     if markers:  # an empty object beside keys below its name stands for a folder
         markers &= {parent for info in infos for parent in _parents(info.path)}
-    relative = (
+    relative = [
         info.path[len(base) + 1 :]
         for info in infos
         if info.type == fs.FileType.File and info.path not in markers
-    )
+    ]
+    visible = [name for name in relative if not any(map(_is_hidden, name.split("/")))]
     if magic is not None:
         matches = _glob_regex(path[len(base) :].lstrip("/"))
-        relative = (name for name in relative if matches.fullmatch(name))
-    visible = (name for name in relative if not any(map(_is_hidden, name.split("/"))))
+        visible = [name for name in visible if matches.fullmatch(name)]
+    else:
+        hidden = {_hidden_part(name) for name in relative} - {""}
+        skipped[HIDDEN] += len(hidden)
     return _reroot(place, base), sorted(visible, key=components)
+
+
+def _hidden_part(path: str) -> str:
+    """The path up to its first hidden component; empty if it has none, or is of raypipe's state."""
+    parts = components(path)
+    first = next((at for at, part in enumerate(parts) if _is_hidden(part)), None)
+    return "" if first is None or parts[first] == STATE else "/".join(parts[: first + 1])
 
 
 def _has_keys_below(system: fs.FileSystem, path: str) -> bool:
@@ -206,13 +226,13 @@ def _glob_regex(pattern: str, *, question: bool = False) -> re.Pattern[str]:
     return re.compile(regex)
 
 
-def _walk(root: str) -> Iterator[str]:
+def _walk(root: str, skipped: Counter[str]) -> Iterator[str]:
     """The relative paths of all files below `root`, ordered by components.
 
     A million files take seconds, because no file is asked for its status.
     """
     stack: list[tuple[Iterator[os.DirEntry[str]], str, tuple[str, ...]]] = [
-        (iter(_entries(root)), "", (os.path.realpath(root),))
+        (iter(_entries(root, skipped)), "", (os.path.realpath(root),))
     ]
     while stack:
         entries, prefix, above = stack[-1]
@@ -230,8 +250,10 @@ def _walk(root: str) -> Iterator[str]:
             if entry.is_symlink()
             else os.path.join(above[-1], entry.name)
         )
-        if real not in above:
-            stack.append((iter(_entries(entry.path)), path + "/", (*above, real)))
+        if real in above:
+            skipped[CIRCULAR] += 1
+        else:
+            stack.append((iter(_entries(entry.path, skipped)), path + "/", (*above, real)))
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -241,15 +263,17 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _entries(folder: str) -> list[os.DirEntry[str]]:
+def _entries(folder: str, skipped: Counter[str]) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as entries:
-            visible = [entry for entry in entries if not _is_hidden(entry.name)]
+            there = [entry for entry in entries if entry.name != STATE]
     except OSError as error:
         raise UsageError(
             f"cannot list the directory {folder!r}: {error.strerror}. Its images would be missing "
             "without a trace; make it readable or move it away"
         ) from error
+    visible = [entry for entry in there if not _is_hidden(entry.name)]
+    skipped[HIDDEN] += len(there) - len(visible)
     return sorted(visible, key=lambda entry: entry.name)
 
 

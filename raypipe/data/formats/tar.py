@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from raypipe.data.formats import tarstream
+from raypipe.data.formats.files import HIDDEN
 from raypipe.data.formats.tarstream import MAX_MEMBER_BYTES
 from raypipe.data.location import Location
 from raypipe.data.names import SUFFIXES, suffix_of
@@ -140,7 +141,10 @@ def _members(place: Location, skipped: Counter[str]) -> Iterator[_Member]:
         for info, read in tarstream.members(place):
             count += 1
             base = posixpath.basename(info.name)
-            if info.isdir() or base.startswith("."):
+            if info.isdir():
+                continue
+            if base.startswith("."):
+                skipped[HIDDEN] += 1
                 continue
             if (here := _key(info.name)) != key:
                 key, run = here, run + 1
