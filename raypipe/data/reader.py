@@ -26,6 +26,9 @@ from raypipe.images.header import UNREAD, Reject
 
 CHUNK_ROWS = 16  # at most, in one I/O thread's turn
 CHUNK_BYTES = 4 << 20
+HELD_BYTES = 128 << 20
+"""Read at most, besides one image, until missing files are tried once more."""
+
 AGAIN_AFTER_S = 2.0
 """Then missing files are read once more: a network file system may show a new file late."""
 
@@ -58,8 +61,9 @@ class Reader:
     30 to 50 us ahead; decoding it costs 1550 us. If all cores are busy, switching threads costs as
     much again (2% of the images/s of two actors on two cores).
 
-    It holds at most 2 * threads + 1 chunks of 16 rows or 4 MiB, and the image that exceeds them.
-    One reader may serve many calls of `read`, also at the same time.
+    It holds at most 2 * threads + 1 chunks of 16 rows or 4 MiB, and the image that exceeds them;
+    from a missing file on, also HELD_BYTES. One reader may serve many calls of `read`, also at the
+    same time.
     """
 
     def __init__(
@@ -115,16 +119,22 @@ class Reader:
     ) -> Iterator[bytes | Reject]:
         """`found`, with missing files tried once more.
 
-        From the first missing one on, all are read before any is given.
+        From the first missing one on, HELD_BYTES are read before any is given.
         """
-        nothing = True
-        for row, one in enumerate(found):
+        nothing, row = True, 0
+        for one in found:
+            count, settled = 1, iter((one,))
             if isinstance(one, _Missing):
-                return (yield from self._again(ranges[row:], [one, *found], nothing=nothing))
-            if nothing and not isinstance(one, Reject):
-                nothing = False
-                self._away.succeeded()
-            yield one
+                batch = _held(one, found)
+                count = len(batch)
+                settled = self._again(ranges[row : row + count], batch, nothing=nothing)
+                del batch  # which gives its images away one by one
+            row += count
+            for result in settled:
+                if nothing and not isinstance(result, Reject):
+                    nothing = False
+                    self._away.succeeded()
+                yield result
 
     def _again(
         self, ranges: list[Range], found: list[bytes | Reject], *, nothing: bool
@@ -309,6 +319,17 @@ def _chunks(ranges: list[Range], threads: int) -> Iterator[list[Range]]:
         stop = start + 1 if alone else min(start + rows, len(ranges))
         yield ranges[start:stop]
         start = stop
+
+
+def _held(first: bytes | Reject, found: Iterator[bytes | Reject]) -> list[bytes | Reject]:
+    """`first` and what comes next, up to HELD_BYTES and one image."""
+    held, size = [first], 0
+    for one in found:
+        held.append(one)
+        size += len(one) if isinstance(one, bytes) else 0
+        if size > HELD_BYTES:
+            break
+    return held
 
 
 def _kind(place: Location) -> str:

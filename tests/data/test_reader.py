@@ -26,6 +26,20 @@ from tests.data.conftest import ids, put, read, reasons
 from tests.support.objects import Objects, objects
 
 
+@pytest.fixture
+def clock(monkeypatch) -> list[float]:
+    """The time, which only sleeping moves."""
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+        assert now[0] < 2000, "it waits without a bound"
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    return now
+
+
 def rows(*ranges: tuple[str, int, int]) -> pa.Table:
     uris, offsets, lengths = zip(*ranges, strict=True)
     return pa.table({"uri": uris, "offset": offsets, "length": lengths})
@@ -188,6 +202,35 @@ def test_read_ahead_is_bounded_in_bytes(tmp_path, monkeypatch):
     assert peak <= 5 * (4 + 3) << 20  # 2 * threads + 1 chunks, each at most 4 MiB and one image
 
 
+def test_what_is_held_for_missing_files_is_bounded(tmp_path, monkeypatch, clock):
+    monkeypatch.setattr(reader, "HELD_BYTES", 10 << 20)
+    for i in range(64):
+        (tmp_path / f"{i:02d}.jpg").write_bytes(bytes([i]) * (1 << 20))
+    table = list_images(str(tmp_path))
+    for missing in (3, 4, 40):
+        (tmp_path / f"{missing:02d}.jpg").rename(tmp_path / f"{missing:02d}.away")
+    held = peak = 0
+    original = files.read_local
+
+    def counted(path, group):
+        nonlocal held, peak
+        data = original(path, group)
+        held += sum(map(len, data))
+        peak = max(peak, held)
+        return data
+
+    monkeypatch.setattr(files, "read_local", counted)
+    found = []
+    with contextlib.closing(Reader(0)) as one:
+        for data in one.read(table):
+            held -= len(data) if isinstance(data, bytes) else 0
+            found.append(data if isinstance(data, Reject) else data[0])
+    assert [i for i, one in enumerate(found) if isinstance(one, Reject)] == [3, 4, 40]
+    assert all(one == i for i, one in enumerate(found) if not isinstance(one, Reject))
+    assert held == 0 and peak <= (10 + 1 + 4 + 1) << 20
+    assert clock[0] - 1000 == 2 * reader.AGAIN_AFTER_S  # 3 and 4 together
+
+
 def test_few_rows_are_shared_by_all_threads(tmp_path, monkeypatch):
     """A shard of large photos has 16 rows: on slow storage they must not wait for each other."""
     contents = put(tmp_path, *(f"{i:02d}.jpg" for i in range(16)))
@@ -324,20 +367,6 @@ def test_a_mount_that_is_away_is_the_stores_failure(tmp_path, root):
     folder.rmdir()
     threading.Timer(3.0, lambda: (tmp_path / "away").rename(folder)).start()
     assert read(table, threads=1) == list(contents.values())
-
-
-@pytest.fixture
-def clock(monkeypatch) -> list[float]:
-    """The time, which only sleeping moves."""
-    now = [1000.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-
-    def sleep(seconds: float) -> None:
-        now[0] += seconds
-        assert now[0] < 2000, "it waits without a bound"
-
-    monkeypatch.setattr(time, "sleep", sleep)
-    return now
 
 
 @pytest.mark.parametrize("named", [True, False])
