@@ -181,8 +181,13 @@ class Location:
         with system.open_input_stream(path) as stream:
             return stream.read()
 
-    def read_range(self, start: int, stop: int | None) -> tuple[bytes, int]:
+    def read_range(
+        self, start: int, stop: int | None, *, admit: Callable[[int], None] = lambda size: None
+    ) -> tuple[bytes, int]:
         """The bytes of a remote file from `start` to before `stop`, or to its end.
+
+        Args:
+            admit: called with the number of bytes before any is read. It may raise.
 
         Returns:
             As many bytes as there are; and the file's size, or -1 if only a range was asked for.
@@ -194,12 +199,15 @@ class Location:
             client = self.store.objects()
             with as_os_errors():
                 if stop is not None:
+                    admit(stop - start)
                     return bytes(obstore.get_range(client, self.path, start=start, end=stop)), -1
                 answer = obstore.get(client, self.path)
+                admit(int(answer.meta["size"]) - start)
                 return bytes(answer.bytes())[start:], int(answer.meta["size"])
         system, path = self.filesystem()
         with system.open_input_file(path) as file:
             size = file.size()
+            admit(max(min(stop or size, size) - start, 0))
             data = file.read_at(min(stop or size, size) - start, start) if start < size else b""
         # pyarrow gives as many bytes as were asked for, even if the file has become shorter.
         if system.get_file_info(path).size != size:

@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,9 @@ CHUNK_ROWS = 16  # at most, in one I/O thread's turn
 CHUNK_BYTES = 4 << 20
 HELD_BYTES = 128 << 20
 """Read at most, besides one image, until missing files are tried once more."""
+
+AHEAD_BYTES = 128 << 20
+"""Bytes that one call of `Reader.read` reads ahead from a store. Larger images wait their turn."""
 
 AGAIN_AFTER_S = 2.0
 """Then missing files are read once more: a network file system may show a new file late."""
@@ -62,8 +65,8 @@ class Reader:
     much again (2% of the images/s of two actors on two cores).
 
     It holds at most 2 * threads + 1 chunks of 16 rows or 4 MiB, and the image that exceeds them;
-    from a missing file on, also HELD_BYTES. One reader may serve many calls of `read`, also at the
-    same time.
+    from a missing file on, also HELD_BYTES. Of a store's objects it holds AHEAD_BYTES in all, and
+    the image in turn. One reader may serve many calls of `read`, also at the same time.
     """
 
     def __init__(
@@ -200,35 +203,49 @@ class Reader:
         if self._pool is None:
             return
         pool = self._pool
-        flying: deque[tuple[list[Range], Future[list[bytes | Reject]]]] = deque()
+        flying: deque[tuple[list[Range], bool, Future[list[bytes | Reject]]]] = deque()
+        ahead = _Ahead()
+
+        def submit() -> None:
+            chunk = todo.popleft()
+            flying.append((chunk, True, pool.submit(self._read, chunk, ahead)))
+
         try:
             while todo or flying:
-                while todo and len(flying) < 2 * self._threads:
-                    chunk = todo.popleft()
-                    flying.append((chunk, pool.submit(self._read, chunk)))
-                chunk, future = flying.popleft()
+                while todo and len(flying) < ahead.at_once(2 * self._threads):
+                    submit()
+                chunk, counted, future = flying.popleft()
                 done = future.result()
                 if len(done) < len(chunk):  # it stopped at its limit of bytes
-                    rest = chunk[len(done) :]
-                    flying.appendleft((rest, pool.submit(self._read, rest)))
-                elif todo:
-                    chunk = todo.popleft()
-                    flying.append((chunk, pool.submit(self._read, chunk)))
+                    rest = chunk[len(done) :]  # in turn now, so read whatever its size
+                    flying.appendleft((rest, False, pool.submit(self._read, rest)))
+                elif todo and len(flying) < ahead.at_once(2 * self._threads):
+                    submit()
                 del future
                 done.reverse()
                 while done:
+                    if counted and isinstance(done[-1], bytes):
+                        ahead.hold(-len(done[-1]))
                     yield done.pop()
         finally:
-            for _, future in flying:
+            for _, _, future in flying:
                 future.cancel()
 
-    def _read(self, ranges: list[Range]) -> list[bytes | Reject]:
-        """The first of the ranges, at least one: it stops after more than a chunk's bytes."""
+    def _read(self, ranges: list[Range], ahead: "_Ahead | None" = None) -> list[bytes | Reject]:
+        """The first of the ranges: it stops after more than a chunk's bytes.
+
+        Args:
+            ahead: what is read ahead; it stops before an image that has no room there, perhaps
+                before the first. None: the first range is in turn, and at least one is read.
+        """
         out: list[bytes | Reject] = []
         size = 0
         for _, run in itertools.groupby(ranges, lambda one: one.place.text):
             for group in self._groups(list(run)):
-                found = self._fetch(group[0].place, group)
+                try:
+                    found = self._fetch(group[0].place, group, ahead)
+                except _NotNow:
+                    return out
                 out += found
                 size += sum(len(one) for one in found if isinstance(one, bytes))
                 if size > CHUNK_BYTES or len(found) < len(group):
@@ -247,7 +264,9 @@ class Reader:
             group.append(one)
         yield group
 
-    def _fetch(self, place: Location, group: list[Range]) -> list[bytes | Reject]:
+    def _fetch(
+        self, place: Location, group: list[Range], ahead: "_Ahead | None"
+    ) -> list[bytes | Reject]:
         """The ranges of a group; of a Parquet file perhaps only the first ones, at least one.
 
         A store that does not answer is asked again (`Patience`).
@@ -255,7 +274,7 @@ class Reader:
         # Other rows of a Parquet file may be in a row group that can be read.
         count = 1 if _kind(place) == "parquet" else len(group)
         try:
-            do = functools.partial(self._fetch_once, place, group)
+            do = functools.partial(self._fetch_once, place, group, ahead)
             return self._patience(place).call(do, place.may_pass)
         except StoreError as error:
             return [Reject(UNREAD, short(error))] * count
@@ -266,7 +285,31 @@ class Reader:
                 len(group) if isinstance(error, ValueError) else count
             )
 
-    def _fetch_once(self, place: Location, group: list[Range]) -> list[bytes | Reject]:
+    def _fetch_once(
+        self, place: Location, group: list[Range], ahead: "_Ahead | None"
+    ) -> list[bytes | Reject]:
+        if ahead is None:
+            return self._fetch_now(place, group)
+        admitted = got = 0
+
+        def admit(size: int) -> None:
+            nonlocal admitted
+            ahead.take(size)
+            admitted += size
+
+        try:
+            found = self._fetch_now(place, group, admit)
+            got = sum(len(one) for one in found if isinstance(one, bytes))
+            return found
+        finally:
+            ahead.hold(got - admitted)
+
+    def _fetch_now(
+        self,
+        place: Location,
+        group: list[Range],
+        admit: Callable[[int], None] = lambda size: None,
+    ) -> list[bytes | Reject]:
         match _kind(place):
             case "parquet":
                 return self._parquet.read(place, [one.offset for one in group], most=CHUNK_BYTES)
@@ -274,7 +317,7 @@ class Reader:
                 seed, _, index = place.text.removeprefix("demo://").partition("/")
                 return [demo.read(int(seed), int(index))]
             case "remote":
-                return files.read_remote(place, group)
+                return files.read_remote(place, group, admit=admit)
             case _:
                 return files.read_local(place.path, group)
 
@@ -348,6 +391,36 @@ def _follows(group: list[Range], one: Range) -> bool:
     return (
         end <= one.offset <= end + _GAP and one.offset + one.length - group[0].offset <= CHUNK_BYTES
     )
+
+
+class _NotNow(Exception):
+    """There is no room to read an image ahead of its turn."""
+
+
+class _Ahead:
+    """The bytes that one call of `Reader.read` has read, or begun to read, and not yet given."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._held = 0
+        self._largest = 1
+
+    def take(self, size: int) -> None:
+        """Take room for `size` bytes. Raises _NotNow if there is none."""
+        with self._lock:
+            self._largest = max(self._largest, size)
+            if self._held + size > AHEAD_BYTES:
+                raise _NotNow
+            self._held += size
+
+    def hold(self, size: int) -> None:
+        """Count `size` bytes more, or less."""
+        with self._lock:
+            self._held += size
+
+    def at_once(self, most: int) -> int:
+        """How many chunks to read ahead, `most` at most: what was refused was asked for in vain."""
+        return max(1, min(most, AHEAD_BYTES // self._largest))
 
 
 class _Missing(Reject):

@@ -435,3 +435,42 @@ def test_neighbours_in_a_tar_are_read_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "pread", lambda *args: calls.append(args) or pread(*args))
     assert read(table, threads=1) == [bytes([i]) * 1000 for i in range(48)]
     assert len(calls) == 4
+
+
+def test_large_objects_are_not_read_ahead_together(store, monkeypatch):
+    """As many are read ahead as have room; the one in turn is read whatever its size."""
+    large = {f"large{n}.jpg": bytes([n]) * (1 << 20) for n in range(12)}
+    store.contents |= large
+    monkeypatch.setattr(reader, "AHEAD_BYTES", 3 << 20)
+    original, lock, sizes = reader._Ahead.hold, threading.Lock(), {"held": 0, "peak": 0}
+    taken = reader._Ahead.take
+
+    def counted(self, size: int) -> None:
+        taken(self, size)
+        with lock:
+            sizes["peak"] = max(sizes["peak"], self._held)
+
+    def settled(self, size: int) -> None:
+        original(self, size)
+        sizes["held"] = self._held
+
+    monkeypatch.setattr(reader._Ahead, "take", counted)
+    monkeypatch.setattr(reader._Ahead, "hold", settled)
+    keys = [*large, *KEYS[:5], "missing.jpg", *large]
+    results = read(of(store, *keys), threads=4)
+    assert [one for one in results if isinstance(one, bytes)] == [
+        store.contents[key] for key in keys if key in store.contents
+    ]
+    assert isinstance(results[17], Reject)
+    assert sizes["held"] == 0 and (2 << 20) <= sizes["peak"] <= 3 << 20
+    store.contents["huge.jpg"] = bytes(4 << 20)  # has room in its turn only
+    assert read(of(store, "0.jpg", "huge.jpg", "1.jpg"), threads=4) == [
+        store.contents[key] for key in ("0.jpg", "huge.jpg", "1.jpg")
+    ]
+
+
+def test_room_that_a_failed_read_had_is_free_again(store, monkeypatch):
+    store.contents |= {key: bytes(1 << 20) for key in KEYS[:8]}
+    monkeypatch.setattr(reader, "AHEAD_BYTES", 2 << 20)
+    store.fails = lambda key, n: "short" if n < 2 else None
+    assert read(of(store, *KEYS[:8]), threads=2) == [bytes(1 << 20)] * 8

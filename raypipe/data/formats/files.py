@@ -323,8 +323,13 @@ def _pread(descriptor: int, length: int, offset: int) -> bytes:
     return data
 
 
-def read_remote(place: Location, group: list[Range]) -> list[bytes | Reject]:
-    """The bytes of adjacent ranges of a file in a store, by one request. Raises OSError."""
+def read_remote(
+    place: Location, group: list[Range], *, admit: Callable[[int], None] = lambda size: None
+) -> list[bytes | Reject]:
+    """The bytes of adjacent ranges of a file in a store, by one request. Raises OSError.
+
+    admit: called with the number of bytes before any is read. It may raise.
+    """
     name, first, last = str(place), group[0], group[-1]
     if first.offset < 0:
         return [_beyond(name, 0, one) for one in group]
@@ -332,7 +337,7 @@ def read_remote(place: Location, group: list[Range]) -> list[bytes | Reject]:
     if stop is not None and stop - first.offset > MAX_BYTES:
         return [_too_long(name, stop - first.offset)] * len(group)
     try:
-        data, size = place.read_range(first.offset, stop)
+        data, size = place.read_range(first.offset, stop, admit=admit)
     except BeyondEnd:
         data, size = b"", -1
     size = first.offset + len(data) if size < 0 else size
