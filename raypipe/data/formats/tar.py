@@ -157,9 +157,8 @@ def _members(place: Location, skipped: Counter[str]) -> Iterator[_Member]:
                 places[posixpath.normpath(info.name)] = found
                 yield _Member(info.name, run, *found)
             elif lower.endswith(_SIDECARS) and info.isreg() and not info.issparse():
-                yield _Member(
-                    info.name, run, content=read() if info.size <= MAX_MEMBER_BYTES else b""
-                )
+                content = read() if info.size <= MAX_MEMBER_BYTES else b""
+                yield _Member(info.name, run, content=_needed(content))
             else:
                 skipped[suffix_of(base)] += 1
     except UsageError:
@@ -243,6 +242,22 @@ def _key(path: str) -> str:
     """WebDataset's key: the path up to the first dot of its last component."""
     folder, slash, base = path.rpartition("/")
     return f"{folder}{slash}{base.partition('.')[0]}"
+
+
+_READ = ("image_id", "boxes", "labels", "crowds", "annotation_ids", "height", "width")
+_SMALL = 512  # bytes of text that are not worth parsing twice
+
+
+def _needed(content: bytes) -> bytes:
+    """What `parse_sidecar` reads of a sidecar: captions and polygons of a whole tar may be GBs."""
+    if len(content) <= _SMALL:
+        return content
+    try:
+        found = json.loads(content)
+        kept = {name: found[name] for name in _READ if name in found}
+        return json.dumps(kept, separators=(",", ":")).encode()
+    except Exception:  # foreign text, or a .cls: parsing it again tells what is wrong
+        return content
 
 
 def parse_sidecar(json_: bytes | None, cls: bytes | None) -> Sidecar:

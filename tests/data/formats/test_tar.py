@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import tarfile
+import tracemalloc
 
 import pyarrow as pa
 import pytest
@@ -433,3 +434,21 @@ def test_s3_failures_while_reading_are_rejects(bucket):
     Location.of(table["uri"][0].as_py()).delete()
     with contextlib.closing(Reader(patience_s=1.0)) as reader:
         assert {one.reason for one in reader.read(table) if isinstance(one, Reject)} == {"unread"}
+
+
+def test_what_sidecars_hold_besides_annotations_is_not_kept(tmp_path):
+    def sidecar(i: int) -> bytes:
+        of = {"caption": "x" * (1 << 20), "boxes": [[i, 0, i + 2, 1.5]], "labels": ["7.0"]}
+        return json.dumps(of | {"image_id": i, "height": 9, "width": 90}).encode()
+
+    members = [((f"{i}.jpg", b"x"), (f"{i}.json", sidecar(i))) for i in range(40)]
+    tar(tmp_path / "a.tar", *itertools.chain(*members), ("z.jpg", b"x"), ("z.json", b"[" * 9999))
+    tracemalloc.start()
+    table = list_images(str(tmp_path / "a.tar"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert table["boxes"].to_pylist() == [[[i, 0, i + 2, 1.5]] for i in range(40)] + [[]]
+    assert table["labels"].to_pylist() == [[7]] * 40 + [[]]
+    assert table["frame"].to_pylist() == [[9, 90]] * 40 + [[0, 0]]
+    assert ids(table) == [*map(str, range(40)), "z"]
+    assert peak < 12 << 20  # 40 MiB of text
