@@ -457,4 +457,4 @@ def test_images_that_fit_alone_are_given_back_until_they_are_delivered(recipe, m
     block, _ = preprocess_shard(shard, replace(asked, gives_back=False), reader=Given())
     reasons = block.column("reason").to_pylist()
     assert reasons[-1] == "too large for --actor-memory"  # as in a training
-    assert ", and others of its shard 0.0" in block.column("detail")[4].as_py()
+    assert "; others of its shard take 0.0" in block.column("detail")[4].as_py()
