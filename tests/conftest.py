@@ -63,10 +63,11 @@ def _keep_group(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session")
 def session():
-    """One local Ray with 8 logical CPUs, for all tests that need none of their own."""
+    """One local Ray with 8 logical CPUs and 64 GB, for all tests that need none of their own."""
     ray.init(
         address="local",
         num_cpus=8,
+        _memory=64 * 10**9,
         include_dashboard=False,
         log_to_driver=False,
         logging_level="ERROR",

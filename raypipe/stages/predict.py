@@ -318,6 +318,10 @@ class Predict:
     name = "predict"
     libraries = "torchvision"
 
+    @property
+    def memory(self) -> int:
+        return self.predicting.memory if self.predicting.draw_score is not None else 0
+
     def elsewhere(self, folder: Location) -> Self:
         """The same step, storing into `folder`, without `wait_ms`."""
         return replace(self, sink=replace(self.sink, root=folder), wait_ms=0.0)

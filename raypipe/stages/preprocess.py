@@ -285,6 +285,10 @@ class Preprocess:
     def libraries(self) -> str:
         return self.pixels.backend
 
+    @property
+    def memory(self) -> int:
+        return self.pixels.memory
+
     def begin(self, *, threads: int, gpu: bool = False) -> "Preprocessor":
         return Preprocessor(self, threads)
 

@@ -89,6 +89,10 @@ class Step(Protocol):
     def libraries(self) -> str:
         """The backend whose libraries the step imports."""
 
+    @property
+    def memory(self) -> int:
+        """Bytes that its images may take in an actor, where that is bounded; else 0."""
+
     def begin(self, *, threads: int, gpu: bool) -> Doing:
         """Load what the step needs, in the process that will do it.
 
@@ -128,6 +132,11 @@ class Stage:
     def libraries(self) -> tuple[str, ...]:
         """The backends whose libraries the actors import."""
         return tuple(dict.fromkeys(step.libraries for step in self.steps))
+
+    @property
+    def memory(self) -> int:
+        """Bytes that images may take in one of its actors."""
+        return max(step.memory for step in self.steps)
 
 
 def auto_of(stages: Sequence[Stage]) -> tuple[str, ...]:

@@ -168,6 +168,7 @@ class Write:
     wait_ms: float = 0.0
 
     name = "write"
+    memory = 0
 
     @property
     def libraries(self) -> str:

@@ -290,7 +290,7 @@ class Worker:
         if self._whole and not learned:
             raise UsageError(
                 f"Epoch {self._progress.epoch} had no box to learn from: its images were rejected, "
-                f"or have no box left that is no crowd and lies in the image after the recipe. "
+                f"or have no box left that lies in the image after the recipe. "
                 f"Nothing was learned; rejects.parquet and boxes_dropped.parquet of "
                 f"`jobs/preprocess.py --report` with the same input say why."
             )

@@ -108,6 +108,7 @@ def started(
         "start",
         "--block",
         f"--num-cpus={cpus}",
+        f"--memory={64 * 10**9}",
         "--disable-usage-stats",
         *more,
     ]

@@ -14,7 +14,7 @@ import psutil
 class Session:
     """The Ray that a run uses.
 
-    at_most: how many actors of all stages together have room.
+    at_most: actors of all stages together that have memory, and on a cluster a CPU each.
     cpus_each: logical CPUs of each actor.
     cores: physical cores on this machine, or logical CPUs of a cluster.
     address: HOST:PORT, to join it.

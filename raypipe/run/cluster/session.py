@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raypipe.errors import UsageError
 from raypipe.run.causes import raised_in_logs
 from raypipe.run.cluster.machine import Session, cores_here
-from raypipe.run.cluster.sizing import room_here
+from raypipe.run.cluster.sizing import room_here, room_there
 from raypipe.stages.stage import Stage
 
 _Handler = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
@@ -170,7 +170,7 @@ def _opened(stages: Sequence[Stage], beside: int, shard_bytes: int) -> _Open:
     dashboard = _connected(joined=joined, num_cpus=cores_here() + beside) if ours else None
     ending = _end_by_sigterm() if ours else None
     try:
-        session = _session(joined=joined, beside=beside, room=room, dashboard=dashboard)
+        session = _session(stages, joined=joined, beside=beside, room=room, dashboard=dashboard)
     except BaseException:
         _end(ours=ours, ending=ending)
         raise
@@ -207,14 +207,21 @@ def _connected(*, joined: bool, num_cpus: int) -> str | None:
     return context.dashboard_url or None
 
 
-def _session(*, joined: bool, beside: int, room: int, dashboard: str | None) -> Session:
+def _session(
+    stages: Sequence[Stage], *, joined: bool, beside: int, room: int, dashboard: str | None
+) -> Session:
     """Describe the Ray that is there now. `room`: for actors, in a Ray that raypipe started."""
     cpus = int(ray.cluster_resources().get("CPU", 0)) - (beside if joined else 0)
-    nodes = sum(1 for node in ray.nodes() if node["Alive"])
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = len(alive)
     cores = min(cpus + (beside if joined else 0), cores_here()) if nodes == 1 else cpus + beside
     # Actors that mostly wait may outnumber the cores, and more may be asked for later. Each gets a
     # fraction of a CPU: for more logical CPUs, Ray would start an idle process each.
-    at_most, each = (cpus, 1.0) if joined else (room, int(10_000 * cores / room) / 10_000)
+    if joined:
+        there = [(int(has.get("CPU", 0)), int(has.get("memory", 2**62))) for has in alive]
+        at_most, each = min(cpus, room_there(stages, there)), 1.0
+    else:
+        at_most, each = room, int(10_000 * cores / room) / 10_000
     return Session(
         at_most=at_most,
         cpus_each=each,

@@ -1,7 +1,9 @@
 """How many actors a run has room for, and how many each stage gets."""
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import psutil
 
@@ -29,16 +31,19 @@ def memory_for(actors: Iterable[tuple[int, str]]) -> int:
 def room_here(stages: Sequence[Stage], *, shard_bytes: int = 0) -> int:
     """How many actors this machine has memory for. Actors that mostly wait may outnumber the cores.
 
+    All fit with what they are expected to take, and also if each takes all of its --actor-memory.
+    Who asks for more actors gets them, as long as what is expected fits.
+
     Args:
         shard_bytes: memory that an actor of the first stage takes for its largest shard.
 
     Raises:
         UsageError: there is not enough memory for the actors asked for.
     """
-    memory = psutil.virtual_memory().total
+    memory = memory_here()
     first = stages[0]
     each = max(_actor_bytes(first) + shard_bytes, *(_actor_bytes(stage) for stage in stages))
-    room = max(int(ROOM * memory / each), 2)
+    room = min(max(int(ROOM * memory / each), 2), _at_their_bounds(stages, memory - REST_BYTES))
     asked = [(stage.actors, stage) for stage in stages if isinstance(stage.actors, int)]
     needed = REST_BYTES + sum(count * _actor_bytes(stage) for count, stage in asked)
     if isinstance(first.actors, int):
@@ -50,6 +55,57 @@ def room_here(stages: Sequence[Stage], *, shard_bytes: int = 0) -> int:
             f"{_options(stages)}."
         )
     return max(room, sum(count for count, _ in asked) + 1)
+
+
+def room_there(stages: Sequence[Stage], nodes: Sequence[tuple[int, int]]) -> int:
+    """How many actors the nodes of a cluster have CPUs and memory for.
+
+    Who asks for more actors than there is memory for gets them, one a CPU.
+
+    Args:
+        nodes: of each, its CPUs, and the bytes of memory that Ray has there for actors.
+    """
+    cpus = sum(count for count, _ in nodes)
+    room = sum(min(count, memory // max(map(_bound, stages))) for count, memory in nodes)
+    asked = [stage.actors for stage in stages if isinstance(stage.actors, int)]
+    free = len(stages) - len(asked)
+    return min(cpus, max(room, sum(asked) + free))
+
+
+def _at_their_bounds(stages: Sequence[Stage], memory: int) -> int:
+    """How many actors `memory` bytes are enough for, one of each stage at least."""
+    _, *others = sorted(map(_bound, stages), reverse=True)
+    largest = max(map(_bound, stages))
+    return max(int(memory - sum(others)) // largest, 1) + len(others)
+
+
+def _bound(stage: Stage) -> int:
+    """Bytes that an actor of the stage may take."""
+    return _actor_bytes(stage) + stage.memory
+
+
+def memory_here(root: Path = Path("/")) -> int:
+    """Bytes of memory that this process may use: the machine's, or what its cgroup has.
+
+    Args:
+        root: where proc/ and sys/ are.
+    """
+    limits = [psutil.virtual_memory().total]
+    try:
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:  # not Linux
+        return limits[0]
+    for group in groups:
+        _, controllers, path = group.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        folder = root / "sys/fs/cgroup" / ("memory" if controllers else "")
+        name = "memory.limit_in_bytes" if controllers else "memory.max"
+        # The limits of all groups around it hold too. In a container only the last may be visible.
+        for parent in (Path(path), *Path(path).parents):
+            with contextlib.suppress(OSError, ValueError):  # ValueError: "max"
+                limits.append(int((folder / str(parent).lstrip("/") / name).read_text()))
+    return min(limits)
 
 
 def _actor_bytes(stage: Stage) -> int:

@@ -92,7 +92,7 @@ class Steering:
         if sum(on_cpu.values()) > self._facts.at_most:
             return (
                 f"{_parts(on_cpu)} are {sum(on_cpu.values())} actors, but there is room for "
-                f"{self._facts.at_most} (a CPU of the cluster each, or memory on a machine alone)"
+                f"{self._facts.at_most} (a CPU each on a cluster, and memory for --actor-memory)"
             )
         if sum(on_gpu.values()) > self._facts.gpus:
             return f"{_parts(on_gpu)} take a GPU each, but there are {self._facts.gpus}"

@@ -1,14 +1,16 @@
 from dataclasses import replace
 
+import psutil
 import pyarrow as pa
 import pytest
 
 from raypipe import UsageError
 from raypipe.images import catalog
 from raypipe.insight.planner import StageCost
+from raypipe.run.cluster import sizing
 from raypipe.run.cluster.machine import Session
 from raypipe.run.cluster.session import check_shared, ray_session
-from raypipe.run.cluster.sizing import room_here, seated, size_pools
+from raypipe.run.cluster.sizing import memory_here, room_here, room_there, seated, size_pools
 from raypipe.run.job import preprocess_stage
 from raypipe.run.preprocess import Settings, writing
 from raypipe.stages.stage import Stage
@@ -76,6 +78,53 @@ def test_a_machine_of_our_own_has_room_for_more_actors_than_cores_and_not_for_mo
         UsageError, match=r"50000 preprocess actors and auto writers need about 12502 GB"
     ):
         room(settings(actors=50000))
+
+
+GB = 10**9
+
+
+def test_a_machine_with_little_memory_gets_as_many_actors_as_may_take_their_bound(monkeypatch):
+    def auto(gigabytes: float, **given) -> int:
+        monkeypatch.setattr(sizing, "memory_here", lambda: int(gigabytes * GB))
+        return room_here(stages(settings(**given)), shard_bytes=300_000_000)
+
+    # 1.5 GB for the rest; a writer takes 0.25 GB, a preprocess actor up to --actor-memory, 2 GB.
+    assert auto(16) == 8 and auto(4) == 2 and auto(4, actor_memory=0.5) == 4
+    assert auto(16, output=None) == 7 and auto(1) == 2
+    assert auto(16, actors=12) > 12  # asked for
+
+
+def test_nodes_of_a_cluster_get_as_many_actors_as_they_have_memory_for():
+    auto = stages(settings())
+    assert room_there(auto, [(16, 100 * GB), (16, 9 * GB)]) == 16 + 4
+    assert room_there(auto, [(1, 100 * GB)]) == 1
+    assert room_there(auto, [(8, GB)]) == 2
+    assert room_there(stages(settings(actors=6, writers=4)), [(16, 9 * GB)]) == 10
+
+
+@pytest.mark.parametrize(
+    ("group", "files", "limit"),
+    [
+        ("0::/a/b", {"a/b/memory.max": "max", "a/memory.max": "1000"}, 1000),
+        ("0::/", {"memory.max": "2000"}, 2000),
+        ("0::/docker/xyz", {"memory.max": "3000"}, 3000),
+        (
+            "5:cpu,cpuacct:/a\n4:memory:/a",
+            {"cpu/a/memory.limit_in_bytes": "1", "memory/a/memory.limit_in_bytes": "4000"},
+            4000,
+        ),
+        ("0::/a", {"a/memory.max": "max", "memory.max": str(2**62)}, None),
+        ("", {}, None),
+    ],
+)
+def test_memory_is_what_the_cgroup_leaves(tmp_path, group, files, limit):
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(group + "\n" * bool(group))
+    for name, text in files.items():
+        file = tmp_path / "sys/fs/cgroup" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text + "\n")
+    assert memory_here(tmp_path) == (limit or psutil.virtual_memory().total)
 
 
 def test_a_folder_that_only_the_drivers_node_has_is_no_output_for_a_cluster(session, tmp_path):
