@@ -28,7 +28,7 @@ from raypipe.images.recipe_json import from_json
 from raypipe.models import checkpoint as checkpoints
 from raypipe.run import result
 from raypipe.run.background import Run
-from raypipe.run.job import Job, Results, carry_out, left_to_do
+from raypipe.run.job import Job, carry_out
 from raypipe.run.live.control import Control
 from raypipe.run.predictions import Truths, coco_results, precision_of, stored, truths_of
 from raypipe.run.result import Outcome
@@ -44,6 +44,7 @@ from raypipe.run.settings import (
     check_trust,
     check_wait,
 )
+from raypipe.run.todo import Results, left_to_do
 from raypipe.stages.predict import DRAWN, PART, Predict, Predicting, load
 from raypipe.stages.stage import Count, Stage
 

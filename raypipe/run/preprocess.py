@@ -28,7 +28,7 @@ from raypipe.images.header import Reject
 from raypipe.images.recipe import Finish, Recipe
 from raypipe.run import result
 from raypipe.run.background import Run
-from raypipe.run.job import Job, Results, Todo, carry_out, left_to_do
+from raypipe.run.job import Job, carry_out
 from raypipe.run.live.control import Control
 from raypipe.run.result import Outcome
 from raypipe.run.settings import (
@@ -41,6 +41,7 @@ from raypipe.run.settings import (
     check_wait,
     recipe_identity,
 )
+from raypipe.run.todo import Results, Todo, left_to_do
 from raypipe.stages.stage import Count, Stage
 from raypipe.stages.write import Write
 

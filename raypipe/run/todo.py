@@ -1,0 +1,156 @@
+"""The rows that a run has to do: all of its source, less what the journal has.
+
+Looking changes nothing. What a run changes in its output before it begins is in its claim.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raypipe.data import outputs, sizes
+from raypipe.data.location import Location
+from raypipe.data.work import extend, make_work, named_as_before, remaining, renewed, requeued
+from raypipe.images import backend as backend_module
+from raypipe.images.recipe import Recipe
+from raypipe.run.cluster.machine import versions
+from raypipe.run.result import check_report
+from raypipe.run.settings import Decoding, Running, check_free
+
+
+@dataclass(frozen=True, kw_only=True)
+class Todo:
+    """What a run has to do.
+
+    work: all rows (schema WORK).
+    left: rows that are not in the journal.
+    image_ids: the ids in `work` of the images of the source, in the source's order.
+    endings: files of the output that are written when all shards are done.
+    claim: what the run changes in the output before it begins; None: nothing is written.
+    shard_bytes: memory that an actor takes for the largest shard, as far as known.
+    skipped: number of files that the listing left out, by suffix.
+    cut: how rows are cut into shards, as `requeued` takes it.
+    """
+
+    recipe: Recipe
+    work: pa.Table
+    left: pa.Table
+    image_ids: pa.ChunkedArray
+    endings: tuple[str, ...] = ()
+    claim: outputs.Claim | None = None
+    shard_bytes: int = 0
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    cut: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """The results of a job.
+
+    root: the output; None: nothing is written.
+    decides: what decides the results, as JSON types. An output with other settings is refused.
+    names: names of the results (`outputs.Made`).
+    endings: files of the output that are written when all shards are done.
+    """
+
+    root: Location | None
+    decides: dict[str, Any]
+    names: tuple[str, ...] = ()
+    endings: tuple[str, ...] = ()
+
+
+def left_to_do(
+    recipe: Recipe,
+    source: pa.Table,
+    results: Results,
+    *,
+    decoding: Decoding,
+    running: Running,
+    skipped: Mapping[str, int] | None = None,
+) -> Todo:
+    """Cut the images of `source` (schema SOURCE) into shards, less what earlier runs have done.
+
+    Changes nothing.
+
+    Args:
+        skipped: number of files that the listing left out, by suffix.
+
+    Raises:
+        UsageError: the output is of another run, or cannot be used.
+    """
+    check_report(running.report)
+    shape = sizes.cut(
+        recipe,
+        images=source.num_rows,
+        rows=running.shard_rows,
+        scratch=backend_module(decoding.backend).SCRATCH,
+        memory=decoding.memory,
+        max_pixels=decoding.max_pixels,
+    )
+    cut: dict[str, Any] = {**shape.arguments, "taper": running.shard_rows is None}
+    claim = None
+    if results.root is None:
+        work = left = make_work(source, **cut)
+    else:
+        source, work, left, claim = _resumed(
+            source, results, results.root, cut=cut, resume=running.resume
+        )
+    return Todo(
+        recipe=recipe,
+        work=work,
+        left=left,
+        image_ids=source.column("image_id"),
+        endings=results.endings,
+        claim=claim,
+        shard_bytes=shape.need,
+        skipped=skipped or {},
+        cut=cut,
+    )
+
+
+def _resumed(
+    source: pa.Table, results: Results, root: Location, *, cut: dict[str, Any], resume: bool
+) -> tuple[pa.Table, pa.Table, pa.Table, outputs.Claim]:
+    """Compare the images of `source` (schema SOURCE) with what is in the output `root`.
+
+    Args:
+        cut: arguments of `make_work`.
+        resume: False: what is there will be deleted.
+
+    Returns:
+        `source` with the ids of earlier runs, all its rows and the rows that are left (schema
+        WORK), and what the run changes in the output.
+    """
+    found = outputs.look(root, results.decides, resume=resume)
+    stored, done = found.work, found.done
+    if stored is None:
+        work = here = make_work(source, **cut)
+        wanted = [*results.endings, *outputs.named(results.names, work)]
+    else:
+        source = named_as_before(source, stored)
+        stored = requeued(stored, found.waiting, tight=found.tight, **cut)
+        work = extend(renewed(stored, source, done), source, **cut)
+        here = work.filter(among(work, source))
+        fresh = work.filter(pc.invert(among(work, stored)))
+        wanted = [*outputs.named(results.names, fresh)]
+    check_free(root, wanted, ours=set(outputs.owned(root)[0]) if found.clearing else set())
+    claim = outputs.Claim(
+        root=root,
+        clears=found.clearing,
+        made=outputs.Made(
+            settings=results.decides,
+            versions=versions(),
+            results=results.names,
+            endings=results.endings,
+        ),
+        work=None if found.work is not None and work.equals(found.work) else work,
+        seen=found.seen,
+    )
+    return source, here, remaining(here, done), claim
+
+
+def among(rows: pa.Table, others: pa.Table) -> pa.ChunkedArray:
+    """Whether each of `rows` is of an image that is in `others`."""
+    return pc.is_in(rows.column("image_id"), others.column("image_id").combine_chunks())
