@@ -139,7 +139,7 @@ def test_a_delayed_store_delays_each_writer_and_the_page_says_so(session, tmp_pa
     }
     # 24 images of 20 ms, one after the other or two at a time: that shows on any machine.
     assert writing[1]["time_s"] >= 0.48 and writing[2]["time_s"] >= 0.24
-    assert "20 ms longer to write" in Path(given.output, "sweep.html").read_text()
+    assert "20 ms longer to write" in Path(given.grid.output, "sweep.html").read_text()
 
 
 def test_a_point_that_rejects_too_much_ends_the_sweep_as_failed_and_what_was_measured_is_kept(
