@@ -264,7 +264,7 @@ def test_a_killed_worker_goes_on_in_the_epoch_and_the_weights_are_those_of_an_un
 
 @pytest.mark.slow
 def test_a_killed_driver_goes_on_with_the_same_command_and_other_numbers_of_workers_and_actors(
-    labelled, bucket, joined
+    labelled, bucket
 ):
     mark = labelled / "hangs"
     model = {
@@ -299,7 +299,7 @@ def test_a_killed_driver_goes_on_with_the_same_command_and_other_numbers_of_work
     second = subprocess.run(
         [*command, "--workers", "2", "--actors", "1"],
         cwd=ROOT,
-        env=joined | {"PYTHONPATH": str(ROOT)},
+        env=around,  # a Ray of its own: the workers need the store's keys
         capture_output=True,
         text=True,
         timeout=300,
