@@ -141,11 +141,22 @@ def _of(run: str) -> tuple[dict, str]:
         except (FileNotFoundError, NotADirectoryError):  # the latter if `run` is a file
             continue
         with foreign(f"the report {place}", remedy=_NO_REPORT):
-            return json.loads(data), str(place)
+            return _shown(json.loads(data)), str(place)
     raise UsageError(
         f"There is no report in {run!r}: neither {' nor '.join(map(str, places))} exists. A run "
         f"writes it when it ends."
     )
+
+
+def _shown(value: Any) -> Any:
+    """A report that somebody else may have written, without control characters for the terminal."""
+    if isinstance(value, str):
+        return printable(value, 4000)
+    if isinstance(value, list):
+        return [_shown(one) for one in value]
+    if isinstance(value, dict):
+        return {_shown(name): _shown(one) for name, one in value.items()}
+    return value
 
 
 _NO_REPORT = "It is no report of raypipe; give the output directory of a run that ended."

@@ -133,3 +133,14 @@ def test_a_report_that_cannot_be_read_is_an_error_in_a_line(capsys, tmp_path):
     assert main(["report", str(tmp_path)]) in (1, 2)
     _, err = capsys.readouterr()
     assert err.startswith("error: ") and "Traceback" not in err and "report.json" in err
+
+
+def test_control_characters_in_a_report_never_reach_the_terminal(capsys, tmp_path):
+    evil = "\x1b[31mred\x07"
+    found = report(verdict={"stage": evil, "reason": evil, "advice": []}, **{evil: evil})
+    found["stages"][0]["name"] = evil
+    (tmp_path / "report.json").write_text(json.dumps(found))
+    for command in ("report", "plan"):
+        main([command, str(tmp_path)])
+        out, err = capsys.readouterr()
+        assert not {"\x1b", "\x07"} & set(out + err), command
