@@ -337,7 +337,9 @@ def _held_out(this: _Run, execution: Execution) -> HeldOut:
             if row["reason"] is not None:
                 check_read(row)
                 rejected += 1
-    return HeldOut(blocks=made.to_arrow_refs(), rejected=rejected, dropped=dropped)
+    # Put again by the driver: a lost node would take blocks away whose actors have ended.
+    blocks = [ray.put(ray.get(ref)) for ref in made.to_arrow_refs()]
+    return HeldOut(blocks=blocks, rejected=rejected, dropped=dropped)
 
 
 def _trainer(
