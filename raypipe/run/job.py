@@ -181,7 +181,7 @@ def carry_out(
                     job = doing
                     _iterate(job, execution, tally, consume=consume, stop=stop, show=show)
                     doing = _in_smaller_shards(job, tally, console)
-            # Before Ray ends, which takes seconds: who is killed then has its report.
+            # Before Ray ends, which takes seconds. A driver that is killed then has its report.
             return _account(job, execution, tally, before=done)
 
 
@@ -221,7 +221,8 @@ def _without(block: pa.Table, detail: str) -> pa.Table:
 def _in_smaller_shards(job: Job, tally: Tally, console: Console) -> Job | None:
     """The job with those rows left that had no room beside the rest of their shard; None: no rows.
 
-    They get smaller shards. It ends, for a row alone in its shard is delivered or rejected.
+    These rows get smaller shards. A row that is alone in its shard is delivered or rejected, so
+    this ends.
     """
     todo, root = job.todo, job.root
     if not tally.unread:

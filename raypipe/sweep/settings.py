@@ -11,13 +11,14 @@ from raypipe.run.settings import Composed, Source, check_counts
 Backend = Literal["opencv", "torchvision"]
 
 TALKS_ACTORS = 20
-"""The most of the talk's grid. Shards are cut for so many where a grid has fewer too, so that it
-can grow: points with shards of different sizes do not compare."""
+"""The most actors of the talk's grid. Shards are cut for at least as many, so that a grid can grow.
+Points with shards of different sizes cannot be compared."""
 
 SHARDS_AN_ACTOR = 2
-"""At the point with the most actors. Each shard costs Ray about 20 ms of CPU, whatever is in it. An
-image that takes OpenCV 2.9 ms took an actor 4.9 ms in shards of 12, 4.0 of 25, and 3.4 of 50
-(medians of 2, 2 cores of an AMD EPYC, coco-300, 1 actor)."""
+"""At the point with the most actors. Each shard costs Ray about 20 ms of CPU, whatever is in it.
+
+OpenCV alone takes 2.9 ms an image. An actor took 4.9 ms in shards of 12 images, 4.0 ms in shards of
+25, and 3.4 ms in shards of 50. (coco-300, 1 actor, 2 cores of an AMD EPYC, medians of 2.)"""
 
 
 @dataclass(frozen=True, kw_only=True)
