@@ -44,8 +44,7 @@ def started_job(*arguments: str) -> subprocess.Popen:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_driver_that_is_killed_or_interrupted_goes_on_where_it_was(tmp_path, joined, how):
+def test_a_driver_that_is_interrupted_and_then_killed_goes_on_where_it_was(tmp_path, joined):
     out = tmp_path / "out"
     given = {"input": "demo:80", "output": out, "shard_rows": 4, "actors": 1, "writers": 1}
     flags = [
@@ -53,24 +52,31 @@ def test_a_driver_that_is_killed_or_interrupted_goes_on_where_it_was(tmp_path, j
         for name, value in given.items()
         for word in (f"--{name.replace('_', '-')}", str(value))
     ]
-    # Each shard waits for a second, so the run is far from its end when it is killed.
-    process = started_job(*flags, "--read-ms", "250")
-    wait_for(lambda: len(list(out.glob("_raypipe/journal/*.json"))) >= 3, process)
-    children = psutil.Process(process.pid).children(recursive=True)
-    workers = [child for child in children if named(child, "ray::MapWor")]
-    assert workers
-    os.kill(process.pid, how)
-    _, errors = process.communicate(timeout=300)
-    if how == signal.SIGINT:
-        assert process.returncode == 130
-        assert "Interrupted. The same command goes on from there" in errors
-        assert "Traceback" not in errors
-    # Ray's agents notice within a minute that their raylet is gone. No writer may be left
-    # when the next run starts.
-    _, alive = psutil.wait_procs(workers, timeout=120)
-    assert not alive, f"left running: {alive}"
-    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.jpg")}
-    done_before = len(list(out.glob("_raypipe/journal/*.json"))) * 4
+    before: dict[Path, int] = {}
+    for how in (signal.SIGINT, signal.SIGKILL):
+        done_before = done_in(out)
+        # Each shard waits for a second, so the run is far from its end when it is ended.
+        process = started_job(*flags, "--read-ms", "250")
+        wait_for(lambda enough=done_before + 12: done_in(out) >= enough, process)
+        children = psutil.Process(process.pid).children(recursive=True)
+        workers = [child for child in children if named(child, "ray::MapWor")]
+        assert workers
+        os.kill(process.pid, how)
+        _, errors = process.communicate(timeout=300)
+        if how == signal.SIGINT:
+            assert process.returncode == 130
+            assert "Interrupted. The same command goes on from there" in errors
+            assert "Traceback" not in errors
+        # Ray's agents notice within a minute that their raylet is gone. No writer may be left
+        # when the next run starts.
+        _, alive = psutil.wait_procs(workers, timeout=120)
+        assert not alive, f"left running: {alive}"
+        if done_before:
+            assert f"Going on: {done_before} of 80 images are done already" in errors
+        untouched = [path for path, when in before.items() if path.stat().st_mtime_ns == when]
+        assert len(untouched) >= done_before
+        before = {path: path.stat().st_mtime_ns for path in out.rglob("*.jpg")}
+    done_before = done_in(out)
     assert 0 < done_before < 80
 
     again = job(*flags, env=joined)
@@ -88,6 +94,11 @@ def test_a_driver_that_is_killed_or_interrupted_goes_on_where_it_was(tmp_path, j
     untouched = [path for path, when in before.items() if path.stat().st_mtime_ns == when]
     assert len(untouched) >= done_before
     assert not list((out / "_raypipe").glob("tmp/*"))
+
+
+def done_in(out: Path) -> int:
+    """Images of the journal's entries, of 4 rows each."""
+    return 4 * len(list(out.glob("_raypipe/journal/*.json")))
 
 
 def test_bad_arguments_end_with_status_2_and_one_clear_line(tmp_path):

@@ -54,11 +54,19 @@ def settings(root: Path, output: Path, **given) -> Settings:
 
 @pytest.fixture(scope="module")
 def done(trained, tmp_path_factory) -> tuple[Settings, Outcome]:
-    """One run with everything."""
+    """One run with everything: its counts are chosen by timing a few images beforehand."""
     wanted = settings(
-        trained.root, tmp_path_factory.mktemp("done") / "out", draw=True, draw_score=0.2
+        trained.root,
+        tmp_path_factory.mktemp("done") / "out",
+        draw=True,
+        draw_score=0.2,
+        actors="auto",
+        predictors="auto",
+        store_ms=40.0,
     )
-    return wanted, run(wanted, console=quiet())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probe, "WAIT_AT_MOST_S", 120.0)  # a slow machine is no defect
+        return wanted, run(wanted, console=quiet())
 
 
 def rows_of(output: str | Path) -> dict[str, dict]:
@@ -246,32 +254,6 @@ def test_other_settings_are_refused_with_the_difference(trained, done, tmp_path)
         assert words in str(caught.value)
 
 
-def test_without_annotations_ids_are_the_images_own_and_no_resume_starts_again(trained, tmp_path):
-    root = trained.root
-    wanted = settings(
-        root,
-        tmp_path / "out",
-        annotations=None,
-        limit=6,
-        min_score=0.05,
-        checkpoint=trained.outcome.checkpoint,
-    )
-    report = run(wanted, console=quiet()).report
-    assert (report["images_out"], report["predict"]["map"], report["predict"]["map_by_label"]) == (
-        6,
-        None,
-        None,
-    )
-    results = json.loads((tmp_path / "out/predictions.json").read_text())
-    assert results and {one["image_id"] for one in results} <= {
-        f"{number:03d}.jpg" for number in range(6)
-    }
-    assert min(one["score"] for one in results) >= 0.05
-    again = run(wanted.changed(resume=False, min_score=0.5, limit=3), console=quiet()).report
-    assert (again["images_in"], again["images_done_before"]) == (3, 0)
-    assert len(rows_of(tmp_path / "out")) == 3
-
-
 def test_a_file_that_is_no_result_is_never_overwritten(trained, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/predictions.json").write_text("the user's own")
@@ -295,7 +277,7 @@ def test_a_killed_driver_goes_on_and_the_results_are_those_of_an_undisturbed_run
         "max_reject_fraction",
         "draw_score",
     )
-    wanted = done[0].changed(output=str(tmp_path / "out"))
+    wanted = done[0].changed(output=str(tmp_path / "out"), actors=1, predictors=1)
     flags = {f"--{name.replace('_', '-')}": str(wanted.flat[name]) for name in (*names, "output")}
     command = [
         sys.executable,
@@ -336,7 +318,9 @@ def test_a_killed_driver_goes_on_and_the_results_are_those_of_an_undisturbed_run
 
 
 @pytest.mark.slow
-def test_the_stage_scales_by_its_name_while_it_runs(trained, tmp_path):
+def test_the_stage_scales_by_its_name_and_no_resume_starts_again_without_annotations(
+    trained, tmp_path
+):
     # The work lasts far longer than an actor takes to start. The test does not wait for its end.
     given = {"input": "demo:600", "annotations": None, "shard_rows": 2, "store_ms": 400.0}
     wanted = settings(trained.root, tmp_path / "out", **given)
@@ -360,20 +344,35 @@ def test_the_stage_scales_by_its_name_while_it_runs(trained, tmp_path):
         len(entry.files) for entry in journal.read_entries(output, [0])
     }
 
-
-@pytest.mark.slow
-def test_auto_times_the_model_before_the_start(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(probe, "WAIT_AT_MOST_S", 120.0)  # a slow machine is no defect
-    wanted = settings(
-        trained.root, tmp_path / "out", actors="auto", predictors="auto", store_ms=40.0
+    again = settings(
+        trained.root,
+        tmp_path / "out",
+        annotations=None,
+        limit=6,
+        min_score=0.05,
+        checkpoint=trained.outcome.checkpoint,
+        resume=False,
     )
-    outcome = run(wanted, console=quiet())
+    report = run(again, console=quiet()).report
+    assert (report["images_in"], report["images_out"], report["images_done_before"]) == (6, 6, 0)
+    assert (report["predict"]["map"], report["predict"]["map_by_label"]) == (None, None)
+    results = json.loads((tmp_path / "out/predictions.json").read_text())
+    # Without annotations, ids are the images' own.
+    assert results and {one["image_id"] for one in results} <= {
+        f"{number:03d}.jpg" for number in range(6)
+    }
+    assert min(one["score"] for one in results) >= 0.05
+    assert len(rows_of(tmp_path / "out")) == 6
+
+
+def test_auto_times_the_model_before_the_start(done):
+    wanted, outcome = done
     predicted = outcome.report["predicted"]
     assert predicted["images_per_s"] > 0 and predicted["actors"].keys() == {"preprocess", "predict"}
     # 45 images of 40 ms of waiting and hardly any computing.
     assert predicted["actors"]["preprocess"] == 1
-    assert not list((tmp_path / "out/_raypipe").glob("tmp/*"))  # what the timing stored is gone
-    assert len(rows_of(wanted.predicting.output)) == 44
+    # What the timing stored is gone.
+    assert not list(Path(wanted.predicting.output, "_raypipe").glob("tmp/*"))
 
 
 @pytest.mark.parametrize(

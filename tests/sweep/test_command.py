@@ -184,7 +184,9 @@ def test_training_is_measured_and_on_a_cpu_it_is_said_that_there_is_no_gpu(sessi
 
 
 @pytest.mark.slow
-def test_a_sweep_that_is_told_to_end_keeps_what_was_measured_and_the_same_command_goes_on(tmp_path):
+def test_a_sweep_that_is_told_to_end_keeps_what_was_measured_and_the_same_command_goes_on(
+    tmp_path, joined
+):
     command = [
         sys.executable,
         "jobs/sweep.py",
@@ -229,7 +231,7 @@ def test_a_sweep_that_is_told_to_end_keeps_what_was_measured_and_the_same_comman
     assert 1 <= len(kept) < 3 and (tmp_path / "out/sweep.html").exists()
 
     second = subprocess.run(
-        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
+        command, cwd=ROOT, env=joined, capture_output=True, text=True, timeout=300
     )
     assert second.returncode == 0, second.stderr
     rows = read_results(Location.of(str(tmp_path / "out")))

@@ -232,8 +232,21 @@ def test_a_training_from_stored_images_ends_with_the_weights_of_one_from_the_sou
     assert (said["epochs"] is None) == ("saves no time" in said["reason"])
 
 
+class TakesAway(io.StringIO):
+    """A console that moves `photos` away when the run is listed and claimed, but has read none."""
+
+    def __init__(self, photos: Path, away: Path):
+        super().__init__()
+        self._photos, self._away = photos, away
+
+    def write(self, text: str) -> int:
+        if "Watch it:" in text:
+            self._photos.rename(self._away)
+        return super().write(text)
+
+
 @pytest.mark.slow
-def test_a_killed_worker_goes_on_in_the_epoch_and_the_weights_are_those_of_an_undisturbed_run(
+def test_images_that_are_away_and_a_killed_worker_leave_the_weights_of_an_undisturbed_run(
     session, labelled
 ):
     mark = labelled / "killed"
@@ -242,7 +255,19 @@ def test_a_killed_worker_goes_on_in_the_epoch_and_the_weights_are_those_of_an_un
         "model_arguments": json.dumps({"at": 8, "mark": str(mark)}),
         "checkpoint_every": 2,
     }
-    disturbed = settings(labelled, holdout=0.0, **own)
+    disturbed = settings(labelled, holdout=0.0, read_patience=1.0, **own)
+    photos = Path(disturbed.source.input)
+    console = Console(file=TakesAway(photos, labelled / "away"), width=200)
+    again = goes_on(resume=True)
+    stopped = attempt(
+        lambda: run(disturbed, console=console), kept="", again=again, console=console
+    )
+    assert stopped == 1
+    said = console.file.getvalue()
+    (failure,) = (line for line in said.splitlines() if line.startswith("error:"))
+    assert "could not be read (" in failure and "The same command goes on from there." in said
+
+    (labelled / "away").rename(photos)
     console = quiet()
     outcome = run(disturbed, console=console)
     assert mark.exists()
@@ -382,31 +407,6 @@ def test_a_storage_that_a_node_does_not_see_is_refused_before_the_first_step(lab
         in said
     )
     assert [path.name for path in storage.rglob("*") if path.is_file()] == ["mine.txt"]
-
-
-@pytest.mark.slow
-def test_a_training_whose_images_are_away_stops_and_goes_on_when_they_are_back(session, labelled):
-    given = settings(labelled, holdout=0.0, read_patience=1.0)
-    photos = Path(given.source.input)
-
-    class Away(io.StringIO):
-        """Take the images away when the run is listed and claimed; no image is read yet."""
-
-        def write(self, text: str) -> int:
-            if "Watch it:" in text:
-                photos.rename(labelled / "away")
-            return super().write(text)
-
-    console = Console(file=Away(), width=200)
-    again = goes_on(resume=True)
-    assert attempt(lambda: run(given, console=console), kept="", again=again, console=console) == 1
-    said = console.file.getvalue()
-    (failure,) = (line for line in said.splitlines() if line.startswith("error:"))
-    assert "could not be read (" in failure and "The same command goes on from there." in said
-    (labelled / "away").rename(photos)
-    outcome = run(given, console=quiet())
-    assert verdict_on(outcome, given) is None
-    assert Counter(lineage(labelled)) == every_row(given)
 
 
 def test_a_checkpoint_of_another_model_or_recipe_is_refused_with_the_difference(labelled):
