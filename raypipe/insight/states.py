@@ -17,6 +17,9 @@ STATES = ("busy", "starved", "blocked")
 CONSUME = "consume"
 """The stage that takes the last blocks: the caller's own function or loop."""
 
+SAMPLE_EVERY_S = 1.0
+"""How often an actor sends its totals within a long call."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:

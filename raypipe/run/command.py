@@ -3,7 +3,6 @@
 from rich.console import Console
 
 from raypipe.insight.terminal import terminal
-from raypipe.run import predict as predicting
 from raypipe.run import preprocess as preprocessing
 from raypipe.run.console import attempt, ended, goes_on, say
 from raypipe.run.settings import parse
@@ -46,6 +45,9 @@ def predict(
     prog: str | None = None,
 ) -> int:
     """Find objects in images with a trained model, on Ray, and judge it if boxes are known."""
+    # Preprocessing needs no torch, whose import takes 5 s of CPU.
+    from raypipe.run import predict as predicting
+
     console = Console(stderr=True)
     settings = parse(
         predicting.Settings, arguments, description=description or predict.__doc__, prog=prog

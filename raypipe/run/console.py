@@ -8,7 +8,7 @@ from typing import TypeVar
 from rich.console import Console
 
 from raypipe.errors import UsageError, printable
-from raypipe.run.causes import BREAKS, Untouched, cause_of
+from raypipe.run.causes import Untouched, breaks, cause_of
 
 T = TypeVar("T")
 
@@ -34,7 +34,7 @@ def attempt(do: Callable[[], T], *, kept: str, again: str, console: Console) -> 
     except KeyboardInterrupt:
         say(console, f"\nInterrupted. {again} {kept}")
         return 130
-    except BREAKS as error:
+    except breaks() as error:
         if isinstance(error.__context__, KeyboardInterrupt):  # Ctrl-C again, as Ray was ending
             return 130
         say(console, f"error: {cause_of(error)}", bad=True)

@@ -1,5 +1,6 @@
 """Puts stages on Ray Data. The only place that builds datasets."""
 
+import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -54,6 +55,9 @@ def dataset_of(
         A dataset of the last stage's output. One shard is one block and one call of each stage.
         Nothing runs before it is consumed.
     """
+    # Errors are raised and printed in a line (console.attempt). Ray Data would log the whole trace
+    # twice. Importing it sets the level, so this comes after.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     tables = list(shards(work))
     # Not from_arrow: it runs a task for each table first, and Ray starts a process for each CPU.
     dataset = ray.data.from_blocks(tables)
@@ -65,7 +69,7 @@ def dataset_of(
     # The actors measure their own memory. Ray Data would start a thread for it in every task.
     context.memory_usage_poll_interval_s = None
     actors = {stage.name: actor_class(stage) for stage in stages}
-    if collector is not None and not internals.missing():
+    if collector is not None and not internals.missing("scaling"):
         from raypipe.run.cluster.scaling import steer  # another Ray may lack what it imports
 
         operators = {f"MapBatches({kind.__name__})": name for name, kind in actors.items()}

@@ -24,6 +24,7 @@ from raypipe.images.header import NO_ROOM
 from raypipe.insight import report as reports
 from raypipe.run import probe as probes
 from raypipe.run.cluster.machine import versions
+from raypipe.run.cluster.session import output_is_there
 from raypipe.run.console import say
 from raypipe.run.execution import (
     Claim,
@@ -203,6 +204,7 @@ def _iterate(
     )
     for block in blocks:
         tally.count(block, time.perf_counter() - execution.begun)
+        output_is_there()
         tally.tell(execution.collector)
         show(tally)
         if consume is not None and job.then is None:

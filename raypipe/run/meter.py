@@ -14,10 +14,8 @@ import psutil
 import ray
 
 from raypipe.data.reader import core_wait_s
-from raypipe.insight.states import Sample
+from raypipe.insight.states import SAMPLE_EVERY_S, Sample
 from raypipe.stages.stage import Gpu, GpuUse
-
-SAMPLE_EVERY_S = 1.0
 
 SHARED_MEMORY = "/dev/shm"
 """Where Ray keeps its object store on Linux."""

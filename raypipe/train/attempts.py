@@ -39,8 +39,8 @@ from raypipe.run import execution as executions
 from raypipe.run import probe as probes
 from raypipe.run import result
 from raypipe.run.causes import cause_of, causes
-from raypipe.run.cluster.machine import cores_here
-from raypipe.run.cluster.session import beside_driver, joins
+from raypipe.run.cluster.machine import beside_driver, cores_here
+from raypipe.run.cluster.session import joins
 from raypipe.run.console import say
 from raypipe.run.execution import Claim, Execution, Setup, executing, new_run_id
 from raypipe.run.job import preprocess_stage

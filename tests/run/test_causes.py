@@ -11,7 +11,7 @@ import pytest
 import ray
 import ray.data
 
-from raypipe.run.causes import BREAKS, cause_of, raised_in
+from raypipe.run.causes import breaks, cause_of, raised_in
 from raypipe.run.console import attempt
 from tests.conftest import ROOT
 from tests.support.clusters import environment
@@ -71,7 +71,7 @@ def test_the_innermost_cause_comes_first(session, capsys, actor, words):
         for _ in done.iter_batches():
             pass
 
-    with pytest.raises(BREAKS) as caught:
+    with pytest.raises(breaks()) as caught:
         execute()
     assert cause_of(caught.value).startswith(words)
 
@@ -99,7 +99,7 @@ def test_a_task_error_with_a_cause_of_its_own_class(session):
     def read():
         Path("/no/such/file").read_bytes()
 
-    with pytest.raises(BREAKS) as caught:
+    with pytest.raises(breaks()) as caught:
         ray.get(read.remote())
     assert cause_of(caught.value) == "No such file or directory: /no/such/file"
 
@@ -170,16 +170,42 @@ def test_a_full_disk_is_the_first_line_of_a_job(joined, tmp_path):
     assert "The same command goes on from there." in done.stderr and "Traceback" not in done.stderr
 
 
+STARTS = """
+from rich.console import Console
+from raypipe.run.cluster.session import ray_session
+from raypipe.run.console import attempt
+from tests.support.runs import settings
+from raypipe.run.preprocess import preprocessing
+
+def start():
+    # Beside the stages stand workers of Ray Train, which need Ray's agents.
+    with ray_session(preprocessing(settings(input="demo:8")).stages("it"), beside=1):
+        pass
+
+raise SystemExit(attempt(start, kept="", again="", console=Console(stderr=True)))
+"""
+
+
 @pytest.mark.slow
 def test_a_ray_that_cannot_start_is_explained_by_what_its_own_processes_said(tmp_path):
     (tmp_path / "aiohttp").mkdir()
     (tmp_path / "aiohttp/__init__.py").write_text("raise ImportError('libssl.so.9 is missing')")
-    command = [sys.executable, "jobs/preprocess.py", "--input", "demo:8"]
-    env = environment(PYTHONPATH=str(tmp_path))
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    env = environment(PYTHONPATH=f"{tmp_path}:{ROOT}")
+    done = subprocess.run(
+        [sys.executable, "-c", STARTS],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("error:"))
     assert done.returncode == 1
     assert line.startswith("error: Ray did not start: ImportError: libssl.so.9 is missing (in /"), (
         done.stderr
     )
     assert "dashboard_agent.log" in line and "Install or mend what it names" in line
+    # Preprocessing does without the agents and the dashboard.
+    command = [sys.executable, "jobs/preprocess.py", "--input", "demo:8", "--actors", "1"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Ray's internal names that raypipe uses. On a Ray that lacks one, live scaling is off.
+"""Ray's internal names that raypipe uses, by what they are for. Where a Ray lacks one, that is off.
 
 Written for Ray 2.60. Importing this module imports nothing of Ray.
 """
@@ -9,53 +9,96 @@ from importlib import import_module
 
 _EXECUTION = "ray.data._internal.execution"
 
-PINNED: dict[str, tuple[str, ...]] = {
-    f"{_EXECUTION}.execution_callback:ExecutionCallback": (
-        "on_execution_step",
-        "after_execution_succeeds",
-        "after_execution_fails",
-    ),
-    f"{_EXECUTION}.operators.actor_pool_map_operator:_ActorPool": (
-        "min_size",
-        "num_running_actors",
-        "num_active_actors",
-        "num_pending_actors",
-        "current_size",
-        "scale",
-        "refresh_actor_state",
-        "_update_rank",
-        "_release_running_actor",
-        "_try_remove_pending_actor",
-    ),
-    f"{_EXECUTION}.operators.actor_pool_map_operator:ActorPoolMapOperator": (
-        "get_autoscaling_actor_pools",
-        "has_completed",
-    ),
-    f"{_EXECUTION}.streaming_executor_state:OpState": ("total_enqueued_input_blocks",),
-    "ray.data._internal.actor_autoscaler.autoscaling_actor_pool:ActorPoolScalingRequest": (
-        "upscale",
-    ),
-    "ray.data._internal.actor_autoscaler.autoscaling_actor_pool:AutoscalingActorConfig": (
-        "min_size",
-        "max_size",
-        "initial_size",
-    ),
-    "ray.data:DataContext": ("set_config", "get_config", "custom_execution_callback_classes"),
+PINNED: dict[str, dict[str, tuple[str, ...]]] = {
+    "scaling": {
+        f"{_EXECUTION}.execution_callback:ExecutionCallback": (
+            "on_execution_step",
+            "after_execution_succeeds",
+            "after_execution_fails",
+        ),
+        f"{_EXECUTION}.operators.actor_pool_map_operator:_ActorPool": (
+            "min_size",
+            "num_running_actors",
+            "num_active_actors",
+            "num_pending_actors",
+            "current_size",
+            "scale",
+            "refresh_actor_state",
+            "_update_rank",
+            "_release_running_actor",
+            "_try_remove_pending_actor",
+        ),
+        f"{_EXECUTION}.operators.actor_pool_map_operator:ActorPoolMapOperator": (
+            "get_autoscaling_actor_pools",
+            "has_completed",
+        ),
+        f"{_EXECUTION}.streaming_executor_state:OpState": ("total_enqueued_input_blocks",),
+        "ray.data._internal.actor_autoscaler.autoscaling_actor_pool:ActorPoolScalingRequest": (
+            "upscale",
+        ),
+        "ray.data._internal.actor_autoscaler.autoscaling_actor_pool:AutoscalingActorConfig": (
+            "min_size",
+            "max_size",
+            "initial_size",
+        ),
+        "ray.data:DataContext": ("set_config", "get_config", "custom_execution_callback_classes"),
+    },
+    "starting": {
+        "ray._private.node:Node": (
+            "start_api_server",
+            "start_log_monitor",
+            "start_monitor",
+            "start_raylet",
+            "get_gcs_client",
+        ),
+        "ray._private.services:": ("start_ray_process", "start_api_server", "get_node"),
+        "ray._private.utils:": ("get_dashboard_dependency_error",),
+        "ray._private.ray_constants:": (
+            "DEFAULT_DASHBOARD_PORT",
+            "KV_NAMESPACE_DASHBOARD",
+            "PROCESS_TYPE_DASHBOARD",
+            "PROCESS_TYPE_RAYLET",
+        ),
+    },
+    "helpers": {
+        f"{_EXECUTION}.streaming_executor:": ("create_cluster_autoscaler",),
+        f"{_EXECUTION}.operators.actor_pool_map_operator:": (
+            "get_or_create_actor_location_tracker",
+            "get_actor_locations",
+        ),
+        f"{_EXECUTION}.interfaces:ExecutionResources": ("from_resource_dict",),
+        "ray.data._internal.cluster_autoscaler:ClusterAutoscaler": (
+            "try_trigger_scaling",
+            "on_executor_shutdown",
+            "get_total_resources",
+        ),
+        "ray.data._internal.stats:": ("get_or_create_stats_actor",),
+        "ray.data._internal.stats:_StatsManager": ("gen_dataset_id_from_stats_actor",),
+    },
 }
-"""Classes, as module:name, and their members in use. Attributes of instances are not listed."""
+"""For each purpose: classes, as module:name, or modules, as module:, and their members in use.
+
+- scaling: changing actor pools during a run;
+- starting: starting Ray's processes in the order in which they are needed (`starting.py`);
+- helpers: doing without Ray Data's helper actors on one machine (`helpers.py`).
+
+Attributes of instances are not listed."""
 
 
 @cache
-def missing() -> tuple[str, ...]:
-    """The names that this Ray lacks; empty: live scaling works."""
-    return tuple(name for path, names in PINNED.items() for name in _missing_of(path, names))
+def missing(purpose: str) -> tuple[str, ...]:
+    """The names for `purpose` that this Ray lacks; empty: it works."""
+    return tuple(
+        name for path, names in PINNED[purpose].items() for name in _missing_of(path, names)
+    )
 
 
 def _missing_of(path: str, names: tuple[str, ...]) -> list[str]:
     module, _, name = path.partition(":")
     try:
-        owner = getattr(import_module(module), name)
+        owner = import_module(module)
+        owner = getattr(owner, name) if name else owner
     except (ImportError, AttributeError):
         return [path]
     known = {field.name for field in fields(owner)} if is_dataclass(owner) else set()
-    return [f"{name}.{one}" for one in names if one not in known and not hasattr(owner, one)]
+    return [f"{name or module}.{one}" for one in names if one not in known | set(dir(owner))]

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,12 @@ class Session:
     dashboard: str | None
     address: str
     gpus: int = 0
+
+
+def beside_driver() -> dict[str, Any]:
+    """Options for an actor without a CPU on the driver's node, which other nodes cannot end."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return {"num_cpus": 0, "scheduling_strategy": here}
 
 
 def versions() -> dict[str, str]:

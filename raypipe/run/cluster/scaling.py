@@ -2,7 +2,7 @@
 
 Ray has no public way to see how long a stage's actors were idle and why, or to resize a pool while
 it runs. An execution callback runs in the executor's own thread after every scheduling step. Only
-there its state is consistent. Import this module only if `internals.missing()` is empty.
+there its state is consistent. Import this module only if `internals.missing("scaling")` is empty.
 """
 
 import time

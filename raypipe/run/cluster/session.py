@@ -1,6 +1,5 @@
 """Ray around a run: a cluster that is joined, or one that is started and ended with the run."""
 
-import logging
 import os
 import signal
 import socket
@@ -10,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import ray
@@ -18,18 +17,17 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raypipe.errors import UsageError
 from raypipe.run.causes import raised_in_logs
+from raypipe.run.cluster import internals
 from raypipe.run.cluster.machine import Session, cores_here
 from raypipe.run.cluster.sizing import room_here, room_there
 from raypipe.stages.stage import Stage
 
+if TYPE_CHECKING:
+    from raypipe.run.cluster.helpers import Helpers
+    from raypipe.run.cluster.starting import Start
+
 _Handler = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
 """A handler of a signal, as signal.signal takes and returns it."""
-
-
-def beside_driver() -> dict[str, Any]:
-    """Options for an actor without a CPU on the driver's node, which other nodes cannot end."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return {"num_cpus": 0, "scheduling_strategy": here}
 
 
 def joins() -> bool:
@@ -68,12 +66,14 @@ class _Open:
     """The open session of this process.
 
     ours: whether Ray ends with it.
+    start: starts the rest of Ray after the first output; None: all of it is there.
     thread: the one that opened it.
     ending: SIGTERM's handler before.
     """
 
     session: Session
     ours: bool
+    start: "Start | None"
     thread: int
     ending: _Handler
 
@@ -120,7 +120,14 @@ def ray_session(
         if not inner:
             with _OPENING:
                 _open.clear()
-                _end(ours=opened.ours, ending=opened.ending)
+                _end(ours=opened.ours, ending=opened.ending, start=opened.start)
+
+
+def output_is_there() -> None:
+    """Tell the session that its first output is there: the rest of its Ray may start."""
+    for opened in _open:
+        if opened.start is not None:
+            opened.start.output()
 
 
 ANSWERS_WITHIN_S = 10.0
@@ -167,26 +174,67 @@ def _opened(stages: Sequence[Stage], beside: int, shard_bytes: int) -> _Open:
     joined = joins()
     ours = not ray.is_initialized()
     room = 0 if joined else room_here(stages, shard_bytes=shard_bytes)
-    dashboard = _connected(joined=joined, num_cpus=cores_here() + beside) if ours else None
-    ending = _end_by_sigterm() if ours else None
+    start = _quick() if ours and not joined else None
+    ending: _Handler = None
+    dashboard = None
     try:
+        if ours:
+            dashboard = _connected(joined=joined, beside=beside, start=start, stages=stages)
+            ending = _end_by_sigterm()
         session = _session(stages, joined=joined, beside=beside, room=room, dashboard=dashboard)
     except BaseException:
-        _end(ours=ours, ending=ending)
+        _end(ours=ours, ending=ending, start=start)
         raise
-    return _Open(session=session, ours=ours, thread=threading.get_ident(), ending=ending)
+    return _Open(
+        session=session, ours=ours, start=start, thread=threading.get_ident(), ending=ending
+    )
 
 
-def _connected(*, joined: bool, num_cpus: int) -> str | None:
+def _quick() -> "Start | None":
+    """A start without what the first output does not need; None: this Ray or system cannot."""
+    if internals.missing("starting"):
+        return None
+    from raypipe.run.cluster import starting  # another Ray may lack what it imports
+
+    return starting.Start() if starting.works_here() else None
+
+
+def _helpers() -> "Helpers | None":
+    """Ray Data without its helper actors; None: this Ray cannot."""
+    if internals.missing("helpers"):
+        return None
+    from raypipe.run.cluster.helpers import Helpers
+
+    return Helpers()
+
+
+def _in_advance(stages: Sequence[Stage]) -> int:
+    """How many workers Ray starts in advance: an actor each, and the run's collector."""
+    cores = cores_here()
+    counts = [
+        stage.actors if isinstance(stage.actors, int) else max(1, int(stage.share * cores))
+        for stage in stages
+    ]
+    return min(sum(counts), 2 * cores) + 1
+
+
+def _connected(
+    *, joined: bool, stages: Sequence[Stage], beside: int, start: "Start | None"
+) -> str | None:
     """Join the cluster of RAY_ADDRESS or start Ray. Returns the address of its dashboard."""
+    num_cpus = cores_here() + beside
     quiet = {"logging_level": "ERROR", "log_to_driver": False}
     try:
         with without_rays_lines():
             if joined:
                 check_answers(os.environ.get("RAY_ADDRESS", ""))
                 context = ray.init(**quiet)
-            else:
+            elif start is None:
                 context = ray_here(num_cpus=num_cpus, **quiet)
+            else:
+                with start.quick(workers=_in_advance(stages), agents=beside > 0):
+                    context = ray_here(num_cpus=num_cpus, **quiet)
+                start.wait_for_output(_helpers())
     except ConnectionError as error:
         address = os.environ.get("RAY_ADDRESS", "")
         raise token_missing(address, error) or UsageError(
@@ -234,11 +282,15 @@ def _session(
     )
 
 
-def _end(*, ours: bool, ending: _Handler) -> None:
+def _end(*, ours: bool, ending: _Handler, start: "Start | None") -> None:
+    if start is not None:
+        start.end()
     if ours:
         # After Ctrl-C, Ray would announce retries of every current task, which never happen.
         with without_rays_lines(), ENDING:
             ray.shutdown()
+    if start is not None:
+        start.close()
     if ending is not None:
         signal.signal(signal.SIGTERM, ending)
 
@@ -275,9 +327,6 @@ def without_rays_lines() -> Iterator[None]:
     arguments are in the object store (where Ray Data puts them).
     """
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    # Errors are raised and printed in a line (console.attempt). Ray Data would log the whole trace
-    # twice.
     sys.stderr.flush()
     stderr = os.dup(2)
     with open(os.devnull, "wb") as nowhere:

@@ -18,6 +18,7 @@ from raypipe.errors import UsageError
 from raypipe.insight import planner
 from raypipe.insight.states import (
     CONSUME,
+    SAMPLE_EVERY_S,
     STATES,
     Consumed,
     LiveRun,
@@ -31,12 +32,11 @@ from raypipe.insight.states import (
     unused,
 )
 from raypipe.insight.verdict import Measured, judge
-from raypipe.run.cluster.session import beside_driver
+from raypipe.run.cluster.machine import beside_driver
 from raypipe.run.live.metrics import Metrics
 from raypipe.run.live.recent import WINDOW_S, Recent, of_actors, of_consumer, pools_without
 from raypipe.run.live.steering import CALLS_PER_ACTOR, Facts, Steering, changing
 from raypipe.run.live.timeline import Timeline
-from raypipe.run.meter import SAMPLE_EVERY_S
 
 NAMESPACE = "raypipe"
 
