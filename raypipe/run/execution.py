@@ -272,7 +272,7 @@ def executing(setup: Setup, *, console: Console, touch: Callable[[], None]) -> I
         first, *others = setup.stages
         stages = (first, *(seated(stage, session) for stage in others))
         counts = size_pools(stages, costs, session, images=setup.images)
-        # Before the claim: it refuses a run id that is under way, and changes nothing.
+        # Before the claim: it refuses a run id that is in progress, and changes nothing.
         facts = _facts(setup, session, stages, workers_on_gpu)
         collector = stack.enter_context(collecting(setup.run_id, facts))
         check = stack.enter_context(_claimed(setup.claim, session, touch))

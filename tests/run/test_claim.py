@@ -93,7 +93,7 @@ def taken(session):
 
 def test_an_id_of_a_run_that_is_under_way_is_refused_before_anything_is_deleted(wanted, taken):
     before = tree(Path(wanted.writing.output))
-    with pytest.raises(UsageError, match="--run-id taken is the id of a run that is under way"):
+    with pytest.raises(UsageError, match="--run-id taken is the id of a run in progress"):
         run(wanted.changed(run_id="taken", resume=False), console=quiet())
     assert tree(Path(wanted.writing.output)) == before
 

@@ -325,7 +325,7 @@ def collecting(run_id: str, facts: Facts) -> Iterator[ray.actor.ActorHandle]:
         collector = actor.remote(run_id, facts)
     except ValueError as error:  # the name is taken
         raise UsageError(
-            f"--run-id {run_id} is the id of a run that is under way on this cluster. Nothing was "
+            f"--run-id {run_id} is the id of a run in progress on this cluster. Nothing was "
             f"changed. Give another one, or wait for that run (`raypipe watch {run_id}`)."
         ) from error
     try:

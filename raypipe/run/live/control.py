@@ -151,12 +151,12 @@ def attach(
     )
     if not found:
         raise UsageError(
-            "No run is under way here. Start one (python jobs/preprocess.py ...), then try again."
+            "No run is in progress here. Start one (python jobs/preprocess.py ...), then try again."
         )
     if run_id is not None:
-        raise UsageError(f"No run {run_id!r} is under way; there are:{there}\nGive one of these.")
+        raise UsageError(f"No run {run_id!r} is in progress; these are:{there}\nGive one of these.")
     raise UsageError(
-        f"{len(found)} runs are under way:{there}\nNothing was changed. Say which, by its id."
+        f"{len(found)} runs are in progress:{there}\nNothing was changed. Say which, by its id."
     )
 
 
@@ -173,7 +173,7 @@ def _at(place: Place) -> "Control":
 
 
 class Control:
-    """Looks at a run that is under way, and changes its actor counts."""
+    """Looks at a run in progress, and changes its actor counts."""
 
     def __init__(self, run_id: str, collector: ray.actor.ActorHandle):
         self.run_id = run_id

@@ -66,11 +66,11 @@ def test_a_run_of_somebody_else_is_never_watched_or_scaled_by_mistake(session, o
         run.live()
         with pytest.raises(
             UsageError,
-            match=r"2 runs are under way:\n  \w+.*\n  \w+.*\nNothing was changed. Say which",
+            match=r"2 runs are in progress:\n  \w+.*\n  \w+.*\nNothing was changed. Say which",
         ):
             control.attach()
         assert control.attach("mine").live()["run_id"] == "mine"
-        with pytest.raises(UsageError, match="No run 'none' is under way"):
+        with pytest.raises(UsageError, match="No run 'none' is in progress"):
             control.attach("none")
         assert json.loads(next(registry.folder().glob("mine-*.json")).read_text())["output"] == str(
             tmp_path / "out"
@@ -117,7 +117,7 @@ def test_scale_without_a_run_says_so_at_once(tmp_path):
         text=True,
         timeout=60,
     )
-    assert done.returncode == 2 and "No run is under way here" in done.stderr
+    assert done.returncode == 2 and "No run is in progress here" in done.stderr
 
 
 def test_entries_that_nobody_renews_any_more_are_ignored_and_removed():
