@@ -15,6 +15,7 @@ import ray
 
 from raypipe.data import demo, patience
 from raypipe.data.location import Location
+from raypipe.run.cluster.starting import Start
 from tests.support.clusters import environment
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ ROOT = HERE.parent
 # Each test process lists its own runs only. Set this before test modules copy the environment.
 CACHE = tempfile.TemporaryDirectory(prefix="raypipe-tests-")
 os.environ["XDG_CACHE_HOME"] = CACHE.name
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # its actor takes 1 s of CPU in each Ray
 # xdist's processes inherit the variable: demo images are rendered once for all of them.
 if "RAYPIPE_TESTS_DEMO" in os.environ:
     _own = Path(demo.cache_dir())
@@ -63,17 +65,23 @@ def _keep_group(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session")
 def session():
-    """One local Ray with 8 logical CPUs and 64 GB, for all tests that need none of their own."""
-    ray.init(
-        address="local",
-        num_cpus=8,
-        _memory=64 * 10**9,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-    )
+    """One local Ray with 8 logical CPUs and 64 GB, for all tests that need none of their own.
+
+    Without Ray's log monitor, autoscaler and idle workers: these took a tenth of the suite's CPU.
+    """
+    start = Start()
+    with start.quick(workers=0, agents=True):
+        ray.init(
+            address="local",
+            num_cpus=8,
+            _memory=64 * 10**9,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
     yield
     ray.shutdown()
+    start.close()
 
 
 @pytest.fixture

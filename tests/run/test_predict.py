@@ -188,12 +188,8 @@ def test_the_report_has_the_stage_and_every_image_is_accounted_for(done):
         and predict["bytes_out"] > 0
     )
     assert predict["busy"] + predict["starved"] + predict["blocked"] == pytest.approx(1)
-    assert report["settings"]["checkpoint"] == wanted.model.checkpoint and report["verdict"][
-        "stage"
-    ] in (
-        "preprocess",
-        "predict",
-    )
+    assert report["settings"]["checkpoint"] == wanted.model.checkpoint
+    assert report["verdict"]["reason"]
     state = Path(wanted.predicting.output, "_raypipe")
     assert json.loads((state / "report.json").read_text())["predict"] == report["predict"]
     assert "predict" in (state / "report.html").read_text()
