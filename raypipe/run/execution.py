@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 SNAPSHOT_AT_MOST_S = 60.0
 
 
-class Held(Protocol):
+class Hold(Protocol):
     """An output that no other run may write."""
 
     def check(self) -> None:
@@ -62,7 +62,7 @@ class Claim:
 
     root: Location
     option: str
-    take: Callable[..., AbstractContextManager[Held]]
+    take: Callable[..., AbstractContextManager[Hold]]
 
 
 @dataclass(frozen=True, kw_only=True)
