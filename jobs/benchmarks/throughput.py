@@ -1,43 +1,47 @@
 """Measure what raypipe reaches of what this machine can do: side by side, interleaved, medians.
 
-    # stream to a consumer, and write JPEG files; about 10 minutes
+    # stream to a consumer, and write JPEG files; about 20 minutes
     python jobs/benchmarks/throughput.py --input demo:4000
-    # only streaming, of your own photos
-    python jobs/benchmarks/throughput.py --input photos/ --rounds 5 --modes stream
-    # only these two
-    python jobs/benchmarks/throughput.py --input demo:4000 \\
+    # from the command to its end, start-up included
+    python jobs/benchmarks/throughput.py --input demo:4000 --modes alone-write alone-stream
+    # only these two, of your own photos, on two cores
+    python jobs/benchmarks/throughput.py --input photos/ --rounds 5 --cores 2 \\
         --contenders plain-opencv raypipe-opencv
 
-Contenders:
-- as many plain processes as cores, each looping over its share with nothing delivered. They are the
-  ceiling: they get the reused buffers and the allocator setting that raypipe's actors get;
-- PyTorch's DataLoader;
-- Ray Data as its documentation does it (read_images, map_batches, write_images);
-- raypipe.
+Contenders (peers.py):
+- as many plain processes as cores, each looping over its share with nothing delivered. Those with
+  OpenCV are the ceiling: they get the reused buffers and the allocator setting of raypipe's actors;
+- PyTorch's DataLoader, WebDataset, LitData: a worker a core. WebDataset and LitData read the files
+  from tars and chunks of their own, which are made before the clock starts;
+- Ray Data as its documentation does it (read_images, map_batches, write_images), and as one tunes
+  it: a table of paths, and a pool of actors that do it all;
+- raypipe, an actor a core.
 
 All resize to 300x300 (bilinear). They deliver uint8 batches of 64 to one consumer, or write JPEG
-files of quality 95. Ray runs before the clock starts.
+files of quality 95. WebDataset and LitData need `pip install -e '.[benchmark]'`.
 
-Images/s are over the time from the first batch to the last, without the first batch. For raypipe
-and the plain processes they are over all of the time from when they could begin, which is a little
-harder on them.
+Modes stream and write: Ray runs before the clock starts. Images/s are over the time from the first
+batch to the last, without the first batch. For raypipe and the plain processes they are over all of
+the time from when they could begin, which is a little harder on them.
+
+Modes alone-stream and alone-write: each contender is a fresh process with all of its defaults. Time
+and CPU are of the whole command, with all processes that it starts.
 """
 
-import multiprocessing
+import json
 import os
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import cv2
-import numpy as np
 import psutil
 import pyarrow as pa
 import ray
@@ -50,16 +54,15 @@ from raypipe.data.listing import list_images
 from raypipe.run.cluster.machine import cores_here
 from raypipe.run.cluster.session import ray_here
 from raypipe.run.preprocess import Settings, run
-from raypipe.stages.actor import keep_freed_memory
 from raypipe.stages.preprocess import pixels
 
-SIZE = 300
-BATCH = 64
-QUALITY = [cv2.IMWRITE_JPEG_QUALITY, 95]
-CORES = cores_here()
+sys.path.insert(0, str(Path(__file__).parent))  # also in processes that import this file
+from peers import BATCH, PEERS, SIZE, Contender, Paths, Timing
+from startup import cpu_of
 
-Paths = list[str]
-Moments = Iterator[tuple[float, int]]  # at which so many images came out, by time.perf_counter()
+JOBS = Path(__file__).resolve().parents[1]
+
+Mode = Literal["stream", "write", "alone-stream", "alone-write"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +73,12 @@ class Benchmark:
     """Folder, glob or demo:COUNT of image files."""
     rounds: int = 3
     """Every contender once a round."""
-    modes: tuple[Literal["stream", "write"], ...] = ("stream", "write")
-    """Batches to a consumer; JPEG files on disk."""
+    modes: tuple[Mode, ...] = ("stream", "write")
+    """Batches to a consumer; JPEG files on disk; these from command to end."""
     contenders: tuple[str, ...] = ()
     """Only these; by default all."""
+    cores: int | None = None
+    """Pin everything to so many cores; by default to those that this process may use."""
 
 
 def local_files(input: str) -> Paths:
@@ -90,179 +95,17 @@ def local_files(input: str) -> Paths:
     return [str(path) for path in paths]
 
 
-@dataclass(frozen=True)
-class Timing:
-    """What one contender reached in one round."""
-
-    images_per_s: float
-    first_s: float  # until the first batch; of plain processes, until they could begin
+def folder_of(paths: Paths) -> str:
+    """The folder that holds all files."""
+    return os.path.commonpath([os.path.dirname(path) for path in paths])
 
 
-Contender = Callable[[Paths, str | None], Timing]
-
-
-def timed(batches: Callable[[Paths, str | None], Moments]) -> Contender:
-    """Make a contender of a function that yields when batches came out."""
-
-    def contender(paths: Paths, folder: str | None) -> Timing:
-        started = time.perf_counter()
-        (first, _), *rest = batches(paths, folder)
-        return Timing(sum(count for _, count in rest) / (rest[-1][0] - first), first - started)
-
-    return contender
-
-
-def load(path: str) -> np.ndarray:
-    """Read and decode an image file: (height, width, 3) RGB uint8."""
-    with open(path, "rb") as file:
-        image = cv2.imdecode(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_COLOR_RGB)
-    assert image is not None, path
-    return image
-
-
-def resize(image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-    """Resize to SIZE x SIZE, bilinear."""
-    return cv2.resize(image, (SIZE, SIZE), dst=out, interpolation=cv2.INTER_LINEAR)
-
-
-def write(image: np.ndarray, path: str) -> None:
-    """Write a JPEG file."""
-    with open(path, "wb") as file:
-        file.write(
-            cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), QUALITY)[1].tobytes()
-        )
-
-
-def name_of(path: str, folder: str) -> str:
-    """The file for the result of `path`."""
-    return os.path.join(folder, Path(path).stem + ".jpg")
-
-
-def _plain_loop(backend: str, paths: Paths, folder: str | None, ready, done) -> None:
-    keep_freed_memory()
-    out = np.empty((SIZE, SIZE, 3), np.uint8)
-    if backend == "opencv":
-        cv2.setNumThreads(1)
-
-        def one(path: str) -> np.ndarray:
-            return resize(load(path), out)
-    else:
-        import torch
-        from PIL import Image
-        from torchvision.transforms.v2 import functional
-
-        torch.set_num_threads(1)
-
-        def one(path: str) -> np.ndarray:
-            image = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
-            small = functional.resize(image, [SIZE, SIZE], antialias=False)
-            return small.permute(1, 2, 0).numpy()
-
-    one(paths[0])
-    ready.wait()
-    begun = time.perf_counter()
-    for path in paths:
-        image = one(path)
-        if folder:
-            write(image, name_of(path, folder))
-    done.put((begun, time.perf_counter(), len(paths)))
-
-
-def plain(backend: str) -> Contender:
-    """Processes without a framework. Their clock starts at the first image, libraries loaded."""
-
-    def contender(paths: Paths, folder: str | None) -> Timing:
-        started = time.perf_counter()
-        context = multiprocessing.get_context("spawn")
-        ready, done = context.Barrier(CORES), context.Queue()
-        shares = [(backend, paths[i::CORES], folder, ready, done) for i in range(CORES)]
-        processes = [context.Process(target=_plain_loop, args=share) for share in shares]
-        for process in processes:
-            process.start()
-        results = [done.get() for _ in processes]
-        for process in processes:
-            process.join()
-        begun = min(begun for begun, _, _ in results)
-        took = max(ended for _, ended, _ in results) - begun
-        return Timing(sum(count for _, _, count in results) / took, begun - started)
-
-    return contender
-
-
-class _Frames:
-    """A map-style dataset for the DataLoader."""
-
-    def __init__(self, paths: Paths, folder: str | None):
-        self._paths = paths
-        self._folder = folder
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        image = resize(load(self._paths[index]))
-        if self._folder:
-            write(image, name_of(self._paths[index], self._folder))
-        return image
-
-
-def _one_thread(_: int) -> None:
-    cv2.setNumThreads(1)
-
-
-def dataloader(paths: Paths, folder: str | None) -> Moments:
-    """PyTorch's DataLoader over OpenCV, a worker a core."""
-    from torch.utils.data import DataLoader
-
-    frames: Any = _Frames(paths, folder)
-    loader: Any = DataLoader(
-        frames, batch_size=BATCH, num_workers=CORES, worker_init_fn=_one_thread
-    )
-    for batch in loader:
-        yield time.perf_counter(), len(batch)
-
-
-def _resized(batch: dict) -> dict:
-    cv2.setNumThreads(1)
-    return {"image": np.stack([resize(image) for image in batch["image"]])}
-
-
-def ray_data(paths: Paths, folder: str | None) -> Moments:
-    """Ray Data as documented."""
-    dataset = ray.data.read_images(paths, mode="RGB").map_batches(_resized, batch_size=BATCH)
-    if folder:
-        begun = time.perf_counter()
-        dataset.write_images(folder, column="image", file_format="jpeg")
-        yield begun, 0
-        yield time.perf_counter(), len(paths)
-        return
-    for batch in dataset.iter_batches(batch_size=BATCH):
-        yield time.perf_counter(), len(batch["image"])
-
-
-class _Bare:
-    """A first actor pool, as a user would write it."""
-
-    def __init__(self) -> None:
-        cv2.setNumThreads(1)
-
-    def __call__(self, batch: dict) -> dict:
-        return {"image": np.stack([resize(load(path)) for path in batch["path"]])}
-
-
-def ray_actors(paths: Paths, folder: str | None) -> Moments:
-    """A bare Ray Data actor pool over a table of paths: how soon Ray alone has a first block."""
-    if folder:
-        raise NotImplementedError("the bare pool only delivers")
-    blocks = [
-        pa.table({"path": paths[at : at + 2 * BATCH]}) for at in range(0, len(paths), 2 * BATCH)
-    ]
-    pool = ray.data.ActorPoolStrategy(size=CORES)
-    dataset = ray.data.from_arrow(blocks).map_batches(
-        _Bare, batch_size=None, compute=pool, num_cpus=1
-    )
-    for batch in dataset.iter_batches(batch_size=BATCH):
-        yield time.perf_counter(), len(batch["image"])
+def recipe() -> str:
+    """The file of a recipe that does what the peers do. coco-300 resizes in float32, as MLPerf."""
+    file = Path(tempfile.gettempdir()) / "raypipe-benchmark-recipe.json"
+    ops = [{"op": "Resize", "height": SIZE, "width": SIZE}]
+    file.write_text(json.dumps({"name": "benchmark", "ops": ops}))
+    return str(file)
 
 
 def raypipe(backend: Literal["opencv", "torchvision"]) -> Contender:
@@ -275,12 +118,13 @@ def raypipe(backend: Literal["opencv", "torchvision"]) -> Contender:
 
     def contender(paths: Paths, folder: str | None) -> Timing:
         settings = Settings.of(
-            input=os.path.commonpath([os.path.dirname(path) for path in paths]),
+            input=folder_of(paths),
+            recipe=recipe(),
             limit=len(paths),
             output=folder,
             backend=backend,
-            actors=CORES,
-            writers=max(1, CORES // 2),
+            actors=cores_here(),
+            writers="auto",
         )
         report = run(settings, consume=consume, console=Console(quiet=True)).report
         assert report is not None and report["images_out"] == len(paths), report
@@ -289,24 +133,24 @@ def raypipe(backend: Literal["opencv", "torchvision"]) -> Contender:
     return contender
 
 
-CONTENDERS: dict[str, Contender] = {
-    "plain-opencv": plain("opencv"),
-    "plain-torchvision": plain("torchvision"),
-    "dataloader": timed(dataloader),
-    "ray-data": timed(ray_data),
-    "ray-actors": timed(ray_actors),
+CONTENDERS: dict[str, Contender] = PEERS | {
     "raypipe-opencv": raypipe("opencv"),
     "raypipe-torchvision": raypipe("torchvision"),
 }
 
 
-def measure(contender: Contender, paths: Paths, folder: str | None) -> tuple[Timing, int]:
-    """Run `contender` once.
+@dataclass(frozen=True)
+class Result:
+    """One round of one contender. Seconds, bytes; None: not measured in this mode."""
 
-    Returns:
-        Its timing, and the most bytes that this process, its children and Ray's object store took
-        above what they had before.
-    """
+    images_per_s: float
+    first_s: float | None = None
+    memory: int | None = None
+    cpu_s_per_image: float | None = None
+
+
+def measure(contender: Contender, paths: Paths, folder: str | None) -> Result:
+    """Run `contender` once, with the most memory that this process, its children and Ray took."""
     stop, peak = threading.Event(), [0]
 
     def used() -> int:
@@ -332,61 +176,125 @@ def measure(contender: Contender, paths: Paths, folder: str | None) -> tuple[Tim
     finally:
         stop.set()
         watcher.join()
-    return timing, peak[0] - before
+    return Result(timing.images_per_s, timing.first_s, peak[0] - before)
+
+
+def command_of(name: str, paths: Paths, folder: str | None) -> list[str]:
+    """The command that does all `paths` with one contender."""
+    output = ["--output", folder] if folder else []
+    library, _, backend = name.partition("-")
+    if library == "raypipe":
+        given = ["--input", folder_of(paths), "--backend", backend, "--recipe", recipe()]
+        return [sys.executable, str(JOBS / "preprocess.py"), *given, *output]
+    return [sys.executable, str(JOBS / "benchmarks/peers.py"), name, folder_of(paths), *output]
+
+
+def alone(name: str, paths: Paths, folder: str | None) -> Result:
+    """Run a contender as a process of its own."""
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    began = time.perf_counter()
+    process = subprocess.Popen(
+        command_of(name, paths, folder),
+        env=outside,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    root, seen = psutil.Process(process.pid), dict[int, tuple[str, float]]()
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.1):
+            try:
+                cpu_of(root, seen)
+            except psutil.Error:
+                return
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    status = process.wait()
+    took = time.perf_counter() - began
+    ended.set()
+    watcher.join()
+    assert status == 0, f"{name} ended with {status}"
+    cpu_s = sum(seconds for _, seconds in seen.values())
+    return Result(len(paths) / took, cpu_s_per_image=cpu_s / len(paths))
+
+
+def one_round(mode: Mode, name: str, paths: Paths) -> Result:
+    """Measure one contender once."""
+    folder = tempfile.mkdtemp(prefix="raypipe-benchmark-") if mode.endswith("write") else None
+    try:
+        if mode.startswith("alone"):
+            return alone(name, paths, folder)
+        return measure(CONTENDERS[name], paths, folder)
+    finally:
+        shutil.rmtree(folder or "", ignore_errors=True)
 
 
 def main() -> int:
     """Measure and print."""
     wanted = tyro.cli(Benchmark, description=__doc__)
+    if wanted.cores is not None:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: wanted.cores])
     paths = local_files(wanted.input)
     names = wanted.contenders or tuple(CONTENDERS)
     console = Console()
-    ray_here(
-        num_cpus=2 * CORES, log_to_driver=False, logging_level="ERROR", include_dashboard=False
-    )
-    results: dict[tuple[str, str], list[tuple[Timing, int]]] = {}
+    if not all(mode.startswith("alone") for mode in wanted.modes):
+        ray_here(
+            num_cpus=2 * cores_here(),
+            log_to_driver=False,
+            logging_level="ERROR",
+            include_dashboard=False,
+        )
+    results: dict[tuple[Mode, str], list[Result]] = {}
     for round_ in range(wanted.rounds):
         for mode in wanted.modes:
             for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
-                if (mode, name) == ("write", "ray-actors"):
-                    continue
-                folder = tempfile.mkdtemp(prefix="raypipe-benchmark-") if mode == "write" else None
-                try:
-                    result = measure(CONTENDERS[name], paths, folder)
-                finally:
-                    shutil.rmtree(folder or "", ignore_errors=True)
+                result = one_round(mode, name, paths)
                 results.setdefault((mode, name), []).append(result)
                 console.print(
-                    f"round {round_ + 1} {mode} {name}: {result[0].images_per_s:.0f} images/s",
+                    f"round {round_ + 1} {mode} {name}: {result.images_per_s:.0f} images/s",
                     highlight=False,
                 )
     for mode in wanted.modes:
-        table = Table(
-            "contender",
-            "images/s",
-            "of plain-opencv",
-            "min-max",
-            "first, s",
-            "memory, MB",
-            title=f"{mode}, {len(paths)} images",
+        console.print(
+            table_of(f"{mode}, {len(paths)} images", {n: results[mode, n] for n in names})
         )
-        ceiling = [timing.images_per_s for timing, _ in results.get((mode, "plain-opencv"), [])]
-        for name in (name for name in names if (mode, name) in results):
-            rounds = results[mode, name]
-            ratios = [
-                timing.images_per_s / c for (timing, _), c in zip(rounds, ceiling, strict=False)
-            ]
-            table.add_row(
-                name,
-                f"{statistics.median(timing.images_per_s for timing, _ in rounds):.0f}",
-                f"{statistics.median(ratios):.2f}" if ratios else "-",
-                f"{min(ratios):.2f}-{max(ratios):.2f}" if ratios else "-",
-                f"{statistics.median(timing.first_s for timing, _ in rounds):.1f}",
-                f"{max(memory for _, memory in rounds) / 1e6:.0f}",
-            )
-        console.print(table)
     ray.shutdown()
     return 0
+
+
+def table_of(title: str, results: dict[str, list[Result]]) -> Table:
+    """Medians of all rounds, with ratios to the plain OpenCV processes of the same round."""
+    table = Table(
+        "contender",
+        "images/s",
+        "of plain-opencv",
+        "min-max",
+        "first, s",
+        "memory, MB",
+        "CPU, ms an image",
+        title=title,
+    )
+
+    def middle(values: Sequence[float | None], scale: float, digits: int) -> str:
+        known = [value for value in values if value is not None]
+        return f"{scale * statistics.median(known):.{digits}f}" if known else "-"
+
+    ceiling = [one.images_per_s for one in results.get("plain-opencv", [])]
+    for name, rounds in results.items():
+        ratios = [one.images_per_s / c for one, c in zip(rounds, ceiling, strict=False)]
+        table.add_row(
+            name,
+            middle([one.images_per_s for one in rounds], 1, 0),
+            middle(ratios, 1, 2),
+            f"{min(ratios):.2f}-{max(ratios):.2f}" if ratios else "-",
+            middle([one.first_s for one in rounds], 1, 1),
+            middle([one.memory for one in rounds], 1e-6, 0),
+            middle([one.cpu_s_per_image for one in rounds], 1000, 1),
+        )
+    return table
 
 
 if __name__ == "__main__":
