@@ -13,7 +13,13 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 SMALLER = {
-    "quickstart": {"demo:4000": "demo:1200"},
+    # A writer more instead of five: each takes 2 s of CPU to start.
+    "quickstart": {
+        "demo:4000": "demo:400",
+        '["write"].value = 6': '["write"].value = 2',
+        "time.sleep(8)": "time.sleep(2)",
+        "time.sleep(10)": "time.sleep(4)",
+    },
     # Enough points for each figure to have a line. sweep/test_command has both libraries.
     "talk": {
         "demo:1000": "demo:40",
