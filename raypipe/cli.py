@@ -262,8 +262,8 @@ def scale(command: Scale, console: Console) -> None:
     from raypipe.run.live import control
 
     run = control.attach(name, address=command.address)
-    accepted = run.scale(counts)
-    wanted = ", ".join(f"{stage}={accepted[stage]}" for stage in counts)
+    run.scale(counts)
+    wanted = ", ".join(f"{stage}={count}" for stage, count in counts.items())
     console.print(
         f"Run {run.run_id}: {wanted} wanted. `raypipe watch {run.run_id}` shows the change.",
         markup=False,

@@ -16,6 +16,7 @@ from raypipe.insight.markup import (
     ARROW,
     DASH,
     bytes_of,
+    columns,
     duration,
     known,
     machine_use,
@@ -226,16 +227,22 @@ def _stage_table(report: dict) -> str:
     stages = report.get("stages") or []
     if not stages:
         return ""
-    colour_of = [colours(report).get(str(stage.get("name")), "none") for stage in stages]
-    head = [
-        "",
-        *(
-            swatch(stage.get("name"), colour)
-            for stage, colour in zip(stages, colour_of, strict=True)
-        ),
+    shown = columns(stages)
+    of = colours(report)
+    head = [""] + [
+        tag("span", text(name), class_="dim") if is_step else swatch(name, of.get(name, "none"))
+        for name, _, is_step in shown
     ]
-    rows = [[label, *map(cell, stages)] for label, cell in _FIGURES]
-    return table(head, [*rows, ["shares of its time", *map(_spent, stages, colour_of)]], "Stages")
+    rows = []
+    for label, cell in _FIGURES:
+        # A step has no actors of its own, and no memory.
+        cells = [(cell(dict(record)), is_step) for _, record, is_step in shown]
+        rows.append([label, *("" if is_step and said == DASH else said for said, is_step in cells)])
+    spent = [
+        "" if is_step else _spent(dict(record), of.get(name, "none"))
+        for name, record, is_step in shown
+    ]
+    return table(head, [*rows, ["shares of its time", *spent]], "Stages")
 
 
 _EPOCHS: tuple[tuple[str, Callable[[dict], str]], ...] = (

@@ -1,7 +1,8 @@
 """Safe text and HTML from untrusted text, and figures as a person reads them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
+from typing import Any
 
 DASH = "\N{EN DASH}"
 ARROW = "\N{RIGHTWARDS ARROW}"
@@ -52,6 +53,20 @@ def number(value: object, unit: str = "", scale: float = 1.0) -> str:
     figure *= scale
     digits = 0 if abs(figure) >= 100 or figure == round(figure) else 1 if abs(figure) >= 10 else 2
     return (f"{figure:,.{digits}f}" if abs(figure) >= 0.1 or not figure else f"{figure:.2g}") + unit
+
+
+def columns(stages: Sequence[Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any], bool]]:
+    """The columns of a table of stages: name, record, and whether it is a step of the one before.
+
+    A stage of one step has no column for it.
+    """
+    found: list[tuple[str, Mapping[str, Any], bool]] = []
+    for stage in stages:
+        found.append((str(stage.get("name")), stage, False))
+        steps = stage.get("steps") or []
+        if len(steps) > 1:
+            found += [(f"of it {step.get('name')}", step, True) for step in steps]
+    return found
 
 
 def bytes_unit(largest: float) -> tuple[float, str]:

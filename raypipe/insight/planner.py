@@ -50,7 +50,8 @@ class StageCost:
 
     `core_wait_s` is part of `busy_s`; None: not known. `on_gpu`: each of its actors holds a GPU.
     `fixed`: its count cannot change, and it takes none of the room for actors, because it is the
-    caller's own loop (`states.CONSUME`).
+    caller's own loop (`states.CONSUME`). `holds`: bytes of memory that one of its actors may take.
+    `out_bytes`: bytes an image that it hands on; 0: few.
     """
 
     name: str
@@ -60,19 +61,23 @@ class StageCost:
     core_wait_s: float | None = None
     on_gpu: bool = False
     fixed: bool = False
+    holds: float = 0.0
+    out_bytes: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
     """What the stages run on.
 
-    `cores`: shared by all. `actors`: room for so many, those on GPUs not counted. `gpus`: None,
+    `cores`: shared by all. `actors`: room for so many, those on GPUs not counted. `memory`: bytes
+    that actors may take (`StageCost.holds`), those on GPUs not counted. `gpus`: None,
     those in use. `overhead_s`: CPU seconds of Ray itself, an image. `reached`: the share of the
     model's throughput that a run reaches.
     """
 
     cores: float
     actors: int = 0
+    memory: float = math.inf
     gpus: int | None = None
     overhead_s: float = 0.0
     reached: float = 1.0
@@ -146,6 +151,14 @@ def uncontended(stages: Sequence[StageCost], cores: float) -> list[StageCost]:
     ]
 
 
+def fits(stages: Sequence[StageCost], counts: Mapping[str, int], machine: Machine) -> bool:
+    """Whether the machine has room for so many actors: those that take CPUs and memory."""
+    on_cpu = [stage for stage in stages if not (stage.on_gpu or stage.fixed)]
+    actors = sum(counts[stage.name] for stage in on_cpu)
+    memory = sum(counts[stage.name] * stage.holds for stage in on_cpu)
+    return actors <= machine.actors and memory <= machine.memory
+
+
 def best(
     stages: Sequence[StageCost],
     machine: Machine,
@@ -181,11 +194,10 @@ def best(
             else -rate
         )
         found.append((took_s, dict(counts)))
-        on_cpu = sum(count for name, count in counts.items() if name not in on_gpu | alone)
-        full = (
+        full = bool(slowest) and (
             counts[slowest] >= (machine.gpus or 0)
             if slowest in on_gpu
-            else on_cpu >= machine.actors
+            else not fits(stages, counts | {slowest: counts[slowest] + 1}, machine)
         )
         if math.isinf(rate) or rate >= ENOUGH * at_most or slowest in kept or full:
             return min(found, key=lambda pair: pair[0])[1]
@@ -207,12 +219,7 @@ def better(
     if not now or then < WORTH * now:
         return None
     most = {stage.name: max(counts[stage.name], stage.actors) for stage in free}
-    return (
-        most
-        if sum(most[stage.name] for stage in free if not (stage.on_gpu or stage.fixed))
-        <= machine.actors
-        else counts
-    )
+    return most if fits(free, most, machine) else counts
 
 
 @dataclass(frozen=True, kw_only=True)

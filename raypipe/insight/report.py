@@ -4,8 +4,15 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from raypipe.insight import planner, states
-from raypipe.insight.states import CONSUME, Consumed, Sample, Shares, Snapshot, Verdict
+from raypipe.insight import forms, planner, states
+from raypipe.insight.states import (
+    CONSUME,
+    Consumed,
+    Sample,
+    Shares,
+    Snapshot,
+    Verdict,
+)
 from raypipe.insight.verdict import Measured, judge
 
 
@@ -112,6 +119,9 @@ def _stage(name: str, run: _Run) -> dict[str, Any]:
     first = min((sample.at for sample in snapshot.first if sample.stage == name), default=0.0)
     last = max((actor.at for actor in actors), default=0.0)
     pool = snapshot.pools.get(name, states.PoolView())
+    divided = states.shares(
+        busy_s=busy_s, starved_s=pool.starved_s, actor_s=pool.actor_s, last=name == run.last
+    )
     return {
         "name": name,
         "on_gpu": name in run.on_gpu,
@@ -127,7 +137,8 @@ def _stage(name: str, run: _Run) -> dict[str, Any]:
         "gpu_memory_peak_bytes": max(gpu_memory, default=None),
         "bytes_in": sum(actor.bytes_in for actor in actors),
         "bytes_out": sum(actor.bytes_out for actor in actors),
-        **_shares(pool, busy_s, last=name == run.last),
+        **_divided(divided),
+        "steps": states.step_records(actors, images, divided),
     }
 
 
@@ -135,14 +146,16 @@ def _counts(pool: states.PoolView) -> dict[str, int]:
     return {"start": pool.start, "min": pool.min, "max": pool.max, "end": pool.end}
 
 
-def _shares(pool: states.PoolView, busy_s: float, *, last: bool) -> dict[str, float | None]:
-    found = states.shares(busy_s=busy_s, starved_s=pool.starved_s, actor_s=pool.actor_s, last=last)
+def _divided(found: Shares | None) -> dict[str, float | None]:
     return dict.fromkeys(states.STATES) if found is None else asdict(found)
 
 
 def _consumer(consumer: Consumed, cores: float) -> dict[str, Any]:
     """The record of what takes the last blocks. Its memory is the driver's and is not known."""
     pool = consumer.pool()
+    divided = states.shares(
+        busy_s=consumer.busy_s, starved_s=pool.starved_s, actor_s=pool.actor_s, last=True
+    )
     unknown = (
         "core_wait_s_per_image",
         "rss_peak_bytes",
@@ -162,7 +175,8 @@ def _consumer(consumer: Consumed, cores: float) -> dict[str, Any]:
         "busy_s_per_image": _ratio(consumer.busy_s, consumer.images),
         "cpu_percent": _ratio(100 * consumer.cpu_s, pool.actor_s * cores),
         **dict.fromkeys(unknown),
-        **_shares(pool, consumer.busy_s, last=True),
+        **_divided(divided),
+        "steps": [],
     }
 
 
@@ -290,11 +304,15 @@ def build(
         The record that design.md calls report.json. Of each stage, `cpu_percent` is 0 to 100 of all
         cores, from its first actor's start to its last work; `rss_peak_bytes` and
         `private_peak_bytes` are the largest sums over its actors, the second without shared pages;
-        `busy`, `starved` and `blocked` are shares of its actors' time. `object_store_peak_bytes` is
-        the shared memory of the nodes, counted once. `work_s` counts from when the last of the
-        initial actors was ready to the last output; `work_cpu_percent` is the machine meanwhile.
+        `busy`, `starved` and `blocked` are shares of its actors' time. `steps` are what its actors
+        do in a row (none of a training's workers and of `consume`); the `busy` of steps sum to the
+        stage's, and what Ray does between calls is in the stage's CPU only.
+        `object_store_peak_bytes` is the shared memory of the nodes, counted once. `work_s` counts
+        from when the last of the initial actors was ready to the last output; `work_cpu_percent` is
+        the machine meanwhile.
         `fixed_s` is what a run of this shape spends before its first image and after its last.
-        `stages_cpu_percent` and `other_cpu_percent` divide `cpu_percent`.
+        `stages_cpu_percent` and `other_cpu_percent` divide `cpu_percent`. `writing` is which form
+        of writing ran, and what the other would have given (`forms.told`).
     """
     cores = hardware["cores"]
     images_per_s = _ratio(counts.done_now, clock.wall_s)
@@ -329,7 +347,7 @@ def build(
             resized=any(pool.min != pool.max for pool in snapshot.pools.values()),
         ),
     )
-    return {
+    record = {
         "run_id": run_id,
         "settings": settings,
         "versions": versions,
@@ -361,6 +379,7 @@ def build(
         "scale_events": [event.json() for event in snapshot.scale_events],
         "timeline": [asdict(moment) for moment in snapshot.timeline],
     }
+    return record | {"writing": forms.told(record, steady or images_per_s or 0.0)}
 
 
 def unmeasured(
@@ -383,6 +402,7 @@ def unmeasured(
         "fixed_s",
         "overhead_cpu_s_per_image",
         "predicted",
+        "writing",
     )
     return {
         "run_id": run_id,

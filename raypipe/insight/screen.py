@@ -222,7 +222,8 @@ def _stages(record: LiveRun, looking: Looking, width: int) -> Table:
         expand=True,
     )
     table.add_column("", width=1)
-    table.add_column("stage", no_wrap=True, overflow="ellipsis", min_width=10, max_width=14)
+    name_width = max([14, *(len(stage.name) for stage in stages if len(stage.steps) > 1)])
+    table.add_column("stage", no_wrap=True, overflow="ellipsis", min_width=10, max_width=name_width)
     widths = (
         {"actors": 7, "images/s": 8, "CPU": 4, "memory": 7}
         | ({"GPU": 4} if gpu else {})
@@ -232,7 +233,7 @@ def _stages(record: LiveRun, looking: Looking, width: int) -> Table:
         table.add_column(name, justify="right", no_wrap=True, min_width=least)
     for name in [name for name, _, _ in GLYPHS] if width >= WIDE else []:
         table.add_column(name, justify="right", no_wrap=True)
-    used = 1 + 14 + sum(widths.values()) + (4 + 7 + 7 if width >= WIDE else 0)
+    used = 1 + name_width + sum(widths.values()) + (4 + 7 + 7 if width >= WIDE else 0)
     room = width - used - 2 * len(table.columns)
     table.add_column("what its actors do", no_wrap=True, ratio=1)
     for index, stage in enumerate(stages):
@@ -247,6 +248,15 @@ def _stages(record: LiveRun, looking: Looking, width: int) -> Table:
             ),
         ]
         table.add_row(*cells)
+        for step in stage.steps if len(stage.steps) > 1 else ():
+            # Only the stage has actors, images/s, memory and a queue.
+            after = [""] * (len(widths) - 3) + ([share(step.busy), "", ""] if width >= WIDE else [])
+            table.add_row(
+                *map(Text, ["", f"  {printable(step.name)}", "", ""]),
+                *map(Text, [_percent(step.cpu_percent), *after]),
+                bar([(step.busy, *GLYPHS[0][1:])], max(room, 8)),
+                style="dim",
+            )
     return table
 
 
@@ -348,6 +358,9 @@ def line(record: LiveRun) -> str:
     ]
     for stage in record.stages:
         states = ", ".join(f"{state} {share(getattr(stage, state))}" for state, _, _ in GLYPHS)
+        if len(stage.steps) > 1:
+            parts = (f"{printable(step.name)} {share(step.busy)}" for step in stage.steps)
+            states += f" (busy with {', '.join(parts)})"
         said.append(
             f"{printable(stage.name)}: actors {_actors(stage, record.images)}, "
             f"{number(stage.images_per_s)} images/s, CPU {_percent(stage.cpu_percent)}, "

@@ -6,7 +6,7 @@ watch). Only `shares` divides time into busy, starved and blocked. The table of 
 timeline and the live view all call it, so they agree.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,6 +19,32 @@ CONSUME = "consume"
 
 SAMPLE_EVERY_S = 1.0
 """How often an actor sends its totals within a long call."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepTotals:
+    """Running totals of one step that actors do. What Ray does between calls is in none."""
+
+    name: str
+    busy_s: float = 0.0
+    core_wait_s: float | None = 0.0  # part of busy_s; None: not known
+    cpu_s: float = 0.0
+    bytes_in: int = 0
+    bytes_out: int = 0
+
+    def plus(self, other: "StepTotals", times: int = 1) -> "StepTotals":
+        """These and `times` the other's."""
+        known = self.core_wait_s is not None and other.core_wait_s is not None
+        return StepTotals(
+            name=self.name,
+            busy_s=self.busy_s + times * other.busy_s,
+            core_wait_s=(self.core_wait_s or 0) + times * (other.core_wait_s or 0)
+            if known
+            else None,
+            cpu_s=self.cpu_s + times * other.cpu_s,
+            bytes_in=self.bytes_in + times * other.bytes_in,
+            bytes_out=self.bytes_out + times * other.bytes_out,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +73,16 @@ class Sample:
     gpu_memory_peak_bytes: int | None = None
     private_bytes: int | None = None  # RSS less shared pages; None: the system does not tell
     node_store_bytes: int | None = None  # shared memory in use on the node
+    steps: tuple[StepTotals, ...] = ()  # in order; empty: the actor does no steps
+
+
+def steps_of(samples: Iterable[Sample]) -> tuple[StepTotals, ...]:
+    """The totals of each step, over all actors."""
+    found: dict[str, StepTotals] = {}
+    for sample in samples:
+        for step in sample.steps:
+            found[step.name] = found.get(step.name, StepTotals(name=step.name)).plus(step)
+    return tuple(found.values())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,6 +153,43 @@ def shares(*, busy_s: float, starved_s: float, actor_s: float, last: bool) -> Sh
     busy = max(busy_s, 0.0) / total
     starved = 1 - busy if last else min(max(starved_s, 0.0) / total, 1 - busy)
     return Shares(busy=busy, starved=starved, blocked=max(1 - busy - starved, 0.0))
+
+
+def busy_shares(divided: Shares | None, steps: Sequence[StepTotals]) -> dict[str, float | None]:
+    """The part of the actors' time that each step was busy; their sum is `busy` of the stage.
+
+    What Ray does between calls counts for the steps in proportion.
+    """
+    total = sum(step.busy_s for step in steps)
+    known = divided is not None and total > 0
+    return {
+        step.name: divided.busy * step.busy_s / total if divided is not None and known else None
+        for step in steps
+    }
+
+
+def step_records(
+    samples: Collection[Sample], images: int, divided: Shares | None
+) -> list[dict[str, Any]]:
+    """What the steps of a stage cost, as the report has them. `divided`: its actors' time."""
+    steps = steps_of(samples)
+    busy = busy_shares(divided, steps)
+
+    def each(seconds: float | None) -> float | None:
+        return None if seconds is None or not images else seconds / images
+
+    return [
+        {
+            "name": step.name,
+            "cpu_s_per_image": each(step.cpu_s),
+            "busy_s_per_image": each(step.busy_s),
+            "core_wait_s_per_image": each(step.core_wait_s),
+            "bytes_in": step.bytes_in,
+            "bytes_out": step.bytes_out,
+            "busy": busy[step.name],
+        }
+        for step in steps
+    ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -202,6 +275,15 @@ class Verdict:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LiveStep:
+    """One of several steps of a stage. `busy`: its part of the stage's."""
+
+    name: str
+    cpu_percent: float | None = None  # of all cores
+    busy: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class LiveStage:
     """A stage of a run that goes on. Rates and shares are of the last seconds; None: not known."""
 
@@ -220,6 +302,7 @@ class LiveStage:
     busy: float | None = None
     starved: float | None = None
     blocked: float | None = None
+    steps: tuple[LiveStep, ...] = ()  # of the last seconds; empty: not known
 
 
 @dataclass(frozen=True, kw_only=True)

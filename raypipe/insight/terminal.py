@@ -9,8 +9,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from raypipe.insight import planner
-from raypipe.insight.markup import machine_use
+from raypipe.insight import forms, planner
+from raypipe.insight.markup import columns, machine_use
 
 Record = Mapping[str, Any]
 """A report, or a stage of it, as JSON types."""
@@ -31,19 +31,20 @@ def _memory(stage: Record) -> str:
     return _number(stage["rss_peak_bytes"] if private is None else private, ".0f", 1e-6)
 
 
-_ROWS: tuple[tuple[str, Callable[[Record], str]], ...] = (
-    ("actors", _actors),
-    ("images", lambda s: str(s["images"])),
-    ("CPU ms an image", lambda s: _number(s["cpu_s_per_image"], ".2f", 1000)),
-    ("busy ms an image", lambda s: _number(s["busy_s_per_image"], ".2f", 1000)),
-    ("CPU, % of all cores", lambda s: _number(s["cpu_percent"], ".0f")),
-    ("memory, MB at most", _memory),
-    ("MB in", lambda s: _number(s["bytes_in"], ".1f", 1e-6)),
-    ("MB out", lambda s: _number(s["bytes_out"], ".1f", 1e-6)),
-    ("busy", lambda s: _number(s["busy"], ".0%")),
-    ("starved (no input)", lambda s: _number(s["starved"], ".0%")),
-    ("blocked (output full)", lambda s: _number(s["blocked"], ".0%")),
+_ROWS: tuple[tuple[str, str, Callable[[Record], str]], ...] = (
+    ("actors", "actors", _actors),
+    ("images", "images", lambda s: str(s["images"])),
+    ("CPU ms an image", "cpu_s_per_image", lambda s: _number(s["cpu_s_per_image"], ".2f", 1000)),
+    ("busy ms an image", "busy_s_per_image", lambda s: _number(s["busy_s_per_image"], ".2f", 1000)),
+    ("CPU, % of all cores", "cpu_percent", lambda s: _number(s["cpu_percent"], ".0f")),
+    ("memory, MB at most", "rss_peak_bytes", _memory),
+    ("MB in", "bytes_in", lambda s: _number(s["bytes_in"], ".1f", 1e-6)),
+    ("MB out", "bytes_out", lambda s: _number(s["bytes_out"], ".1f", 1e-6)),
+    ("busy", "busy", lambda s: _number(s["busy"], ".0%")),
+    ("starved (no input)", "starved", lambda s: _number(s["starved"], ".0%")),
+    ("blocked (output full)", "blocked", lambda s: _number(s["blocked"], ".0%")),
 )
+"""Of each row its label, the key that a stage (and perhaps a step) has for it, and the cell."""
 
 
 def outlook(report: Record, *, cpus: int | None = None, gpus: int | None = None) -> Group:
@@ -90,12 +91,15 @@ def outlook(report: Record, *, cpus: int | None = None, gpus: int | None = None)
         f"{cost.name} {1000 * cost.busy_s:.2f} busy, {1000 * cost.cpu_s:.2f} CPU" for cost in costs
     )
     cost_line = f"ms an image: {millis}; Ray itself {1000 * here.overhead_s:.2f} CPU"
-    return Group(Text(cost_line), table, gains)
+    instead = forms.best_instead(report, there)
+    return Group(Text(cost_line), table, *([Text(instead)] if instead else []), gains)
 
 
 def notes(report: Record) -> list[str]:
-    """What a person should know of the images and boxes beside their numbers, a sentence each."""
+    """What a person should know of the run beside its numbers, a sentence each."""
     lines = []
+    if form := forms.said(report.get("writing")):
+        lines.append(form)
     if kept := report.get("images_damaged_kept"):
         lines.append(f"{kept} of those out are damaged, and were kept (--damaged keep)")
     if skipped := report.get("skipped"):
@@ -120,10 +124,13 @@ def notes(report: Record) -> list[str]:
 def terminal(report: Record) -> Group:
     """The report at the end of a run: fits a terminal of 80 columns."""
     table = Table("", header_style="bold", box=box.SIMPLE_HEAD)
-    for stage in report["stages"]:
-        table.add_column(stage["name"], justify="right")
-    for label, cell in _ROWS:
-        table.add_row(label, *(cell(stage) for stage in report["stages"]))
+    shown = columns(report["stages"])
+    for name, _, is_step in shown:
+        table.add_column(name, justify="right", style="dim" if is_step else "")
+    for label, key, cell in _ROWS:
+        # A step has no actors of its own, and no memory.
+        cells = ("" if is_step and key not in of else cell(of) for _, of, is_step in shown)
+        table.add_row(label, *cells)
     verdict_text = Text("verdict: ", style="bold") + Text(
         report["verdict"]["reason"], style="not bold"
     )

@@ -31,7 +31,7 @@ from raypipe.run.causes import Untouched
 from raypipe.run.cluster import internals
 from raypipe.run.cluster.machine import Session, hardware, versions
 from raypipe.run.cluster.session import check_shared, ray_session
-from raypipe.run.cluster.sizing import on_gpus, seated, size_pools
+from raypipe.run.cluster.sizing import bound, chosen, on_gpus, seated, size_pools, stage_costs
 from raypipe.run.console import say
 from raypipe.run.live.collector import Facts, collecting
 from raypipe.run.live.registry import registered
@@ -240,12 +240,11 @@ class Execution:
         """Images/s by the planner, from the timing beforehand; None if a stage was not timed."""
         if self.setup.workers is not None or self.costs is None:
             return None
-        if self.counts.keys() != {cost.name for cost in self.costs}:
-            return None
-        if any(stage.gpu for stage in self.stages):
+        costs = stage_costs(self.stages, self.costs)
+        if len(costs) < len(self.stages) or any(stage.gpu for stage in self.stages):
             return None
         machine = planner.Machine(cores=self.session.cores)
-        return planner.bound(planner.with_actors(self.costs, self.counts), machine)[0]
+        return planner.bound(planner.with_actors(costs, self.counts), machine)[0]
 
 
 @contextmanager
@@ -269,7 +268,8 @@ def executing(setup: Setup, *, console: Console, touch: Callable[[], None]) -> I
             setup.workers.count, "workers", must=setup.workers.must, session=session
         )
         costs = probes.finish(timing) if timing else None
-        first, *others = setup.stages
+        pipeline = chosen(setup.stages, costs, session, images=setup.images)
+        first, *others = pipeline
         stages = (first, *(seated(stage, session) for stage in others))
         counts = size_pools(stages, costs, session, images=setup.images)
         # Before the claim: it refuses a run id that is in progress, and changes nothing.
@@ -351,7 +351,10 @@ def _facts(setup: Setup, session: Session, stages: Sequence[Stage], workers_on_g
         images=setup.images,
         cores=session.cores,
         at_most=session.at_most + (workers.cpus if workers else 0),
-        auto=setup.auto,
+        # What a fused stage does later has no count of its own.
+        auto=tuple(s.name for s in stages if {s.name, s.steps[0].name} & set(setup.auto)),
+        memory=session.memory,
+        holds={stage.name: bound(stage) for stage in stages},
         on_gpu=tuple(on_gpu),
         gpus=session.gpus,
         unscalable=_unscalable(),

@@ -21,6 +21,7 @@ from raypipe.data.reader import Reading
 from raypipe.data.work import requeued
 from raypipe.errors import UsageError
 from raypipe.images.header import NO_ROOM
+from raypipe.images.recipe import Recipe
 from raypipe.insight import report as reports
 from raypipe.run import probe as probes
 from raypipe.run.cluster.machine import versions
@@ -50,7 +51,7 @@ from raypipe.run.settings import Running
 from raypipe.run.todo import Todo, among
 from raypipe.stages.planning import Preprocessing
 from raypipe.stages.preprocess import Preprocess
-from raypipe.stages.stage import Stage, auto_of
+from raypipe.stages.stage import Stage, auto_of, forms
 
 SHORT = 32
 """Images of a shard below which an actor holds four blocks instead of two.
@@ -60,12 +61,20 @@ blocks, an actor has no work in between. With 12 images a shard, 1 and 2 actors 
 images/s with two blocks, 208 and 337 with four."""
 
 
+def shard_pixels(work: pa.Table, recipe: Recipe) -> int:
+    """Bytes of the pixels of the largest shard of `work` (schema WORK); 0: sizes differ."""
+    height, width = recipe.fixed_size or (0, 0)
+    return _largest(work) * height * width * 3
+
+
+def _largest(work: pa.Table) -> int:
+    return int(pc.max(work.column("shard").value_counts().field("counts")).as_py() or 0)
+
+
 def preprocess_stage(
     work: pa.Table, pixels: Preprocessing, running: Running, reading: Reading, *, run_id: str
 ) -> Stage:
     """Make the stage that turns shards of `work` (schema WORK) into blocks of pixels."""
-    largest = int(pc.max(work.column("shard").value_counts().field("counts")).as_py() or 0)
-    height, width = pixels.done_here.fixed_size or (0, 0)
     return Stage(
         steps=(
             Preprocess(
@@ -73,20 +82,21 @@ def preprocess_stage(
                 tracks=tracks_folder(run_id),
                 reading=reading,
                 wait_ms=running.read_ms,
-                bytes_out=largest * height * width * 3,
+                bytes_out=shard_pixels(work, pixels.done_here),
             ),
         ),
         actors=running.actors,
         noun="preprocess actors",
         option="actors",
         doing="preprocessing",
-        in_flight=4 if largest < SHORT else 2,
+        in_flight=4 if _largest(work) < SHORT else 2,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """What a run does: images are preprocessed, then go through the stage `then`, if there is one.
+    Where that `joins` the first, the preprocess actors may do its steps.
 
     given: all settings by their flat names, for the report.
     conclude: called when all shards are done, with all images that were delivered. Its result is
@@ -107,11 +117,11 @@ class Job:
         return self.todo.claim.root if self.todo.claim is not None else None
 
     def stages(self, run_id: str) -> tuple[Stage, ...]:
-        """The pipeline."""
+        """The pipeline; where the planner may fuse its stages, with both of them (`forms`)."""
         first = preprocess_stage(
             self.todo.left, self.pixels, self.running, self.reading, run_id=run_id
         )
-        return (first,) if self.then is None else (first, self.then)
+        return (first,) if self.then is None else forms((first, self.then))[-1]
 
     def setup(self, run_id: str, *, started: float, tell: Callable[[str], None]) -> Setup:
         """Describe the job to an execution. `tell`: prints a line for the user."""

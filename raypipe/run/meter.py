@@ -14,7 +14,7 @@ import psutil
 import ray
 
 from raypipe.data.reader import core_wait_s
-from raypipe.insight.states import SAMPLE_EVERY_S, Sample
+from raypipe.insight.states import SAMPLE_EVERY_S, Sample, StepTotals
 from raypipe.stages.stage import Gpu, GpuUse
 
 SHARED_MEMORY = "/dev/shm"
@@ -27,6 +27,7 @@ class Meter:
     - Busy: the wall time inside calls, and the CPU time between them, in which Ray copies the block
       into the object store.
     - CPU and memory: of the whole process, threads included, from psutil. Peaks are over samples.
+    - Steps: wall and CPU time inside each, so what Ray does between calls is in none.
     - Private memory: resident memory less shared pages. Otherwise the object store would count once
       per actor.
     - Waiting for a core: of the thread that makes the calls, from /proc/self/task/*/schedstat
@@ -59,6 +60,7 @@ class Meter:
         self._busy = 0.0
         self._core_wait: float | None = 0.0
         self._core_wait_before = core_wait_s(self._thread)
+        self._steps: dict[str, StepTotals] = {}
         self._entered: float | None = None
         self._left = time.perf_counter()
         self._cpu_left = time.process_time()
@@ -110,6 +112,28 @@ class Meter:
                 self._send()
 
     @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Count the block as one step of a call."""
+        thread = threading.get_native_id()
+        begun, cpu_s, waited = time.perf_counter(), time.process_time(), core_wait_s(thread)
+        try:
+            yield
+        finally:
+            in_all = core_wait_s(thread)
+            spent = StepTotals(
+                name=name,
+                busy_s=time.perf_counter() - begun,
+                core_wait_s=None if in_all is None or waited is None else in_all - waited,
+                cpu_s=time.process_time() - cpu_s,
+            )
+            self._add(spent)
+
+    def _add(self, spent: StepTotals) -> None:
+        with self._lock:
+            before = self._steps.get(spent.name, StepTotals(name=spent.name))
+            self._steps[spent.name] = before.plus(spent)
+
+    @contextmanager
     def wait(self) -> Iterator[None]:
         """Count the block as waiting for input."""
         self._waits_since = time.perf_counter()
@@ -136,7 +160,10 @@ class Meter:
         )
         return now - self._began - starved, 0.0, waited, starved
 
-    def count(self, *, images: int, bytes_in: int, bytes_out: int) -> None:
+    def count(self, *, images: int, bytes_in: int, bytes_out: int, step: str | None = None) -> None:
+        if step is not None:
+            self._add(StepTotals(name=step, bytes_in=bytes_in, bytes_out=bytes_out))
+            return
         with self._lock:
             self._images += images
             self._bytes_in += bytes_in
@@ -175,6 +202,7 @@ class Meter:
                 gpu_memory_peak_bytes=gpu.memory_peak_bytes,
                 private_bytes=None if shared is None else rss - shared,
                 node_store_bytes=store_bytes(),
+                steps=tuple(self._steps.values()),
             )
 
     def _send(self) -> None:

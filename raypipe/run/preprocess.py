@@ -28,7 +28,7 @@ from raypipe.images.header import Reject
 from raypipe.images.recipe import Finish, Recipe
 from raypipe.run import result
 from raypipe.run.background import Run
-from raypipe.run.job import Job, carry_out
+from raypipe.run.job import Job, carry_out, shard_pixels
 from raypipe.run.live.control import Control
 from raypipe.run.result import Outcome
 from raypipe.run.settings import (
@@ -114,13 +114,14 @@ class Writing:
     """Folder or URI for results; with several nodes, one that all of them see. Without it nothing
     is written."""
     writers: Count = "auto"
-    """Writer actors; auto: as for --actors."""
+    """Writer actors; 0: preprocess actors write what they made; auto: what the planner finds
+    best, of both."""
     store_ms: float = 0.0
     """Milliseconds to add to the writing of each image, as for a slow store."""
 
     def check(self) -> None:
         """Raise UsageError for a value that no run can use."""
-        check_counts({"writers": self.writers})
+        check_counts({"writers": self.writers}, least=0)
         check_wait("store-ms", self.store_ms)
 
 
@@ -171,7 +172,7 @@ def preprocessing(settings: Settings) -> Job:
         UsageError: the settings, the input or the output cannot be used.
     """
     todo = plan(settings)
-    then = writing(settings, todo.recipe)
+    then = writing(settings, todo.recipe, shard_pixels=shard_pixels(todo.left, todo.recipe))
 
     def conclude(written: list[journal.Written]) -> dict[str, Any]:
         annotations, output = settings.source.annotations, settings.writing.output
@@ -243,8 +244,12 @@ def plan(settings: Settings) -> Todo:
     )
 
 
-def writing(settings: Settings, recipe: Recipe) -> Stage | None:
-    """The stage that writes the preprocessed images; None: nothing is written."""
+def writing(settings: Settings, recipe: Recipe, *, shard_pixels: int = 0) -> Stage | None:
+    """The stage that writes the preprocessed images; None: nothing is written.
+
+    Args:
+        shard_pixels: bytes of the pixels of the largest shard, as far as known.
+    """
     if settings.writing.output is None:
         return None
     stored, backend = settings.stored, settings.decoding.backend
@@ -259,6 +264,7 @@ def writing(settings: Settings, recipe: Recipe) -> Stage | None:
         backend=backend,
         finish=stored.finish(recipe),
         wait_ms=settings.writing.store_ms,
+        shard_pixels=shard_pixels,
     )
     return Stage(
         steps=(step,),
@@ -269,6 +275,7 @@ def writing(settings: Settings, recipe: Recipe) -> Stage | None:
         share=0.25,
         # Ray Data hands out tasks ten times a second. With two short ones a writer is mostly idle.
         in_flight=4,
+        joins=True,
     )
 
 

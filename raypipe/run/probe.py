@@ -177,7 +177,7 @@ def time_stages(probe: Probe) -> list[StageCost]:
     for store in then.values():
         store(block)
     spent = dict.fromkeys(waits_s, (0.0, 0.0))
-    images = 0
+    images = made_bytes = 0
     begun = time.perf_counter()
     size = max(1, min(8, probe.rows.num_rows // 4))
     for at in range(0, probe.rows.num_rows, size):
@@ -189,13 +189,20 @@ def time_stages(probe: Probe) -> list[StageCost]:
             times = _now()
             store(block)
             spent[name] = _add(spent[name], times)
+        made_bytes += block.nbytes
         images += rows.num_rows - block.column("image").null_count
         if time.perf_counter() - begun > ENOUGH_S:
             break
     if not images:
         return []
     costs = [
-        StageCost(name=name, actors=1, busy_s=busy_s / images + waits_s[name], cpu_s=cpu_s / images)
+        StageCost(
+            name=name,
+            actors=1,
+            busy_s=busy_s / images + waits_s[name],
+            cpu_s=cpu_s / images,
+            out_bytes=made_bytes / images if name == first.name else 0.0,
+        )
         for name, (busy_s, cpu_s) in spent.items()
     ]
     if then and probe.stored:
@@ -249,7 +256,7 @@ def main(stdin: BinaryIO) -> None:
     finally:
         if probe.then is not None:
             _tidy(probe)
-    names = ("name", "actors", "busy_s", "cpu_s")
+    names = ("name", "actors", "busy_s", "cpu_s", "out_bytes")
     print(json.dumps([{name: getattr(cost, name) for name in names} for cost in costs]))
 
 

@@ -206,11 +206,11 @@ class Device:
 # --- checks that groups share ----------------------------------------------------------------
 
 
-def check_counts(counts: Mapping[str, Count | None]) -> None:
-    """Raise UsageError for a number below 1. Keys are flags."""
+def check_counts(counts: Mapping[str, Count | None], *, least: int = 1) -> None:
+    """Raise UsageError for a number below `least`. Keys are flags."""
     for name, value in counts.items():
-        if isinstance(value, int) and value < 1:
-            raise UsageError(f"--{name} is {value}; it must be at least 1.")
+        if isinstance(value, int) and value < least:
+            raise UsageError(f"--{name} is {value}; it must be at least {least}.")
 
 
 def check_wait(name: str, wait_ms: float) -> None:

@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from raypipe.data.lease import is_alive
 from raypipe.images.header import Reject
-from raypipe.stages.stage import Done, Meter, Stage, Step
+from raypipe.stages.stage import Meter, Stage, Step
 
 ACTOR_BYTES = {"opencv": 250 * 10**6, "torchvision": 600 * 10**6}
 """Memory of an actor that has no image yet, by backend (measured: resident, libraries included)."""
@@ -36,19 +36,28 @@ class Actor:
 
     def __init__(self, *, steps: Sequence[Step], threads: int, gpu: bool, meter: Meter):
         keep_freed_memory()
-        self._doing = [step.begin(threads=threads, gpu=gpu) for step in steps]
+        self._doing = {step.name: step.begin(threads=threads, gpu=gpu) for step in steps}
         self._meter = meter
-        meter.start(next((doing.gpu for doing in self._doing if doing.gpu is not None), None))
+        doing = self._doing.values()
+        meter.start(next((one.gpu for one in doing if one.gpu is not None), None))
 
     def __call__(self, block: pa.Table) -> pa.Table:
+        images = bytes_in = bytes_out = 0
         with self._meter.call():
-            done: list[Done] = []
-            for doing in self._doing:
-                done.append(doing(done[-1].block if done else block))
-            self._meter.count(
-                images=done[0].images, bytes_in=done[0].bytes_in, bytes_out=done[-1].bytes_out
-            )
-            return done[-1].block
+            for name, doing in self._doing.items():
+                with self._meter.step(name):
+                    done = doing(block)
+                self._meter.count(
+                    images=done.images,
+                    bytes_in=done.bytes_in,
+                    bytes_out=done.bytes_out,
+                    step=name,
+                )
+                # Not kept: the next shard's pixels go where those of `block` are.
+                block, bytes_out = done.block, done.bytes_out
+                images, bytes_in = images or done.images, bytes_in or done.bytes_in
+            self._meter.count(images=images, bytes_in=bytes_in, bytes_out=bytes_out)
+            return block
 
 
 def actor_class(stage: Stage) -> type[Actor]:

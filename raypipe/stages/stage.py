@@ -7,7 +7,7 @@ or more steps in a row. A pipeline is a tuple of stages.
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import pyarrow as pa
@@ -50,11 +50,14 @@ class Meter(Protocol):
     def call(self) -> AbstractContextManager[None]:
         """Time the work on one shard, or one step of an actor that fetches its own input."""
 
+    def step(self, name: str) -> AbstractContextManager[None]:
+        """Time one step of a call."""
+
     def wait(self) -> AbstractContextManager[None]:
         """Time the waiting of an actor that fetches its own input."""
 
-    def count(self, *, images: int, bytes_in: int, bytes_out: int) -> None:
-        """Add what the call did: rows accounted for, bytes in and out."""
+    def count(self, *, images: int, bytes_in: int, bytes_out: int, step: str | None = None) -> None:
+        """Add what the call did, or one of its steps: rows accounted for, bytes in and out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +94,11 @@ class Step(Protocol):
 
     @property
     def memory(self) -> int:
-        """Bytes that its images may take in an actor, where that is bounded; else 0."""
+        """Bytes that its images may take in an actor, beside those of other steps; 0: few."""
+
+    @property
+    def wait_ms(self) -> float:
+        """Milliseconds to add to each image."""
 
     def begin(self, *, threads: int, gpu: bool) -> Doing:
         """Load what the step needs, in the process that will do it.
@@ -112,6 +119,8 @@ class Stage:
     in_flight: blocks that an actor holds, the one at work included.
     share: actors per core, where the costs are unknown.
     gpu: whether each actor holds a GPU; None: if there are enough.
+    joins: whether the actors of the stage before may do its steps: 0 actors ask for that, and
+        auto may choose it.
     """
 
     steps: tuple[Step, ...]
@@ -122,6 +131,7 @@ class Stage:
     in_flight: int
     share: float = 1.0
     gpu: bool | None = False
+    joins: bool = False
 
     @property
     def name(self) -> str:
@@ -136,7 +146,25 @@ class Stage:
     @property
     def memory(self) -> int:
         """Bytes that images may take in one of its actors."""
-        return max(step.memory for step in self.steps)
+        return sum(step.memory for step in self.steps)
+
+
+def fused(stages: Sequence[Stage]) -> tuple[Stage, ...]:
+    """The pipeline in which the actors of the last stage but one do the steps of the last too."""
+    *before, first, last = stages
+    doing = f"{first.doing} and {last.doing}"
+    return (*before, replace(first, steps=first.steps + last.steps, doing=doing))
+
+
+def forms(stages: Sequence[Stage]) -> tuple[tuple[Stage, ...], ...]:
+    """The pipelines that may do the steps of `stages`: one, or fused and separate."""
+    separate = tuple(stages)
+    if not separate[-1].joins or len(separate) < 2:
+        return (separate,)
+    actors = separate[-1].actors
+    if actors == 0:
+        return (fused(separate),)
+    return (fused(separate), separate) if actors == "auto" else (separate,)
 
 
 def auto_of(stages: Sequence[Stage]) -> tuple[str, ...]:

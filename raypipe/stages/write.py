@@ -64,6 +64,10 @@ def write_block(block: pa.Table, sink: Sink, *, backend: str, finish: Finish | N
     )
 
 
+FILE_COPIES = {"webdataset": 1, "parquet": 2}
+"""Bytes that the file of a shard takes in memory while it is made, as multiples of its pixels. A
+buffer of raw pixels doubles as it grows."""
+
 JPEG_SIDE = 65_500
 """Largest side, in pixels, of an image that libjpeg encodes (JPEG_MAX_DIMENSION)."""
 
@@ -160,15 +164,21 @@ class Write:
     What is left of the block is its counts (schema DONE).
     finish: as for `write_block`.
     wait_ms: milliseconds to add to each image.
+    shard_pixels: bytes of the pixels of the largest shard, as far as known.
     """
 
     sink: Sink
     backend: str
     finish: Finish | None = None
     wait_ms: float = 0.0
+    shard_pixels: int = 0
 
     name = "write"
-    memory = 0
+
+    @property
+    def memory(self) -> int:
+        """A tar or a Parquet file of a shard is made in memory, beside the shard's pixels."""
+        return FILE_COPIES.get(self.sink.format, 0) * self.shard_pixels
 
     @property
     def libraries(self) -> str:

@@ -1,5 +1,6 @@
 """The machine: versions, cores, processors, and the Ray that a run uses."""
 
+import math
 import os
 import platform
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ class Session:
     """The Ray that a run uses.
 
     at_most: actors of all stages together that have memory, and on a cluster a CPU each.
+    memory: bytes that they may take together, if each takes all that it may; inf on a cluster.
     cpus_each: logical CPUs of each actor.
     cores: physical cores on this machine, or logical CPUs of a cluster.
     address: HOST:PORT, to join it.
@@ -30,6 +32,7 @@ class Session:
     dashboard: str | None
     address: str
     gpus: int = 0
+    memory: float = math.inf
 
 
 def beside_driver() -> dict[str, Any]:

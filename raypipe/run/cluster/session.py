@@ -1,5 +1,6 @@
 """Ray around a run: a cluster that is joined, or one that is started and ended with the run."""
 
+import math
 import os
 import signal
 import socket
@@ -19,7 +20,7 @@ from raypipe.errors import UsageError
 from raypipe.run.causes import raised_in_logs
 from raypipe.run.cluster import internals
 from raypipe.run.cluster.machine import Session, cores_here
-from raypipe.run.cluster.sizing import room_here, room_there
+from raypipe.run.cluster.sizing import bounded, room_here, room_there
 from raypipe.stages.stage import Stage
 
 if TYPE_CHECKING:
@@ -279,6 +280,7 @@ def _session(
         dashboard=dashboard,
         address=ray.get_runtime_context().gcs_address,
         gpus=int(ray.cluster_resources().get("GPU", 0)),
+        memory=math.inf if joined else bounded(stages),
     )
 
 

@@ -1,6 +1,7 @@
 """How many actors a run has room for, and how many each stage gets."""
 
 import contextlib
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,10 +9,11 @@ from pathlib import Path
 import psutil
 
 from raypipe.errors import UsageError
-from raypipe.insight import planner
+from raypipe.insight import forms, planner
 from raypipe.run.cluster.machine import Session, cores_here
 from raypipe.stages.actor import ACTOR_BYTES
 from raypipe.stages.stage import Stage
+from raypipe.stages.stage import forms as pipelines_of
 
 REST_BYTES = 1500 * 10**6
 """Memory for the driver, Ray's own processes and the system, in addition to the actors."""
@@ -31,7 +33,8 @@ def memory_for(actors: Iterable[tuple[int, str]]) -> int:
 def room_here(stages: Sequence[Stage], *, shard_bytes: int = 0) -> int:
     """How many actors this machine has memory for. Actors that mostly wait may outnumber the cores.
 
-    All fit with what they are expected to take, and also if each takes all of its --actor-memory.
+    All fit with what they are expected to take. If each takes all of its --actor-memory, so many
+    fit of which most are of the smallest stage; `bounded` says how many of each.
     Who asks for more actors gets them, as long as what is expected fits.
 
     Args:
@@ -66,7 +69,7 @@ def room_there(stages: Sequence[Stage], nodes: Sequence[tuple[int, int]]) -> int
         nodes: of each, its CPUs, and the bytes of memory that Ray has there for actors.
     """
     cpus = sum(count for count, _ in nodes)
-    room = sum(min(count, memory // max(map(_bound, stages))) for count, memory in nodes)
+    room = sum(min(count, memory // max(map(bound, stages))) for count, memory in nodes)
     asked = [stage.actors for stage in stages if isinstance(stage.actors, int)]
     free = len(stages) - len(asked)
     return min(cpus, max(room, sum(asked) + free))
@@ -74,13 +77,21 @@ def room_there(stages: Sequence[Stage], nodes: Sequence[tuple[int, int]]) -> int
 
 def _at_their_bounds(stages: Sequence[Stage], memory: int) -> int:
     """How many actors `memory` bytes are enough for, one of each stage at least."""
-    _, *others = sorted(map(_bound, stages), reverse=True)
-    largest = max(map(_bound, stages))
-    return max(int(memory - sum(others)) // largest, 1) + len(others)
+    smallest, *others = sorted(map(bound, stages))
+    return max(int(memory - sum(others)) // smallest, 1) + len(others)
 
 
-def _bound(stage: Stage) -> int:
-    """Bytes that an actor of the stage may take."""
+def bounded(stages: Sequence[Stage]) -> int:
+    """Bytes that the actors of this machine may take together, those that were asked for at least.
+
+    Of each, count what it takes at most (`bound`).
+    """
+    asked = sum(bound(s) * (s.actors if isinstance(s.actors, int) else 1) for s in stages)
+    return max(memory_here() - REST_BYTES, asked)
+
+
+def bound(stage: Stage) -> int:
+    """Bytes that an actor of the stage may take: its libraries, and its images."""
     return _actor_bytes(stage) + stage.memory
 
 
@@ -168,28 +179,26 @@ def size_pools(
         UsageError: the cluster has fewer CPUs than were asked for.
     """
     fixed = {stage.name: stage.actors for stage in stages if isinstance(stage.actors, int)}
-    wanted = {stage.name for stage in stages}
     on_gpu = {stage.name for stage in stages if stage.gpu}
     seats = sum(fixed[name] for name in on_gpu)  # they take no CPU
     room = session.at_most + seats
     # The timing was on a CPU, so it does not hold for stages that are on GPUs.
-    known = [
-        replace(cost, actors=fixed.get(cost.name, 1))
-        for cost in costs or ()
-        if cost.name in wanted - on_gpu
-    ]
-    free = wanted - fixed.keys()
+    known = [cost for cost in stage_costs(stages, costs) if cost.name not in on_gpu]
+    free = {stage.name for stage in stages} - fixed.keys()
+    machine = machine_of(session)
     if free and free <= {cost.name for cost in known}:
-        start_s = max(START_S[libraries] for stage in stages for libraries in stage.libraries)
-        machine = planner.Machine(cores=session.cores, actors=session.at_most)
-        counts = dict(planner.best(known, machine, fixed=fixed, images=images, start_s=start_s))
+        counts = dict(
+            planner.best(known, machine, fixed=fixed, images=images, start_s=start_s(stages))
+        )
     else:
         first, *others = stages
         cpus = int(session.cores)
         counts = {
             stage.name: fixed.get(stage.name, max(1, int(stage.share * cpus))) for stage in others
         }
-        counts[first.name] = max(1, min(cpus, room - sum(counts.values())))
+        taken = sum(counts[stage.name] * bound(stage) for stage in others if not stage.gpu)
+        by_memory = min((session.memory - taken) / bound(first), cpus)
+        counts[first.name] = max(1, min(int(by_memory), room - sum(counts.values())))
     counts |= fixed
     if sum(counts.values()) > room:
         raise UsageError(
@@ -198,3 +207,70 @@ def size_pools(
             f"fewer with {_options(stages)}, or add nodes first."
         )
     return {stage.name: counts[stage.name] for stage in stages}
+
+
+def machine_of(session: Session) -> planner.Machine:
+    """What the planner knows of the machine before a run."""
+    return planner.Machine(cores=session.cores, actors=session.at_most, memory=session.memory)
+
+
+def start_s(stages: Iterable[Stage]) -> float:
+    """CPU seconds of the start of an actor, of the stage that takes longest."""
+    return max(START_S[libraries] for stage in stages for libraries in stage.libraries)
+
+
+def stage_costs(
+    stages: Sequence[Stage], costs: Sequence[planner.StageCost] | None
+) -> list[planner.StageCost]:
+    """What is known of the costs of stages, from those of their steps (`forms.staged`)."""
+    by_name = {stage.name: stage for stage in stages}
+    return [
+        replace(
+            cost,
+            actors=count if isinstance(count := by_name[cost.name].actors, int) else 1,
+            holds=bound(by_name[cost.name]),
+        )
+        for cost in forms.staged(costs or (), list(by_name))
+    ]
+
+
+def chosen(
+    stages: Sequence[Stage],
+    costs: Sequence[planner.StageCost] | None,
+    session: Session,
+    *,
+    images: int,
+) -> tuple[Stage, ...]:
+    """Choose the pipeline that does the steps of `stages` first: fused or separate.
+
+    Fused, unless actors of their own for the last step take less time by the model, as where many
+    have to wait for a slow store and the memory is not enough for as many that decode.
+
+    Args:
+        costs: of steps, timed beforehand; None or incomplete: separate where the step waits.
+        images: number of images to do.
+    """
+    pipelines = pipelines_of(stages)
+    if len(pipelines) == 1:
+        return pipelines[0]
+    fused, separate = pipelines
+    if any(len(stage_costs(pipeline, costs)) < len(pipeline) for pipeline in pipelines):
+        return separate if any(step.wait_ms for step in separate[-1].steps) else fused
+    fused_s, separate_s = (_takes_s(pipeline, costs, session, images) for pipeline in pipelines)
+    return separate if fused_s > planner.WORTH * separate_s else fused
+
+
+def _takes_s(
+    stages: Sequence[Stage],
+    costs: Sequence[planner.StageCost] | None,
+    session: Session,
+    images: int,
+) -> float:
+    """Seconds of a run by the model, with the start of its actors; inf: there is no room."""
+    try:
+        counts = size_pools(stages, costs, session, images=images)
+    except UsageError:
+        return math.inf
+    known = planner.with_actors(stage_costs(stages, costs), counts)
+    rate, _ = planner.bound(known, machine_of(session))
+    return images / rate + sum(counts.values()) * start_s(stages) / session.cores

@@ -180,7 +180,8 @@ class Collector:
                 return None
             on_gpu = stage in self._facts.on_gpu
             fixed = stage == CONSUME
-            costs.append(window.cost(stage, actors=count, on_gpu=on_gpu, fixed=fixed))
+            cost = window.cost(stage, actors=count, on_gpu=on_gpu, fixed=fixed)
+            costs.append(replace(cost, holds=self._facts.holds.get(stage, 0)))
         return costs or None
 
     def _rate(self) -> float | None:
@@ -257,6 +258,7 @@ class Collector:
             busy=None if divided is None else divided.busy,
             starved=None if divided is None else divided.starved,
             blocked=None if divided is None else divided.blocked,
+            steps=window.steps(divided, self._facts.cores),
         )
 
     def _verdict(self, stages: list[LiveStage], rate: float | None, at_s: float) -> Verdict:

@@ -5,7 +5,17 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from raypipe.insight.planner import StageCost
-from raypipe.insight.states import Consumed, PoolView, Sample, Shares, shares
+from raypipe.insight.states import (
+    Consumed,
+    LiveStep,
+    PoolView,
+    Sample,
+    Shares,
+    StepTotals,
+    busy_shares,
+    shares,
+    steps_of,
+)
 
 WINDOW_S = 5.0
 """What "now" is: long enough to even out shards of a second, short enough to follow a change."""
@@ -28,6 +38,7 @@ class Totals:
     spent_s: float  # busy, calls under way included
     gpu_seen_s: float = 0.0
     gpu_busy_s: float = 0.0
+    steps: tuple[StepTotals, ...] = ()
 
 
 def of_actors(at: float, samples: Collection[Sample], pool: PoolView) -> Totals:
@@ -45,6 +56,7 @@ def of_actors(at: float, samples: Collection[Sample], pool: PoolView) -> Totals:
         spent_s=sum(sample.busy_s for sample in samples),
         gpu_seen_s=sum(sample.gpu_seen_s for sample in samples),
         gpu_busy_s=sum(sample.gpu_busy_s for sample in samples),
+        steps=steps_of(samples),
     )
 
 
@@ -102,6 +114,23 @@ class Window:
             starved_s=self.last.starved_s - self.first.starved_s,
             actor_s=actor_s,
             last=last,
+        )
+
+    def steps(self, divided: Shares | None, cores: float) -> tuple[LiveStep, ...]:
+        """What its steps did. `divided`: how its actors' time divides."""
+        before = {step.name: step for step in self.first.steps}
+        spent = [
+            step.plus(before[step.name], -1) if step.name in before else step
+            for step in self.last.steps
+        ]
+        busy = busy_shares(divided, spent)
+        return tuple(
+            LiveStep(
+                name=step.name,
+                cpu_percent=100 * step.cpu_s / self.took_s / cores,
+                busy=busy[step.name],
+            )
+            for step in spent
         )
 
     def cost(self, name: str, *, actors: int, on_gpu: bool, fixed: bool) -> StageCost:

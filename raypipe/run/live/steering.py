@@ -1,7 +1,8 @@
 """How many actors each stage is to have: what a person asked for, and what the planner changes."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from raypipe.insight import planner
 from raypipe.insight.states import PoolView, ScaleEvent
@@ -25,7 +26,8 @@ class Facts:
 
     `at_most`: actors of all stages together that Ray has logical CPUs for, those on GPUs not
     counted. `auto`: stages whose count the planner may change. `on_gpu`: stages each of whose
-    actors holds one of the `gpus`.
+    actors holds one of the `gpus`. `memory`: bytes that the others may take together, of which an
+    actor of a stage `holds` so many at most.
     """
 
     input: str = ""
@@ -36,6 +38,8 @@ class Facts:
     cores: float = 1.0
     at_most: int = 1
     auto: tuple[str, ...] = ()
+    memory: float = math.inf
+    holds: Mapping[str, int] = field(default_factory=dict)
     on_gpu: tuple[str, ...] = ()
     gpus: int = 0
     unscalable: str = ""  # why actor counts cannot be changed; empty: they can
@@ -70,11 +74,35 @@ class Steering:
         Returns:
             All wanted counts; or the reason of a refusal, and nothing is changed.
         """
-        if (refusal := self._refusal(counts)) is not None:
+        counts, unknown = self._known(counts)
+        if (refusal := unknown or self._refusal(counts)) is not None:
             return refusal
         self._by_hand |= set(counts)
         self._change(counts, "user", now)
         return self.wanted
+
+    def _known(self, counts: Mapping[str, int]) -> tuple[dict[str, int], str | None]:
+        """The counts by the names of this run's stages, and why one cannot be set.
+
+        A stage of several steps may be named by its first: it has the actors of that.
+        """
+        found: dict[str, int] = {}
+        for asked, count in counts.items():
+            stage = next(
+                (name for name in self.wanted if asked in (name, name.split("+")[0])), asked
+            )
+            if stage in found:
+                return {}, f"{stage} is given twice, as {found[stage]} and as {count}"
+            for name in self.wanted:
+                first, *others = name.split("+")
+                if asked in others:
+                    return {}, (
+                        f"the {first} actors of this run do {asked} too, which is fixed for a run: "
+                        f"{asked} has no actors of its own. Scale {first}, or start the run again "
+                        f"with --writers N for so many writers"
+                    )
+            found[stage] = count
+        return found, None
 
     def _refusal(self, counts: Mapping[str, int]) -> str | None:
         if self._facts.unscalable:
@@ -93,6 +121,12 @@ class Steering:
             return (
                 f"{_parts(on_cpu)} are {sum(on_cpu.values())} actors, but there is room for "
                 f"{self._facts.at_most} (a CPU each on a cluster, and memory for --actor-memory)"
+            )
+        memory = sum(count * self._facts.holds.get(stage, 0) for stage, count in on_cpu.items())
+        if memory > self._facts.memory:
+            return (
+                f"{_parts(on_cpu)} may take {memory / 1e9:.0f} GB of memory (--actor-memory, and "
+                f"their libraries), but there are {self._facts.memory / 1e9:.0f} GB"
             )
         if sum(on_gpu.values()) > self._facts.gpus:
             return f"{_parts(on_gpu)} take a GPU each, but there are {self._facts.gpus}"
@@ -131,7 +165,10 @@ class Steering:
         if seen is None or left_s < WORTH_STARTING_S:
             return
         machine = planner.Machine(
-            cores=self._facts.cores, actors=self._facts.at_most, gpus=self._facts.gpus or None
+            cores=self._facts.cores,
+            actors=self._facts.at_most,
+            memory=self._facts.memory,
+            gpus=self._facts.gpus or None,
         )
         fixed = {cost.name for cost in seen} - self.auto
         counts = planner.better(seen, machine, fixed=fixed)

@@ -10,10 +10,19 @@ from raypipe.insight.planner import StageCost
 from raypipe.run.cluster import sizing
 from raypipe.run.cluster.machine import Session
 from raypipe.run.cluster.session import check_shared, ray_session
-from raypipe.run.cluster.sizing import memory_here, room_here, room_there, seated, size_pools
+from raypipe.run.cluster.sizing import (
+    bound,
+    bounded,
+    chosen,
+    memory_here,
+    room_here,
+    room_there,
+    seated,
+    size_pools,
+)
 from raypipe.run.job import preprocess_stage
 from raypipe.run.preprocess import Settings, writing
-from raypipe.stages.stage import Stage
+from raypipe.stages.stage import Stage, forms
 
 CLUSTER = Session(
     at_most=16, cpus_each=1.0, cores=16, nodes=4, joined=True, dashboard=None, address=""
@@ -84,14 +93,66 @@ GB = 10**9
 
 
 def test_a_machine_with_little_memory_gets_as_many_actors_as_may_take_their_bound(monkeypatch):
-    def auto(gigabytes: float, **given) -> int:
-        monkeypatch.setattr(sizing, "memory_here", lambda: int(gigabytes * GB))
-        return room_here(stages(settings(**given)), shard_bytes=300_000_000)
+    def auto(gigabytes: float, waits: tuple[float, float] = (170, 210), **given) -> tuple[int, ...]:
+        session = machine(monkeypatch, gigabytes, **given)
+        known = costs(*waits, waits=True)
+        return sized(settings(**given), known, session, images=10**9)
 
     # 1.5 GB for the rest; a writer takes 0.25 GB, a preprocess actor up to --actor-memory, 2 GB.
-    assert auto(16) == 8 and auto(4) == 2 and auto(4, actor_memory=0.5) == 4
-    assert auto(16, output=None) == 7 and auto(1) == 2
-    assert auto(16, actors=12) > 12  # asked for
+    assert auto(16) == (6, 8) and auto(4) == (1, 2) and auto(4, actor_memory=0.5) == (2, 2)
+    assert auto(16, (2, 210)) == (1, 16)  # as many as are expected to fit
+    assert auto(16, output=None) == (7,) and auto(1) == (1, 1)
+    assert auto(16, actors=12)[0] == 12  # asked for
+
+
+def machine(monkeypatch, gigabytes: float, **given) -> Session:
+    """A machine of 2 cores, and what it has room for."""
+    monkeypatch.setattr(sizing, "memory_here", lambda: int(gigabytes * GB))
+    pipeline = stages(settings(**given))
+    at_most = room_here(pipeline, shard_bytes=300_000_000)
+    return replace(LAPTOP, at_most=at_most, memory=bounded(pipeline))
+
+
+def form(known: list[StageCost] | None, session: Session = LAPTOP, **given) -> list[str]:
+    pipeline = chosen(stages(settings(**given)), known, session, images=10**9)
+    return [stage.name for stage in pipeline]
+
+
+FUSED, SEPARATE = ["preprocess+write"], ["preprocess", "write"]
+
+
+def test_actors_write_themselves_where_writing_is_work_and_where_memory_allows(monkeypatch):
+    assert form(costs(2.0, 0.7)) == FUSED
+    waiting = [*costs(2.0, 0)[:1], *costs(0, 40.0, waits=True)[1:]]
+    assert form(waiting, machine(monkeypatch, 256)) == FUSED
+    # 16 GB are enough for 7 actors that decode, or for 1 that does and 16 that only write.
+    assert form(waiting, machine(monkeypatch, 16)) == SEPARATE
+    # One actor that does both would leave a core idle.
+    assert form(costs(2.0, 1.5), actors=1) == SEPARATE
+    # 16 actors leave the cluster no CPU for a writer.
+    assert form(costs(2.0, 0.7), CLUSTER, actors=16) == FUSED
+
+
+def test_without_a_timing_actors_write_themselves_unless_writing_is_known_to_wait():
+    assert form(None) == FUSED
+    assert form(None, store_ms=5.0) == SEPARATE
+
+
+def test_whoever_names_a_number_of_writers_gets_that_form():
+    slow = costs(2.0, 40.0, waits=True)
+    assert form(slow, replace(LAPTOP, memory=10 * GB), writers=0) == FUSED
+    assert form(costs(2.0, 0.7), writers=1) == SEPARATE
+
+
+def test_a_fused_actor_is_counted_with_what_the_file_of_a_shard_takes(monkeypatch):
+    def taken(**given) -> int:
+        wanted = settings(writers=0, **given)
+        first, _ = stages(wanted)
+        then = writing(wanted, catalog.get("coco-300"), shard_pixels=64 * 10**6)
+        return sum(bound(stage) for stage in forms((first, then))[0])
+
+    assert taken(format="jpeg") == 2 * GB  # --actor-memory, libraries included
+    assert taken(format="parquet") == 2 * GB + 2 * 64 * 10**6
 
 
 def test_nodes_of_a_cluster_get_as_many_actors_as_they_have_memory_for():
