@@ -16,10 +16,10 @@ from raypipe.insight.planner import Machine, StageCost
 FORMS = {"preprocess+write": "fused", "write": "separate"}
 """The forms by the name of the stage that writes. Of other pipelines there is one form only."""
 
-PUT_S = 0.5e-9
+PUT_S = 0.6e-9
 """CPU seconds a byte that an actor takes to put a block into the object store."""
 
-GET_S = 0.1e-9
+GET_S = 0.2e-9
 """CPU seconds a byte that the next stage's actor takes to map a block: page faults."""
 
 

@@ -26,18 +26,19 @@ from tests.conftest import files, jpeg, make_photos
 from tests.support.runs import plain_loop, quiet, settings
 
 
-# Each format once, and torchvision's two encoders. Several actors do not depend on the format.
+# Each format once, and torchvision's two encoders. Several actors do not depend on the format, nor
+# does who writes.
 @pytest.mark.parametrize(
-    ("backend", "format", "actors"),
+    ("backend", "format", "actors", "writers"),
     [
-        pytest.param("opencv", "jpeg", 2, marks=pytest.mark.smoke),
-        *(("opencv", format, 1) for format in FORMATS if format != "jpeg"),
-        ("torchvision", "jpeg", 1),
-        ("torchvision", "png", 1),
+        pytest.param("opencv", "jpeg", 2, 2, marks=pytest.mark.smoke),
+        *(("opencv", format, 1, 0) for format in FORMATS if format != "jpeg"),
+        ("torchvision", "jpeg", 1, 1),
+        ("torchvision", "png", 1, 0),
     ],
 )
 def test_distributed_output_equals_a_plain_loop_byte_for_byte(
-    session, photos, tmp_path, backend, format, actors
+    session, photos, tmp_path, backend, format, actors, writers
 ):
     recipe = "coco-300-pt" if format == "npy" else "coco-300"
     wanted = settings(
@@ -47,10 +48,18 @@ def test_distributed_output_equals_a_plain_loop_byte_for_byte(
         format=format,
         recipe=recipe,
         actors=actors,
-        writers=actors,
+        writers=writers,
     )
     outcome = run(wanted, console=quiet())
     assert verdict_on(outcome, wanted) is None
+    stages = {stage["name"]: stage for stage in outcome.report["stages"]}
+    assert list(stages) == (["preprocess", "write"] if writers else ["preprocess+write"])
+    steps = [step for stage in stages.values() for step in stage["steps"]]
+    assert [step["name"] for step in steps] == ["preprocess", "write"]
+    assert all(step["busy_s_per_image"] > 0 for step in steps)
+    form, other = ("separate", "fused") if writers else ("fused", "separate")
+    said = outcome.report["writing"]
+    assert (said["form"], said["other"]["form"]) == (form, other)
     plain_loop(wanted, tmp_path / "plain")
     want = files(tmp_path / "plain")
     assert len(want) == (60 if format in ("jpeg", "png", "npy") else 9)
@@ -209,11 +218,12 @@ def test_a_stage_on_gpus_can_be_built_on_a_machine_without(session, photos):
     dataset_of(job.todo.work, stages, {"preprocess": 1, "write": 1})  # raises nothing
 
 
-def kill_workers(title: str, times: int, stop: threading.Event, killed: list[int]) -> None:
-    """SIGKILL `times` processes of this Ray with `title` in their command line, 0.7 s apart."""
-    while len(killed) < times and not stop.wait(0.7):
+def kill_workers(titles: list[str], stop: threading.Event, killed: list[int]) -> None:
+    """SIGKILL a process of this Ray with each title in its command line, in turn, 0.7 s apart."""
+    while len(killed) < len(titles) and not stop.wait(0.7):
         for process in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
+                title = titles[len(killed)]
                 if title in " ".join(process.cmdline()) and process.pid not in killed:
                     process.kill()
                     killed.append(process.pid)
@@ -221,15 +231,18 @@ def kill_workers(title: str, times: int, stop: threading.Event, killed: list[int
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["Preprocess", "Write"])
-def test_killed_actors_neither_lose_nor_duplicate_an_image(session, tmp_path, stage):
+@pytest.mark.parametrize(
+    "stages", [["Preprocess", "Write", "Write", "Preprocess"], ["PreprocessWrite"] * 3]
+)
+def test_killed_actors_neither_lose_nor_duplicate_an_image(session, tmp_path, stages):
     # Waiting, so that actors are killed at work, and more of it than they take to start again.
     slow = {"read_ms": 30.0, "store_ms": 30.0}
-    given = {"actors": 2, "writers": 2, "shard_rows": 5}
+    given = {"actors": 2, "writers": 2 if "Write" in stages else 0, "shard_rows": 5}
     wanted = settings(input="demo:300", output=tmp_path / "out", **given, **slow)
     stop = threading.Event()
     killed: list[int] = []
-    killer = threading.Thread(target=kill_workers, args=(f"MapBatches({stage})", 3, stop, killed))
+    titles = [f"MapBatches({stage})" for stage in stages]
+    killer = threading.Thread(target=kill_workers, args=(titles, stop, killed))
     killer.start()
     try:
         report = run(wanted, console=quiet()).report
@@ -237,7 +250,7 @@ def test_killed_actors_neither_lose_nor_duplicate_an_image(session, tmp_path, st
         stop.set()
         killer.join()
     assert report["images_in"] == report["images_out"] == 300
-    assert len(killed) == 3
+    assert len(killed) == len(stages)
     plain_loop(wanted, tmp_path / "plain")
     assert files(tmp_path / "out") == files(tmp_path / "plain")
 
@@ -258,7 +271,11 @@ def test_an_image_that_kills_its_process_is_rejected_and_its_shard_is_delivered(
     try:
         outcome = run(
             settings(
-                input=photos, output=tmp_path / "out", recipe="deadly", max_reject_fraction=0.05
+                input=photos,
+                output=tmp_path / "out",
+                recipe="deadly",
+                max_reject_fraction=0.05,
+                writers=0,
             ),
             console=quiet(),
         )
@@ -342,6 +359,7 @@ def test_annotation_ids_that_say_not_which_box_are_refused_where_they_are_writte
         ({"input": "no/such/folder"}, "no/such/folder"),
         ({"input": "demo", "recipe": "coco-30"}, "coco-300"),
         ({"input": "demo", "actors": 0}, "--actors is 0"),
+        ({"input": "demo", "writers": -1}, "--writers is -1; it must be at least 0"),
         ({"input": "demo", "limit": -3}, "--limit is -3"),
         ({"input": "demo", "quality": 101}, "--quality is 101"),
         ({"input": "demo", "max_reject_fraction": 1.5}, "--max-reject-fraction is 1.5"),

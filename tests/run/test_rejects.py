@@ -225,7 +225,11 @@ def jpeg_of_many_scans(count: int) -> bytes:
 def test_an_image_that_takes_too_long_is_rejected_and_no_other(session, photos, tmp_path):
     (photos / "a" / "long.jpg").write_bytes(jpeg_of_many_scans(20_000))  # half a minute
     wanted = settings(
-        input=photos, output=tmp_path / "out", image_seconds=1.0, max_reject_fraction=0.5
+        input=photos,
+        output=tmp_path / "out",
+        image_seconds=1.0,
+        max_reject_fraction=0.5,
+        writers=0,
     )
     outcome = run(wanted, console=quiet())
     assert [(row.image_id, row.reason) for row in outcome.rejected] == [
@@ -262,6 +266,7 @@ def test_images_that_do_not_fit_together_are_done_by_the_same_run(session, tmp_p
         recipe=recipe,
         actor_memory=0.35,
         shard_rows=12,
+        writers=0,
     )
     taken: list[str | None] = []
     outcome = run(

@@ -40,7 +40,7 @@ def check_all_done_once(outcome: Outcome, output: Path, images: int) -> None:
     done = Counter(row.image_id for entry in entries for row in entry.written)
     assert len(done) == images and set(done.values()) == {1}
     # What an actor did twice would count twice here, though the journal has it once.
-    assert [stage["images"] for stage in outcome.report["stages"]] == [images, images]
+    assert {stage["images"] for stage in outcome.report["stages"]} == {images}
 
 
 def test_rays_internals_are_as_they_are_needed():
@@ -108,12 +108,13 @@ def test_both_stages_scale_up_and_down_under_full_load_and_every_change_is_in_th
 
 @pytest.mark.slow
 def test_what_cannot_be_is_refused_with_the_reason_and_the_run_goes_on(session, tmp_path):
-    run = begin(tmp_path / "out", limit=300, actors=1, writers=1)
+    run = begin(tmp_path / "out", limit=300, actors=1, writers=0)
     until(run, lambda record: record["done"] > 0)
     for counts, reason in (
-        ({"preprocess": 500}, r"500 preprocess \+ 1 write are 501 actors, but there is room for"),
+        ({"preprocess": 500}, r"500 preprocess\+write are 500 actors, but there is room for"),
         ({"preprocess": 0}, "at least 1"),
-        ({"train": 2}, "no stage 'train'; its stages are preprocess, write"),
+        ({"train": 2}, r"no stage 'train'; its stages are preprocess\+write"),
+        ({"write": 2}, "the preprocess actors of this run do write too, which is fixed for a run"),
     ):
         with pytest.raises(UsageError, match=reason):
             run.scale(**counts)
@@ -133,12 +134,13 @@ def test_auto_sizes_pools_from_a_timing_before_the_start_and_leaves_alone_what_i
     )
     record = until(run, lambda record: record["stages"] and record["done"] > 0)
     counts = {stage["name"]: stage["wanted"] for stage in record["stages"]}
-    # 400 images wait 0.1 s each, and there is room for 8 actors: most of it goes to the stage
-    # that waits. The rule of thumb would give it 2.
-    assert counts["preprocess"] >= 5 and counts["write"] == 1
+    # 400 images wait 0.1 s each, and there is room for 8 actors. The rule of thumb would give 2.
+    # Writing is work of the CPU: the actors do that too.
+    (name,) = counts
+    assert name == "preprocess+write" and counts[name] >= 5
     assert record["auto"]
-    run.scale(preprocess=3, write=1)
-    assert not until(run, lambda record: running(record)["preprocess"] == (3, 0, 0))["auto"]
+    run.scale(preprocess=3)
+    assert not until(run, lambda record: running(record)[name] == (3, 0, 0))["auto"]
     outcome = run.wait()
     check_all_done_once(outcome, tmp_path / "out", 400)
     assert outcome.report["predicted"]["actors"] == counts
