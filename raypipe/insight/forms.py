@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from raypipe.insight import planner
+from raypipe.insight.markup import known
 from raypipe.insight.planner import Machine, StageCost
 
 FORMS = {"preprocess+write": "fused", "write": "separate"}
@@ -43,14 +44,14 @@ def staged(steps: Sequence[StageCost], names: Sequence[str]) -> list[StageCost]:
         given = parts[-1].out_bytes if place < len(names) - 1 else 0.0
         store_s = PUT_S * given + GET_S * taken
         waits = [part.core_wait_s for part in parts]
-        known = [wait for wait in waits if wait is not None]
+        told_waits = [wait for wait in waits if wait is not None]
         found.append(
             replace(
                 parts[0],
                 name=name,
                 busy_s=sum(part.busy_s for part in parts) + store_s,
                 cpu_s=sum(part.cpu_s for part in parts) + store_s,
-                core_wait_s=sum(known) if len(known) == len(waits) else None,
+                core_wait_s=sum(told_waits) if len(told_waits) == len(waits) else None,
                 holds=sum(part.holds for part in parts),
                 out_bytes=given,
             )
@@ -96,7 +97,7 @@ _PARTS = ("preprocess", "preprocess+write", "write")
 
 def _steps(stage: Mapping[str, Any]) -> list[StageCost] | None:
     """The costs of the steps of a report's stage; None: one was not measured."""
-    steps, images = stage.get("steps") or [], stage["images"]
+    steps, images = stage.get("steps") or [], stage.get("images")
     if not steps or not images or any(not step["busy_s_per_image"] for step in steps):
         return None
     return [
@@ -143,18 +144,19 @@ def told(report: Mapping[str, Any], measured: float) -> dict[str, Any] | None:
 
 def said(writing: Mapping[str, Any] | None) -> str:
     """Which form of writing ran, and what the other would have given; empty: not known."""
-    if not writing:
+    then = (writing or {}).get("other") or {}
+    rate, ratio = (known(then.get(key)) for key in ("predicted_images_per_s", "ratio"))
+    if rate is None or ratio is None:
         return ""
-    then = writing["other"]
     ran, instead = (
-        ("Fused writing", "separate writers")
-        if writing["form"] == "fused"
-        else ("Separate writers", "fused writing")
+        ("Fused writing ran", "separate writers")
+        if then.get("form") == "separate"
+        else ("Separate writers ran", "fused writing")
     )
-    actors = " + ".join(f"{count} {stage}" for stage, count in then["actors"].items())
+    actors = " + ".join(f"{n} {stage}" for stage, n in (then.get("actors") or {}).items())
     return (
-        f"{ran} ran; {instead} would give about {then['predicted_images_per_s']:.0f} images/s by "
-        f"the model ({then['ratio']:.2f} of this), with {actors}"
+        f"{ran}; {instead} would give about {rate:.0f} images/s by the model "
+        f"({ratio:.2f} of this), with {actors}"
     )
 
 

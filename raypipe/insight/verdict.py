@@ -13,7 +13,11 @@ SHORT_S = 10.0
 OUTSIDE = 2.0
 """Where the stages could do this many times the measured rate, something outside them limits."""
 
-_WAITS_FOR = {"preprocess": "the input", "write": "the store"}
+_WAITS_FOR = {
+    "preprocess": "the input",
+    "write": "the store",
+    "preprocess+write": "the input or the store",
+}
 """What a stage waits for where an image occupies it longer than its CPU: a disk or a network."""
 
 

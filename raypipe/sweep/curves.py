@@ -16,11 +16,11 @@ from raypipe.insight import planner
 from raypipe.insight.markup import known
 
 Record = Mapping[str, Any]
-Writing = Literal["none", "one", "same"]
+Writing = Literal["none", "one", "same", "fused"]
 
 BACKENDS = ("opencv", "torchvision")
 WRITING: tuple[Writing, ...] = ("none", "one", "same")
-"""Writers of a point: none, one whatever the actors, or as many as actors."""
+"""Writers of a point of the talk's: none, one whatever the actors, or as many as actors."""
 
 STAGES = ("preprocess", "write", "train")
 
@@ -75,7 +75,7 @@ def curve(
 
     Args:
         writing: none, one or same, of kind "preprocess". One actor with one writer is on both
-        lines.
+        lines. Or fused, a kind of its own, which is in no claim of the talk.
         threads: of the backend within an actor; None: the fewest that were measured.
         over: actors or workers.
         where: which of these records.
@@ -85,6 +85,8 @@ def curve(
         "one": lambda r: r["writers"] == 1,
         "same": lambda r: r["writers"] == r["actors"],
     }
+    if writing == "fused":
+        kind = writing
     found = [r for r in records if r["kind"] == kind and r["backend"] == backend and where(r)]
     if kind == "preprocess":
         found = [r for r in found if wanted[writing](r)]

@@ -62,14 +62,25 @@ def _span(lines: Sequence[Series]) -> tuple[float, float] | None:
 def _time_span(records: Sequence[Record], where: Where) -> tuple[float, float]:
     """The same for all figures of time without training, so that they compare."""
     times = [
-        time for r in records if r["kind"] == "preprocess" and (time := known(r.get("time_s")))
+        time
+        for r in records
+        if r["kind"] in ("preprocess", "fused") and (time := known(r.get("time_s")))
     ]
     for backend in BACKENDS if times else ():
         times += [time for _, time in ideal(curve(records, backend=backend), where.cores)]
     return (0.98 * min(times), 1.02 * max(times)) if times else (1.0, 2.0)
 
 
-def _time(records: Sequence[Record], where: Where, writing: str, title: str, along: str) -> str:
+def _time(
+    records: Sequence[Record],
+    where: Where,
+    writing: str,
+    title: str,
+    along: str,
+    *,
+    beside: str = "",
+) -> str:
+    """Time, with the ideal, or `beside`: with that of other writing as a yardstick."""
     lines: list[Series] = []
     for backend in BACKENDS:
         spots = curve(records, backend=backend, writing=writing)
@@ -80,10 +91,14 @@ def _time(records: Sequence[Record], where: Where, writing: str, title: str, alo
                 (float(count), time_s, time_s, time_s)
                 for count, time_s in ideal(spots, where.cores)
             ]
-            if len(best) > 1:
-                lines.append(
-                    Series(name="ideal", colour=COLOURS[backend], points=best, dashed=True)
+            name = "ideal"
+            if beside:
+                other = _series(
+                    curve(records, backend=backend, writing=beside), "time_s", backend, where
                 )
+                best, name = (list(other.points) if other else []), "as many writers"
+            if len(best) > 1:
+                lines.append(Series(name=name, colour=COLOURS[backend], points=best, dashed=True))
     return chart(title, "s", lines, along=along, span=_time_span(records, where), mark=_mark(where))
 
 
@@ -305,6 +320,9 @@ def figures(records: Sequence[Record], where: Where) -> dict[str, str]:
         "three": _three(records),
         "same-cpu": _cpu(
             records, where, "same", "As many writers as actors: CPU", both, beside=True
+        ),
+        "fused": _time(
+            records, where, "fused", "Actors that write themselves: time", actors, beside="same"
         ),
         "budgets": _budgets(records, where),
         "train": _trained(

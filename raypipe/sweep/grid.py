@@ -16,8 +16,8 @@ from raypipe.train import settings as train
 class Point:
     """What one measurement is of.
 
-    `kind`: preprocess, stored (once to Parquet, then read back), train, or ops (train, with the
-    recipe's ops on the GPU).
+    `kind`: preprocess, fused (without writers: the preprocess actors write), stored (once to
+    Parquet, then read back), train, or ops (train, with the recipe's ops on the GPU).
     """
 
     kind: str
@@ -36,6 +36,8 @@ class Point:
         parts = [self.backend, several(self.actors, "actor")]
         if self.workers:
             parts.append(f"{several(self.workers, 'worker')} on {self.device.upper()}")
+        elif self.kind == "fused":
+            parts.append("which write themselves")
         else:
             parts.append(several(self.writers, "writer") if self.writers else "nothing written")
         if self.threads > 1:
@@ -66,7 +68,7 @@ def preprocessing(
         backend=point.backend,
         decoder="own",
         actors=point.actors,
-        writers=max(point.writers, 1),
+        writers=0 if point.kind == "fused" else max(point.writers, 1),
         threads=point.threads,
         shard_rows=settings.rows,
     )
@@ -113,7 +115,7 @@ def check(settings: Settings) -> None:
 
 
 def writers_of(writing: str, actors: int) -> int:
-    return {"none": 0, "one": 1, "same": actors}[writing]
+    return {"none": 0, "one": 1, "same": actors, "fused": 0}[writing]
 
 
 def grid(settings: Settings, *, cores: float, gpus: int) -> list[Point]:
@@ -145,7 +147,7 @@ def _preprocessing(settings: Settings, backend: Backend, cores: float) -> list[P
     base = min(settings.grid.threads)
     points = [
         Point(
-            kind="preprocess",
+            kind="fused" if writing == "fused" else "preprocess",
             backend=backend,
             actors=actors,
             writers=writers_of(writing, actors),

@@ -35,8 +35,8 @@ percent of all cores."""
 
 RESULTS = pa.schema(
     [
-        # preprocess; store and stored: once to Parquet, and read back; train; ops: train, with the
-        # recipe's ops on the device
+        # preprocess; fused: its actors write too, and each step has its costs; store and stored:
+        # once to Parquet, and read back; train; ops: train, with the recipe's ops on the device
         ("kind", pa.string()),
         ("backend", pa.string()),
         ("actors", pa.int32()),
@@ -68,14 +68,14 @@ def record(point: Point, report: Mapping[str, Any], *, kind: str) -> dict[str, A
     Args:
         kind: of the row: that of the point, or "store" for the first half of a "stored" one.
     """
-    stages = {stage["name"]: stage for stage in report["stages"]}
+    stages = _by_step({stage["name"]: stage for stage in report["stages"]})
     images = report["images_out"] + report["images_rejected"] - report["images_done_before"]
     try:
         _, limit = planner.bound(*planner.of_report(report))
     except ValueError:
         limit = ""
     of_stages = {
-        f"{name}_{column}": stages[name][key] if name in stages else None
+        f"{name}_{column}": stages[name].get(key) if name in stages else None
         for name in STAGES
         for column, key in _OF_STAGE
     }
@@ -102,6 +102,27 @@ def record(point: Point, report: Mapping[str, Any], *, kind: str) -> dict[str, A
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "run_id": report["run_id"],
     }
+
+
+def _by_step(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """The stages of a report by name; of a fused one its steps, the first with all of its waiting.
+
+    What Ray does in the actor between calls counts for the first too.
+    """
+    found: dict[str, Mapping[str, Any]] = {}
+    for name, stage in stages.items():
+        if "+" not in name:
+            found[name] = stage
+            continue
+        first, *others = stage["steps"]
+        rest = {
+            key: stage[key] - sum(step[key] for step in others)
+            for key in ("busy_s_per_image", "cpu_s_per_image")
+        }
+        waiting = {key: stage[key] for key in ("starved", "blocked", "cpu_percent")}
+        found |= {first["name"]: {**first, **rest, **waiting}}
+        found |= {step["name"]: step for step in others}
+    return found
 
 
 class Failed(Exception):
@@ -138,8 +159,8 @@ def measure(point: Point, settings: Settings) -> list[dict[str, Any]]:
             first = preprocessing(settings, point, output=scratch).changed(format="parquet")
             again = first.changed(input=scratch, output=None, annotations=None)
             return [run(first, "store"), run(again, "stored")]
-        output = scratch if point.writers else None
-        return [run(preprocessing(settings, point, output=output), "preprocess")]
+        output = scratch if point.writers or point.kind == "fused" else None
+        return [run(preprocessing(settings, point, output=output), point.kind)]
     finally:
         place.delete_folder()
 

@@ -29,6 +29,7 @@ SHOWN: tuple[tuple[str, str, tuple[int, ...]], ...] = (
     (SECTIONS[0], "same", (10,)),
     (SECTIONS[0], "three", (11,)),
     (SECTIONS[0], "same-cpu", (12, 13)),
+    (SECTIONS[0], "fused", ()),
     (SECTIONS[1], "budgets", (14,)),
     (SECTIONS[2], "train", (17,)),
     (SECTIONS[2], "train-use", (18,)),

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import linear_regression, mean
 
-from raypipe.insight import planner
+from raypipe.insight import forms, planner
 from raypipe.insight.markup import known
 from raypipe.insight.planner import Machine, StageCost
 from raypipe.sweep.advice import costs
@@ -50,7 +50,9 @@ def _runs(point: Point) -> int:
 
 
 def _counts(point: Point) -> dict[str, int]:
-    counts = {"preprocess": point.actors, "write": point.writers, "train": point.workers}
+    """Actors by stage; of a fused one, by the steps that its actors do."""
+    writers = point.actors if point.kind == "fused" else point.writers
+    counts = {"preprocess": point.actors, "write": writers, "train": point.workers}
     return {stage: count for stage, count in counts.items() if count}
 
 
@@ -105,6 +107,8 @@ class Remaining:
         found = [stage for stage in stages if stage is not None]
         if len(found) < len(stages):
             return None
+        if point.kind == "fused":
+            found = forms.staged(found, ["preprocess+write"])
         rate = planner.bound(found, Machine(cores=self._cores))[0]
         return _runs(point) / rate if rate else None
 

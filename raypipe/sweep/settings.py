@@ -58,8 +58,8 @@ class Grid:
     """Where the results go, and during a measurement what it writes."""
     actors: tuple[int, ...] = (1, 2, 4, 6, 8, 10, 12, 16, 20)
     """Preprocess actors. Points with more than the machine's cores are measured, and marked."""
-    writers: tuple[Literal["none", "one", "same"], ...] = ("none", "one", "same")
-    """Writer actors: none, one, as many as preprocess actors."""
+    writers: tuple[Literal["none", "one", "same", "fused"], ...] = ("none", "one", "same")
+    """Writer actors: none, one, as many as preprocess actors; fused: these write themselves."""
     backends: tuple[Backend, ...] = ("opencv", "torchvision")
     """Libraries that decode, transform and encode. Each decodes JPEGs with its own decoder."""
     threads: tuple[int, ...] = (1,)

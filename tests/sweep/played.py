@@ -1,7 +1,8 @@
 """Sweeps played by the planner's model, of machines that nobody has here."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from raypipe.insight.forms import staged
 from raypipe.insight.planner import Machine, StageCost, bound
 
 IMAGES = 1000
@@ -39,7 +40,14 @@ def record(
         stages.append(
             StageCost(name="write", actors=writers, busy_s=busy_s, cpu_s=library.encode_s)
         )
-    rate, limit = bound(stages, Machine(cores=cores))
+    done_by = stages
+    if more.get("kind") == "fused":
+        stages.append(
+            StageCost(name="write", actors=0, busy_s=library.encode_s, cpu_s=library.encode_s)
+        )
+        done_by = staged(stages, ["preprocess+write"])
+        stages = [replace(stage, actors=actors) for stage in stages]
+    rate, limit = bound(done_by, Machine(cores=cores))
     used = {stage.name: min(rate * stage.busy_s / stage.actors, 1.0) for stage in stages}
     row = {
         "kind": "preprocess",

@@ -98,12 +98,16 @@ def test_the_same_command_measures_nothing_again_and_a_larger_grid_only_what_is_
     run(settings(swept), console=console)
     assert {row["run_id"]: row for row in read_results(Location.of(str(swept / "out")))} == before
     assert "6 of 6 points are measured already" in console.file.getvalue()
-    run(settings(swept, actors=(1, 2, 3), writers=("none",)), console=quiet())
+    run(settings(swept, actors=(1, 2), writers=("none", "fused")), console=quiet())
     after = {row["run_id"]: row for row in read_results(Location.of(str(swept / "out")))}
     assert {key: after[key] for key in before} == before
-    assert [(r["actors"], r["writers"]) for key, r in after.items() if key not in before] == [
-        (3, 0)
-    ]
+    fresh = {r["actors"]: r for key, r in after.items() if key not in before}
+    assert {(n, r["kind"], r["writers"]) for n, r in fresh.items()} == {
+        (1, "fused", 0),
+        (2, "fused", 0),
+    }
+    assert fresh[1]["write_busy_s"] > 0 and fresh[1]["preprocess_busy_s"] > 0
+    assert "Actors that write themselves: time" in (swept / "out/sweep.html").read_text()
 
 
 @pytest.mark.xdist_group("swept")

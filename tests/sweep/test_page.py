@@ -10,7 +10,7 @@ from raypipe.sweep import page
 from raypipe.sweep.charts import Series, chart
 from raypipe.sweep.curves import Where
 from tests.support.pages import HOSTILE, Element, Reader, figure, section, shape
-from tests.sweep.played import Library, sweep, training
+from tests.sweep.played import OPENCV, TORCHVISION, Library, record, sweep, training
 
 ABOUT = {
     "command": "python jobs/sweep.py --input photos --output out",
@@ -266,3 +266,19 @@ def test_repeats_are_shown_from_the_lowest_to_the_highest():
 
 def test_a_chart_of_nothing_is_nothing():
     assert chart("t", "s", [], along="x") == ""
+
+
+def test_actors_that_write_themselves_have_a_figure_and_change_no_claim():
+    talks = sweep(cores=16)
+    fused = [
+        record(backend, library, cores=16, actors=count, kind="fused")
+        for backend, library in (("opencv", OPENCV), ("torchvision", TORCHVISION))
+        for count in (1, 2, 4)
+    ]
+    before, after = (read(rows, Where(cores=16)) for rows in (talks, [*talks, *fused]))
+    title = "Actors that write themselves: time"
+    assert title not in before.text and title in after.text
+    claims = [section(tree, "Claims").text for tree in (before, after)]
+    assert claims[0] == claims[1]
+    drawn_ = next(one for one in after.all("figure") if title in one.text)
+    assert "as many writers" in drawn_.text

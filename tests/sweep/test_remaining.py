@@ -37,7 +37,7 @@ def rows_of(point: Point) -> list[dict]:
             record(point.backend, library, writers=point.writers, kind="store", **given),
             record(point.backend, Library(cpu_s=library.stored_s), kind="stored", **given),
         ]
-    return [record(point.backend, library, writers=point.writers, **given)]
+    return [record(point.backend, library, writers=point.writers, kind=point.kind, **given)]
 
 
 def took_s(point: Point, rows: list[dict], noise: float) -> float:
@@ -50,7 +50,10 @@ def took_s(point: Point, rows: list[dict], noise: float) -> float:
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("train", [False, True])
 def test_the_time_left_is_right_within_a_third_from_the_fifth_cell_on(seed, train):
-    settings = Settings.of(input="demo", output="out", repeats=1, seed=seed, train=train)
+    writers = ("none", "one", "same", "fused")
+    settings = Settings.of(
+        input="demo", output="out", repeats=1, seed=seed, train=train, writers=writers
+    )
     points = grid(settings, cores=CORES, gpus=0)
     chance = random.Random(seed)
     cells = [(point, rows_of(point)) for point in points]
