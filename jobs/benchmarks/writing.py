@@ -177,8 +177,8 @@ def shown(cells: list[Cell], console: Console) -> None:
         ratios = [fused / separate for fused, separate in pairs]
         given = cell.settings
         console.print(
-            f"{given.stored.recipe}, {given.decoding.backend}, {given.writing.store_ms:g} ms: fused "
-            f"is {statistics.median(ratios):.2f} of separate "
+            f"{given.stored.recipe}, {given.decoding.backend}, {given.writing.store_ms:g} ms: "
+            f"fused is {statistics.median(ratios):.2f} of separate "
             f"({min(ratios):.2f}-{max(ratios):.2f})",
             highlight=False,
         )

@@ -97,9 +97,9 @@ class Steering:
                 first, *others = name.split("+")
                 if asked in others:
                     return {}, (
-                        f"the {first} actors of this run do {asked} too, which is fixed for a run: "
-                        f"{asked} has no actors of its own. Scale {first}, or start the run again "
-                        f"with --writers N for so many writers"
+                        f"in this run {first} actors {asked} too, and it is fixed for a run: "
+                        f"{asked} has no actors of its own. Scale {first}, or start again with "
+                        f"--writers N"
                     )
             found[stage] = count
         return found, None

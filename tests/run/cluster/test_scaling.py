@@ -114,7 +114,7 @@ def test_what_cannot_be_is_refused_with_the_reason_and_the_run_goes_on(session, 
         ({"preprocess": 500}, r"500 preprocess\+write are 500 actors, but there is room for"),
         ({"preprocess": 0}, "at least 1"),
         ({"train": 2}, r"no stage 'train'; its stages are preprocess\+write"),
-        ({"write": 2}, "the preprocess actors of this run do write too, which is fixed for a run"),
+        ({"write": 2}, "in this run preprocess actors write too, and it is fixed for a run"),
     ):
         with pytest.raises(UsageError, match=reason):
             run.scale(**counts)

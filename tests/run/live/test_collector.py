@@ -201,6 +201,40 @@ def test_what_cannot_be_changes_nothing(counts, reason):
     assert played.collector.live().auto
 
 
+@pytest.mark.parametrize("named", ["preprocess", "preprocess+write"])
+def test_a_stage_of_two_steps_is_scaled_by_the_name_of_its_first_too(named):
+    played = Pipeline(busy_s={"preprocess+write": 0.1}, counts={"preprocess+write": 2}, facts=FACTS)
+    assert played.collector.scale({named: 3}) == {"preprocess+write": 3}
+    for counts, why in (
+        ({"write": 2}, "it is fixed for a run: write has no actors of its own. Scale preprocess"),
+        ({named: 4, "preprocess": 5, "preprocess+write": 5}, "given twice"),
+        ({named: 0}, "needs at least 1 actor"),
+    ):
+        assert why in played.collector.scale(counts)
+    played.run(5.0)
+    assert played.wanted == {"preprocess+write": 3}
+    assert [(event.stage, event.after) for event in played.events] == [("preprocess+write", 3)]
+
+
+def test_actors_that_may_not_fit_into_memory_are_refused_and_not_chosen():
+    holds = {"preprocess": 2 * 10**9, "write": 250 * 10**6}
+    facts = replace(FACTS, holds=holds, memory=14.5e9)
+    played = Pipeline(
+        busy_s={"preprocess": 0.1, "write": 0.1}, counts={"preprocess": 2, "write": 2}, facts=facts
+    )
+    assert "8 preprocess + 2 write may take 16 GB of memory" in played.collector.scale(
+        {"preprocess": 8}
+    )
+    assert played.collector.scale({"write": 12}) == {"preprocess": 2, "write": 12}
+    auto = Pipeline(
+        busy_s={"preprocess": 0.17, "write": 0.21},
+        counts={"preprocess": 2, "write": 2},
+        facts=facts,
+    )
+    auto.run(40.0)
+    assert auto.wanted == {"preprocess": 6, "write": 8}  # without the bound 9 and 11
+
+
 def test_actors_on_gpus_are_counted_by_gpus_not_by_cpus():
     facts = replace(FACTS, on_gpu=("write",), gpus=2, at_most=4)
     played = Pipeline(
