@@ -11,6 +11,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,7 @@ import pyarrow as pa
 
 from raypipe.data.listing import list_images
 from raypipe.data.location import Location
-from raypipe.data.reader import Reader
+from raypipe.data.reader import Reader, core_wait_s
 from raypipe.data.sinks import Sink
 from raypipe.data.work import make_work
 from raypipe.images import backend as backend_module
@@ -240,7 +241,9 @@ def _tidy(probe: Probe) -> None:
 
 
 def _now() -> tuple[float, float]:
-    return time.perf_counter(), time.process_time()
+    """Seconds of the clock, less the waiting for a core, which is other programs'; and of CPU."""
+    waited_s = core_wait_s(threading.get_native_id()) or 0.0
+    return time.perf_counter() - waited_s, time.process_time()
 
 
 def _add(spent: tuple[float, float], since: tuple[float, float]) -> tuple[float, float]:
