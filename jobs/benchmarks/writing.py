@@ -76,6 +76,7 @@ def timed(settings: Settings, room: int) -> Cell:
     job = preprocessing(settings)
     process = probes.start(probe := probes.of(job.todo.left, pipelines["separate"], threads=1))
     try:
+        process.wait(120)  # longer than a run would
         steps = probes.finish(process)
     finally:
         probes.end(process, probe)

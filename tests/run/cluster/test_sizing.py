@@ -152,7 +152,7 @@ def test_a_fused_actor_is_counted_with_what_the_file_of_a_shard_takes(monkeypatc
         return sum(bound(stage) for stage in forms((first, then))[0])
 
     assert taken(format="jpeg") == 2 * GB  # --actor-memory, libraries included
-    assert taken(format="parquet") == 2 * GB + 2 * 64 * 10**6
+    assert taken(format="parquet") == 2 * GB + 3 * 64 * 10**6
 
 
 def test_nodes_of_a_cluster_get_as_many_actors_as_they_have_memory_for():
