@@ -2,23 +2,29 @@
 
 outcome = raypipe.preprocess(input="photos", output="out", actors=4)
 run = raypipe.start(input="photos", output="out")  # in the background
+loader = raypipe.loader("photos", batch_size=64, epochs=3)  # for a training loop
 
 The run has live(), scale(), stop() and wait().
 """
 
 from collections.abc import Callable
+from os import fspath
 from typing import TYPE_CHECKING, Any
 
 from raypipe.errors import UsageError
 
 if TYPE_CHECKING:
+    import os
+
     import pyarrow as pa
     from rich.console import Console
 
     from raypipe.run.background import Run
     from raypipe.run.result import Outcome
+    from raypipe.train.loader import Loader
+    from raypipe.train.minibatch import Minibatch
 
-__all__ = ["UsageError", "preprocess", "start"]
+__all__ = ["UsageError", "loader", "preprocess", "start"]
 __version__ = "0.1.0"
 
 
@@ -64,3 +70,40 @@ def start(
     from raypipe.run.preprocess import Settings, start
 
     return start(Settings.of(**settings), consume=consume, console=console)
+
+
+def loader(
+    input: "str | os.PathLike[str]",
+    *,
+    transform: "Callable[[Minibatch], Any] | None" = None,
+    console: "Console | None" = None,
+    **settings: Any,
+) -> "Loader":
+    """Preprocessed batches for a training loop. Iterate over it: one pass is one epoch.
+
+    Actors start with the first batch. Batches fill past images that are rejected. Each image is
+    given exactly once an epoch, also across `state_dict` and `load_state_dict`. With several ranks
+    (torchrun, Ray Train, Lightning), each makes the same call and gets its share; `batch_size` is
+    of each rank, and all ranks make the same number of steps.
+
+    Args:
+        input: what --input of jobs/preprocess.py may be.
+        transform: called with each batch in the process of the loop; the loop gets what it returns.
+        console: where messages go; by default the terminal (stderr).
+        settings: recipe, batch_size, epochs, shuffle, finish, device, equal
+            (raypipe.train.settings.Loading); and the flags of jobs/preprocess.py that say which
+            images, how they are decoded and by how many actors: annotations, seed, backend,
+            actors, limit, report ...
+
+    Returns:
+        The loader: len(), epoch, state_dict(), load_state_dict(), scale(preprocess=8), close(). It
+        is a context manager too. Its batches are raypipe.train.minibatch.Minibatch.
+
+    Raises:
+        UsageError: the request cannot be done. Nothing was started.
+    """
+    from raypipe.train.loader import Loader
+    from raypipe.train.settings import LoaderSettings
+
+    given = LoaderSettings.of(input=fspath(input), **settings)
+    return Loader(given, transform=transform, console=console)

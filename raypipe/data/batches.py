@@ -19,6 +19,8 @@ class Row:
 
     Attributes:
         pixels: (height, width, 3) uint8, a view; None if it was rejected.
+        labels: of the boxes, (n,).
+        whole: labels of the whole image, (k,): it has no boxes then.
         dropped: boxes that could not be used (journal.Dropped, as a dict).
         boxes_from: the frame that its boxes were drawn in.
         damaged: delivered although it is damaged (--damaged keep).
@@ -34,6 +36,7 @@ class Row:
     dropped: list[dict[str, Any]] = field(default_factory=list)
     boxes_from: str | None = None
     damaged: bool = False
+    whole: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +65,7 @@ def rows_of(block: pa.Table) -> Iterator[Row]:
             boxes=boxes[at],
             # Labels without boxes are of the whole image: a detector learns nothing from them.
             labels=labels[at] if len(boxes[at]) else labels[at][:0],
+            whole=labels[at][:0] if len(boxes[at]) else labels[at],
             crowds=crowds[at],
             reject=None
             if image is not None

@@ -105,6 +105,11 @@ class Weights:
 Weigh = Callable[[pa.Table], Weights]
 
 
+def order_of(epoch: int, rows: int, *, seed: int) -> np.ndarray:
+    """The order of an epoch's rows: a permutation of their numbers, int64 (rows,)."""
+    return np.random.default_rng([seed, epoch]).permutation(rows)
+
+
 def make_work(
     source: pa.Table,
     *,
@@ -114,6 +119,7 @@ def make_work(
     epochs: int = 1,
     shuffle_seed: int | None = None,
     first_shard: int = 0,
+    first_epoch: int = 0,
 ) -> pa.Table:
     """The table of work for `source` (schema SOURCE). A shard never spans two epochs.
 
@@ -121,16 +127,16 @@ def make_work(
         rows_per_shard: at most.
         taper: make the last shards smaller, so that actors finish together.
         weigh: says what memory rows need, so that each shard fits.
-        epochs: how often each row of `source` is there.
+        epochs: each row of `source` is there once in each of these, from `first_epoch` on.
         shuffle_seed: gives each epoch its own permutation, a function of the seed and the epoch.
         first_shard: the number of the first shard.
     """
     parts = []
     all_weights = weights = None if weigh is None else weigh(source)
-    for epoch in range(epochs):
+    for epoch in range(first_epoch, first_epoch + epochs):
         rows = source
         if shuffle_seed is not None:
-            order = np.random.default_rng([shuffle_seed, epoch]).permutation(source.num_rows)
+            order = order_of(epoch, source.num_rows, seed=shuffle_seed)
             rows = source.take(pa.array(order))
             weights = None if all_weights is None else all_weights.taken(order)
         shard = first_shard + _cut(rows.num_rows, rows_per_shard, taper=taper, weights=weights)

@@ -121,21 +121,16 @@ class Placer:
         return planned, torch.stack(in_order) if same else in_order
 
     def _finished(self, images: Tensor | list[Tensor]) -> list[Tensor]:
-        if isinstance(images, Tensor):
-            return list(on_torch.finish(images, self._finish))
-        if self._finish.pad_multiple is None:  # the model pads
-            return [on_torch.finish(image[None], self._finish)[0] for image in images]
-        padded = on_torch.finish(images, self._finish)
+        ready = finished(images, self._finish)
+        if isinstance(images, Tensor) or self._finish.pad_multiple is None:
+            return list(ready)
         return [
-            image[:, : of.shape[0], : of.shape[1]] for image, of in zip(padded, images, strict=True)
+            image[:, : of.shape[0], : of.shape[1]] for image, of in zip(ready, images, strict=True)
         ]
 
     def _sent(self, pixels: Sequence[np.ndarray]) -> Tensor:
         """uint8 (n, height, width, 3) on the device, from images of one size."""
-        together = torch.empty(
-            (len(pixels), *pixels[0].shape), dtype=torch.uint8, pin_memory=self._stream is not None
-        )
-        np.stack(pixels, out=together.numpy())
+        together = gathered(pixels, pinned=self._stream is not None)
         return together.to(self._device, non_blocking=True)
 
     def _targets(self, rows: list[Row]) -> list[dict[str, Tensor]]:
@@ -152,6 +147,24 @@ class Placer:
                 }
             )
         return targets
+
+
+def gathered(pixels: Sequence[np.ndarray], *, pinned: bool) -> Tensor:
+    """Copy images of one size together: uint8 (n, height, width, 3). The only copy of a batch."""
+    together = torch.empty((len(pixels), *pixels[0].shape), dtype=torch.uint8, pin_memory=pinned)
+    np.stack(pixels, out=together.numpy())
+    return together
+
+
+def finished(images: Tensor | list[Tensor], finish: Finish) -> Tensor | list[Tensor]:
+    """Finish uint8 images where they are.
+
+    Returns:
+        One tensor if they have one size or the finish pads them to one, else a tensor each.
+    """
+    if isinstance(images, Tensor) or finish.pad_multiple is not None:
+        return on_torch.finish(images, finish)
+    return [on_torch.finish(image[None], finish)[0] for image in images]
 
 
 def uses_bf16(amp: str, device: torch.device) -> bool:

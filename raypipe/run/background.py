@@ -1,13 +1,11 @@
 """A run in the background of a notebook or a program."""
 
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
 from raypipe.errors import UsageError
 from raypipe.run.live.control import Control
-from raypipe.run.live.steering import NOT_BEGUN
 from raypipe.run.result import Outcome
 
 
@@ -58,14 +56,7 @@ class Run:
 
         Waits for the first actors of the execution.
         """
-        control = self._begun()
-        while True:
-            try:
-                return control.scale(counts)
-            except UsageError as error:
-                if NOT_BEGUN not in str(error):
-                    raise
-            time.sleep(0.1)
+        return self._begun().scale(counts, wait=True)
 
     def stop(self) -> None:
         """End the run after the shards in progress. Results are kept; the same settings go on."""

@@ -64,6 +64,8 @@ def dataset_of(
     context = dataset.context
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    # Who takes the blocks may pause for hours. Reads and images have limits of their own.
+    context.execution_no_progress_timeout_s = -1
     # A shard stays one block, however large.
     context.target_max_block_size = 2**62
     # The actors measure their own memory. Ray Data would start a thread for it in every task.

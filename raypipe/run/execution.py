@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,6 +23,7 @@ from ray.exceptions import RayError
 from rich.console import Console
 
 from raypipe.data.location import Location
+from raypipe.errors import UsageError
 from raypipe.insight import planner
 from raypipe.insight import report as reports
 from raypipe.insight.states import Consumed, NodeCpu, Snapshot
@@ -89,6 +90,8 @@ class Setup:
     shard_bytes: memory that an actor of the first stage takes for its largest shard.
     auto: stages whose count the planner may change.
     probe: what is timed while Ray starts; None: nothing.
+    taken: room for actors that others of this process have.
+    spare: room for actors to leave to others, if there is enough.
     """
 
     run_id: str
@@ -105,6 +108,8 @@ class Setup:
     probe: probes.Probe | None = None
     claim: Claim | None = None
     workers: Workers | None = None
+    taken: int = 0
+    spare: int = 0
 
     @property
     def input(self) -> str:
@@ -264,6 +269,7 @@ def executing(setup: Setup, *, console: Console, touch: Callable[[], None]) -> I
         session = stack.enter_context(
             ray_session(setup.stages, beside=beside, shard_bytes=setup.shard_bytes)
         )
+        session = replace(session, at_most=_free(setup, session))
         workers_on_gpu = setup.workers is not None and on_gpus(
             setup.workers.count, "workers", must=setup.workers.must, session=session
         )
@@ -294,6 +300,22 @@ def executing(setup: Setup, *, console: Console, touch: Callable[[], None]) -> I
         say(console, _watching(setup.run_id, session))
         collector.begin.remote(execution.begun_at)
         yield execution
+
+
+def _free(setup: Setup, session: Session) -> int:
+    """How many actors this execution has room for.
+
+    Raises:
+        UsageError: others of this process have all of it.
+    """
+    free, least = session.at_most - setup.taken, len(setup.stages)
+    if setup.taken and free < least:
+        raise UsageError(
+            f"There is room for {session.at_most} actors, and others of this process take "
+            f"{setup.taken} of them: {max(free, 0)} are left, and this one needs {least}. Nothing "
+            f"was started. Close the others first, or start them with fewer actors."
+        )
+    return free - min(setup.spare, max(free - least, 0))
 
 
 def new_run_id(given: str | None) -> str:

@@ -47,7 +47,7 @@ from raypipe.run.result import (
     ranges,
     shown,
 )
-from raypipe.run.settings import Running
+from raypipe.run.settings import Executing, Running
 from raypipe.run.todo import Todo, among
 from raypipe.stages.planning import Preprocessing
 from raypipe.stages.preprocess import Preprocess
@@ -72,7 +72,7 @@ def _largest(work: pa.Table) -> int:
 
 
 def preprocess_stage(
-    work: pa.Table, pixels: Preprocessing, running: Running, reading: Reading, *, run_id: str
+    work: pa.Table, pixels: Preprocessing, running: Executing, reading: Reading, *, run_id: str
 ) -> Stage:
     """Make the stage that turns shards of `work` (schema WORK) into blocks of pixels."""
     return Stage(

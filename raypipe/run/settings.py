@@ -18,6 +18,7 @@ from raypipe.data.location import Location
 from raypipe.data.patience import READ_PATIENCE_S
 from raypipe.data.reader import Reading
 from raypipe.errors import UsageError, did_you_mean
+from raypipe.images import backend as backend_module
 from raypipe.images.header import MAX_PIXELS
 from raypipe.images.recipe import Recipe
 from raypipe.images.recipe_json import to_json
@@ -82,6 +83,7 @@ class Decoding:
 
     def check(self) -> None:
         """Raise UsageError for a value that no run can use."""
+        backend_module(self.backend)
         check_counts({"max-pixels": self.max_pixels})
         if not 0 < self.image_seconds < math.inf:
             raise UsageError(
@@ -115,8 +117,8 @@ class Decoding:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Running:
-    """How the run is executed. Nothing here decides the results."""
+class Executing:
+    """How images are preprocessed. Nothing here decides the results."""
 
     decides: ClassVar = False
 
@@ -133,14 +135,10 @@ class Running:
     by then are left for the next run; a training stops, and goes on from its last checkpoint."""
     shard_rows: int | None = None
     """Images per shard, if --actor-memory allows; by default 64 MiB of pixels."""
-    max_reject_fraction: float = 0.01
-    """The run fails if a larger share of the images is rejected; results are kept."""
     run_id: str | None = None
     """Name of this run; by default made from the time."""
-    resume: bool = True
-    """Go on from earlier runs. --no-resume deletes what they have left, and starts again."""
     report: str | None = None
-    """Folder for a second copy of the report, beside _raypipe in the output or storage."""
+    """Folder for the report. A job with an output or storage has one in _raypipe there too."""
 
     def check(self) -> None:
         """Raise UsageError for a value that no run can use."""
@@ -156,10 +154,6 @@ class Running:
         if not 0 <= self.read_patience < 86_400:
             raise UsageError(
                 f"--read-patience is {self.read_patience}; it is seconds, from 0 to a day's."
-            )
-        if not 0 <= self.max_reject_fraction <= 1:
-            raise UsageError(
-                f"--max-reject-fraction is {self.max_reject_fraction}; it is a share, from 0 to 1."
             )
         if self.run_id is not None and not all(
             c.isalnum() or c in "-_." for c in self.run_id or "/"
@@ -177,6 +171,24 @@ class Running:
             patience_s=self.read_patience,
             root=root_of(input),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running(Executing):
+    """How a job is executed that keeps results. Nothing here decides these."""
+
+    max_reject_fraction: float = 0.01
+    """The run fails if a larger share of the images is rejected; results are kept."""
+    resume: bool = True
+    """Go on from earlier runs. --no-resume deletes what they have left, and starts again."""
+
+    def check(self) -> None:
+        """Raise UsageError for a value that no run can use."""
+        super().check()
+        if not 0 <= self.max_reject_fraction <= 1:
+            raise UsageError(
+                f"--max-reject-fraction is {self.max_reject_fraction}; it is a share, from 0 to 1."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

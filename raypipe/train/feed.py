@@ -1,68 +1,87 @@
-"""Batches that a thread prepares on the device while the model trains on the one before."""
+"""Items that a thread prepares ahead, while the loop works on the one before."""
 
-import contextlib
-import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
 
 import torch
 
-from raypipe.data.batches import Batch
-from raypipe.models.placer import Placed
+T = TypeVar("T")
+U = TypeVar("U")
 
 PREFETCHED = 2
-"""Batches that wait on the device, in addition to the one in training."""
+"""Items that wait prepared, in addition to the one at work."""
 
 
-class Feed:
+class Feed(Generic[T, U]):
     """Prepares items ahead in a thread. Its errors are raised by `peek` and `take`."""
 
     def __init__(
-        self, items: Iterator[Batch], prepare: Callable[[Batch], Placed], device: torch.device
+        self,
+        items: Iterator[T],
+        prepare: Callable[[T], U],
+        device: torch.device,
+        *,
+        prefetched: int = PREFETCHED,
     ):
-        self._queue: queue.Queue[Placed | BaseException | None] = queue.Queue(PREFETCHED)
-        self._next: Placed | None = None
-        self._ended = self._closed = False
+        self._ready: deque[U | BaseException | None] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._most = prefetched
         self._thread = threading.Thread(
             target=self._fill, args=(items, prepare, device), daemon=True, name="raypipe-feed"
         )
         self._thread.start()
 
-    def _fill(
-        self, items: Iterator[Batch], prepare: Callable[[Batch], Placed], device: torch.device
-    ) -> None:
+    def _fill(self, items: Iterator[T], prepare: Callable[[T], U], device: torch.device) -> None:
         try:
             if device.type == "cuda":
                 # Per thread: otherwise every rank would have a context on the first GPU too.
                 torch.cuda.set_device(device)
             for item in items:
-                self._queue.put(prepare(item))
-                # Otherwise the thread would hold batches, and the execution behind them, for ever.
-                if self._closed:
+                if not self._put(prepare(item)):
                     return
-            self._queue.put(None)
+            self._put(None)
         except BaseException as error:
-            self._queue.put(error)
+            self._put(error)
 
-    def peek(self) -> Placed | None:
+    def _put(self, item: U | BaseException | None) -> bool:
+        """Put an item when there is room. Whether somebody still wants it."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or len(self._ready) < self._most)
+            if not self._closed:
+                self._ready.append(item)
+            self._changed.notify_all()
+            return not self._closed
+
+    def peek(self) -> U | None:
         """Wait for the next item and return it, without taking it. None: there is no more."""
-        if self._next is None and not self._ended:
-            item = self._queue.get()
-            if isinstance(item, BaseException):
-                raise item
-            self._next, self._ended = item, item is None
-        return self._next
+        with self._changed:
+            self._changed.wait_for(lambda: self._ready)
+            item = self._ready[0]
+        if isinstance(item, BaseException):
+            raise item
+        return item
 
-    def take(self) -> Placed:
+    def take(self) -> U:
         """Take the next item."""
         item = self.peek()
         assert item is not None
-        self._next = None
+        with self._changed:
+            self._ready.popleft()
+            self._changed.notify_all()
         return item
 
-    def close(self) -> None:
-        """End the thread after the item that it prepares now."""
-        self._closed = True
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._queue.get_nowait()
+    def close(self, *, wait_s: float = 0.0) -> None:
+        """End the thread after the item that it prepares now.
+
+        Args:
+            wait_s: for its end, at most.
+        """
+        with self._changed:
+            self._closed = True
+            # Otherwise it would hold items, and the execution behind them, for ever.
+            self._ready.clear()
+            self._changed.notify_all()
+        self._thread.join(wait_s)

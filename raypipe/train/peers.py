@@ -1,6 +1,7 @@
 """The workers of a training, in step with each other."""
 
-from collections.abc import Iterable
+import pickle
+from collections.abc import Callable, Iterable
 from typing import TypeVar, cast
 
 import numpy as np
@@ -9,6 +10,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+
+
+def _portable(error: BaseException) -> BaseException:
+    """The error, or one that says the same and can be pickled."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 class Peers:
@@ -30,6 +40,30 @@ class Peers:
         all_ = [torch.empty_like(mine) for _ in range(self.size)]
         dist.all_gather(all_, mine, group=self._group)
         return torch.stack(all_).numpy()
+
+    def exchange(self, item: T) -> list[T]:
+        """Send an item to every rank: each gets the items of all, by rank."""
+        if self._group is None:
+            return [item]
+        items: list[T] = [item] * self.size
+        dist.all_gather_object(items, item, group=self._group)
+        return items
+
+    def share(self, make: Callable[[], T]) -> T:
+        """What `make` returns on rank 0, on every rank. What it raises there is raised by all."""
+        if self._group is None:
+            return make()
+        made: list[T | BaseException | None] = [None]
+        if self.rank == 0:
+            try:
+                made = [make()]
+            except BaseException as error:
+                dist.broadcast_object_list([_portable(error)], src=0, group=self._group)
+                raise
+        dist.broadcast_object_list(made, src=0, group=self._group)
+        if isinstance(made[0], BaseException):
+            raise made[0]
+        return cast("T", made[0])
 
     def collect(self, item: T) -> list[T]:
         """Send an item to rank 0, which gets all items by rank. The others get an empty list."""

@@ -149,8 +149,8 @@ def plan(settings: Settings) -> Todo:
         deciding={
             **settings.decided(),
             "recipe": recipe_identity(recipe),
-            "images": _digest_of(source),
-            "holdout": _digest_of(held),
+            "images": digest_of(source),
+            "holdout": digest_of(held),
             "classes": list(classes.ids),
         },
         skipped=dict(found.skipped),
@@ -187,7 +187,7 @@ def split(source: pa.Table, *, share: float, seed: int) -> tuple[pa.Table, pa.Ta
     return source.filter(pa.array(~held)), source.filter(pa.array(held))
 
 
-def _digest_of(source: pa.Table) -> dict[str, Any]:
+def digest_of(source: pa.Table) -> dict[str, Any]:
     """What identifies a list of images: their number, and a digest of their ids in order."""
     ids = "\n".join(source.column("image_id").to_pylist()).encode("utf-8", "surrogatepass")
     return {"count": source.num_rows, "digest": blake2b(ids, digest_size=8).hexdigest()}

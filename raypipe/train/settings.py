@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from raypipe.errors import UsageError
+from raypipe.errors import UsageError, did_you_mean
 from raypipe.run.settings import (
     TRUST,
     Composed,
     Decoding,
     Device,
+    Executing,
     Running,
     Source,
     check_counts,
@@ -192,6 +193,55 @@ class Settings(Composed):
                 f"in any step. It counts the images of all workers together: give at least "
                 f"{workers}."
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loading:
+    """What a loader gives to the loop."""
+
+    decides: ClassVar = True
+
+    recipe: str = "photos-300"
+    """Name (`raypipe recipes` lists them) or a JSON file."""
+    batch_size: int = 32
+    """Images of a batch, on each rank."""
+    epochs: int = 1
+    """How often each image is given. Passes beyond are empty."""
+    shuffle: bool = True
+    """Order by the seed and the epoch; False: the order of the input, in each epoch."""
+    finish: Literal["device"] | None = None
+    """device: float batches, normalised by the recipe's finish, on the device that trains."""
+    device: str | None = None
+    """The device of finish="device"; by default the GPU of this rank, or the CPU without one."""
+    equal: Literal["drop", "repeat"] | None = None
+    """How all batches get batch_size images. drop: images that are left at the end of an epoch are
+    not given in that epoch. repeat: the last batches are filled up with images of the epoch, which
+    then count twice. By default batches are not equal, and each image is given exactly once."""
+
+    def check(self) -> None:
+        """Raise UsageError for a value that no loader can use."""
+        check_counts({"batch-size": self.batch_size, "epochs": self.epochs})
+        for name, value, known in (
+            ("finish", self.finish, ("device",)),
+            ("equal", self.equal, ("drop", "repeat")),
+        ):
+            if value is not None and value not in known:
+                raise UsageError(f"{name} is {value!r}{did_you_mean(value, known)}")
+        if self.device is not None and self.finish is None:
+            raise UsageError(
+                f"device is {self.device!r}, but only finished batches are on a device. Give "
+                f'finish="device" too, or leave it out.'
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderSettings(Composed):
+    """What a loader takes."""
+
+    source: Source
+    decoding: Decoding = field(default_factory=Decoding)
+    loading: Loading = field(default_factory=Loading)
+    running: Executing = field(default_factory=Executing)
 
 
 def _check_at_least_0(values: dict[str, float]) -> None:

@@ -62,7 +62,7 @@ ENDING = threading.Lock()
 start another Ray."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class _Open:
     """The open session of this process.
 
@@ -70,6 +70,7 @@ class _Open:
     start: starts the rest of Ray after the first output; None: all of it is there.
     thread: the one that opened it.
     ending: SIGTERM's handler before.
+    users: how many are inside. It ends with the last of them, whichever that is.
     """
 
     session: Session
@@ -77,6 +78,7 @@ class _Open:
     start: "Start | None"
     thread: int
     ending: _Handler
+    users: int = 0
 
 
 _open: list[_Open] = []
@@ -92,8 +94,8 @@ def ray_session(
 ) -> Iterator[Session]:
     """Join the cluster of RAY_ADDRESS, use the Ray of this process, or start one for this run.
 
-    Within another ray_session, this is that session with its room. So several runs share what was
-    opened once, for the largest of them.
+    While another ray_session is open, this is that session with its room. So several runs share
+    what was opened once, for the largest of them.
 
     Args:
         stages: whose actors need room.
@@ -105,8 +107,7 @@ def ray_session(
             another run of this process has a Ray that ends with it.
     """
     with _OPENING:
-        inner = bool(_open)
-        if not inner:
+        if not _open:
             _open.append(_opened(stages, beside, shard_bytes))
         elif _open[0].ours and _open[0].thread != threading.get_ident():
             raise UsageError(
@@ -115,11 +116,13 @@ def ray_session(
                 "before both."
             )
         opened = _open[0]
+        opened.users += 1
     try:
         yield opened.session
     finally:
-        if not inner:
-            with _OPENING:
+        with _OPENING:
+            opened.users -= 1
+            if not opened.users:
                 _open.clear()
                 _end(ours=opened.ours, ending=opened.ending, start=opened.start)
 

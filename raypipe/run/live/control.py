@@ -17,6 +17,7 @@ from raypipe.insight.states import LiveRun
 from raypipe.run.cluster.session import ENDING, check_answers, token_missing, without_rays_lines
 from raypipe.run.live import registry
 from raypipe.run.live.collector import NAMESPACE
+from raypipe.run.live.steering import NOT_BEGUN
 
 _NAME = "raypipe-"
 _ANSWER_S = 60.0
@@ -198,11 +199,14 @@ class Control:
         """
         return self.look().json()
 
-    def scale(self, counts: Mapping[str, int]) -> dict[str, int]:
+    def scale(self, counts: Mapping[str, int], *, wait: bool = False) -> dict[str, int]:
         """Set the number of actors of the stages named.
 
         New actors take as long as their start takes. Surplus ones finish what they have: no row is
         lost or done twice. `auto` leaves such a stage alone from then on.
+
+        Args:
+            wait: for the first actors, before which nothing can be scaled.
 
         Returns:
             The wanted counts of all stages.
@@ -212,6 +216,9 @@ class Control:
                 such stage: nothing is changed. Or the run has ended.
         """
         answer = self._ask("scale", dict(counts))
+        while wait and isinstance(answer, str) and NOT_BEGUN in answer:
+            time.sleep(0.1)
+            answer = self._ask("scale", dict(counts))
         if isinstance(answer, str):
             asked = " ".join(f"{stage}={count}" for stage, count in counts.items())
             raise UsageError(
