@@ -7,6 +7,7 @@
 | a directory | image files below it; if there are none, its tars or Parquet files | path in it |
 | a glob (`**`, `{000..009}`, `{a,b}`) or a file | files that match | path below the fixed part |
 | a directory and a COCO JSON | the JSON's images in its order, even without a file | COCO id |
+| a directory, and YOLO's or Pascal VOC's files | image files below it | path in it |
 | WebDataset tars | image members, annotated by `.json` and `.cls` | sidecar's id, or member |
 | Parquet | rows: encoded bytes, raw pixels, or tensors | `image_id`, or file#row |
 | `demo`, `demo:N` | procedural photos with boxes (`raypipe.data.demo`) | demo-SEED-INDEX |
@@ -32,14 +33,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raypipe.data import demo
-from raypipe.data.formats import files
+from raypipe.data.formats import beside, files, voc, yolo
 from raypipe.data.formats.coco import list_coco
 from raypipe.data.formats.parquet import list_parquet
 from raypipe.data.formats.tar import list_tar
 from raypipe.data.location import Location
 from raypipe.data.names import PACKED, PARQUET, SUFFIXES, TAR, suffix_of, unique_names
 from raypipe.data.tables import EMPTY, SOURCE, Listed, box_lists, lists_of, rows, text
-from raypipe.errors import UsageError, logger
+from raypipe.errors import UsageError, did_you_mean, logger
 
 log = logger(__name__)
 
@@ -55,14 +56,23 @@ def list_images(
 
 
 def look(
-    input: str, *, annotations: str | None = None, limit: int | None = None, seed: int = 0
+    input: str,
+    *,
+    annotations: str | None = None,
+    labels: str | None = None,
+    limit: int | None = None,
+    seed: int = 0,
 ) -> Listed:
     """The images of `input` (schema SOURCE), in a deterministic order, and the files left out.
 
     The latter are also told in one line of the log.
 
     Args:
-        annotations: a COCO JSON whose images are below the directory `input`.
+        annotations: of images below the directory `input`: a COCO JSON, YOLO's data.yaml or its
+            folder of text files, or Pascal VOC's folder of XML files.
+        labels: "folder": an image's label is the number of its class folder, the first folder of
+            its path. These are numbered from 0 on in alphabetical order, as torchvision's
+            ImageFolder does. Images in none are left out.
         limit: stop after this many images.
         seed: of demo images.
 
@@ -76,19 +86,20 @@ def look(
             raise UsageError(
                 f"{input!r} has its own boxes; leave out the annotations {annotations!r}"
             )
+        _check_files(input, labels, "it has labels of its own")
         return Listed(_unique(_list_demo(input, limit, seed)))
     if not input:
         raise UsageError(
             "the input is empty; give a directory, a glob, tars, Parquet files or 'demo'"
         )
+    why = ""
     if annotations is not None:
-        folder, json = Location.of(input), Location.of(annotations)
-        beside = Counter[str]()
-        listed = list_coco(folder, json, limit, there=_files_beside(json, input, beside))
-        listed.skipped.update(+beside)
-        why = f" (not named in {annotations})"
+        _check_files(input, labels, f"--annotations {annotations!r} has labels already")
+        listed, why = _annotated(input, annotations, limit)
+    elif labels is not None:
+        listed = _by_folder(_list_places(input, None), input, labels, limit)
     else:
-        listed, why = _list_places(input, limit), ""
+        listed = _list_places(input, limit)
     skipped = _most_common(listed.skipped)
     if listed.rows.num_rows == 0:
         raise UsageError(_nothing(input, listed.skipped))
@@ -101,7 +112,87 @@ def look(
             why,
             _unpack(skipped),
         )
-    return Listed(_unique(listed.rows), skipped)
+    return Listed(_unique(listed.rows), skipped, listed.classes)
+
+
+def _annotated(input: str, annotations: str, limit: int | None) -> tuple[Listed, str]:
+    """The images with their annotations, and why other files are left out."""
+    folder, place = Location.of(input), Location.of(annotations)
+    if is_coco(annotations):
+        left_out = Counter[str]()
+        listed = list_coco(folder, place, limit, there=_files_beside(place, input, left_out))
+        listed.skipped.update(+left_out)
+        return listed, f" (not named in {annotations})"
+    if not folder.is_remote and not os.path.isdir(folder.path):
+        raise UsageError(
+            f"{input!r} is no directory; with annotations the input is the directory of the images"
+        )
+    in_yolo = place.suffix.lower() in yolo.SUFFIXES
+    suffix = ".txt" if in_yolo else _suffix_in(annotations)
+    listed = _list_places(input, limit)
+    _check_files(input, "annotations", "YOLO and Pascal VOC annotate image files", listed.rows)
+    listed.skipped.pop(suffix, None)  # the annotations, where they are beside the images
+    paths = listed.rows.column("image_id").to_pylist()
+    if suffix == ".txt":
+        rows_, classes = yolo.annotate(listed.rows, paths, folder, place)
+    else:
+        rows_, classes = voc.annotate(listed.rows, paths, place)
+    return Listed(rows_, listed.skipped, classes), ""
+
+
+def is_coco(annotations: str | None) -> bool:
+    """Whether annotations are a COCO JSON: neither YOLO's data.yaml nor a folder."""
+    if annotations is None:
+        return False
+    place = Location.of(annotations)
+    return place.suffix.lower() not in yolo.SUFFIXES and not beside.is_folder(place)
+
+
+def _suffix_in(annotations: str) -> str:
+    """Whether the files of a folder of annotations are .txt or .xml."""
+    _, paths = files.find(annotations, Counter())
+    for path in paths:
+        suffix = os.path.splitext(path)[1].lower()
+        if suffix in (".txt", ".xml"):
+            return suffix
+    raise UsageError(
+        f"{annotations!r} has neither YOLO's text files nor Pascal VOC's XML files. Nothing was "
+        f"started. Give their folder, YOLO's data.yaml, or a COCO JSON"
+    )
+
+
+def _by_folder(listed: Listed, input: str, labels: str, limit: int | None) -> Listed:
+    """The images with the label of their class folder, without those in none."""
+    if labels != "folder":
+        raise UsageError(f"labels are {labels!r}{did_you_mean(labels, ['folder'])}")
+    why = "tars have .cls files for labels, and Parquet files a column `label`"
+    _check_files(input, labels, why, listed.rows)
+    heads = [path.partition("/") for path in listed.rows.column("image_id").to_pylist()]
+    inside = np.array([bool(slash) for _, slash, _ in heads], bool)
+    names = np.array([head for head, slash, _ in heads if slash], str)
+    if not len(names):
+        raise UsageError(
+            f"no image of {input!r} is in a folder of its class, such as {input}/cat/1.jpg. Give "
+            f"the folder of the class folders, or leave out --labels folder"
+        )
+    classes, numbers = np.unique(names, return_inverse=True)
+    found = listed.rows.filter(pa.array(inside))
+    column = lists_of(np.ones(len(names), np.int64), numbers.astype(np.int64))
+    found = found.set_column(
+        found.column_names.index("labels"), SOURCE.field("labels"), column
+    ).slice(0, limit)
+    skipped = listed.skipped + Counter({"(in no class folder)": int((~inside).sum())})
+    return Listed(found, +skipped, tuple(classes.tolist()))
+
+
+def _check_files(input: str, labels: str | None, why: str, found: pa.Table | None = None) -> None:
+    """Raise UsageError if labels cannot be given to these images: they are no files."""
+    if labels is None or (found is not None and pc.all(pc.equal(found["length"], -1)).as_py()):
+        return
+    raise UsageError(
+        f"{input!r} cannot have labels from {labels!r}: {why}. Nothing was started. Leave it out, "
+        f"or give a folder of image files"
+    )
 
 
 def _files_beside(annotations: Location, folder: str, skipped: Counter[str]) -> Iterator[str]:
@@ -159,15 +250,22 @@ def _most_common(skipped: Counter[str]) -> Counter[str]:
 
 def _list_places(input: str, limit: int | None) -> Listed:
     pieces, skipped, left = [EMPTY], Counter[str](), limit
+    classes: set[tuple[str, ...]] = set()
     for place in files.alternatives(input):
         base, paths = files.find(place, skipped)
         listed = _list_files(base, paths, left)
         pieces.append(listed.rows)
         skipped += listed.skipped
+        classes.add(listed.classes)
         left = left if left is None else left - listed.rows.num_rows
         if left == 0:
             break
-    return Listed(pa.concat_tables(pieces), +skipped)
+    return Listed(pa.concat_tables(pieces), +skipped, _common(classes))
+
+
+def _common(classes: set[tuple[str, ...]]) -> tuple[str, ...]:
+    """The names of the classes, if all parts of the input have the same."""
+    return next(iter(classes)) if len(classes) == 1 else ()
 
 
 def _list_files(base: Location, paths: Iterable[str], limit: int | None) -> Listed:
@@ -198,14 +296,16 @@ def _list_files(base: Location, paths: Iterable[str], limit: int | None) -> List
             "which are meant; give a glob such as *.tar"
         )
     pieces, left = [EMPTY], limit
+    classes: set[tuple[str, ...]] = set()
     for path in tars or parquets:
         if left == 0:
             break
         listed = list_tar(base / path, left) if tars else list_parquet(base / path, path, left)
         pieces.append(listed.rows)
         skipped += listed.skipped
+        classes.add(listed.classes)
         left = left if left is None else left - listed.rows.num_rows
-    return Listed(pa.concat_tables(pieces), skipped)
+    return Listed(pa.concat_tables(pieces), skipped, _common(classes))
 
 
 def _image_files(base: Location, paths: list[str]) -> pa.Table:

@@ -6,6 +6,7 @@
 | npy | `[epoch-NNN/][folder/]name.npy` | HWC uint8, or what `finish` returns |
 | webdataset | `[epoch-NNN/]shard-NNNNNN.tar` | `key.jpg` and `key.json` an image |
 | parquet | `[epoch-NNN/]part-NNNNNN.parquet` | a row an image, with raw HWC uint8 pixels |
+| huggingface | `[epoch-NNN/]train-NNNNNN.parquet` | a row an image, as JPEG, for `load_dataset` |
 
 In MLPerf's cache, npy files are called `name.jpg.npy`. A tar also has `key.cls` for an image with
 one label and no box. The content is made in `raypipe.data.formats`; this module decides the names.
@@ -22,12 +23,13 @@ import numpy as np
 import pyarrow as pa
 
 from raypipe.data.formats.files import EXTENSIONS, files_of, npy
+from raypipe.data.formats.huggingface import Holds, huggingface_of
 from raypipe.data.formats.parquet import parquet_of
 from raypipe.data.formats.tar import tar_of
 from raypipe.data.location import Location
 from raypipe.errors import UsageError
 
-FORMATS = (*EXTENSIONS, "webdataset", "parquet")
+FORMATS = (*EXTENSIONS, "webdataset", "parquet", "huggingface")
 
 Encode = Callable[[np.ndarray, str, int], bytes]
 Finish = Callable[[np.ndarray], np.ndarray]
@@ -42,6 +44,8 @@ class Sink:
         quality: of JPEG, 1 to 100.
         tmp: below a local root, for unfinished files. Killed writers leave files there.
         keeps_suffix: put the source's suffix before the file's own (a.jpg.npy).
+        holds: what images have beside their pixels (huggingface).
+        classes: the name of each label from 0 on (huggingface); empty: not known.
     """
 
     format: str
@@ -50,6 +54,8 @@ class Sink:
     quality: int = 95
     tmp: str = "_raypipe/tmp"
     keeps_suffix: bool = False
+    holds: Holds = None
+    classes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
@@ -94,6 +100,9 @@ def write_shard(
         return _put(sink, f"{prefix}shard-{shard:06d}.tar", tar_of(block, encode, sink.quality))
     if sink.format == "parquet":
         return _put(sink, f"{prefix}part-{shard:06d}.parquet", parquet_of(block))
+    if sink.format == "huggingface":
+        made = huggingface_of(block, encode, sink.quality, holds=sink.holds, classes=sink.classes)
+        return _put(sink, f"{prefix}train-{shard:06d}.parquet", made)
     folder = prefix + (sink.folder.strip("/") + "/" if sink.folder else "")
 
     def encoded(image: np.ndarray) -> bytes:

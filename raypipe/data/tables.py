@@ -20,7 +20,8 @@ BOXES = pa.list_(pa.list_(pa.float32(), 4))
 """Boxes of one image: float32, xyxy, absolute pixels."""
 
 FRAME = pa.list_(pa.int32(), 2)
-"""Height and width, in pixels, of the image that boxes were drawn on; 0, 0 if unknown."""
+"""Height and width, in pixels, of the image that boxes were drawn on; 0, 0 if unknown. 1, 1: boxes
+are shares of the upright image (`raypipe.images.frames.UNIT`)."""
 
 ANNOTATION_FIELDS = (
     pa.field("boxes", BOXES),
@@ -145,10 +146,12 @@ class Listed:
     """What a lister found.
 
     rows: the images (schema SOURCE). skipped: how many files or members it left out, by suffix.
+    classes: the name of each label from 0 on; empty: not known.
     """
 
     rows: pa.Table
     skipped: Counter[str] = field(default_factory=Counter)
+    classes: tuple[str, ...] = ()
 
 
 def rows(

@@ -15,6 +15,7 @@ from raypipe.images.ops.augment import (
     LargeScaleJitter,
     MultiScale,
     PhotometricDistort,
+    RandomResizedCrop,
     ZoomOut,
 )
 from raypipe.images.ops.boxes import SanitizeBoxes
@@ -112,6 +113,24 @@ _IMAGENETS = (
     ),
 )
 
+_IMAGENET_224 = (
+    Recipe(
+        name="imagenet-224-train",
+        description="Training of ImageNet classifiers: random resized crop to 224x224 "
+        "(antialiased), flip, ImageNet normalised. torchvision 0.29.2, "
+        "references/classification/presets.py",
+        ops=(RandomResizedCrop(), HorizontalFlip()),
+        finish=_IMAGENET,
+    ),
+    Recipe(
+        name="imagenet-224-val",
+        description="Evaluation of ImageNet classifiers: short side 256 (antialiased), middle "
+        "224x224, ImageNet normalised. torchvision 0.29.2, references/classification/presets.py",
+        ops=_classify(antialias=True, rounding="nearest"),
+        finish=_IMAGENET,
+    ),
+)
+
 _SSD_TRAIN = Recipe(
     name="ssd-300-train",
     description="SSD-ResNet34 training: IoU crop, flip, 300x300, colour jitter, ImageNet "
@@ -129,6 +148,7 @@ _SSD_TRAIN = Recipe(
 
 _ALL = (
     *_IMAGENETS,
+    *_IMAGENET_224,
     Recipe(
         name="coco-300",
         description="SSD-MobileNet inference: 300x300, uint8, channels last. With OpenCV equal "

@@ -1,7 +1,8 @@
 """The frame in which boxes were drawn, found by the image size that the annotations state.
 
 That size is the upright image's, or the stored image's, before its EXIF orientation is applied. Or
-it is one of these scaled, because images were resized after they were annotated.
+it is one of these scaled, because images were resized after they were annotated. Or it is UNIT:
+boxes are shares of the upright image, as in YOLO's files.
 """
 
 from collections.abc import Callable
@@ -18,6 +19,9 @@ UPRIGHT, STORED, SCALED, STORED_SCALED, UNCLEAR = (
     "stored, scaled",
     "unclear",
 )
+
+UNIT: Size = (1, 1)
+"""The frame of boxes from 0 to 1, in shares of the upright image."""
 
 
 def into_picture(
@@ -42,7 +46,7 @@ def into_picture(
     if frame == (0, 0) or not len(boxes):
         return boxes, None
     (a, b, c, d, e, f), kind = matrix_of(frame, size, orientation)
-    if kind == UPRIGHT or (kind == UNCLEAR and frame == size):
+    if frame != UNIT and (kind == UPRIGHT or (kind == UNCLEAR and frame == size)):
         return boxes, kind
     x, y = boxes[:, 0::2].astype(np.float64), boxes[:, 1::2].astype(np.float64)
     across, down = np.sort(a * x + b * y + c, axis=1), np.sort(d * x + e * y + f, axis=1)
@@ -61,6 +65,8 @@ def matrix_of(frame: Size, size: Size, orientation: int) -> tuple[Matrix, str]:
     """
     if frame == size and orientation == 1:  # most images
         return _TURNS[1](size), UPRIGHT
+    if frame == UNIT:
+        return (size[1], 0, 0, 0, size[0], 0), UPRIGHT
     stored = size if orientation < 5 else (size[1], size[0])
     fits_upright, fits_stored = (_same_shape(frame, of) for of in (size, stored))
     if orientation == 1 or (fits_upright and not fits_stored) or (frame == size != stored):

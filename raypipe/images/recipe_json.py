@@ -40,6 +40,7 @@ _BUILT_IN: tuple[type[Op], ...] = (
     augment.RandomCrop,
     augment.MultiScale,
     augment.LargeScaleJitter,
+    augment.RandomResizedCrop,
     augment.RandomAffine,
     augment.Noise,
     augment.Erasing,

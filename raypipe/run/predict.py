@@ -214,11 +214,12 @@ def predicting(settings: Settings) -> Job:
     listed = look(
         given.input,
         annotations=given.annotations,
+        labels=given.labels,
         limit=settings.running.limit,
         seed=given.seed,
     )
-    coco = read_coco(Location.of(given.annotations)) if given.annotations is not None else {}
-    names = _names(coco) if coco else _demo_names(given.input)
+    coco = read_coco(Location.of(given.coco)) if given.coco is not None else {}
+    names = _names(coco) if coco else dict(enumerate(listed.classes)) or _demo_names(given.input)
     results = Results(
         root=Location.of(output),
         decides={**settings.decided(), **asdict(decoding)},

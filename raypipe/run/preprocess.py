@@ -14,6 +14,8 @@ from rich.console import Console
 
 from raypipe.data import journal
 from raypipe.data.formats.coco import annotations_of, check_annotation_ids, write_annotations
+from raypipe.data.formats.files import EXTENSIONS
+from raypipe.data.formats.huggingface import holds
 from raypipe.data.listing import look
 from raypipe.data.location import Location
 from raypipe.data.shapes import Placement, placement
@@ -46,6 +48,7 @@ from raypipe.stages.stage import Count, Stage
 from raypipe.stages.write import Write
 
 _CONTAINERS = (".tar", ".parquet")
+_LOSSY = ("jpeg", "webdataset", "huggingface")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +59,7 @@ class Stored:
 
     recipe: str = "coco-300"
     """Name (`raypipe recipes` lists them) or a JSON file."""
-    format: Literal["jpeg", "png", "npy", "webdataset", "parquet"] = "jpeg"
+    format: Literal["jpeg", "png", "npy", "webdataset", "parquet", "huggingface"] = "jpeg"
     """How results are stored."""
     layout: Literal["nchw", "nhwc"] | None = None
     """Order of the axes of npy files, instead of the recipe's."""
@@ -90,7 +93,7 @@ class Stored:
             "format": self.format,
             "layout": self.layout,
             "mlperf_cache": self.mlperf_cache,
-            "quality": self.quality if self.format in ("jpeg", "webdataset") else None,
+            "quality": self.quality if self.format in _LOSSY else None,
         }
 
     def finish(self, recipe: Recipe) -> Finish | None:
@@ -172,10 +175,10 @@ def preprocessing(settings: Settings) -> Job:
         UsageError: the settings, the input or the output cannot be used.
     """
     todo = plan(settings)
-    then = writing(settings, todo.recipe, shard_pixels=shard_pixels(todo.left, todo.recipe))
+    then = writing(settings, todo)
 
     def conclude(written: list[journal.Written]) -> dict[str, Any]:
-        annotations, output = settings.source.annotations, settings.writing.output
+        annotations, output = settings.source.coco, settings.writing.output
         if annotations is None or output is None or not _annotates(settings):
             return {}
         rows = ((w.image_id, w.file, w.height, w.width, w.boxes, w.annotation_ids) for w in written)
@@ -208,11 +211,13 @@ def plan(settings: Settings) -> Todo:
     settings.check()
     source, output = settings.source, settings.writing.output
     check_apart(output, source.input)
+    _check_kept(settings)
     recipe = catalog.get(settings.stored.recipe)
     backend_module(settings.decoding.backend).check(recipe)
     listed = look(
         source.input,
         annotations=source.annotations,
+        labels=source.labels,
         limit=settings.running.limit,
         seed=source.seed,
     )
@@ -224,10 +229,10 @@ def plan(settings: Settings) -> Todo:
         )
     check_cache_names(settings, rows)
     annotations: tuple[str, ...] = ()
-    if source.annotations is not None and _annotates(settings):
-        annotations = (annotations_of(Location.of(source.annotations)),)
+    if source.coco is not None and _annotates(settings):
+        annotations = (annotations_of(Location.of(source.coco)),)
         if output is not None:
-            check_annotation_ids(rows, source.annotations)
+            check_annotation_ids(rows, source.coco)
     results = Results(
         root=None if output is None else Location.of(output),
         decides=settings.decided(),
@@ -241,15 +246,24 @@ def plan(settings: Settings) -> Todo:
         decoding=settings.decoding,
         running=settings.running,
         skipped=listed.skipped,
+        classes=listed.classes,
     )
 
 
-def writing(settings: Settings, recipe: Recipe, *, shard_pixels: int = 0) -> Stage | None:
-    """The stage that writes the preprocessed images; None: nothing is written.
+def _check_kept(settings: Settings) -> None:
+    """Raise UsageError if the images' files would be written without the boxes asked for."""
+    source, stored = settings.source, settings.stored
+    boxed = source.annotations is not None and source.coco is None
+    if boxed and settings.writing.output is not None and stored.format in EXTENSIONS:
+        raise UsageError(
+            f"--annotations {source.annotations!r} is no COCO JSON, and files of --format "
+            f"{stored.format} have no place for its boxes. Nothing was started. Give --format "
+            f"parquet, huggingface or webdataset, or leave out --annotations."
+        )
 
-    Args:
-        shard_pixels: bytes of the pixels of the largest shard, as far as known.
-    """
+
+def writing(settings: Settings, todo: Todo) -> Stage | None:
+    """The stage that writes the preprocessed images; None: nothing is written."""
     if settings.writing.output is None:
         return None
     stored, backend = settings.stored, settings.decoding.backend
@@ -260,11 +274,13 @@ def writing(settings: Settings, recipe: Recipe, *, shard_pixels: int = 0) -> Sta
             folder=image_folder(settings),
             quality=stored.quality,
             keeps_suffix=stored.mlperf_cache is not None,
+            holds=holds(todo.work),
+            classes=todo.classes,
         ),
         backend=backend,
-        finish=stored.finish(recipe),
+        finish=stored.finish(todo.recipe),
         wait_ms=settings.writing.store_ms,
-        shard_pixels=shard_pixels,
+        shard_pixels=shard_pixels(todo.left, todo.recipe),
     )
     return Stage(
         steps=(step,),
@@ -281,7 +297,7 @@ def writing(settings: Settings, recipe: Recipe, *, shard_pixels: int = 0) -> Sta
 
 def _annotates(settings: Settings) -> bool:
     """Whether the run writes the COCO JSON of its results. MLPerf's loader takes the original."""
-    return settings.source.annotations is not None and settings.stored.mlperf_cache is None
+    return settings.source.coco is not None and settings.stored.mlperf_cache is None
 
 
 def _placed(
@@ -324,6 +340,8 @@ def result_names(settings: Settings) -> tuple[str, ...]:
         return ("shard-{shard}.tar",)
     if stored.format == "parquet":
         return ("part-{shard}.parquet",)
+    if stored.format == "huggingface":
+        return ("train-{shard}.parquet",)
     extension = {"jpeg": ".jpg", "png": ".png", "npy": ".npy"}[stored.format]
     return (os.path.join(image_folder(settings), "{name}" + extension),)
 
@@ -340,7 +358,7 @@ def image_folder(settings: Settings) -> str:
         # MLPerf's COCO loader puts this before the JSON's file names; the other loaders do not.
         images = ("val2017",) if stored.mlperf_cache.startswith("coco") else ()
         return "/".join(("preprocessed", stored.mlperf_cache, shape, *images))
-    if source.annotations is None:
+    if source.coco is None:
         return ""
     return Location.of(source.input).name
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
 import tyro
 
 from raypipe.data.formats.files import root_of
+from raypipe.data.listing import is_coco
 from raypipe.data.location import Location
 from raypipe.data.patience import READ_PATIENCE_S
 from raypipe.data.reader import Reading
@@ -42,9 +43,18 @@ class Source:
     input: str
     """Folder, glob, file, tar or Parquet files, local or s3:// gs://; or demo, demo:COUNT."""
     annotations: str | None = None
-    """COCO JSON with the boxes; --input is then the folder its file names are relative to."""
+    """Boxes of the images in the folder --input: a COCO JSON, YOLO's data.yaml or folder of text
+    files, or Pascal VOC's folder of XML files."""
+    labels: Literal["folder"] | None = None
+    """folder: the label of an image is the number of its class folder, the first one below --input,
+    in alphabetical order."""
     seed: int = 0
     """Seed of demo images and augmentations; in a training also of weights, order and hold-out."""
+
+    @property
+    def coco(self) -> str | None:
+        """--annotations, if that is a COCO JSON."""
+        return self.annotations if is_coco(self.annotations) else None
 
     def check(self) -> None:
         """Raise UsageError for a value that no run can use."""
@@ -55,11 +65,12 @@ class Source:
     def identity(self) -> dict[str, Any]:
         """What an output must agree with, as JSON types."""
         demo = self.input.startswith("demo")
-        return {
+        identity = {
             "input": self.input if demo else Location.of(self.input).uri,
             "annotations": self.annotations and Location.of(self.annotations).uri,
             "seed": self.seed,
         }
+        return identity | ({} if self.labels is None else {"labels": self.labels})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,7 @@ class Todo:
     shard_bytes: memory that an actor takes for the largest shard, as far as known.
     skipped: number of files that the listing left out, by suffix.
     cut: how rows are cut into shards, as `requeued` takes it.
+    classes: the name of each label from 0 on; empty: not known.
     """
 
     recipe: Recipe
@@ -43,6 +44,7 @@ class Todo:
     shard_bytes: int = 0
     skipped: Mapping[str, int] = field(default_factory=dict)
     cut: Mapping[str, Any] = field(default_factory=dict)
+    classes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +71,7 @@ def left_to_do(
     decoding: Decoding,
     running: Running,
     skipped: Mapping[str, int] | None = None,
+    classes: tuple[str, ...] = (),
 ) -> Todo:
     """Cut the images of `source` (schema SOURCE) into shards, less what earlier runs have done.
 
@@ -76,6 +79,7 @@ def left_to_do(
 
     Args:
         skipped: number of files that the listing left out, by suffix.
+        classes: the name of each label from 0 on; empty: not known.
 
     Raises:
         UsageError: the output is of another run, or cannot be used.
@@ -107,6 +111,7 @@ def left_to_do(
         shard_bytes=shape.need,
         skipped=skipped or {},
         cut=cut,
+        classes=classes,
     )
 
 

@@ -230,7 +230,7 @@ def run(settings: Settings, *, console: Console) -> Swept:
     if settings.training.train and not torch.cuda.is_available():
         beside = max(settings.training.workers or (2,))
     console.print("Starting Ray ...", highlight=False)
-    then = preprocess.writing(most, job.todo.recipe)
+    then = preprocess.writing(most, job.todo)
     stages = (*job.stages("sweep"), *([then] if then else []))
     tell = partial(console.print, markup=False, highlight=False)
     with contextlib.ExitStack() as stack:

@@ -56,6 +56,7 @@ def preprocessing(
     return preprocess.Settings.of(
         input=settings.source.input,
         annotations=settings.source.annotations,
+        labels=settings.source.labels,
         seed=settings.source.seed,
         recipe=cells.recipe,
         limit=cells.limit,

@@ -72,6 +72,7 @@ def plan(settings: LoaderSettings, *, ranks: int) -> tuple[Facts, Todo]:
     listed = look(
         source.input,
         annotations=source.annotations,
+        labels=source.labels,
         limit=settings.running.limit,
         seed=source.seed,
     )
@@ -101,7 +102,7 @@ def plan(settings: LoaderSettings, *, ranks: int) -> tuple[Facts, Todo]:
         steps=epochs.steps(loading.batch_size, ranks=ranks, equal=loading.equal),
         one_label=_one_label(rows),
         finish=finish_of(recipe) if loading.finish == "device" else None,
-        classes=(),
+        classes=listed.classes,
         decides={**digest_of(rows), "seed": source.seed, "shuffle": loading.shuffle},
     )
     _check_enough(facts, settings, ranks)

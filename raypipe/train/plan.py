@@ -164,6 +164,7 @@ def _listed(settings: Settings) -> tuple[Listed, pa.Table, pa.Table]:
     found = look(
         source.input,
         annotations=source.annotations,
+        labels=source.labels,
         limit=settings.running.limit,
         seed=source.seed,
     )

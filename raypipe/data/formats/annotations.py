@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from raypipe.data.formats.huggingface import flattened
 from raypipe.data.location import Location
 from raypipe.data.stores import ERRORS
 from raypipe.data.tables import (
@@ -28,7 +29,7 @@ from raypipe.errors import UsageError, logger, words
 
 log = logger(__name__)
 
-COLUMNS = ("boxes", "labels", "crowds", "annotation_ids", "label", "height", "width")
+COLUMNS = ("boxes", "labels", "crowds", "annotation_ids", "label", "height", "width", "objects")
 """The columns that annotations are read from."""
 
 _NO_BOX = [math.nan] * 4
@@ -45,6 +46,7 @@ def annotations(place: Location, table: pa.Table) -> dict[str, Any]:
     """
     unfit: list[str] = []
     bad: dict[int, str] = {}
+    table = flattened(table)
 
     def read(name: str, type: pa.DataType, one: Callable[[Any], Any]) -> pa.Array | None:
         if name not in table.column_names:

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from raypipe.data.formats import parquetfile
 from raypipe.data.formats.annotations import COLUMNS, annotations, sides
 from raypipe.data.formats.columns import image_at
+from raypipe.data.formats.huggingface import classes_of
 from raypipe.data.formats.parquetfile import RAW, Images, images_in, open_plain, pieces
 from raypipe.data.location import Location
 from raypipe.data.stores import ERRORS
@@ -108,7 +109,8 @@ def _listed(place: Location, relative: str, limit: int | None, at: Place) -> Lis
             np.arange(count),
             1,
             **annotations(place, table),
-        )
+        ),
+        classes=classes_of(images.file.schema_arrow.metadata or {}),
     )
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 
+from raypipe.images.header import MAX_PIXELS
 from raypipe.images.ops.boxes import centred, iou
 from raypipe.images.ops.colour import Brightness, Contrast, Hue, Permute, Saturation
 from raypipe.images.ops.geometry import (
@@ -395,6 +396,60 @@ class LargeScaleJitter(RandomOp):
             ShortSide(short=self.height, long=self.height, antialias=self.antialias),
             PadTo(height=self.height, width=self.width, fill=self.fill),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomResizedCrop(RandomOp):
+    """Cuts out a random part and stretches it to height x width, as torchvision's does.
+
+    `scale`: the part's share of the image's area. `ratio`: its width over its height, drawn evenly
+    in the logarithm. After ten parts that do not fit, it is the middle, with the ratio nearest to
+    the image's own.
+    """
+
+    purpose = "augment"
+    height: Length = 224
+    width: Length = 224
+    scale: Annotated[Range, rising(1e-6)] = (0.08, 1.0)
+    ratio: PositiveRange = (3 / 4, 4 / 3)
+    antialias: bool = True
+
+    def sample(self, rng: np.random.Generator, size: Size, boxes: np.ndarray) -> tuple[Op, ...]:
+        part = self._part(rng, size)
+        return part, Resize(height=self.height, width=self.width, antialias=self.antialias)
+
+    def _part(self, rng: np.random.Generator, size: Size) -> Crop:
+        for _ in range(10):
+            area = size[0] * size[1] * rng.uniform(*self.scale)
+            ratio = math.exp(rng.uniform(math.log(self.ratio[0]), math.log(self.ratio[1])))
+            width, height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < width <= size[1] and 0 < height <= size[0]:
+                top = int(rng.integers(size[0] - height + 1))
+                left = int(rng.integers(size[1] - width + 1))
+                return Crop(top=top, left=left, height=height, width=width)
+        return _middle(size, self.ratio)
+
+    def fixed_size(self, size: Size | None) -> Size:
+        return self.height, self.width
+
+    def without_chance(self) -> tuple[Op, ...]:
+        """Seven eighths of the middle, as ImageNet is judged."""
+        short = math.ceil(max(self.height, self.width) * 8 / 7)
+        return (
+            ShortSide(short=short, long=MAX_PIXELS, antialias=self.antialias),
+            CenterCrop(height=self.height, width=self.width),
+        )
+
+
+def _middle(size: Size, ratio: Range) -> Crop:
+    """The largest middle part whose width over its height is within `ratio`."""
+    (height, width), own = size, size[1] / size[0]
+    if own < ratio[0]:
+        height = max(1, round(width / ratio[0]))
+    elif own > ratio[1]:
+        width = max(1, round(height * ratio[1]))
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    return Crop(top=top, left=left, height=height, width=width)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
+from torchvision.transforms import v2
 
+from raypipe.images import BACKENDS, backend, opencv, torchvision
+from raypipe.images.catalog import get
+from raypipe.images.decode import read_header
 from raypipe.images.ops import augment
 from raypipe.images.ops.augment import (
     ColorJitter,
@@ -12,6 +17,7 @@ from raypipe.images.ops.augment import (
     HorizontalFlip,
     IoUCrop,
     PhotometricDistort,
+    RandomResizedCrop,
 )
 from raypipe.images.ops.boxes import NO_BOXES, iou
 from tests.images.planning import BOXES, SIZE, plan
@@ -126,3 +132,59 @@ def test_erasing_stays_inside_and_within_its_area():
         for op in plan(Erasing(p=1), image_id=str(index)).ops:
             assert op.top + op.height <= 480 and op.left + op.width <= 640
             assert 0.018 < op.height * op.width / (480 * 640) < 0.34
+
+
+@pytest.mark.parametrize("size", [(480, 640), (1, 900), (700, 3), (224, 224)])
+def test_random_resized_crop_draws_as_torchvision_does(size):
+    """The same means of area and ratio over many draws, and the same part where none fits."""
+    op = RandomResizedCrop()
+    image = torch.zeros(3, *size, dtype=torch.uint8)
+    reference = v2.RandomResizedCrop(224, antialias=True)
+    torch.manual_seed(0)
+    drawn = [reference.make_params([image]) for _ in range(400)]
+    theirs = np.array([[one[side] for side in ("top", "left", "height", "width")] for one in drawn])
+    parts = [plan(op, image_id=str(at), boxes=None, size=size).ops[0] for at in range(400)]
+    ours = np.array([[part.top, part.left, part.height, part.width] for part in parts])
+    if 3 in size or 1 in size:  # the middle
+        assert (ours == theirs).all()
+    scale = np.array([*size, *size])
+    np.testing.assert_allclose(
+        (ours / scale).mean(axis=0), (theirs / scale).mean(axis=0), atol=0.06
+    )
+    assert (ours[:, :2] + ours[:, 2:] <= size).all() and (ours[:, 2:] > 0).all()
+
+
+@pytest.mark.parametrize("name", ["imagenet-224-train", "imagenet-224-val"])
+@pytest.mark.parametrize("backend_name", BACKENDS)
+def test_imagenet_recipes_are_torchvisions(name, backend_name):
+    """Pixels of v2's own functions, for the same parts: equal in torchvision, nearly in OpenCV."""
+    recipe, module = get(name), backend(backend_name)
+    pixels = (
+        np.random.default_rng(1).integers(0, 256, (30, 40, 3), np.uint8).repeat(12, 0).repeat(9, 1)
+    )
+    data = opencv.encode(pixels, "png", 0)
+    image = torch.from_numpy(pixels).permute(2, 0, 1)
+    seen = set()
+    for index in range(6):
+        got = recipe.plan(seed=0, epoch=0, image_id=str(index), size=pixels.shape[:2])
+        out = np.empty((224, 224, 3), np.uint8)
+        module.execute(module.decode(data, read_header(data)), got.ops, out)
+        if name.endswith("val"):
+            want = v2.functional.center_crop(
+                v2.functional.resize(image, 256, antialias=True), [224, 224]
+            )
+        else:
+            part = got.ops[0]
+            box = (part.top, part.left, part.height, part.width)
+            want = v2.functional.resized_crop(image, *box, [224, 224], antialias=True)
+            if flipped := len(got.ops) == 3:
+                want = v2.functional.horizontal_flip(want)
+            seen.add(flipped)
+        delta = np.abs(out.astype(int) - want.permute(1, 2, 0).numpy())
+        assert delta.max() <= (0 if module is not opencv else 1), index
+    assert name.endswith("val") or seen == {True, False}
+    finish = recipe.finish
+    normal = v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    of_torch = normal(v2.functional.to_dtype(want, torch.float32, scale=True))
+    ours = torchvision.finish(want.permute(1, 2, 0)[None], finish)[0]
+    torch.testing.assert_close(ours, of_torch, atol=1e-5, rtol=1e-5)

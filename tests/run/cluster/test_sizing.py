@@ -5,6 +5,7 @@ import pyarrow as pa
 import pytest
 
 from raypipe import UsageError
+from raypipe.data.tables import WORK
 from raypipe.images import catalog
 from raypipe.insight.planner import StageCost
 from raypipe.run.cluster import sizing
@@ -22,6 +23,7 @@ from raypipe.run.cluster.sizing import (
 )
 from raypipe.run.job import preprocess_stage
 from raypipe.run.preprocess import Settings, writing
+from raypipe.run.todo import Todo
 from raypipe.stages.stage import Stage, forms
 
 CLUSTER = Session(
@@ -53,7 +55,8 @@ def stages(wanted: Settings) -> tuple[Stage, ...]:
         wanted.running.reading("demo"),
         run_id="never-run",
     )
-    then = writing(wanted, recipe)
+    nothing, ids = WORK.empty_table(), pa.chunked_array([], pa.string())
+    then = writing(wanted, Todo(recipe=recipe, work=nothing, left=nothing, image_ids=ids))
     return (first,) if then is None else (first, then)
 
 
@@ -147,8 +150,9 @@ def test_whoever_names_a_number_of_writers_gets_that_form():
 def test_a_fused_actor_is_counted_with_what_the_file_of_a_shard_takes(monkeypatch):
     def taken(**given) -> int:
         wanted = settings(writers=0, **given)
-        first, _ = stages(wanted)
-        then = writing(wanted, catalog.get("coco-300"), shard_pixels=64 * 10**6)
+        first, then = stages(wanted)
+        (step,) = then.steps
+        then = replace(then, steps=(replace(step, shard_pixels=64 * 10**6),))
         return sum(bound(stage) for stage in forms((first, then))[0])
 
     assert taken(format="jpeg") == 2 * GB  # --actor-memory, libraries included
