@@ -15,6 +15,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -39,8 +40,9 @@ from raypipe.train.settings import LoaderSettings, Loading
 from raypipe.train.steps import Step, steps
 from raypipe.train.supply import Supply
 
-_ENDS_WITHIN_S = 30.0
-"""How long `close` waits for the feeding thread: a shard that is under way ends within that."""
+_ENDS_WITHIN_S, _RANKS_END_WITHIN_S = 30.0, 1.0
+"""How long `close` waits for the feeding thread. A shard that is under way ends within the first;
+one of several ranks may wait for another rank, which has ended."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,8 +236,10 @@ class Loader:
             self._device,
             prefetched=PREFETCHED + 1,
         )
-        # Also at the end of the process, before the supply's: the last one is called first.
-        weakref.finalize(self, self._feed.close, wait_s=_ENDS_WITHIN_S)
+        ends = partial(self._feed.close, wait_s=self._ends_within_s)
+        weakref.finalize(self, ends).atexit = False
+        if self._supply is not None:
+            self._supply.before_close = ends
         return self._feed
 
     def _open(self, first: Segment) -> str:
@@ -250,7 +254,7 @@ class Loader:
             started=self._started,
             console=self._console,
         )
-        weakref.finalize(self, self._supply.close)
+        weakref.finalize(self, self._supply.close).atexit = False
         return self._supply.execution.session.address
 
     def _images_left(self) -> int:
@@ -263,10 +267,14 @@ class Loader:
         if self._peers.rank and not ray.is_initialized():
             control.connect(address)
 
+    @property
+    def _ends_within_s(self) -> float:
+        return _ENDS_WITHIN_S if self._peers.size == 1 else _RANKS_END_WITHIN_S
+
     def _end_feed(self) -> None:
         """End the feed. What it has prefetched is not seen, and comes again."""
         if self._feed is not None:
-            self._feed.close(wait_s=_ENDS_WITHIN_S)
+            self._feed.close(wait_s=self._ends_within_s)
             self._feed = self._ahead = None
 
 

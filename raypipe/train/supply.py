@@ -1,6 +1,8 @@
 """The execution that a loader's batches come from. Rank 0 opens it; the others join its Ray."""
 
+import atexit
 import threading
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -34,6 +36,9 @@ class Supply:
         ranks: processes that take blocks, each with a CPU of the cluster where they run on it.
         started: time.time() when the loader was made.
 
+    Attributes:
+        before_close: called before the execution ends: ends what takes its blocks.
+
     Raises:
         UsageError: there is no room for the actors.
     """
@@ -52,6 +57,7 @@ class Supply:
         self._settings, self._todo, self._ranks, self._console = settings, todo, ranks, console
         self.run_id = new_run_id(settings.running.run_id)
         self.report: dict[str, Any] | None = None
+        self.before_close: Callable[[], None] = lambda: None
         self._closing = threading.Lock()
         with ExitStack() as stack:
             setup = self._setup(first, images=images, started=started)
@@ -62,6 +68,8 @@ class Supply:
         self.control = Control(self.run_id, self.execution.collector)
         self.served = Served(self.execution.begun)
         _open.append(self)
+        # Later than Ray's own, so before it. weakref.finalize may come after.
+        atexit.register(self.close)
 
     def _setup(self, first: Segment, *, images: int, started: float) -> Setup:
         settings, todo = self._settings, self._todo
@@ -118,8 +126,10 @@ class Supply:
             if self not in _open:
                 return
             _open.remove(self)
+            atexit.unregister(self.close)
+            self.before_close()
             try:
-                if self.served.rows:
+                if self.served.rows and ray.is_initialized():  # whoever ended it before
                     self._leave_report()
             finally:
                 self._stack.close()

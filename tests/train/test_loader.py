@@ -1,21 +1,27 @@
 """`raypipe.loader`: batches for a loop of one's own."""
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
+import ray
 import torch
+from ray.data import DataContext
 
 import raypipe
 from raypipe import UsageError
 from raypipe.data.reader import Reader
 from raypipe.data.work import make_work, order_of, shards
+from raypipe.images import catalog
+from raypipe.images import torchvision as on_torch
 from raypipe.stages.preprocess import preprocess_shard
 from raypipe.train.loading import plan
 from raypipe.train.settings import LoaderSettings
 from tests.conftest import jpeg
-from tests.support.runs import quiet
+from tests.support.runs import named, quiet
 
 FAST = {"actors": 1, "shard_rows": 7, "recipe": "coco-300"}
 
@@ -77,3 +83,111 @@ def test_a_pass_is_an_epoch_and_gives_what_a_plain_loop_gives(session, photos, t
 def loader_again(batches):
     batches.load_state_dict(batches.state_dict() | {"epoch": 0})
     return batches
+
+
+def test_a_state_goes_on_with_the_very_next_row(session, photos):
+    """Taken after each step once; a fresh loader gives the rest of the epoch, and the next one."""
+    (photos / "b" / "003.jpg").write_bytes(b"no image")
+    given = {"batch_size": 9, "epochs": 2, "seed": 4, "limit": 30, "shard_rows": 4}
+    whole, states = [], []
+    with loader(photos, **given) as batches:
+        for _ in range(2):
+            for batch in batches:
+                whole.append(batch.image_ids)
+                states.append((batches.epoch, json.loads(json.dumps(batches.state_dict()))))
+    assert [epoch for epoch, _ in states] == [0, 0, 0, 1, 1, 1, 1, 2]
+    assert len(json.dumps(states[2])) < 300
+    with loader(photos, **given) as batches:
+        for at in (2, 5, 0, 3, 7):  # within an epoch, back again, and after the last batch of one
+            batches.load_state_dict(states[at][1])
+            assert batches.epoch == states[at][0]
+            rest = [batch.image_ids for _ in range(batches.epoch, 2) for batch in batches]
+            assert rest == whole[at + 1 :]
+        with pytest.raises(UsageError, match="seed 5 then, 4 now"):
+            state = states[0][1]
+            batches.load_state_dict(state | {"rows": state["rows"] | {"seed": 5}})
+
+
+def test_a_loop_may_pause_and_leave_a_pass_early(session, photos, monkeypatch):
+    """Ray Data ends an execution whose blocks nobody takes; not one of raypipe."""
+    monkeypatch.setattr(DataContext.get_current(), "execution_no_progress_timeout_s", 1)
+    seen = []
+    with loader(photos, batch_size=5, shuffle=False, shard_rows=3) as batches:
+        for batch in batches:
+            seen += batch.image_ids
+            if len(seen) == 10:
+                time.sleep(3)
+            if len(seen) == 20:
+                break
+        seen += [image_id for batch in batches for image_id in batch.image_ids]
+    assert seen == sorted(seen, key=lambda one: one.split("/")) and len(set(seen)) == 60
+
+
+def test_a_training_and_a_validation_loader_share_one_ray(session, photos):
+    training = loader(photos, batch_size=20, epochs=2, seed=1)
+    validation = loader(photos, batch_size=30, epochs=2, shuffle=False, limit=30)
+    for _ in range(training.epoch, 2):
+        assert sum(len(batch) for batch in training) == 60
+        assert sum(len(batch) for batch in validation) == 30
+    training.close()  # the first that was opened, while the other is open
+    validation.load_state_dict(validation.state_dict() | {"epoch": 1})
+    assert sum(len(batch) for batch in validation) == 30
+    with pytest.raises(UsageError, match=r"8 CPUs, one each, but the cluster has 7"):
+        list(loader(photos, actors=8))
+    validation.close()
+    assert ray.is_initialized()  # the tests' own
+    gone = time.monotonic() + 60
+    while any(named(process, "ray::MapWorker") for process in psutil.Process().children(True)):
+        assert time.monotonic() < gone
+        time.sleep(0.2)
+
+
+def test_batches_are_finished_on_the_device_and_transformed(session, photos):
+    given = {"recipe": "imagenet-pytorch", "batch_size": 8, "limit": 20}
+    with loader(photos, finish="device", **given) as batches:
+        ready = list(batches)
+    asked = []
+    with loader(
+        photos, transform=lambda batch: asked.append(batch) or len(batch), **given
+    ) as plain:
+        assert list(plain) == [8, 8, 4]
+    for batch, raw in zip(ready, asked, strict=True):
+        assert batch.images.dtype == torch.float32 and batch.images.shape[1:] == (3, 224, 224)
+        finish = catalog.get("imagenet-pytorch").finish
+        assert torch.equal(batch.images, on_torch.finish(raw.images, finish))
+    assert raw.to("cpu").image_ids == raw.image_ids
+
+
+def test_images_of_different_sizes_come_as_a_list_with_their_boxes(session):
+    with loader("demo:12", recipe="torchvision-hflip", batch_size=5) as batches:
+        first = next(iter(batches))
+    assert isinstance(first.images, list) and len(first.images) == len(first.boxes) == 5
+    for image, boxes, labels in zip(first.images, first.boxes, first.labels, strict=True):
+        height, width, _ = image.shape
+        assert len(boxes) == len(labels) > 0
+        assert (boxes >= 0).all() and (boxes <= torch.tensor([width, height] * 2)).all()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"batchsize": 4}, "no setting 'batchsize'; did you mean 'batch_size'"),
+        ({"resume": False}, "no setting 'resume'"),
+        ({"batch_size": 0}, "--batch-size is 0"),
+        ({"finish": "gpu"}, "finish is 'gpu'.*device"),
+        ({"device": "cpu"}, "device is 'cpu'.*finish="),
+        ({"finish": "device", "device": "cuda:77"}, "device 'cuda:77' cannot be used here"),
+        ({"backend": "pillow"}, "no backend 'pillow'"),
+        ({"equal": "drop", "batch_size": 61}, "has 60 images, and each of 1 ranks needs a batch"),
+        ({"recipe": "ssd-300-train"}, "has boxes, which recipe"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_anything_starts(photos, given, said):
+    with pytest.raises(UsageError, match=said):
+        loader(photos, **given)
+
+
+def test_processes_that_cannot_talk_are_refused(photos, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match=r"WORLD_SIZE is 2, but torch.distributed is not init"):
+        loader(photos)

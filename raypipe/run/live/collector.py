@@ -333,5 +333,7 @@ def collecting(run_id: str, facts: Facts) -> Iterator[ray.actor.ActorHandle]:
     try:
         yield collector
     finally:
-        with contextlib.suppress(RayError):
-            ray.kill(collector)
+        # Ray would start again for a call after its end.
+        if ray.is_initialized():
+            with contextlib.suppress(RayError):
+                ray.kill(collector)
