@@ -1,7 +1,11 @@
 """`raypipe.loader`: batches for a loop of one's own."""
 
 import json
+import signal
+import subprocess
+import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +24,8 @@ from raypipe.images import torchvision as on_torch
 from raypipe.stages.preprocess import preprocess_shard
 from raypipe.train.loading import plan
 from raypipe.train.settings import LoaderSettings
-from tests.conftest import jpeg
+from tests.conftest import ROOT, jpeg
+from tests.support.clusters import environment
 from tests.support.runs import named, quiet
 
 FAST = {"actors": 1, "shard_rows": 7, "recipe": "coco-300"}
@@ -191,3 +196,53 @@ def test_processes_that_cannot_talk_are_refused(photos, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match=r"WORLD_SIZE is 2, but torch.distributed is not init"):
         loader(photos)
+
+
+LOOP = """
+import json, sys
+import raypipe
+from tests.support.runs import quiet
+
+loader = raypipe.loader(
+    sys.argv[1], recipe="coco-300", batch_size=5, shard_rows=5, epochs=100, actors=1,
+    report=sys.argv[2], console=quiet(),
+)
+try:
+    for epoch in range(100):
+        for batch in loader:
+            print(epoch, *batch.image_ids, flush=True)
+except KeyboardInterrupt:
+    print("state", json.dumps(loader.state_dict()), flush=True)
+    print(loader.epoch, *next(iter(loader)).image_ids, flush=True)
+    sys.exit(3)
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_loses_no_batch_and_the_end_of_the_process_closes(photos, tmp_path):
+    """With a Ray of its own, which ends with the process, though nobody calls close."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", LOOP, str(photos), str(tmp_path / "report")],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    lines = [process.stdout.readline() for _ in range(17)]
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    rest, said = process.communicate(timeout=120)
+    assert process.returncode == 3, said
+    *more, state, after = rest.splitlines()
+    given = [line.split() for line in (*lines, *more, after)]
+    at, last = json.loads(state.removeprefix("state ")), int(given[-1][0])
+    images = Counter((line[0], image_id) for line in given for image_id in line[1:])
+    assert max(images.values()) == 1 and at["epoch"] == last
+    # Ctrl-C may come when the loop has got a batch, and has not told of it yet.
+    told = 60 * last + sum(stop - start for start, stop in at["seen"]) + 5
+    assert told - images.total() in (0, 5)
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["images_in"] == told
+    psutil.wait_procs(children, timeout=60)
+    assert not [child for child in children if child.is_running() and child.status() != "zombie"]
