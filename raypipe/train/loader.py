@@ -26,7 +26,7 @@ from rich.console import Console
 
 from raypipe.data.stores import StoreError
 from raypipe.errors import UsageError
-from raypipe.run.causes import BREAKS, cause_of, causes
+from raypipe.run.causes import breaks, cause_of, causes
 from raypipe.run.cluster.session import joins
 from raypipe.run.console import say
 from raypipe.run.live import control
@@ -358,7 +358,7 @@ def _told(error: Exception) -> Exception:
     for cause in causes(error):
         if isinstance(cause, UsageError | StoreError):
             return cause
-    if not isinstance(error, BREAKS):
+    if not isinstance(error, breaks()):
         return error
     return RuntimeError(
         f"Preprocessing ended: {cause_of(error)}. No batch was lost: iterate again, or go on from "
