@@ -27,7 +27,7 @@ from rich.console import Console
 from raypipe.data.stores import StoreError
 from raypipe.errors import UsageError
 from raypipe.run.causes import breaks, cause_of, causes
-from raypipe.run.cluster.session import joins
+from raypipe.run.cluster.session import joins, output_is_there
 from raypipe.run.console import say
 from raypipe.run.live import control
 from raypipe.train.epochs import Segment
@@ -147,6 +147,7 @@ class Loader:
             self._ahead, self._position = item, item.after
             if self._supply is not None:
                 self._supply.served.gives(item.step)
+                output_is_there()
                 self._supply.served.tell(self._supply.execution.collector)
             if item.batch is not None:
                 batch = self._collate.take(item.batch)
