@@ -119,8 +119,7 @@ KINDS = {
     "gcs_server": "GCS",
     "raylet/raylet": "raylet",
     "dashboard/dashboard.py": "dashboard",
-    "ray-dashboard": "dashboard",
-    "ray::DashboardHead": "dashboard",
+    "multiprocessing": "dashboard",  # it starts its parts so
     "dashboard/agent.py": "dashboard agent",
     "runtime_env/agent": "runtime env agent",
     "ray::DashboardAgent": "dashboard agent",
