@@ -11,7 +11,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"] + [
     page for room in ("raypipe", "jobs", "tests") for page in sorted((ROOT / room).rglob("*.md"))
 ]
 LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)|<img src=\"([^\"]*)\"")
-SCRIPT = re.compile(r"\bjobs/(?:benchmarks/)?\w+\.py\b")
+SCRIPT = re.compile(r"\bjobs/(?:benchmarks/|examples/)?\w+\.py\b")
 MODULE = re.compile(r"\b(?:raypipe|tests)/[\w/]+\.\w+\b")
 
 

@@ -200,10 +200,10 @@ class Loader:
     def close(self) -> None:
         """End the execution, and write the report. The loader gives no more batches."""
         self._closed = True
-        self._end_feed()
         if self._supply is not None:
-            self._supply.close()
-        elif self._joined:
+            self._supply.close()  # and the feed
+        self._end_feed()
+        if self._joined and self._supply is None:
             self._joined = False
             control.leave()
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from raypipe.data.location import Location
 from raypipe.errors import UsageError
 from raypipe.run import probe as probes
+from raypipe.run.cluster.session import without_rays_lines
 from raypipe.run.console import say
 from raypipe.run.execution import Setup, executing, new_run_id
 from raypipe.run.job import preprocess_stage
@@ -127,12 +128,15 @@ class Supply:
                 return
             _open.remove(self)
             atexit.unregister(self.close)
-            self.before_close()
-            try:
+            # Ray would announce that it repeats the shards under way, which never happens.
+            with without_rays_lines(), self._stack:
+                self.before_close()
                 if self.served.rows and ray.is_initialized():  # whoever ended it before
                     self._leave_report()
-            finally:
-                self._stack.close()
+        if self.report is not None:
+            say(self._console, f"verdict: {self.report['verdict']['reason']}")
+            if (folder := self._settings.running.report) is not None:
+                say(self._console, f"report: {folder}/report.html")
 
     def _leave_report(self) -> None:
         execution, served = self.execution, self.served
@@ -144,13 +148,11 @@ class Supply:
             ready_s=execution.ready_s(measured.snapshot),
             consumer=served.consumed,
         )
-        say(self._console, f"verdict: {self.report['verdict']['reason']}")
         folder = self._settings.running.report
         if folder is not None:
             pictures = shown(self._todo.epochs.source, served.rejected)
             place = Location.of(folder)
             leave_report(place, "", self.report, served.rejected, pictures, served.dropped)
-            say(self._console, f"report: {folder}/report.html")
 
 
 def _actors(supply: Supply) -> int:

@@ -199,17 +199,32 @@ def test_processes_that_cannot_talk_are_refused(photos, monkeypatch):
 
 
 LOOP = """
-import json, sys
+import json, sys, time
 import raypipe
 from tests.support.runs import quiet
 
 loader = raypipe.loader(
-    sys.argv[1], recipe="coco-300", batch_size=5, shard_rows=5, epochs=100, actors=1,
+    sys.argv[1], recipe="coco-1200", batch_size=5, shard_rows=5, epochs=100, actors=1,
     report=sys.argv[2], console=quiet(),
 )
+
+def made():
+    return max([stage.images for stage in loader._supply.control.look().stages] or [0])
+
+def wait_until_no_more_is_made():
+    seen, since = made(), time.monotonic()
+    while time.monotonic() < since + 4:
+        time.sleep(0.2)
+        if made() > seen:
+            seen, since = made(), time.monotonic()
+    print(seen, flush=True)
+
 try:
     for epoch in range(100):
         for batch in loader:
+            if len(sys.argv) == 3:
+                wait_until_no_more_is_made()
+                sys.argv.append("waited")
             print(epoch, *batch.image_ids, flush=True)
 except KeyboardInterrupt:
     print("state", json.dumps(loader.state_dict()), flush=True)
@@ -219,21 +234,26 @@ except KeyboardInterrupt:
 
 
 @pytest.mark.slow
-def test_ctrl_c_loses_no_batch_and_the_end_of_the_process_closes(photos, tmp_path):
+def test_a_slow_loop_holds_little_and_ctrl_c_loses_no_batch(photos, tmp_path):
     """With a Ray of its own, which ends with the process, though nobody calls close."""
+    store = 150_000_000  # bytes, of which an image takes 4,320,000
     process = subprocess.Popen(
         [sys.executable, "-c", LOOP, str(photos), str(tmp_path / "report")],
         cwd=ROOT,
-        env=environment(),
+        env=environment(RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES=str(store)),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+    made = int(process.stdout.readline())
     lines = [process.stdout.readline() for _ in range(17)]
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
     rest, said = process.communicate(timeout=120)
     assert process.returncode == 3, said
+    # The loop waited at its first batch until actors made no more: of 6,000 images, those that fit
+    # into the store, and those of three batches.
+    assert 15 <= made <= store / 4_320_000 + 15
     *more, state, after = rest.splitlines()
     given = [line.split() for line in (*lines, *more, after)]
     at, last = json.loads(state.removeprefix("state ")), int(given[-1][0])

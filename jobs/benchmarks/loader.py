@@ -1,0 +1,192 @@
+"""Measure raypipe.loader beside other loaders, to a loop that touches every byte.
+
+    # about 5 minutes on 2 cores
+    python jobs/benchmarks/loader.py --input demo:2000
+    # of your own photos
+    python jobs/benchmarks/loader.py --input photos/ --rounds 5
+
+Contenders, all with OpenCV to 300x300, shuffled, in batches of 64, with as many processes as cores:
+- PyTorch's DataLoader;
+- LitData's StreamingDataLoader, where `litdata` is installed: from files that hold the JPEGs;
+- raypipe.loader.
+
+uint8: batches as they are. float: normalised float32 (n, 3, height, width). The DataLoaders
+normalise in the loop's process too, with the same function: in their workers it would quadruple
+what they send.
+
+Images/s are over the last three quarters of the batches, so that no start counts.
+"""
+
+import importlib.util
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+import tyro
+from rich.console import Console
+from throughput import BATCH, CORES, Paths, load, local_files, resize
+from torch.utils.data import DataLoader
+
+import raypipe
+from raypipe.images import torchvision as on_torch
+from raypipe.images.catalog import get
+from raypipe.run.cluster.session import ray_here
+
+RECIPE = "coco-300-pt"
+FINISH = get(RECIPE).finish
+CPU = torch.device("cpu")
+Batches = Iterator[torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """What to measure."""
+
+    input: str = "demo:2000"
+    """Folder, glob or demo:COUNT of image files."""
+    epochs: int = 2
+    """Of each contender in each round."""
+    rounds: int = 3
+    """Every contender once a round."""
+
+
+def normalised(batch: torch.Tensor) -> torch.Tensor:
+    """What finish="device" does on a CPU."""
+    assert FINISH is not None
+    return on_torch.finish(batch, replace(FINISH, layout="chw", dtype="float32"))
+
+
+class Frames:
+    """A map-style dataset for the DataLoader."""
+
+    def __init__(self, paths: Paths):
+        self._paths = paths
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return resize(load(self._paths[index]))
+
+
+def one_thread(_: int) -> None:
+    cv2.setNumThreads(1)
+
+
+def dataloader(
+    paths: Paths,
+    epochs: int,
+    finished: bool,
+    *,
+    workers: int = CORES,
+    device: torch.device = CPU,
+) -> Batches:
+    frames: Any = Frames(paths)
+    loader: Any = DataLoader(
+        frames,
+        batch_size=BATCH,
+        shuffle=True,
+        num_workers=workers,
+        worker_init_fn=one_thread,
+        persistent_workers=True,
+        pin_memory=device.type == "cuda",
+    )
+    for _ in range(epochs):
+        for batch in loader:
+            there = batch.to(device, non_blocking=True)
+            yield normalised(there) if finished else there
+
+
+def encoded(path: str) -> dict[str, bytes]:
+    """An image as LitData stores it."""
+    with open(path, "rb") as file:
+        return {"jpeg": file.read()}
+
+
+def litdata(paths: Paths, epochs: int, finished: bool) -> Batches:
+    import litdata
+
+    class Stored(litdata.StreamingDataset):
+        def __getitem__(self, index: Any) -> np.ndarray:
+            data = np.frombuffer(super().__getitem__(index)["jpeg"], np.uint8)
+            image = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB)
+            assert image is not None
+            return resize(image)
+
+    with tempfile.TemporaryDirectory() as folder:
+        litdata.optimize(encoded, paths, folder, chunk_bytes="64MB", num_workers=CORES)
+        loader = litdata.StreamingDataLoader(
+            Stored(folder, shuffle=True),
+            batch_size=BATCH,
+            num_workers=CORES,
+            worker_init_fn=one_thread,
+            persistent_workers=True,
+        )
+        for _ in range(epochs):
+            for batch in loader:
+                yield normalised(batch) if finished else batch
+
+
+def raypipes(paths: Paths, epochs: int, finished: bool) -> Batches:
+    folder = paths[0].rpartition("/")[0]
+    with raypipe.loader(
+        folder,
+        recipe=RECIPE,
+        batch_size=BATCH,
+        epochs=epochs,
+        actors=CORES,
+        limit=len(paths),
+        finish="device" if finished else None,
+        device="cpu" if finished else None,
+        console=Console(quiet=True),
+    ) as loader:
+        for _ in range(epochs):
+            for batch in loader:
+                yield batch.images
+
+
+CONTENDERS: dict[str, Callable[[Paths, int, bool], Batches]] = {
+    "dataloader": dataloader,
+    "litdata": litdata,
+    "raypipe": raypipes,
+}
+
+
+def rate(batches: Batches) -> float:
+    """Images/s of a loop that touches every byte, over the last three quarters."""
+    moments: list[tuple[float, int]] = []
+    for batch in batches:
+        batch.sum()
+        moments.append((time.perf_counter(), len(batch)))
+    begin = len(moments) // 4
+    images = sum(count for _, count in moments[begin + 1 :])
+    return images / (moments[-1][0] - moments[begin][0])
+
+
+def main(benchmark: Benchmark) -> None:
+    paths = local_files(benchmark.input)
+    names = [name for name in CONTENDERS if name != "litdata" or importlib.util.find_spec(name)]
+    ray_here(num_cpus=CORES, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    rates: dict[tuple[str, str], list[float]] = {}
+    for _ in range(benchmark.rounds):
+        for kind in ("uint8", "float"):
+            for name in names:
+                batches = CONTENDERS[name](paths, benchmark.epochs, kind == "float")
+                rates.setdefault((kind, name), []).append(rate(batches))
+    print(f"{len(paths)} images, {CORES} cores, medians of {benchmark.rounds} rounds")
+    print("| batches | contender | images/s | of DataLoader |\n|---|---|---|---|")
+    for (kind, name), values in rates.items():
+        ratio = statistics.median(
+            mine / theirs for mine, theirs in zip(values, rates[kind, "dataloader"], strict=True)
+        )
+        print(f"| {kind} | {name} | {statistics.median(values):.0f} | {ratio:.2f} |")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Benchmark, description=__doc__))
