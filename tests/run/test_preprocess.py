@@ -27,7 +27,7 @@ from tests.support.runs import plain_loop, quiet, settings
 
 
 # Each format and each backend once: neither several actors nor who writes depend on the format. For
-# both encoders of each backend see tests/data/test_sinks.py.
+# the encoders of each backend see tests/images/test_backends.py.
 @pytest.mark.parametrize(
     ("backend", "format", "actors", "writers"),
     [
