@@ -32,13 +32,14 @@ from typing import Any
 import torch
 import tyro
 from loader import dataloader
+from peers import BATCH
 from rich.console import Console
-from throughput import BATCH, CORES, local_files
+from throughput import local_files
 from torch import nn
 
 import raypipe
 from raypipe.run import predict, preprocess
-from raypipe.run.cluster.machine import versions
+from raypipe.run.cluster.machine import cores_here, versions
 from raypipe.run.cluster.session import ray_here
 from raypipe.train import attempts
 from raypipe.train.settings import Settings
@@ -60,7 +61,7 @@ class Benchmark:
     """Only these."""
     images: int = 3000
     """Generated photos of each part."""
-    actors: int = max(1, CORES - 2)
+    actors: int = max(1, cores_here() - 2)
     """Preprocess actors, and workers of the DataLoader."""
 
 
@@ -153,7 +154,10 @@ def train(check: Check) -> None:
     trained("overlap", **demo)
     begun = time.perf_counter()
     wanted = preprocess.Settings.of(
-        **demo, output=str(check.folder / "set"), format="parquet", writers=max(1, CORES // 4)
+        **demo,
+        output=str(check.folder / "set"),
+        format="parquet",
+        writers=max(1, cores_here() // 4),
     )
     report = preprocess.run(wanted, console=quiet).report
     assert report is not None
@@ -253,10 +257,15 @@ def write(check: Check) -> None:
     output = Path(check.benchmark.output)
     output.mkdir(parents=True, exist_ok=True)
     gpu = torch.cuda.get_device_name() if check.on_gpu else "none"
-    machine = {"gpu": gpu, "cores": CORES, "system": platform.platform(), "versions": versions()}
+    machine = {
+        "gpu": gpu,
+        "cores": cores_here(),
+        "system": platform.platform(),
+        "versions": versions(),
+    }
     (output / "gpu.json").write_text(json.dumps({"machine": machine, "rows": check.rows}, indent=1))
     names = ("images_per_s", "gpu_percent", "nvidia_smi_percent", "waiting_for_data", "ratio")
-    lines = [f"{gpu}, {CORES} cores, torch {torch.__version__}", ""]
+    lines = [f"{gpu}, {cores_here()} cores, torch {torch.__version__}", ""]
     lines += [f"| part | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for row in check.rows:
         cells = ["-" if row.get(name) is None else f"{row[name]:.2f}" for name in names]
@@ -269,7 +278,7 @@ def main(benchmark: Benchmark) -> int:
     if not torch.cuda.is_available():
         print("No CUDA GPU is here (torch.cuda.is_available() is false): nothing was measured.")
         return 2
-    ray_here(num_cpus=CORES + 2, log_to_driver=False, logging_level="ERROR")
+    ray_here(num_cpus=cores_here() + 2, log_to_driver=False, logging_level="ERROR")
     with tempfile.TemporaryDirectory() as folder:
         check = Check(benchmark=benchmark, device="cuda", folder=Path(folder))
         with watched(check):

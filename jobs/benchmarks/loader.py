@@ -19,23 +19,23 @@ Images/s are over the last three quarters of the batches, so that no start count
 
 import importlib.util
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-import cv2
-import numpy as np
 import torch
 import tyro
+from peers import BATCH, Frames, Paths, chunks, of_chunk, one_thread, prepared
 from rich.console import Console
-from throughput import BATCH, CORES, Paths, load, local_files, resize
+from throughput import local_files
 from torch.utils.data import DataLoader
 
 import raypipe
 from raypipe.images import torchvision as on_torch
 from raypipe.images.catalog import get
+from raypipe.run.cluster.machine import cores_here
 from raypipe.run.cluster.session import ray_here
 
 RECIPE = "coco-300-pt"
@@ -62,37 +62,20 @@ def normalised(batch: torch.Tensor) -> torch.Tensor:
     return on_torch.finish(batch, replace(FINISH, layout="chw", dtype="float32"))
 
 
-class Frames:
-    """A map-style dataset for the DataLoader."""
-
-    def __init__(self, paths: Paths):
-        self._paths = paths
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        return resize(load(self._paths[index]))
-
-
-def one_thread(_: int) -> None:
-    cv2.setNumThreads(1)
-
-
 def dataloader(
     paths: Paths,
     epochs: int,
     finished: bool,
     *,
-    workers: int = CORES,
+    workers: int | None = None,
     device: torch.device = CPU,
 ) -> Batches:
-    frames: Any = Frames(paths)
+    frames: Any = Frames(paths, None)
     loader: Any = DataLoader(
         frames,
         batch_size=BATCH,
         shuffle=True,
-        num_workers=workers,
+        num_workers=cores_here() if workers is None else workers,
         worker_init_fn=one_thread,
         persistent_workers=True,
         pin_memory=device.type == "cuda",
@@ -103,34 +86,20 @@ def dataloader(
             yield normalised(there) if finished else there
 
 
-def encoded(path: str) -> dict[str, bytes]:
-    """An image as LitData stores it."""
-    with open(path, "rb") as file:
-        return {"jpeg": file.read()}
-
-
 def litdata(paths: Paths, epochs: int, finished: bool) -> Batches:
-    import litdata
+    from litdata import StreamingDataLoader, StreamingDataset
 
-    class Stored(litdata.StreamingDataset):
-        def __getitem__(self, index: Any) -> np.ndarray:
-            data = np.frombuffer(super().__getitem__(index)["jpeg"], np.uint8)
-            image = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB)
-            assert image is not None
-            return resize(image)
-
-    with tempfile.TemporaryDirectory() as folder:
-        litdata.optimize(encoded, paths, folder, chunk_bytes="64MB", num_workers=CORES)
-        loader = litdata.StreamingDataLoader(
-            Stored(folder, shuffle=True),
-            batch_size=BATCH,
-            num_workers=CORES,
-            worker_init_fn=one_thread,
-            persistent_workers=True,
-        )
-        for _ in range(epochs):
-            for batch in loader:
-                yield normalised(batch) if finished else batch
+    folder = str(prepared("chunks", paths, chunks))
+    loader = StreamingDataLoader(
+        StreamingDataset(folder, shuffle=True, transform=partial(of_chunk, folder=None)),
+        batch_size=BATCH,
+        num_workers=cores_here(),
+        worker_init_fn=one_thread,
+        persistent_workers=True,
+    )
+    for _ in range(epochs):
+        for batch in loader:
+            yield normalised(batch) if finished else batch
 
 
 def raypipes(paths: Paths, epochs: int, finished: bool) -> Batches:
@@ -140,7 +109,7 @@ def raypipes(paths: Paths, epochs: int, finished: bool) -> Batches:
         recipe=RECIPE,
         batch_size=BATCH,
         epochs=epochs,
-        actors=CORES,
+        actors=cores_here(),
         limit=len(paths),
         finish="device" if finished else None,
         device="cpu" if finished else None,
@@ -172,14 +141,16 @@ def rate(batches: Batches) -> float:
 def main(benchmark: Benchmark) -> None:
     paths = local_files(benchmark.input)
     names = [name for name in CONTENDERS if name != "litdata" or importlib.util.find_spec(name)]
-    ray_here(num_cpus=CORES, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray_here(
+        num_cpus=cores_here(), include_dashboard=False, log_to_driver=False, logging_level="ERROR"
+    )
     rates: dict[tuple[str, str], list[float]] = {}
     for _ in range(benchmark.rounds):
         for kind in ("uint8", "float"):
             for name in names:
                 batches = CONTENDERS[name](paths, benchmark.epochs, kind == "float")
                 rates.setdefault((kind, name), []).append(rate(batches))
-    print(f"{len(paths)} images, {CORES} cores, medians of {benchmark.rounds} rounds")
+    print(f"{len(paths)} images, {cores_here()} cores, medians of {benchmark.rounds} rounds")
     print("| batches | contender | images/s | of DataLoader |\n|---|---|---|---|")
     for (kind, name), values in rates.items():
         ratio = statistics.median(

@@ -178,7 +178,7 @@ def plain(library: str) -> Contender:
 # --- loaders of PyTorch ----------------------------------------------------------------------
 
 
-class _Frames:
+class Frames:
     """A map-style dataset for the DataLoader."""
 
     def __init__(self, paths: Paths, folder: str | None):
@@ -193,7 +193,8 @@ class _Frames:
         return resized(read(path), os.path.basename(path), self._folder)
 
 
-def _one_thread(_: int) -> None:
+def one_thread(_: int) -> None:
+    """Begin a worker."""
     cv2.setNumThreads(1)
 
 
@@ -201,9 +202,9 @@ def dataloader(paths: Paths, folder: str | None) -> Moments:
     """PyTorch's DataLoader over OpenCV, a worker a core."""
     from torch.utils.data import DataLoader
 
-    frames: Any = _Frames(paths, folder)
+    frames: Any = Frames(paths, folder)
     loader: Any = DataLoader(
-        frames, batch_size=BATCH, num_workers=cores_here(), worker_init_fn=_one_thread
+        frames, batch_size=BATCH, num_workers=cores_here(), worker_init_fn=one_thread
     )
     for batch in loader:
         yield time.perf_counter(), len(batch)
@@ -242,7 +243,7 @@ def webdataset(paths: Paths, folder: str | None) -> Moments:
         samples.batched(BATCH),
         batch_size=None,
         num_workers=cores_here(),
-        worker_init_fn=_one_thread,
+        worker_init_fn=one_thread,
     )
     for (images,) in loader:
         yield time.perf_counter(), len(images)
@@ -252,13 +253,15 @@ def _item(path: str) -> dict[str, Any]:
     return {"name": os.path.basename(path), "image": read(path)}
 
 
-def _chunks(paths: Paths, folder: Path) -> None:
+def chunks(paths: Paths, folder: Path) -> None:
+    """Put the images into LitData's chunks."""
     from litdata import optimize
 
     optimize(_item, paths, str(folder), chunk_bytes="64MB", num_workers=cores_here(), verbose=False)
 
 
-def _of_chunk(item: dict[str, Any], folder: str | None) -> np.ndarray:
+def of_chunk(item: dict[str, Any], folder: str | None) -> np.ndarray:
+    """Do an image that LitData has read."""
     cv2.setNumThreads(1)
     return resized(item["image"], item["name"], folder)
 
@@ -267,11 +270,13 @@ def litdata(paths: Paths, folder: str | None) -> Moments:
     """LitData's StreamingDataLoader over its chunks of the files, a worker a core."""
     from litdata import StreamingDataLoader, StreamingDataset
 
-    chunks = prepared("chunks", paths, _chunks)
+    folder_of_chunks = prepared("chunks", paths, chunks)
 
-    one = partial(_of_chunk, folder=folder)
+    one = partial(of_chunk, folder=folder)
     loader = StreamingDataLoader(
-        StreamingDataset(str(chunks), transform=one), batch_size=BATCH, num_workers=cores_here()
+        StreamingDataset(str(folder_of_chunks), transform=one),
+        batch_size=BATCH,
+        num_workers=cores_here(),
     )
     for batch in loader:
         yield time.perf_counter(), len(batch)
