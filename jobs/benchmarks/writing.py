@@ -11,6 +11,7 @@ run, from the timing; and from the run of the other form, as the report's line a
 give it. Rates are steady ones, of all images from when the actors were ready to the last output.
 """
 
+import os
 import statistics
 import sys
 import tempfile
@@ -201,7 +202,7 @@ def main() -> int:
             for store_ms in wanted.store_ms:
                 settings = Settings.of(
                     input=wanted.input,
-                    output=tempfile.mkdtemp(prefix="raypipe-benchmark-"),
+                    output=os.path.join(tempfile.gettempdir(), "raypipe-benchmark-timed"),
                     recipe=recipe,
                     backend=backend,
                     store_ms=store_ms,
