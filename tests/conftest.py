@@ -123,11 +123,27 @@ def make_photos(folder: Path) -> Path:
     return folder
 
 
+# moto checks the condition of a put and then puts: two threads of it may both find a key free.
+MOTO = """
+import threading
+from moto.server import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import run_simple
+
+app, one_at_a_time = DomainDispatcherApplication(create_backend_app), threading.Lock()
+
+def answer(environ, start_response):
+    with one_at_a_time:
+        return list(app(environ, start_response))
+
+run_simple("127.0.0.1", 0, answer, threaded=True)
+"""
+
+
 @pytest.fixture(scope="session")
 def s3():
     """Where a real S3 server on this machine listens."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"],
+        [sys.executable, "-c", MOTO],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

@@ -65,12 +65,12 @@ class Source:
     def identity(self) -> dict[str, Any]:
         """What an output must agree with, as JSON types."""
         demo = self.input.startswith("demo")
-        identity = {
+        return {
             "input": self.input if demo else Location.of(self.input).uri,
             "annotations": self.annotations and Location.of(self.annotations).uri,
+            "labels": self.labels,
             "seed": self.seed,
         }
-        return identity | ({} if self.labels is None else {"labels": self.labels})
 
 
 @dataclass(frozen=True, kw_only=True)
