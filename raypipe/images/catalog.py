@@ -8,19 +8,17 @@ from typing import Literal
 
 from raypipe.errors import UsageError, did_you_mean
 from raypipe.images.header import MAX_PIXELS
-from raypipe.images.ops.augment import (
-    ColorJitter,
-    HorizontalFlip,
-    IoUCrop,
-    LargeScaleJitter,
-    MultiScale,
-    PhotometricDistort,
-    RandomResizedCrop,
-    ZoomOut,
-)
+from raypipe.images.ops.augment import ColorJitter, HorizontalFlip, PhotometricDistort
 from raypipe.images.ops.boxes import SanitizeBoxes
 from raypipe.images.ops.geometry import CenterCrop, Resize, ShortSide
 from raypipe.images.ops.op import Op
+from raypipe.images.ops.random_geometry import (
+    IoUCrop,
+    LargeScaleJitter,
+    MultiScale,
+    RandomResizedCrop,
+    ZoomOut,
+)
 from raypipe.images.recipe import Finish, Recipe
 from raypipe.images.recipe_json import from_json
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from raypipe.errors import UsageError, did_you_mean, foreign, shown
-from raypipe.images.ops import augment, boxes, colour, filters, geometry
+from raypipe.images.ops import augment, boxes, colour, filters, geometry, random_geometry
 from raypipe.images.ops.op import PURPOSES, Op
 from raypipe.images.own import imported
 from raypipe.images.recipe import Finish, Recipe
@@ -35,13 +35,13 @@ _BUILT_IN: tuple[type[Op], ...] = (
     augment.VerticalFlip,
     augment.ColorJitter,
     augment.PhotometricDistort,
-    augment.ZoomOut,
-    augment.IoUCrop,
-    augment.RandomCrop,
-    augment.MultiScale,
-    augment.LargeScaleJitter,
-    augment.RandomResizedCrop,
-    augment.RandomAffine,
+    random_geometry.ZoomOut,
+    random_geometry.IoUCrop,
+    random_geometry.RandomCrop,
+    random_geometry.MultiScale,
+    random_geometry.LargeScaleJitter,
+    random_geometry.RandomResizedCrop,
+    random_geometry.RandomAffine,
     augment.Noise,
     augment.Erasing,
     geometry.Flip,

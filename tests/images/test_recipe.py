@@ -7,17 +7,11 @@ import pytest
 
 from raypipe.images.catalog import RECIPES
 from raypipe.images.header import Reject
-from raypipe.images.ops.augment import (
-    ColorJitter,
-    HorizontalFlip,
-    IoUCrop,
-    Noise,
-    RandomCrop,
-    ZoomOut,
-)
+from raypipe.images.ops.augment import ColorJitter, HorizontalFlip, Noise
 from raypipe.images.ops.boxes import SanitizeBoxes
 from raypipe.images.ops.colour import Contrast
 from raypipe.images.ops.geometry import Crop, Flip, Pad, PadTo, Resize, ShortSide
+from raypipe.images.ops.random_geometry import IoUCrop, RandomCrop, ZoomOut
 from raypipe.images.recipe import Finish, for_evaluation
 from tests.images.planning import BOXES, SIZE, plan, recipe
 

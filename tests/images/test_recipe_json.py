@@ -7,7 +7,7 @@ import pytest
 
 from raypipe import UsageError
 from raypipe.images.catalog import RECIPES
-from raypipe.images.ops.augment import ZoomOut
+from raypipe.images.ops.random_geometry import ZoomOut
 from raypipe.images.recipe_json import from_json, to_json
 
 

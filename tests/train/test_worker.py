@@ -20,8 +20,9 @@ from raypipe.data.listing import list_images
 from raypipe.data.reader import Reader
 from raypipe.data.tables import BLOCK, SOURCE, lists
 from raypipe.data.work import make_work
-from raypipe.images.ops.augment import HorizontalFlip, IoUCrop, PhotometricDistort, ZoomOut
+from raypipe.images.ops.augment import HorizontalFlip, PhotometricDistort
 from raypipe.images.ops.geometry import CenterCrop, Resize
+from raypipe.images.ops.random_geometry import IoUCrop, ZoomOut
 from raypipe.images.recipe import Finish, Recipe
 from raypipe.models import checkpoint as checkpoints
 from raypipe.models.detection import Classes

@@ -10,16 +10,10 @@ from torchvision.transforms import v2
 from raypipe.images import BACKENDS, backend, opencv, torchvision
 from raypipe.images.catalog import get
 from raypipe.images.decode import read_header
-from raypipe.images.ops import augment
-from raypipe.images.ops.augment import (
-    ColorJitter,
-    Erasing,
-    HorizontalFlip,
-    IoUCrop,
-    PhotometricDistort,
-    RandomResizedCrop,
-)
+from raypipe.images.ops import random_geometry
+from raypipe.images.ops.augment import ColorJitter, Erasing, HorizontalFlip, PhotometricDistort
 from raypipe.images.ops.boxes import NO_BOXES, iou
+from raypipe.images.ops.random_geometry import IoUCrop, RandomResizedCrop
 from tests.images.planning import BOXES, SIZE, plan
 
 
@@ -102,7 +96,7 @@ def test_iou_crop_ends_whatever_the_boxes(flavour, boxes, size):
 
 @pytest.mark.parametrize("flavour", ["mlperf", "torchvision"])
 def test_iou_crop_tests_the_boxes_its_flavour_says(flavour, monkeypatch):
-    monkeypatch.setattr(augment, "_MODES", (None, 0.3))
+    monkeypatch.setattr(random_geometry, "_MODES", (None, 0.3))
     boxes = np.array([[100, 80, 500, 400], [150, 100, 420, 380]], np.float32)
     crops = [
         op
@@ -123,7 +117,7 @@ def test_iou_crop_tests_the_boxes_its_flavour_says(flavour, monkeypatch):
 
 @pytest.mark.parametrize("flavour", ["mlperf", "torchvision"])
 def test_iou_crop_gives_up_when_no_mode_can_be_met(flavour, monkeypatch):
-    monkeypatch.setattr(augment, "_MODES", (0.9,))
+    monkeypatch.setattr(random_geometry, "_MODES", (0.9,))
     assert plan(IoUCrop(flavour=flavour), boxes=np.array([[0, 0, 2, 2]], np.float32)).ops == ()
 
 

@@ -5,18 +5,17 @@ import pytest
 import torch
 
 from raypipe.images import opencv, torchvision
-from raypipe.images.ops.augment import (
-    HorizontalFlip,
+from raypipe.images.ops.augment import HorizontalFlip, VerticalFlip
+from raypipe.images.ops.boxes import iou
+from raypipe.images.ops.geometry import CenterCrop, PadTo, Resize, ShortSide
+from raypipe.images.ops.random_geometry import (
     IoUCrop,
     LargeScaleJitter,
     MultiScale,
     RandomAffine,
     RandomCrop,
-    VerticalFlip,
     ZoomOut,
 )
-from raypipe.images.ops.boxes import iou
-from raypipe.images.ops.geometry import CenterCrop, PadTo, Resize, ShortSide
 from tests.images.planning import plan
 
 GEOMETRY = [

@@ -14,17 +14,12 @@ from raypipe import UsageError
 from raypipe.images import opencv, torchvision
 from raypipe.images.header import Header, Reject
 from raypipe.images.memory import needed
-from raypipe.images.ops.augment import (
-    HorizontalFlip,
-    MultiScale,
-    RandomAffine,
-    RandomCrop,
-    ZoomOut,
-)
+from raypipe.images.ops.augment import HorizontalFlip
 from raypipe.images.ops.colour import Brightness, Equalize, Hue, Permute
 from raypipe.images.ops.filters import GaussianBlur
 from raypipe.images.ops.geometry import Affine, CenterCrop, Crop, Flip, Pad, Resize, ShortSide
 from raypipe.images.ops.op import PURPOSES, Op, RandomOp, at_least, within
+from raypipe.images.ops.random_geometry import MultiScale, RandomAffine, RandomCrop, ZoomOut
 from raypipe.images.recipe import Finish, boxes_back, for_evaluation
 from raypipe.images.recipe_json import OPS, from_json, to_json
 from tests.images.planning import BOXES, INSIDE, SIZE, plan, recipe
