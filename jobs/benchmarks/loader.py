@@ -79,6 +79,8 @@ def dataloader(
         worker_init_fn=one_thread,
         persistent_workers=True,
         pin_memory=device.type == "cuda",
+        # A forked process hangs where this one has used threads of OpenCV, Ray or CUDA.
+        multiprocessing_context="spawn",
     )
     for _ in range(epochs):
         for batch in loader:
@@ -96,6 +98,7 @@ def litdata(paths: Paths, epochs: int, finished: bool) -> Batches:
         num_workers=cores_here(),
         worker_init_fn=one_thread,
         persistent_workers=True,
+        multiprocessing_context="spawn",
     )
     for _ in range(epochs):
         for batch in loader:
