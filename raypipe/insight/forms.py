@@ -116,13 +116,15 @@ def _steps(stage: Mapping[str, Any]) -> list[StageCost] | None:
 def told(report: Mapping[str, Any], measured: float) -> dict[str, Any] | None:
     """What the report says of the two forms of writing (its `writing`), as JSON types.
 
-    The other form gets as many actors as ran, or one more than there are cores if that is more.
+    None: nothing was written, or how many actors did it is not known, as on a Ray whose pools
+    raypipe cannot see. The other form gets as many actors as ran, or one more than there are cores
+    if that is more.
 
     Args:
         measured: images/s of the run. The model gives the ratio, as for any change.
     """
     found = other(report)
-    if found is None or not measured:
+    if found is None or not measured or not planner.costs_of(report["stages"]):
         return None
     form, stages = found
     costs, machine = planner.of_report(report)

@@ -58,7 +58,7 @@ def report(*samples: tuple[Sample, int], cores: float = 2) -> dict:
         )
         for sample, n in samples
     }
-    took_s = max(sample.busy_s / n for sample, n in samples)
+    took_s = max(sample.busy_s / max(n, 1) for sample, n in samples)
     return build(
         run_id="forms",
         settings={},
@@ -189,3 +189,10 @@ def test_stages_cost_what_their_steps_do_and_a_step_that_is_not_known_costs_nobo
     assert last.cpu_s == pytest.approx(0.001 + 1e6 * forms.GET_S)
     assert forms.staged(steps[:1], ["preprocess", "predict"]) == [first]
     assert forms.staged(steps[:1], ["preprocess+write"]) == []
+
+
+def test_where_the_number_of_actors_is_not_known_the_other_form_is_not_told():
+    """As on a Ray whose pools raypipe cannot see: the run and its report are there all the same."""
+    both = seen("preprocess+write", {"preprocess": (2.0, 2.0), "write": (1.0, 1.0)}, rays_ms=0.1)
+    found = report((both, 0))
+    assert found["images_out"] == IMAGES and found["writing"] is None
