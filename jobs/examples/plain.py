@@ -2,7 +2,7 @@
 
     python jobs/examples/plain.py
 
-A small ResNet learns what is in the boxes of generated photos: an accuracy above 0.6 after three epochs.
+A small ResNet learns what is in the boxes of generated photos: accuracy above 0.6 in three epochs.
 """
 
 import torch
