@@ -16,12 +16,10 @@ from raypipe.data import journal
 from raypipe.data.formats.coco import annotations_of, check_annotation_ids, write_annotations
 from raypipe.data.formats.files import EXTENSIONS
 from raypipe.data.formats.huggingface import holds
-from raypipe.data.listing import look
 from raypipe.data.location import Location
 from raypipe.data.shapes import Placement, placement
 from raypipe.data.sinks import Sink
 from raypipe.data.tables import frames_of, unlist
-from raypipe.data.work import wanted_by
 from raypipe.errors import UsageError
 from raypipe.images import backend as backend_module
 from raypipe.images import catalog
@@ -43,7 +41,7 @@ from raypipe.run.settings import (
     check_wait,
     recipe_identity,
 )
-from raypipe.run.todo import Results, Todo, left_to_do
+from raypipe.run.todo import Results, Todo, left_to_do, listed_for
 from raypipe.stages.stage import Count, Stage
 from raypipe.stages.write import Write
 
@@ -214,19 +212,8 @@ def plan(settings: Settings) -> Todo:
     _check_kept(settings)
     recipe = catalog.get(settings.stored.recipe)
     backend_module(settings.decoding.backend).check(recipe)
-    listed = look(
-        source.input,
-        annotations=source.annotations,
-        labels=source.labels,
-        limit=settings.running.limit,
-        seed=source.seed,
-    )
-    rows = wanted_by(listed.rows, needs_boxes=recipe.needs_boxes, drops_crowds=recipe.drops_crowds)
-    if not rows.num_rows:
-        raise UsageError(
-            f"No image of {source.input!r} has boxes, which recipe {recipe.name} needs. "
-            f"Give --annotations."
-        )
+    listed = listed_for(recipe, source, limit=settings.running.limit)
+    rows = listed.rows
     check_cache_names(settings, rows)
     annotations: tuple[str, ...] = ()
     if source.coco is not None and _annotates(settings):

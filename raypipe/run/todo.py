@@ -4,20 +4,52 @@ Looking changes nothing. What a run changes in its output before it begins is in
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from raypipe.data import outputs, sizes
+from raypipe.data.listing import Listed, look
 from raypipe.data.location import Location
-from raypipe.data.work import extend, make_work, named_as_before, remaining, renewed, requeued
+from raypipe.data.work import (
+    extend,
+    make_work,
+    named_as_before,
+    remaining,
+    renewed,
+    requeued,
+    wanted_by,
+)
+from raypipe.errors import UsageError
 from raypipe.images import backend as backend_module
 from raypipe.images.recipe import Recipe
 from raypipe.run.cluster.machine import versions
 from raypipe.run.result import check_report
-from raypipe.run.settings import Decoding, Running, check_free
+from raypipe.run.settings import Decoding, Running, Source, check_free
+
+
+def listed_for(recipe: Recipe, source: Source, *, limit: int | None) -> Listed:
+    """List the images of a source that a recipe can use.
+
+    Raises:
+        UsageError: the source cannot be listed, or no image has the boxes that the recipe needs.
+    """
+    listed = look(
+        source.input,
+        annotations=source.annotations,
+        labels=source.labels,
+        limit=limit,
+        seed=source.seed,
+    )
+    rows = wanted_by(listed.rows, needs_boxes=recipe.needs_boxes, drops_crowds=recipe.drops_crowds)
+    if not rows.num_rows:
+        raise UsageError(
+            f"No image of {source.input!r} has boxes, which recipe {recipe.name} needs. "
+            f"Give --annotations."
+        )
+    return replace(listed, rows=rows)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,14 +10,13 @@ import pyarrow.compute as pc
 import torch
 
 from raypipe.data import sizes
-from raypipe.data.listing import look
-from raypipe.data.work import wanted_by
 from raypipe.errors import UsageError
 from raypipe.images import backend as backend_module
 from raypipe.images import catalog
 from raypipe.images.recipe import Finish, Recipe
 from raypipe.models.detection import finish_of
 from raypipe.run.result import check_report
+from raypipe.run.todo import listed_for
 from raypipe.stages.planning import Preprocessing
 from raypipe.train.epochs import Epochs
 from raypipe.train.plan import digest_of
@@ -69,19 +68,8 @@ def plan(settings: LoaderSettings, *, ranks: int) -> tuple[Facts, Todo]:
     recipe = catalog.get(loading.recipe)
     backend = backend_module(decoding.backend)
     backend.check(recipe)
-    listed = look(
-        source.input,
-        annotations=source.annotations,
-        labels=source.labels,
-        limit=settings.running.limit,
-        seed=source.seed,
-    )
-    rows = wanted_by(listed.rows, needs_boxes=recipe.needs_boxes, drops_crowds=recipe.drops_crowds)
-    if not rows.num_rows:
-        raise UsageError(
-            f"No image of {source.input!r} has boxes, which recipe {recipe.name} needs. "
-            f"Give annotations."
-        )
+    listed = listed_for(recipe, source, limit=settings.running.limit)
+    rows = listed.rows
     cut = sizes.cut(
         recipe,
         images=rows.num_rows,
