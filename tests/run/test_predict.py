@@ -189,7 +189,8 @@ def test_the_report_has_the_stage_and_every_image_is_accounted_for(done):
     )
     assert predict["busy"] + predict["starved"] + predict["blocked"] == pytest.approx(1)
     assert report["settings"]["checkpoint"] == wanted.model.checkpoint
-    assert report["verdict"]["reason"]
+    # None: something outside the stages limits, as on a machine that other programs use.
+    assert report["verdict"]["stage"] in ("preprocess", "predict", None)
     state = Path(wanted.predicting.output, "_raypipe")
     assert json.loads((state / "report.json").read_text())["predict"] == report["predict"]
     assert "predict" in (state / "report.html").read_text()

@@ -1,6 +1,7 @@
 """One loader over several ranks: processes as torchrun starts them, and workers of Ray Train."""
 
 import random
+import signal
 import time
 from collections import Counter
 from pathlib import Path
@@ -38,7 +39,8 @@ def test_one_rank_then_two_then_one_give_each_image_once(folder, joined, photos)
     processes = started(folder, joined, ranks=2, **given, attempt=1, stop=4)
     # A rank that stops in mid-epoch may end by a signal, once its loop is done: its feeding thread
     # still waits for the others when Python ends (seen once, SIGSEGV; raypipe/train/README.md).
-    assert all(process.wait(240) <= 0 for process in processes)
+    first, second = (process.wait(240) for process in processes)
+    assert first == 0 and second in (0, -signal.SIGSEGV)
     loop(**given, folder=str(folder), attempt=2)
     steps = logged(folder)
     assert [len(of) for of in steps][:3] == [3, 4, 4]
