@@ -65,8 +65,8 @@ def write_block(block: pa.Table, sink: Sink, *, backend: str, finish: Finish | N
 
 
 FILE_COPIES = {"webdataset": 1, "parquet": 3}
-"""Bytes that the file of a shard takes in memory while it is made, at most, as multiples of its
-pixels (measured with 61 MB of them: 162 MB for Parquet, 10 MB for a tar of JPEGs)."""
+"""Peak memory of making the file of a shard, as a multiple of the shard's pixels. Measured with
+61 MB of pixels: 162 MB for Parquet, 10 MB for a tar of JPEGs."""
 
 JPEG_SIDE = 65_500
 """Largest side, in pixels, of an image that libjpeg encodes (JPEG_MAX_DIMENSION)."""

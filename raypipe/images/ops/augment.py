@@ -7,9 +7,7 @@ from typing import Annotated
 import numpy as np
 
 from raypipe.images.ops.colour import Brightness, Contrast, Hue, Permute, Saturation
-from raypipe.images.ops.geometry import (
-    Flip,
-)
+from raypipe.images.ops.geometry import Flip
 from raypipe.images.ops.op import (
     Colour,
     Natural,

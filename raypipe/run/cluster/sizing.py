@@ -243,8 +243,8 @@ def chosen(
 ) -> tuple[Stage, ...]:
     """Choose the pipeline that does the steps of `stages` first: fused or separate.
 
-    Fused, unless actors of their own for the last step take less time by the model, as where many
-    have to wait for a slow store and the memory is not enough for as many that decode.
+    Fused, unless the model expects separate writers to take less time. That is so where many
+    actors wait for a slow store, and there is no memory for as many that decode too.
 
     Args:
         costs: of steps, timed beforehand; None or incomplete: separate where the step waits.
