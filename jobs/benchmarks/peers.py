@@ -198,14 +198,27 @@ def one_thread(_: int) -> None:
     cv2.setNumThreads(1)
 
 
+def _workers() -> dict[str, Any]:
+    """A worker a core. They are forked, as is usual, unless this process has Ray's threads.
+
+    A process that is forked from one with threads may hang.
+    """
+    import ray
+
+    how = "spawn" if ray.is_initialized() else None
+    return {
+        "num_workers": cores_here(),
+        "worker_init_fn": one_thread,
+        "multiprocessing_context": how,
+    }
+
+
 def dataloader(paths: Paths, folder: str | None) -> Moments:
     """PyTorch's DataLoader over OpenCV, a worker a core."""
     from torch.utils.data import DataLoader
 
     frames: Any = Frames(paths, folder)
-    loader: Any = DataLoader(
-        frames, batch_size=BATCH, num_workers=cores_here(), worker_init_fn=one_thread
-    )
+    loader: Any = DataLoader(frames, batch_size=BATCH, **_workers())
     for batch in loader:
         yield time.perf_counter(), len(batch)
 
@@ -239,12 +252,7 @@ def webdataset(paths: Paths, folder: str | None) -> Moments:
 
     tars = sorted(map(str, prepared("tars", paths, _tars).iterdir()))
     samples = wds.WebDataset(tars, shardshuffle=False).map(partial(_of_tar, folder=folder))
-    loader = wds.WebLoader(
-        samples.batched(BATCH),
-        batch_size=None,
-        num_workers=cores_here(),
-        worker_init_fn=one_thread,
-    )
+    loader = wds.WebLoader(samples.batched(BATCH), batch_size=None, **_workers())
     for (images,) in loader:
         yield time.perf_counter(), len(images)
 
@@ -274,9 +282,7 @@ def litdata(paths: Paths, folder: str | None) -> Moments:
 
     one = partial(of_chunk, folder=folder)
     loader = StreamingDataLoader(
-        StreamingDataset(str(folder_of_chunks), transform=one),
-        batch_size=BATCH,
-        num_workers=cores_here(),
+        StreamingDataset(str(folder_of_chunks), transform=one), batch_size=BATCH, **_workers()
     )
     for batch in loader:
         yield time.perf_counter(), len(batch)
