@@ -1,6 +1,7 @@
 """The workers of a training, in step with each other."""
 
 import pickle
+import time
 from collections.abc import Callable, Iterable
 from typing import TypeVar, cast
 
@@ -10,6 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+
+_POLL_S = (0.0001, 0.005)
+"""Pauses while a rank waits for others: a tenth of the wait so far, within these bounds."""
 
 
 def _portable(error: BaseException) -> BaseException:
@@ -34,36 +38,53 @@ class Peers:
 
     def gather(self, *numbers: int) -> np.ndarray:
         """Exchange numbers: every rank gets those of all, int64 (size, len(numbers))."""
-        mine = torch.tensor(numbers, dtype=torch.int64)
-        if self._group is None:
-            return mine.numpy()[None]
-        all_ = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(all_, mine, group=self._group)
-        return torch.stack(all_).numpy()
+        return self._gathered(torch.tensor(numbers, dtype=torch.int64)).numpy()
 
     def exchange(self, item: T) -> list[T]:
         """Send an item to every rank: each gets the items of all, by rank."""
         if self._group is None:
             return [item]
-        items: list[T] = [item] * self.size
-        dist.all_gather_object(items, item, group=self._group)
-        return items
+        data = torch.frombuffer(bytearray(pickle.dumps(item)), dtype=torch.uint8)
+        lengths = self.gather(len(data))[:, 0]
+        # All ranks send as many bytes.
+        sent = torch.zeros(int(lengths.max()), dtype=torch.uint8)
+        sent[: len(data)] = data
+        received = self._gathered(sent).numpy()
+        return [
+            pickle.loads(of[:length].tobytes())
+            for of, length in zip(received, lengths, strict=True)
+        ]
+
+    def _gathered(self, mine: Tensor) -> Tensor:
+        """The tensors of all ranks, which have one shape, by rank.
+
+        Waits in Python: a thread that waits in gloo when its process ends breaks off the process
+        (SIGSEGV).
+        """
+        if self._group is None:
+            return mine[None]
+        all_ = [torch.empty_like(mine) for _ in range(self.size)]
+        work = dist.all_gather(all_, mine, group=self._group, async_op=True)
+        began, (least, most) = time.perf_counter(), _POLL_S
+        while not work.is_completed():
+            time.sleep(min(max(0.1 * (time.perf_counter() - began), least), most))
+        work.wait()  # raises what went wrong
+        return torch.stack(all_)
 
     def share(self, make: Callable[[], T]) -> T:
         """What `make` returns on rank 0, on every rank. What it raises there is raised by all."""
-        if self._group is None:
-            return make()
-        made: list[T | BaseException | None] = [None]
+        made: T | BaseException | None = None
         if self.rank == 0:
             try:
-                made = [make()]
+                made = make()
             except BaseException as error:
-                dist.broadcast_object_list([_portable(error)], src=0, group=self._group)
+                if self._group is not None:
+                    self.exchange(_portable(error))
                 raise
-        dist.broadcast_object_list(made, src=0, group=self._group)
-        if isinstance(made[0], BaseException):
-            raise made[0]
-        return cast("T", made[0])
+        first = self.exchange(made)[0]
+        if isinstance(first, BaseException):
+            raise first
+        return cast("T", first)
 
     def collect(self, item: T) -> list[T]:
         """Send an item to rank 0, which gets all items by rank. The others get an empty list."""

@@ -27,7 +27,7 @@ from ray._private.node import Node
 if TYPE_CHECKING:
     from raypipe.run.cluster.helpers import Helpers
 
-PAUSE_S = 2.0
+PAUSE_S = 10.0
 """The rest starts so long after the first output. A run that ends before does not pay for it."""
 
 AT_LATEST_S = 20.0
