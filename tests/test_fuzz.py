@@ -305,11 +305,10 @@ def cases(folder: Path) -> Iterator[Case]:
     state = {"model": Toy(3).state_dict()}
     checkpoints.save(
         str(folder / "c"),
-        Checkpoint(settings=settings, progress=progress, consumed=["a"], state=state),
+        Checkpoint(settings=settings, progress=progress, seen={"epoch": 1}, state=state),
     )
     for file, damage, count in (
         ("about.json", fuzzing.json_of, 120),
-        ("consumed.parquet", fuzzing.parquet_of, 20),
         ("state.pt", fuzzing.bytes_of, 10),
     ):
         yield Case(f"c/{file}", (folder / "c" / file).read_bytes(), damage, checkpoint, count)

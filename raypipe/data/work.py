@@ -116,39 +116,26 @@ def make_work(
     rows_per_shard: int,
     taper: bool = False,
     weigh: Weigh | None = None,
-    epochs: int = 1,
-    shuffle_seed: int | None = None,
     first_shard: int = 0,
-    first_epoch: int = 0,
+    epoch: int = 0,
 ) -> pa.Table:
-    """The table of work for `source` (schema SOURCE). A shard never spans two epochs.
+    """The table of work for `source` (schema SOURCE), in its order.
 
     Args:
         rows_per_shard: at most.
         taper: make the last shards smaller, so that actors finish together.
         weigh: says what memory rows need, so that each shard fits.
-        epochs: each row of `source` is there once in each of these, from `first_epoch` on.
-        shuffle_seed: gives each epoch its own permutation, a function of the seed and the epoch.
         first_shard: the number of the first shard.
     """
-    parts = []
-    all_weights = weights = None if weigh is None else weigh(source)
-    for epoch in range(first_epoch, first_epoch + epochs):
-        rows = source
-        if shuffle_seed is not None:
-            order = order_of(epoch, source.num_rows, seed=shuffle_seed)
-            rows = source.take(pa.array(order))
-            weights = None if all_weights is None else all_weights.taken(order)
-        shard = first_shard + _cut(rows.num_rows, rows_per_shard, taper=taper, weights=weights)
-        first_shard = int(shard.max(initial=first_shard - 1)) + 1
-        columns = {
-            "epoch": pa.array(np.full(rows.num_rows, epoch, np.int32)),
-            "shard": pa.array(shard),
-        }
-        parts.append(
-            pa.table({**columns, **{name: rows.column(name) for name in SOURCE.names}}, schema=WORK)
-        )
-    return pa.concat_tables(parts) if parts else WORK.empty_table()
+    weights = None if weigh is None else weigh(source)
+    shard = first_shard + _cut(source.num_rows, rows_per_shard, taper=taper, weights=weights)
+    columns = {
+        "epoch": pa.array(np.full(source.num_rows, epoch, np.int32)),
+        "shard": pa.array(shard),
+    }
+    return pa.table(
+        {**columns, **{name: source.column(name) for name in SOURCE.names}}, schema=WORK
+    )
 
 
 def _cut(
@@ -324,16 +311,6 @@ def in_shards(work: pa.Table, numbers: Set[int]) -> pa.Array:
 def remaining(work: pa.Table, done: Set[int]) -> pa.Table:
     """The rows of `work` whose shard is not among `done`."""
     return work.filter(pc.invert(in_shards(work, done))) if done else work
-
-
-def untouched(work: pa.Table, *, epoch: int, image_ids: pa.Array) -> pa.Table:
-    """The rows of `work` from `epoch` on, without the rows of `epoch` whose id is in `image_ids`.
-
-    Shards keep their numbers.
-    """
-    epochs = work.column("epoch")
-    fresh = pc.invert(pc.is_in(work.column("image_id"), value_set=image_ids))
-    return work.filter(pc.or_(pc.greater(epochs, epoch), pc.and_(pc.equal(epochs, epoch), fresh)))
 
 
 def shards(work: pa.Table) -> Iterator[pa.Table]:

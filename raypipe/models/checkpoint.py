@@ -1,9 +1,8 @@
 """Checkpoints: a training run in a folder, enough to go on from, to predict with and to identify.
 
-    about.json        what decides the run (model, classes, recipe, ...) and its progress; the
-                      sizes of the other files
-    state.pt          weights, optimizer, random states: tensors and plain values only
-    consumed.parquet  epoch, image_id of the rows of the unfinished epoch that were trained on
+    about.json  what decides the run (model, classes, recipe, ...), its progress, and which rows it
+                has seen; the size of the other file
+    state.pt    weights, optimizer, random states: tensors and plain values only
 
 Each file is written whole, and about.json last. So a folder counts as a checkpoint exactly when it
 is complete, on a local disk and in an object store.
@@ -20,11 +19,8 @@ from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
-from raypipe.data.formats.parquet import read_table
 from raypipe.data.journal import Dropped, Rejected
 from raypipe.data.location import Location
 from raypipe.data.outputs import differences
@@ -34,10 +30,8 @@ from raypipe.images.own import imported
 from raypipe.images.recipe_json import OPS
 from raypipe.models.detection import MODELS
 
-VERSION = 1
+VERSION = 2
 """Version of the format. Raise it when older code could not read a folder, or would misread it."""
-
-CONSUMED = pa.schema([("epoch", pa.int32()), ("image_id", pa.string())])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,13 +69,13 @@ class Checkpoint:
     """What is in a checkpoint.
 
     settings: what decides the weights, as JSON types.
-    consumed: image_ids of `progress.epoch` that were trained on or rejected.
+    seen: which rows were trained on or rejected, as JSON types (`train.position.to_state`).
     state: tensors and plain values, by name.
     """
 
     settings: dict[str, Any]
     progress: Progress
-    consumed: list[str]
+    seen: dict[str, Any]
     state: dict[str, Any]
 
 
@@ -92,26 +86,16 @@ def save(folder: str, checkpoint: Checkpoint) -> None:
     """
     state = io.BytesIO()
     torch.save(checkpoint.state, state)
-    consumed = pa.table(
-        {
-            "epoch": pa.array([checkpoint.progress.epoch] * len(checkpoint.consumed), pa.int32()),
-            "image_id": checkpoint.consumed,
-        },
-        schema=CONSUMED,
-    )
-    rows = pa.BufferOutputStream()
-    pq.write_table(consumed, rows, compression="zstd")
-    files = {"state.pt": state.getbuffer(), "consumed.parquet": memoryview(rows.getvalue())}
-    place = Location.of(folder)
-    # Delete the about.json of an earlier checkpoint first: its other files are replaced now.
+    place, data = Location.of(folder), state.getbuffer()
+    # Delete the about.json of an earlier checkpoint first: its other file is replaced now.
     (place / "about.json").delete()
-    for name, data in files.items():
-        place.write(name, data, tmp="")
+    place.write("state.pt", data, tmp="")
     about = {
         "version": VERSION,
         "settings": checkpoint.settings,
         "progress": asdict(checkpoint.progress),
-        "bytes": {name: data.nbytes for name, data in files.items()},
+        "seen": checkpoint.seen,
+        "bytes": {"state.pt": data.nbytes},
         "attempt": _parent(Location.of(folder)),
     }
     place.write("about.json", json.dumps(about, indent=1).encode(), tmp="")
@@ -139,9 +123,9 @@ def about(folder: str) -> dict[str, Any] | None:
         place.at = "settings"
         found["settings"].keys()
         place.at = "bytes"
-        found["bytes"] = {
-            name: whole(found["bytes"][name]) for name in ("state.pt", "consumed.parquet")
-        }
+        found["bytes"] = {"state.pt": whole(found["bytes"]["state.pt"])}
+        place.at = "seen"
+        found["seen"].keys()
         place.at = "progress"
         _progress(found)
     return found
@@ -189,26 +173,21 @@ def load(folder: str, *, trusted: Collection[str] = ()) -> Checkpoint:
         raise UsageError(
             f"{folder!r} is no checkpoint: there is no about.json in it. Give the folder of one."
         )
-    data, place = {}, Location.of(folder)
-    for name in _FILES[1:]:
-        size = found["bytes"].get(name)
-        try:
-            data[name] = (place / name).read()
-        except FileNotFoundError:
-            data[name] = b""
-        if len(data[name]) != size:
-            raise UsageError(
-                f"{place / name} has {len(data[name])} bytes, {size} were written: it is damaged. "
-                f"Delete {folder} to go on from the checkpoint before it."
-            )
-    consumed = read_table(
-        data["consumed.parquet"], CONSUMED, str(place / "consumed.parquet"), remedy=_OTHER
-    )
+    place, size = Location.of(folder) / "state.pt", found["bytes"]["state.pt"]
+    try:
+        data = place.read()
+    except FileNotFoundError:
+        data = b""
+    if len(data) != size:
+        raise UsageError(
+            f"{place} has {len(data)} bytes, {size} were written: it is damaged. "
+            f"Delete {folder} to go on from the checkpoint before it."
+        )
     return Checkpoint(
         settings=found["settings"],
         progress=_progress(found),
-        consumed=consumed.column("image_id").to_pylist(),
-        state=_state(data["state.pt"], str(place / "state.pt"), trusted),
+        seen=found["seen"],
+        state=_state(data, str(place), trusted),
     )
 
 
@@ -259,6 +238,13 @@ def progress_of(folder: str) -> Progress:
     found = about(folder)
     assert found is not None
     return _progress(found)
+
+
+def seen_by(folder: str) -> dict[str, Any]:
+    """Read which rows a finished checkpoint has seen (`Checkpoint.seen`), without its weights."""
+    found = about(folder)
+    assert found is not None
+    return dict(found["seen"])
 
 
 def find(where: str) -> str:
@@ -334,7 +320,7 @@ def check_same(folder: str, settings: Mapping[str, Any]) -> None:
         )
 
 
-_FILES = ("about.json", "state.pt", "consumed.parquet")
+_FILES = ("about.json", "state.pt")
 _DELETING = "deleting"
 """A file that marks a checkpoint of which some files may be gone: deleting it goes on."""
 

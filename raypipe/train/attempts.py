@@ -1,7 +1,7 @@
 """A training run: preprocess actors feed Ray Train workers, and failures resume from a checkpoint.
 
-The work is a table: all epochs' rows, shuffled, less those that the checkpoint has consumed. A dead
-worker, a lost node and a killed driver all end the same way. The table is made again from the last
+An attempt trains on a segment of the epochs (`epochs.py`): what the last checkpoint has not seen. A
+dead worker, a lost node and a killed driver all end the same way: a segment is made from the last
 checkpoint, and training goes on with the workers and actors that exist then. Ray Train's own
 restarts are off: they would run the same dataset again.
 """
@@ -9,7 +9,7 @@ restarts are off: they would run the same dataset again.
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,7 +30,6 @@ from raypipe.data.names import STATE
 from raypipe.data.sinks import Sink
 from raypipe.data.stores import StoreError
 from raypipe.data.tables import REJECTS
-from raypipe.data.work import untouched as rows_untouched
 from raypipe.errors import UsageError
 from raypipe.images.recipe import for_evaluation
 from raypipe.models import checkpoint as checkpoints
@@ -49,8 +48,10 @@ from raypipe.stages.preprocess import Preprocess
 from raypipe.stages.stage import Stage
 from raypipe.stages.write import Write
 from raypipe.train.board import Board, ToBoard, Uneven, train
+from raypipe.train.epochs import Segment
 from raypipe.train.following import Watch
 from raypipe.train.plan import Assignment, Todo, plan
+from raypipe.train.position import Position, from_states
 from raypipe.train.result import (
     HeldOut,
     Outcome,
@@ -72,6 +73,7 @@ class _Run:
     storage: absolute.
     start: its progress, by the checkpoint `resume`.
     resume: None: the training is new.
+    first: what is trained on first.
     clears: whether the content of the storage is deleted first.
     """
 
@@ -81,6 +83,7 @@ class _Run:
     storage: str
     start: Progress
     resume: str | None
+    first: Segment
     clears: bool
     console: Console
 
@@ -104,7 +107,7 @@ def run(settings: Settings, *, console: Console | None = None) -> Outcome:
     console = console or Console(stderr=True)
     with executions.untouched() as touch:
         this = _look(settings, console)
-        total = this.todo.work.num_rows
+        total = this.todo.epochs.total
         if this.resume is not None and is_complete(this.start, settings):
             return _nothing_left(this, this.resume)
         if this.resume is not None:
@@ -131,6 +134,7 @@ def _look(settings: Settings, console: Console) -> _Run:
         )
     clears = not settings.running.resume or outputs.is_clearing(place, _CLEARING)
     start, resume = (Progress(), None) if clears else _latest(storage, todo)
+    first = _segment(todo, resume, settings.training.workers)
     return _Run(
         settings=settings,
         todo=todo,
@@ -138,6 +142,7 @@ def _look(settings: Settings, console: Console) -> _Run:
         storage=storage,
         start=start,
         resume=resume,
+        first=first,
         clears=clears,
         console=console,
     )
@@ -145,8 +150,7 @@ def _look(settings: Settings, console: Console) -> _Run:
 
 def _setup(this: _Run, started: float) -> Setup:
     settings, todo, workers = this.settings, this.todo, this.settings.training
-    epochs = settings.learning.epochs
-    stage = _stage(this, this.run_id)
+    stage = _stage(this, this.run_id, this.first.work)
     auto = ("preprocess",) if stage.actors == "auto" else ()
     on_gpus = settings.device.must or (not settings.device.cpu and torch.cuda.is_available())
     cpus = 0 if on_gpus else workers.workers
@@ -155,13 +159,13 @@ def _setup(this: _Run, started: float) -> Setup:
     return Setup(
         run_id=this.run_id,
         what=(
-            f"{settings.model.model} on {todo.work.num_rows // epochs} images, {epochs} epochs, "
+            f"{settings.model.model} on {todo.epochs.rows} images, {todo.epochs.epochs} epochs, "
             f"{todo.holdout.num_rows} held out, {len(todo.training.classes)} classes, "
             f"recipe {todo.recipe.name}, {settings.decoding.backend}"
         ),
         given=settings.flat,
         started=started,
-        images=todo.work.num_rows - this.start.rows,
+        images=todo.epochs.total - this.start.rows,
         stages=(stage,),
         threads=settings.running.threads,
         output=workers.storage,
@@ -178,14 +182,13 @@ def _setup(this: _Run, started: float) -> Setup:
     )
 
 
-def _stage(this: _Run, name: str, *, holdout: bool = False) -> Stage:
-    """The stage that makes pixels to learn from, or to judge on. `name`: the attempt's."""
+def _stage(this: _Run, name: str, rows: pa.Table, *, holdout: bool = False) -> Stage:
+    """The stage that makes pixels to learn from, or to judge on, for the attempt `name`."""
     settings, todo = this.settings, this.todo
-    running, pixels, rows = settings.running, todo.pixels, todo.work
+    running, pixels = settings.running, todo.pixels
     if holdout:
         running = replace(running, read_ms=0.0)
         pixels = replace(pixels, recipe=for_evaluation(todo.recipe), decode_only=False)
-        rows = todo.holdout
     place = settings.holdout.holdout_input if holdout else None
     reading = running.reading(place or settings.source.input)
     return preprocess_stage(rows, pixels, running, reading, run_id=name)
@@ -196,7 +199,7 @@ def _probe(this: _Run, stage: Stage) -> probes.Probe:
     (first,) = stage.steps
     assert isinstance(first, Preprocess)
     return probes.Probe(
-        rows=this.todo.work,
+        rows=this.first.work,
         first=replace(first, pixels=replace(first.pixels, decode_only=False)),
         then=Write(
             sink=Sink(format="parquet", root=Location.of(this.storage)),
@@ -263,7 +266,7 @@ def _nothing_left(this: _Run, folder: str) -> Outcome:
             report = report_without_figures(settings, this.todo, this.start, run_id=this.run_id)
             leave(settings, report, this.start)
     return Outcome(
-        report=report, progress=this.start, rows=this.todo.work.num_rows, checkpoint=folder
+        report=report, progress=this.start, rows=this.todo.epochs.total, checkpoint=folder
     )
 
 
@@ -274,7 +277,7 @@ def _keep_latest(this: _Run) -> None:
 
 def _train(this: _Run, execution: Execution) -> Outcome:
     """Train to the end, in as many attempts as it takes."""
-    total = this.todo.work.num_rows
+    total = this.todo.epochs.total
     board = ray.remote(Board).options(**beside_driver()).remote()
     held = _held_out(this, execution)
     watch = Watch(
@@ -285,7 +288,7 @@ def _train(this: _Run, execution: Execution) -> Outcome:
         before=(this.start.rows, this.start.rejected),
         rows=this.start.rows,
     )
-    progress, folder = this.start, this.resume
+    progress, folder, segment = this.start, this.resume, this.first
     failures = attempt = 0
     said: str | None = None
     while True:
@@ -293,9 +296,14 @@ def _train(this: _Run, execution: Execution) -> Outcome:
         name = f"{this.run_id}-{attempt}"
         try:
             with watch.on(board), executions.tracks(name):
-                trainer = _trainer(this, execution, held, name=name, resume=folder, board=board)
+                trainer = _trainer(
+                    this, execution, held, segment, name=name, resume=folder, board=board
+                )
                 _fit(trainer, execution.check)
-            break
+            progress, folder = _latest(this.storage, this.todo)
+            failures = 0
+            if segment.epochs.stop == this.todo.epochs.epochs:
+                break
         except ray.train.TrainingFailedError as error:
             execution.check()
             now, latest = _latest(this.storage, this.todo)
@@ -308,8 +316,8 @@ def _train(this: _Run, execution: Execution) -> Outcome:
                 f"A worker ended ({said}). Going on from {folder or 'the start'}: {progress.rows} "
                 f"of {total} rows are done; retry {failures} of {retries}."
             )
+        segment = _segment(this.todo, folder, this.settings.training.workers)
     measured = execution.measured()
-    progress, folder = _latest(this.storage, this.todo)
     assert folder is not None
     _keep_latest(this)
     report = report_of(this.settings, this.todo, execution, measured, progress, watch, held)
@@ -322,7 +330,7 @@ def _held_out(this: _Run, execution: Execution) -> HeldOut:
     rows = this.todo.holdout
     if not rows.num_rows:
         return HeldOut()
-    stage = _stage(this, this.run_id, holdout=True)
+    stage = _stage(this, this.run_id, rows, holdout=True)
     # These actors start for this alone. A start takes a second of CPU, as long as 300 images.
     count = min(execution.counts[stage.name], 1 + rows.num_rows // 300)
     made = execution.dataset(
@@ -346,18 +354,18 @@ def _trainer(
     this: _Run,
     execution: Execution,
     held: HeldOut,
+    segment: Segment,
     *,
     name: str,
     resume: str | None,
     board: ray.actor.ActorHandle,
 ) -> TorchTrainer:
-    """Make Ray Train's trainer of one attempt, which goes on from checkpoint `resume`."""
+    """Make Ray Train's trainer of one attempt on `segment`, which goes on from `resume`."""
     workers, todo, storage = this.settings.training, this.todo, this.storage
-    left = _left(todo.work, resume, workers.trust)
     datasets = {}
-    if left.num_rows:
-        stage = _stage(this, name)
-        datasets["train"] = execution.dataset(left, (stage,))
+    if segment.left:
+        stage = _stage(this, name, segment.work)
+        datasets["train"] = execution.dataset(segment.work, (stage,))
         # So that epochs come one after the other, and runs are reproducible.
         datasets["train"].context.execution_options.preserve_order = True
     assignment = Assignment(
@@ -365,7 +373,7 @@ def _trainer(
         settings=todo.deciding,
         attempt=str(Location.of(storage) / name),
         resume=resume,
-        has_rows=bool(left.num_rows),
+        segment=segment.without_rows(),
         holdout=held.blocks,
         dropped=held.dropped,
         board=ToBoard(board),
@@ -397,13 +405,12 @@ def _trainer(
     )
 
 
-def _left(work: pa.Table, resume: str | None, trust: Sequence[str]) -> pa.Table:
-    """The rows that the checkpoint `resume` has not consumed."""
-    if resume is None:
-        return work
-    at = checkpoints.load(resume, trusted=trust)
-    consumed = pa.array(at.consumed, pa.string())
-    return rows_untouched(work, epoch=at.progress.epoch, image_ids=consumed)
+def _segment(todo: Todo, resume: str | None, workers: int) -> Segment:
+    """What to train on next: the rows that the checkpoint `resume` has not seen."""
+    position = Position()
+    if resume is not None:
+        position = from_states(checkpoints.seen_by(resume), todo.training.decides)
+    return todo.epochs.next(position, ranks=workers)
 
 
 def _fit(trainer: TorchTrainer, check: Callable[[], None]) -> None:

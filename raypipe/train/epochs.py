@@ -1,4 +1,4 @@
-"""The rows of a loader's epochs as a table of work, from a position on."""
+"""The rows of all epochs as tables of work, from a position on."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pyarrow as pa
 
+from raypipe.data.tables import WORK
 from raypipe.data.work import Weigh, Weights, make_work, order_of
 from raypipe.train.position import Position, Range, ranges_of
 from raypipe.train.steps import Equal
@@ -36,7 +37,7 @@ class Segment:
 
 @dataclass(kw_only=True)
 class Epochs:
-    """All epochs of a loader.
+    """All epochs of a loader or a training.
 
     source: the rows of an epoch (schema SOURCE).
     seed: of each epoch's order; None: the order of `source`.
@@ -56,17 +57,23 @@ class Epochs:
         """Number of rows of an epoch."""
         return self.source.num_rows
 
+    @property
+    def total(self) -> int:
+        """Number of rows of all epochs."""
+        return self.rows * self.epochs
+
     def segments(self, position: Position, *, ranks: int) -> Iterator[Segment]:
         """What is left from `position` on, for so many ranks."""
-        at_once = max(1, SEGMENT_ROWS // self.rows)
-        begin = position.epoch
-        while begin < self.epochs:
-            epochs = range(begin, min(begin + at_once, self.epochs))
-            yield self._segment(epochs, position, ranks)
-            begin = epochs.stop
+        while position.epoch < self.epochs:
+            segment = self.next(position, ranks=ranks)
+            yield segment
+            position = Position(epoch=segment.epochs.stop)
 
-    def _segment(self, epochs: range, position: Position, ranks: int) -> Segment:
-        tables: list[pa.Table] = []
+    def next(self, position: Position, *, ranks: int) -> Segment:
+        """The first segment of what is left. It is empty if nothing is."""
+        at_once = max(1, SEGMENT_ROWS // self.rows)
+        epochs = range(position.epoch, min(position.epoch + at_once, self.epochs))
+        tables = [WORK.empty_table()]
         places: dict[int, list[Range]] = {}
         left: dict[int, int] = {}
         for epoch in epochs:
@@ -95,7 +102,7 @@ class Epochs:
             rows_per_shard=most,
             taper=ranks > 1 and weights is not None,
             weigh=None if weights is None else lambda _: weights.taken(rows),
-            first_epoch=epoch,
+            epoch=epoch,
             first_shard=epoch * self.rows,
         )
 

@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 import torch
 
 from raypipe.data import sizes
+from raypipe.data.sizes import Cut
 from raypipe.errors import UsageError
 from raypipe.images import backend as backend_module
 from raypipe.images import catalog
@@ -45,15 +46,20 @@ class Facts:
 class Todo:
     """What the rank that opens the execution knows in addition.
 
-    shard_bytes: memory that an actor takes for the largest shard, as far as known.
+    cut: how rows are cut into shards.
     skipped: number of files that the listing left out, by suffix.
     """
 
     recipe: Recipe
     pixels: Preprocessing
     epochs: Epochs
-    shard_bytes: int
+    cut: Cut
     skipped: Mapping[str, int]
+
+    @property
+    def shard_bytes(self) -> int:
+        """Memory that an actor takes for the largest shard, as far as rows were weighed."""
+        return self.cut.need
 
 
 def plan(settings: LoaderSettings, *, ranks: int) -> tuple[Facts, Todo]:
@@ -99,7 +105,7 @@ def plan(settings: LoaderSettings, *, ranks: int) -> tuple[Facts, Todo]:
         # Rows of an epoch keep their order, so none can be given back for a later shard.
         pixels=replace(decoding.pixels(recipe, seed=source.seed), gives_back=False),
         epochs=epochs,
-        shard_bytes=cut.need,
+        cut=cut,
         skipped=listed.skipped,
     )
     return facts, todo

@@ -1,4 +1,4 @@
-"""What a training has to do: all epochs' rows in one table, shuffled, and the rows to judge on."""
+"""What a training has to do: the epochs to train on, shuffled, and the rows to judge on."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ import ray
 
 from raypipe.data import sizes
 from raypipe.data.listing import look
+from raypipe.data.sizes import Cut
 from raypipe.data.tables import Listed, unlist
 from raypipe.data.work import make_work, wanted_by
 from raypipe.errors import UsageError
@@ -24,6 +25,7 @@ from raypipe.models.detection import Classes
 from raypipe.run.settings import recipe_identity
 from raypipe.stages.planning import Preprocessing
 from raypipe.stages.stage import Meter
+from raypipe.train.epochs import Epochs, Segment
 from raypipe.train.settings import Learning, Model, Settings
 
 
@@ -32,6 +34,7 @@ class Training:
     """How to train, as a worker needs it.
 
     rows: number of rows of all epochs.
+    decides: what decides the rows and their order, as JSON types.
     left: a recipe whose ops the workers do on their devices.
     trust: the user's own classes that a checkpoint may hold.
     """
@@ -41,6 +44,7 @@ class Training:
     classes: Classes
     finish: Finish
     rows: int
+    decides: dict[str, Any]
     left: Recipe | None = None
     seed: int = 0
     threads: int = 1
@@ -62,6 +66,7 @@ class Assignment:
 
     attempt: the folder for this attempt's checkpoints.
     resume: the checkpoint to go on from.
+    segment: what this attempt trains on, without its rows.
     holdout: references to blocks (schema BLOCK) that nobody trains on.
     dropped: boxes of the hold-out that could not be used (journal.Dropped).
     """
@@ -70,7 +75,7 @@ class Assignment:
     settings: dict[str, Any]
     attempt: str
     resume: str | None
-    has_rows: bool
+    segment: Segment
     holdout: Sequence[ray.ObjectRef]
     board: Tell
     meter: Meter
@@ -82,21 +87,25 @@ class Assignment:
 class Todo:
     """What a training has to do.
 
-    work: the rows of all epochs (schema WORK).
     holdout: the rows to judge on (schema WORK).
     deciding: what decides the weights, as JSON types. A checkpoint with others is refused.
     skipped: number of files that the listing left out, by suffix.
-    shard_bytes: memory that an actor takes for the largest shard, as far as known.
+    cut: how rows are cut into shards.
     """
 
     recipe: Recipe
-    work: pa.Table
+    epochs: Epochs
     holdout: pa.Table
     training: Training
     pixels: Preprocessing
     deciding: dict[str, Any]
     skipped: dict[str, int]
-    shard_bytes: int = 0
+    cut: Cut
+
+    @property
+    def shard_bytes(self) -> int:
+        """Memory that an actor takes for the largest shard, as far as rows were weighed."""
+        return self.cut.need
 
 
 def plan(settings: Settings) -> Todo:
@@ -125,18 +134,25 @@ def plan(settings: Settings) -> Todo:
         max_pixels=decoding.max_pixels,
     )
     cut = shape(replace(recipe, ops=()) if on_device else recipe)
-    work = make_work(source, **cut.arguments, epochs=learning.epochs, shuffle_seed=seed)
+    epochs = Epochs(
+        source=source,
+        epochs=learning.epochs,
+        seed=seed,
+        rows_per_shard=cut.rows,
+        weigh=cut.weigh,
+    )
     workers = settings.training
     return Todo(
         recipe=recipe,
-        work=work,
+        epochs=epochs,
         holdout=make_work(held, **shape(for_evaluation(recipe)).arguments),
         training=Training(
             learning=learning,
             model=settings.model,
             classes=classes,
             finish=detection.finish_of(recipe),
-            rows=work.num_rows,
+            rows=epochs.total,
+            decides={**digest_of(source), "seed": seed, "shuffle": True},
             left=recipe if on_device else None,
             seed=seed,
             threads=workers.worker_threads,
@@ -154,7 +170,7 @@ def plan(settings: Settings) -> Todo:
             "classes": list(classes.ids),
         },
         skipped=dict(found.skipped),
-        shard_bytes=cut.need,
+        cut=cut,
     )
 
 

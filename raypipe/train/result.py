@@ -102,7 +102,7 @@ def report_without_figures(
         run_id=run_id,
         settings=settings.flat,
         versions=versions(),
-        counts=_counts(todo, progress, before=todo.work.num_rows),
+        counts=_counts(todo, progress, before=todo.epochs.total),
     )
     unknown = (
         "attempts",
@@ -159,7 +159,7 @@ def _counts(todo: Todo, progress: Progress, *, before: int) -> reports.Counts:
     """The report's counts. `before`: rows done by earlier runs."""
     reasons = Counter(row["reason"] for row in progress.rejects)
     return reports.Counts(
-        images_in=todo.work.num_rows,
+        images_in=todo.epochs.total,
         images_out=progress.images,
         rejects_by_reason=_in_all(reasons, progress),
         before=before,
@@ -204,7 +204,7 @@ def _break_even(
         stages = {name: costs[name] for name in ("preprocess", "write", "stored", "train")}
     except (ValueError, KeyError):
         return {"epochs": None, "reason": "Too little was measured to tell."}
-    images = todo.work.num_rows // todo.training.learning.epochs
+    images = todo.epochs.rows
     found = planner.designs(images=images, machine=machine, **stages)
     epochs = found.break_even_epochs
     if epochs is None:

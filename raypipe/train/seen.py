@@ -1,4 +1,4 @@
-"""Which rows a worker has trained on: since the last checkpoint, and in a log of all steps."""
+"""What became of the rows of a step, and a log of all steps."""
 
 import json
 from collections import Counter
@@ -14,7 +14,7 @@ from raypipe.models.checkpoint import Progress
 
 @dataclass(kw_only=True)
 class Seen:
-    """What one rank has trained on or rejected since the last checkpoint.
+    """What one rank has got or rejected in a step.
 
     The fields are those of `Progress`; `image_ids` are of all these rows.
     """
@@ -36,17 +36,17 @@ class Seen:
             self.boxes_from.update(row.boxes_from for row in rows if row.boxes_from is not None)
 
 
-def add_seen(progress: Progress, ranks: Sequence[Seen]) -> Progress:
-    """Add what all ranks have seen to the lists of `progress`. An image's reject is listed once."""
+def add_seen(progress: Progress, steps: Sequence[Seen]) -> Progress:
+    """Add what ranks saw in steps to the lists of `progress`. An image's reject is listed once."""
     known = {row["image_id"] for row in progress.rejects}
-    fresh = [row for seen in ranks for row in seen.rejects if row["image_id"] not in known]
-    frames = sum((seen.boxes_from for seen in ranks), Counter(progress.boxes_from))
+    fresh = [row for seen in steps for row in seen.rejects if row["image_id"] not in known]
+    frames = sum((seen.boxes_from for seen in steps), Counter(progress.boxes_from))
     return replace(
         progress,
         rejects=[*progress.rejects, *fresh],
-        dropped=[*progress.dropped, *(box for seen in ranks for box in seen.dropped)],
+        dropped=[*progress.dropped, *(box for seen in steps for box in seen.dropped)],
         boxes_from=dict(frames),
-        damaged=progress.damaged + sum(seen.damaged for seen in ranks),
+        damaged=progress.damaged + sum(seen.damaged for seen in steps),
     )
 
 

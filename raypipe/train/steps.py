@@ -3,7 +3,8 @@
 A step is one batch on every rank. Before a step is given out, the ranks tell each other whether
 they have images of the epoch for one more. If one has none, this step is the last of the epoch: the
 others join the rows that they have left to their batch. So all ranks make the same number of steps,
-none is empty, and each row is in exactly one.
+none is empty, and each row is in exactly one. A loop that can do with an empty batch need not have
+joined ones (`joins`): the others go on, and no batch is larger than wanted.
 """
 
 from collections import defaultdict, deque
@@ -40,7 +41,7 @@ class Step:
     """One step of a rank.
 
     rows: good ones have pixels. None is good in a step that only says what became of rows: it is
-        not given out.
+        not given out to a loop of the user's.
     ranges: the places of all ranks' rows of this step.
     seen: what became of these, rank by rank.
     ends: whether the epoch is over.
@@ -56,6 +57,16 @@ class Step:
     def good(self) -> list[Row]:
         """The rows with pixels."""
         return [row for row in self.rows if row.pixels is not None]
+
+    @property
+    def rows_of_all(self) -> int:
+        """How many rows of all ranks the step accounts for."""
+        return sum(len(seen.image_ids) for seen in self.seen)
+
+    @property
+    def images_of_all(self) -> int:
+        """How many of these have pixels."""
+        return self.rows_of_all - sum(len(seen.rejects) for seen in self.seen)
 
 
 class _Ahead:
@@ -121,6 +132,7 @@ def steps(
     exchange: Exchange,
     left: Mapping[int, int],
     equal: Equal = None,
+    joins: bool = True,
 ) -> Iterator[Step]:
     """The steps of a rank.
 
@@ -128,6 +140,8 @@ def steps(
         blocks: of the rank (schema BLOCK), by epochs.
         size: images of a batch.
         left: as in `_Ahead`.
+        joins: whether an epoch ends with the first rank that has no more images. False: with the
+            last one, and steps of the others are empty.
 
     Raises:
         UsageError: an epoch has not one image for each rank, or with `equal="drop"` not one batch.
@@ -137,7 +151,7 @@ def steps(
     least = size if equal == "drop" else 1
     for epoch in epochs:
         have = exchange(ahead.has(epoch, least))
-        if any(have) and not all(have):
+        if joins and any(have) and not all(have):
             raise UsageError(_too_few(epoch, have, least))
         if not any(have):
             if equal == "drop" and ahead.has(epoch, 1):
@@ -151,7 +165,7 @@ def steps(
             ahead.has(epoch, size)
             taken = ahead.take(epoch, size)
             have = exchange(ahead.has(epoch, least))
-            ends = not (any(have) if equal == "repeat" else all(have))
+            ends = not (all(have) if joins and equal != "repeat" else any(have))
             rest = ahead.rest(epoch) if ends else []
             rows = [row for row, _ in taken]
             if equal == "repeat":

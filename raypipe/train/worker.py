@@ -1,10 +1,9 @@
 """The train stage: blocks of pixels in, a trained model out. Each Ray Train worker calls `work`.
 
-A step is one batch over all workers. Before each step the workers tell each other what they have
-next, in one tiny gather: rows of the current epoch, rows of a later one, or none. So ranks may have
-different numbers of rows: a rank without rows takes part with an empty step. Nobody waits for ever,
-and no row is dropped to make the numbers even. The gradient is that of the mean over all images of
-the step, whichever rank had them.
+A step is one batch over all workers (`steps.py`). Ranks may have different numbers of rows: one
+without rows takes part with an empty batch. Nobody waits for ever, and no row is dropped to make
+the numbers even. The gradient is that of the mean over all images of the step, whichever rank had
+them.
 
 A thread prepares the next batches while the model trains on this one. It copies them from pinned
 memory on a stream of its own, and finishes them there (float, normalised, padded).
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from raypipe.data.batches import batches
+from raypipe.data.batches import Batch
 from raypipe.data.location import Location
 from raypipe.errors import UsageError
 from raypipe.models import checkpoint as checkpoints
@@ -39,7 +38,9 @@ from raypipe.train.feed import Feed
 from raypipe.train.loss import Loss, optimizer_for
 from raypipe.train.peers import Peers
 from raypipe.train.plan import Assignment
+from raypipe.train.position import Position, from_states, to_state
 from raypipe.train.seen import RowLog, Seen, add_seen
+from raypipe.train.steps import Step, steps
 
 TELL_EVERY_S = 1.0
 
@@ -71,9 +72,9 @@ class Worker:
         self._model = self._built()
         self._optimizer = optimizer_for(self._model, training.learning)
         self._progress = Progress(dropped=list(assignment.dropped))
-        # Rows of this epoch up to the last checkpoint, of all ranks: on rank 0 alone.
-        self._consumed: list[str] = []
-        self._seen = Seen()
+        self._position = Position()
+        # What became of rows since the last checkpoint, on rank 0 of all ranks.
+        self._seen: list[Seen] = []
         # Whether this attempt has seen the whole epoch, and the boxes this rank has learned from.
         self._whole, self._learned = True, 0
         if assignment.resume is None:
@@ -91,7 +92,22 @@ class Worker:
         self._placer = Placer(device, finish, classes)
         share = batch_size // peers.size + (peers.rank < batch_size % peers.size)
         self._share = max(share, 1)
-        self._feed = Feed(batches(blocks, self._share), self._train_placer, device)
+        # A group of its own: its thread exchanges while this one does.
+        feeding = Peers(peers.rank, peers.size)
+        segment = assignment.segment
+        self._feed = Feed(
+            steps(
+                iter(blocks),
+                segment.places,
+                epochs=segment.epochs,
+                size=self._share,
+                exchange=feeding.exchange,
+                left=segment.left if peers.size == 1 else {},
+                joins=False,
+            ),
+            self._placed,
+            device,
+        )
         self._amp = uses_bf16(training.learning.amp, device)
         self._gpu = GpuMeter(device)
         assignment.meter.start(self._gpu)
@@ -104,6 +120,10 @@ class Worker:
         self._start_epoch()
         self._told = time.perf_counter()
         self._told_images = self._progress.images
+
+    def _placed(self, step: Step) -> tuple[Step, Placed]:
+        """A step and its batch on the device."""
+        return step, self._train_placer(Batch(epoch=step.epoch, rows=step.rows))
 
     def _built(self) -> nn.Module:
         """The model on the device, with random weights."""
@@ -140,8 +160,8 @@ class Worker:
         self._model.load_state_dict(before.state["model"])
         self._optimizer.load_state_dict(before.state["optimizer"])
         self._progress = before.progress
-        self._whole = not before.consumed
-        self._consumed = list(before.consumed) if self._peers.rank == 0 else []
+        self._position = from_states(before.seen, self._training.decides)
+        self._whole = self._position == Position(epoch=self._progress.epoch)
         random = before.state["random"]
         self._seed_rank()
         # With another number of workers, no saved random state fits.
@@ -164,30 +184,20 @@ class Worker:
 
     def _run(self) -> None:
         self._model.train()
-        epochs = self._training.learning.epochs
         while True:
             with self._clock.on("wait"), self._assignment.meter.wait():
-                placed = self._feed.peek()
-                batch = placed.batch if placed else None
-                table = self._peers.gather(
-                    *((batch.epoch, len(batch.good), len(batch.rows)) if batch else (epochs, 0, 0))
-                )
+                item = self._feed.peek()
             if not self._begun:  # preprocess actors were starting until now
                 self._begun = True
                 self._clock.start()
                 self._start_epoch()
                 self._told = time.perf_counter()
-            upcoming = int(table[:, 0].min())
+            upcoming = self._assignment.segment.epochs.stop if item is None else item[0].epoch
             while self._progress.epoch < upcoming:
                 self._end_epoch()
-            if upcoming == epochs:
+            if item is None:
                 return
-            taking = table[table[:, 0] == upcoming]
-            self._step(
-                self._feed.take() if batch is not None and batch.epoch == upcoming else None,
-                images=int(taking[:, 1].sum()),
-                rows=int(taking[:, 2].sum()),
-            )
+            self._step(*self._feed.take())
             every = self._training.checkpoint_every
             if every is not None and self._progress.step % every == 0:
                 self._checkpoint()
@@ -196,43 +206,37 @@ class Worker:
     def _start_epoch(self) -> None:
         self._epoch_begun = (time.perf_counter(), self._progress.images, self._clock.read())
 
-    def _step(self, placed: Placed | None, *, images: int, rows: int) -> None:
-        """Train on this rank's batch; None: it has none.
-
-        Args:
-            images: of all ranks together.
-            rows: of all ranks together, rejected ones included.
-        """
-        if images:
+    def _step(self, step: Step, placed: Placed) -> None:
+        """Train on this rank's batch, which may be empty."""
+        if step.images_of_all:
             with self._clock.on("step"), self._assignment.meter.call():
-                self._optimize(placed, images)
-        step = self._progress.step + 1
+                self._optimize(placed, step.images_of_all)
+        before = self._progress
         self._progress = replace(
-            self._progress,
-            step=step,
-            rows=self._progress.rows + rows,
-            images=self._progress.images + images,
+            before,
+            step=before.step + 1,
+            rows=before.rows + step.rows_of_all,
+            images=before.images + step.images_of_all,
         )
-        if placed is None:
+        self._position = self._position.after(step.ranges, ends=step.ends)
+        if self._peers.rank == 0:
+            self._seen += step.seen
+        if not step.rows:
             return
-        pixels = sum(row.pixels.nbytes for row in placed.batch.good if row.pixels is not None)
-        self._assignment.meter.count(images=len(placed.batch.rows), bytes_in=pixels, bytes_out=0)
-        self._seen.add(placed.batch)
-        self._log.write(step, placed.batch)
+        pixels = sum(row.pixels.nbytes for row in step.rows if row.pixels is not None)
+        self._assignment.meter.count(images=len(step.rows), bytes_in=pixels, bytes_out=0)
+        self._log.write(self._progress.step, placed.batch)
 
-    def _optimize(self, placed: Placed | None, images: int) -> None:
+    def _optimize(self, placed: Placed, images: int) -> None:
         training = self._training
         done = self._progress.rows / training.rows
         for group in self._optimizer.param_groups:
             group["lr"] = training.learning.lr * lr_factor(
                 done, schedule=training.learning.schedule, warmup=training.learning.warmup
             )
-        mine: list[Tensor] = []
-        targets: list[dict[str, Tensor]] = []
-        if placed is not None:
-            self._train_placer.take(placed)
-            mine, targets = placed.images, placed.targets
-            self._learned += sum(len(target["boxes"]) for target in targets)
+        self._train_placer.take(placed)
+        mine, targets = placed.images, placed.targets
+        self._learned += sum(len(target["boxes"]) for target in targets)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._amp):
             loss = self._loss(mine, targets)
         # DDP averages over ranks; this makes it the mean over images.
@@ -277,7 +281,7 @@ class Worker:
             epoch=ended.epoch + 1,
             epochs=[*ended.epochs, record] if record else ended.epochs,
         )
-        self._checkpoint(ended=True)
+        self._checkpoint()
         if record:
             self._tell("epoch", workers=clocks, **record)
         self._lost.zero_()
@@ -341,26 +345,19 @@ class Worker:
         truths = [truth for pairs in everybody for truth, _ in pairs]
         return mean_average_precision(truths, [found for pairs in everybody for _, found in pairs])
 
-    def _checkpoint(self, *, ended: bool = False) -> None:
-        """Write a checkpoint, together with all ranks.
-
-        Args:
-            ended: an epoch is over, so its rows need not be known any more.
-        """
+    def _checkpoint(self) -> None:
+        """Write a checkpoint, together with all ranks."""
         with self._clock.on("checkpoint"):
             self._losses()  # raises rather than keep weights that are lost
             random = {"cpu": torch.get_rng_state()}
             if self._device.type == "cuda":
                 random["cuda"] = torch.cuda.get_rng_state(self._device)
-            everybody = self._peers.collect((self._seen, random))
-            self._seen = Seen()
+            everybody = self._peers.collect(random)
             name = checkpoints.name_of(self._progress)
             if self._peers.rank == 0:
-                ranks = [seen for seen, _ in everybody]
-                self._progress = add_seen(self._progress, ranks)
-                fresh = [image_id for seen in ranks for image_id in seen.image_ids]
-                self._consumed = [] if ended else self._consumed + fresh
-                self._save(name, [state for _, state in everybody])
+                self._progress = add_seen(self._progress, self._seen)
+                self._seen = []
+                self._save(name, everybody)
             record = self._progress.epochs[-1] if self._progress.epochs else {}
             self._report(
                 {"step": self._progress.step, "map": record.get("map")},
@@ -373,7 +370,7 @@ class Worker:
             Checkpoint(
                 settings=self._assignment.settings,
                 progress=self._progress,
-                consumed=self._consumed,
+                seen=to_state(self._position, self._training.decides),
                 state={
                     "model": self._model.state_dict(),
                     "optimizer": self._optimizer.state_dict(),
@@ -418,7 +415,7 @@ def work(assignment: Assignment) -> None:
     context = ray.train.get_context()
     rank, size = context.get_world_rank(), context.get_world_size()
     blocks: Iterable[pa.Table] = ()
-    if assignment.has_rows:
+    if assignment.segment.left:
         blocks = ray.train.get_dataset_shard("train").iter_batches(
             batch_size=None, batch_format="pyarrow", prefetch_batches=2
         )

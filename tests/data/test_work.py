@@ -7,11 +7,11 @@ from raypipe.data.work import (
     extend,
     make_work,
     named_as_before,
+    order_of,
     remaining,
     renewed,
     shard_rows,
     shards,
-    untouched,
     wanted_by,
 )
 
@@ -49,25 +49,18 @@ def test_every_row_is_in_exactly_one_shard_and_shards_are_full_but_the_last():
     assert [set(part.column("shard").to_pylist()) for part in parts] == [{0}, {1}, {2}]
 
 
-def test_all_epochs_are_one_table_and_no_shard_spans_two():
-    work = make_work(source(*names(5)), rows_per_shard=2, epochs=3)
-    parts = list(shards(work))
-    assert [set(part.column("epoch").to_pylist()) for part in parts] == [{0}] * 3 + [{1}] * 3 + [
-        {2}
-    ] * 3
-    assert [part.column("shard")[0].as_py() for part in parts] == list(range(9))
+def test_an_epoch_and_its_first_shard_are_numbered_as_asked():
+    work = make_work(source(*names(5)), rows_per_shard=2, epoch=3, first_shard=7)
+    assert set(work.column("epoch").to_pylist()) == {3}
+    assert work.column("shard").to_pylist() == [7, 7, 8, 8, 9]
 
 
-def test_shuffling_is_a_permutation_of_each_epoch_and_a_function_of_its_seed():
-    def order(seed: int) -> list[list[str]]:
-        work = make_work(source(*names(50)), rows_per_shard=10, epochs=2, shuffle_seed=seed)
-        ids = work.column("image_id").to_pylist()
-        return [ids[:50], ids[50:]]
-
-    first, second = order(1)
-    assert sorted(first) == sorted(second) == [f"{n}.jpg" for n in names(50)]
-    assert first != second
-    assert order(1) == [first, second] != order(2)
+def test_an_order_is_a_permutation_and_a_function_of_seed_and_epoch():
+    first, second, again, other = (
+        order_of(epoch, 50, seed=seed).tolist() for epoch, seed in ((0, 1), (1, 1), (0, 1), (0, 2))
+    )
+    assert sorted(first) == sorted(second) == list(range(50))
+    assert first == again and first != second and first != other
 
 
 def at(*places: tuple[str, str, int]) -> pa.Table:
@@ -214,20 +207,3 @@ def test_crowds_are_left_out_before_images_without_boxes():
     ]
     assert wanted_by(table, needs_boxes=True, drops_crowds=False).num_rows == 2
     assert wanted_by(table, needs_boxes=False, drops_crowds=False).equals(table)
-
-
-def test_what_was_consumed_of_an_unfinished_epoch_comes_off_and_later_epochs_stay_whole():
-    work = make_work(source(*names(6)), rows_per_shard=2, epochs=3, shuffle_seed=1)
-    left = untouched(work, epoch=1, image_ids=pa.array(["n001.jpg", "n004.jpg"]))
-    rows = list(
-        zip(left.column("epoch").to_pylist(), left.column("image_id").to_pylist(), strict=True)
-    )
-    both = list(
-        zip(work.column("epoch").to_pylist(), work.column("image_id").to_pylist(), strict=True)
-    )
-    assert rows == [
-        row for row in both if row[0] > 0 and row not in [(1, "n001.jpg"), (1, "n004.jpg")]
-    ]
-    assert sum(part.num_rows for part in shards(left)) == 10
-    assert untouched(work, epoch=3, image_ids=pa.array([], pa.string())).num_rows == 0
-    assert untouched(work, epoch=0, image_ids=pa.array([], pa.string())).equals(work)

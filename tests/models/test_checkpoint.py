@@ -31,7 +31,7 @@ def made(**progress) -> Checkpoint:
             "classes": [3, 90],
         },
         progress=Progress(**({"epoch": 1, "step": 7, "rows": 40, "images": 39} | progress)),
-        consumed=["a/ü.jpg", "b.jpg"],
+        seen={"version": 1, "epoch": 1, "seen": [[0, 2]], "rows": {"count": 40}},
         state={
             "model": layer.state_dict(),
             "optimizer": optimizer.state_dict(),
@@ -47,10 +47,10 @@ def test_what_is_kept_comes_back_equal(tmp_path):
     )
     save(str(tmp_path / "c"), before)
     after = load(str(tmp_path / "c"))
-    assert (after.settings, after.progress, after.consumed) == (
+    assert (after.settings, after.progress, after.seen) == (
         before.settings,
         before.progress,
-        before.consumed,
+        before.seen,
     )
     assert after.progress.rejected == 1
     for name, tensor in before.state["model"].items():
@@ -60,7 +60,6 @@ def test_what_is_kept_comes_back_equal(tmp_path):
     assert torch.equal(after.state["optimizer"]["state"][0]["exp_avg"], moments)
     assert sorted(p.name for p in (tmp_path / "c").iterdir()) == [
         "about.json",
-        "consumed.parquet",
         "state.pt",
     ]
 
@@ -120,8 +119,8 @@ def test_damage_other_versions_and_no_checkpoint_are_told_apart(tmp_path):
     (folder / "state.pt").unlink()
     with pytest.raises(UsageError, match="has 0 bytes"):
         load(str(folder))
-    (folder / "about.json").write_text(about.replace('"version": 1', '"version": 2'))
-    with pytest.raises(UsageError, match="format version 2; this raypipe reads version 1"):
+    (folder / "about.json").write_text(about.replace('"version": 2', '"version": 1'))
+    with pytest.raises(UsageError, match="format version 1; this raypipe reads version 2"):
         load(str(folder))
     (folder / "about.json").write_text(about[:50])
     with pytest.raises(UsageError, match="cannot read"):
@@ -192,7 +191,6 @@ def test_a_copy_that_the_user_made_of_a_checkpoint_is_never_deleted(tmp_path):
     assert not first.exists() and second.exists()
     assert sorted(path.name for path in copy.iterdir()) == [
         "about.json",
-        "consumed.parquet",
         "state.pt",
     ]
     assert checkpoints.prune(str(tmp_path)) == []

@@ -185,7 +185,7 @@ def trained_somewhere(tmp_path):
     folder = tmp_path / "storage/run-1/checkpoint-0001-000000001"
     checkpoints.save(
         str(folder),
-        Checkpoint(settings={}, progress=Progress(epoch=1, step=1, rows=1), consumed=[], state={}),
+        Checkpoint(settings={}, progress=Progress(epoch=1, step=1, rows=1), seen={}, state={}),
     )
     (folder / "notes.txt").write_text("the user's own")
     return str(tmp_path / "storage")

@@ -57,7 +57,7 @@ def put(
     checkpoints.save(
         str(folder),
         Checkpoint(
-            settings=settings, progress=Progress(), consumed=[], state={"model": weights, **state}
+            settings=settings, progress=Progress(), seen={}, state={"model": weights, **state}
         ),
     )
     return str(folder)

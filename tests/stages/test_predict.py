@@ -37,7 +37,7 @@ def toy(root: Path, **settings) -> str:
     folder = str(root / "storage" / "run-1" / checkpoints.name_of(Progress(step=3)))
     state = {"model": Toy(num_classes=2).state_dict(), "optimizer": {}, "random": []}
     checkpoints.save(
-        folder, Checkpoint(settings=settings, progress=Progress(step=3), consumed=[], state=state)
+        folder, Checkpoint(settings=settings, progress=Progress(step=3), seen={}, state=state)
     )
     return folder
 

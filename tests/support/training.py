@@ -17,6 +17,7 @@ from raypipe.stages.planning import Preprocessing
 from raypipe.stages.preprocess import preprocess_shard
 from raypipe.train.peers import Peers
 from raypipe.train.plan import Assignment, plan
+from raypipe.train.position import Position
 from raypipe.train.settings import Settings
 from raypipe.train.worker import Worker
 
@@ -44,6 +45,7 @@ class Quiet:
 def train_here(given: Settings, folder: Path) -> Checkpoint:
     """Train as `given` says, with checkpoints in `folder`, and return the last checkpoint."""
     todo = plan(given)
+    segment = todo.epochs.next(Position(), ranks=1)
 
     def blocks(work: pa.Table, pixels: Preprocessing) -> list[pa.Table]:
         reader = Reader()
@@ -56,7 +58,7 @@ def train_here(given: Settings, folder: Path) -> Checkpoint:
         settings=todo.deciding,
         attempt=str(folder),
         resume=None,
-        has_rows=True,
+        segment=segment.without_rows(),
         holdout=holdout,
         board=Quiet(),
         meter=Quiet(),
@@ -65,7 +67,7 @@ def train_here(given: Settings, folder: Path) -> Checkpoint:
         assignment,
         device=torch.device("cpu"),
         peers=Peers(0, 1),
-        blocks=blocks(todo.work, todo.pixels),
+        blocks=blocks(segment.work, todo.pixels),
         holdout=holdout,
         report=lambda metrics, name: None,
     ).run()

@@ -42,7 +42,7 @@ def expected(input: Path, epoch: int, **given) -> tuple[list[str], np.ndarray]:
     source, seed = todo.epochs.source, todo.epochs.seed
     order = order_of(epoch, source.num_rows, seed=seed) if seed is not None else None
     rows = source if order is None else source.take(order)
-    work = make_work(rows, rows_per_shard=10**6, first_epoch=epoch)
+    work = make_work(rows, rows_per_shard=10**6, epoch=epoch)
     (shard,) = shards(work)
     block, _ = preprocess_shard(shard, todo.pixels, reader=Reader())
     good = [row for row in block.to_pylist() if row["image"] is not None]

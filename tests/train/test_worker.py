@@ -18,7 +18,7 @@ from raypipe import UsageError
 from raypipe.data.batches import batches, rows_of, trainable
 from raypipe.data.listing import list_images
 from raypipe.data.reader import Reader
-from raypipe.data.tables import BLOCK, SOURCE, lists
+from raypipe.data.tables import BLOCK, SOURCE, WORK, lists
 from raypipe.data.work import make_work
 from raypipe.images.ops.augment import HorizontalFlip, PhotometricDistort
 from raypipe.images.ops.geometry import CenterCrop, Resize
@@ -30,6 +30,7 @@ from raypipe.models.placer import Placer
 from raypipe.stages.planning import Preprocessing
 from raypipe.stages.preprocess import preprocess_shard
 from raypipe.train.clock import lr_factor
+from raypipe.train.epochs import Segment
 from raypipe.train.feed import Feed
 from raypipe.train.peers import Peers
 from raypipe.train.plan import Assignment, Training
@@ -39,14 +40,14 @@ from tests.support.training import Quiet
 
 
 def block(epoch: int, numbers, *, size=(4, 6), rejected=(), boxes=1) -> pa.Table:
-    """A block of images, each filled with its number."""
-    rows = []
+    """A block of images, each filled with its number, which is also its place in the epoch."""
+    numbers, rows = list(numbers), []
     for number in numbers:
         bad = number in rejected
         rows.append(
             {
                 "epoch": epoch,
-                "shard": 0,
+                "shard": 1000 * epoch + numbers[0],
                 "image_id": f"i{number}",
                 "name": f"i{number}",
                 "uri": f"/i{number}",
@@ -240,11 +241,18 @@ def assignment(folder: str, *, rows: int, epochs: int, board=None, **training) -
     known = {name for kind in mine.values() for name in kind.__dataclass_fields__}
     others = {name: value for name, value in given.items() if name not in known}
     return Assignment(
-        training=Training(classes=Classes((5,)), finish=FINISH, rows=rows, **groups, **others),
+        training=Training(
+            classes=Classes((5,)),
+            finish=FINISH,
+            rows=rows,
+            decides={"count": 1000},
+            **groups,
+            **others,
+        ),
         settings={},
         attempt=folder,
         resume=None,
-        has_rows=True,
+        segment=segment_of([], epochs),
         holdout=[],
         board=board or Quiet(),
         meter=Quiet(),
@@ -252,9 +260,22 @@ def assignment(folder: str, *, rows: int, epochs: int, board=None, **training) -
     )
 
 
+def segment_of(blocks: list[pa.Table], epochs: int) -> Segment:
+    """What `blocks` of all ranks are of."""
+    places, left = {}, dict.fromkeys(range(epochs), 0)
+    for one in blocks:
+        numbers = [int(image_id[1:]) for image_id in one.column("image_id").to_pylist()]
+        places[one.column("shard")[0].as_py()] = [(numbers[0], numbers[-1] + 1)]
+        left[one.column("epoch")[0].as_py()] += len(numbers)
+    return Segment(epochs=range(epochs), work=WORK.empty_table(), places=places, left=left)
+
+
 def train(
     given: Assignment, blocks, rank: int = 0, size: int = 1, report=lambda metrics, name: None
 ) -> Worker:
+    if size == 1:
+        epochs = given.training.learning.epochs
+        given = replace(given, segment=segment_of(blocks, epochs))
     worker = Worker(
         given,
         device=torch.device("cpu"),
@@ -293,7 +314,9 @@ def test_uneven_workers_neither_hang_nor_drop_a_row_and_give_the_gradient_of_all
     mine += [
         [block(0, range(9, 12), boxes=None, rejected=(10,)), block(1, range(2, 9), boxes=None)]
     ]
-    given = assignment(str(tmp_path), rows=21, epochs=2)
+    given = replace(
+        assignment(str(tmp_path), rows=21, epochs=2), segment=segment_of([*mine[0], *mine[1]], 2)
+    )
     spawn = multiprocessing.get_context("spawn")
     processes = [
         spawn.Process(target=in_process, args=(rank, 2, str(tmp_path), mine[rank], given))
@@ -331,7 +354,7 @@ def test_uneven_workers_neither_hang_nor_drop_a_row_and_give_the_gradient_of_all
     assert [row["image_id"] for row in kept.progress.rejects] == ["i10"]
 
 
-def test_a_checkpoint_within_an_epoch_names_the_rows_that_were_seen(tmp_path):
+def test_a_checkpoint_within_an_epoch_has_the_places_of_the_rows_that_were_seen(tmp_path):
     names: list[str] = []
     given = assignment(str(tmp_path), rows=11, epochs=1, checkpoint_every=1)
     train(
@@ -341,12 +364,14 @@ def test_a_checkpoint_within_an_epoch_names_the_rows_that_were_seen(tmp_path):
         len(names) == len(set(names)) == 4
     )  # Ray Train deletes by name: the end of the epoch is not its last step
     found = [checkpoints.load(folder) for folder in checkpoints.all_in(str(tmp_path))]
-    within = [one for one in found if one.progress.epoch == 0]
-    assert [one.consumed for one in within] == [[f"i{n}" for n in range(end)] for end in (5, 9, 11)]
-    assert [one.progress.rows for one in within] == [5, 9, 11]
-    assert (
-        found[-1].progress.rows == 11 and found[-1].consumed == [] and found[-1].progress.epoch == 1
-    )
+    assert [(one.seen["epoch"], one.seen["seen"]) for one in found] == [
+        (0, [[0, 5]]),
+        (0, [[0, 9]]),
+        (1, []),
+        (1, []),
+    ]
+    assert [one.progress.rows for one in found] == [5, 9, 11, 11]
+    assert [one.progress.epoch for one in found] == [0, 0, 0, 1]
 
 
 def test_a_loss_that_is_no_number_ends_the_training_and_is_not_kept(tmp_path):
