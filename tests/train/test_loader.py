@@ -113,18 +113,30 @@ def test_a_state_goes_on_with_the_very_next_row(session, photos):
             batches.load_state_dict(state | {"rows": state["rows"] | {"seed": 5}})
 
 
-def test_a_loop_may_pause_and_leave_a_pass_early(session, photos, monkeypatch):
+def test_a_slow_loop_may_pause_scale_and_leave_a_pass_early(session, photos, monkeypatch):
     """Ray Data ends an execution whose blocks nobody takes; not one of raypipe."""
     monkeypatch.setattr(DataContext.get_current(), "execution_no_progress_timeout_s", 1)
     seen = []
     with loader(photos, batch_size=5, shuffle=False, shard_rows=3) as batches:
+        with pytest.raises(UsageError, match="no actors to scale"):
+            batches.scale(preprocess=2)
         for batch in batches:
             seen += batch.image_ids
+            time.sleep(0.3)
             if len(seen) == 10:
                 time.sleep(3)
+                with pytest.raises(UsageError, match="consume"):
+                    batches.scale(consume=2)
+                assert batches.scale(preprocess=2) == {"preprocess": 2}
             if len(seen) == 20:
                 break
-        seen += [image_id for batch in batches for image_id in batch.image_ids]
+        for batch in batches:
+            seen += batch.image_ids
+            time.sleep(0.3)
+    (event,) = batches.report["scale_events"]
+    assert (event["stage"], event["to"]) == ("preprocess", 2)
+    assert batches.report["stages"][-1]["busy"] > 0.5
+    assert batches.report["verdict"]["stage"] == "consume"
     assert seen == sorted(seen, key=lambda one: one.split("/")) and len(set(seen)) == 60
 
 

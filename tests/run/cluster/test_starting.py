@@ -96,12 +96,12 @@ def test_at_the_first_output_only_what_it_needs_is_there(gone, processes, helper
     assert modules == "ray.data._internal.stats ray.data._internal.cluster_autoscaler"
 
 
-ARGUMENTS = ("--input", "demo:160", "--actors", "1", "--read-ms", "100", "--shard-rows", "4")
+ARGUMENTS = ("--input", "demo:600", "--actors", "1", "--read-ms", "100", "--shard-rows", "4")
 
 
 @pytest.fixture
 def job() -> Iterator[subprocess.Popen]:
-    """A job with a Ray of its own, of 16 s."""
+    """A job with a Ray of its own, of a minute."""
     process = subprocess.Popen(
         [sys.executable, "jobs/preprocess.py", *ARGUMENTS],
         cwd=ROOT,
