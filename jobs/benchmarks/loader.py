@@ -15,19 +15,25 @@ normalise in the loop's process too, with the same function: in their workers it
 what they send.
 
 Images/s are over the last three quarters of the batches, so that no start counts.
+
+Then seconds from the call of raypipe.loader to its first batch, with Ray there before: of a fresh
+loader, and of one that goes on from the middle of an epoch.
 """
 
 import importlib.util
+import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
-from peers import BATCH, Frames, Paths, chunks, of_chunk, one_thread, prepared
+from peers import BATCH, SIZE, Frames, Paths, chunks, of_chunk, one_thread, prepared
 from rich.console import Console
 from throughput import local_files
 from torch.utils.data import DataLoader
@@ -35,11 +41,13 @@ from torch.utils.data import DataLoader
 import raypipe
 from raypipe.images import torchvision as on_torch
 from raypipe.images.catalog import get
+from raypipe.images.ops.geometry import Resize
+from raypipe.images.recipe_json import to_json
 from raypipe.run.cluster.machine import cores_here
 from raypipe.run.cluster.session import ray_here
 
-RECIPE = "coco-300-pt"
-FINISH = get(RECIPE).finish
+RECIPE = get("coco-300-pt")
+FINISH = RECIPE.finish
 CPU = torch.device("cpu")
 Batches = Iterator[torch.Tensor]
 
@@ -105,11 +113,18 @@ def litdata(paths: Paths, epochs: int, finished: bool) -> Batches:
             yield normalised(batch) if finished else batch
 
 
-def raypipes(paths: Paths, epochs: int, finished: bool) -> Batches:
-    folder = paths[0].rpartition("/")[0]
-    with raypipe.loader(
-        folder,
-        recipe=RECIPE,
+def recipe() -> str:
+    """The file of a recipe that resizes in uint8, as the others do. MLPerf's do so in float32."""
+    file = Path(tempfile.gettempdir()) / "raypipe-benchmark-loader.json"
+    resized = replace(RECIPE, name="benchmark", ops=(Resize(height=SIZE, width=SIZE),))
+    file.write_text(json.dumps(to_json(resized)))
+    return str(file)
+
+
+def opened(paths: Paths, epochs: int, *, finished: bool = False) -> Any:
+    return raypipe.loader(
+        paths[0].rpartition("/")[0],
+        recipe=recipe(),
         batch_size=BATCH,
         epochs=epochs,
         actors=cores_here(),
@@ -117,7 +132,11 @@ def raypipes(paths: Paths, epochs: int, finished: bool) -> Batches:
         finish="device" if finished else None,
         device="cpu" if finished else None,
         console=Console(quiet=True),
-    ) as loader:
+    )
+
+
+def raypipes(paths: Paths, epochs: int, finished: bool) -> Batches:
+    with opened(paths, epochs, finished=finished) as loader:
         for _ in range(epochs):
             for batch in loader:
                 yield batch.images
@@ -141,6 +160,26 @@ def rate(batches: Batches) -> float:
     return images / (moments[-1][0] - moments[begin][0])
 
 
+def first_batches(paths: Paths) -> tuple[float, float]:
+    """Seconds to the first batch of a fresh loader, and of one that resumes in mid-epoch."""
+
+    def first(state: dict[str, Any] | None) -> tuple[float, dict[str, Any]]:
+        began = time.perf_counter()
+        with opened(paths, 1) as loader:
+            if state is not None:
+                loader.load_state_dict(state)
+            batches = iter(loader)
+            next(batches)
+            took = time.perf_counter() - began
+            if state is None:
+                for _ in range(len(loader) // 2):
+                    next(batches)
+            return took, loader.state_dict()
+
+    fresh, state = first(None)
+    return fresh, first(state)[0]
+
+
 def main(benchmark: Benchmark) -> None:
     paths = local_files(benchmark.input)
     names = [name for name in CONTENDERS if name != "litdata" or importlib.util.find_spec(name)]
@@ -153,6 +192,7 @@ def main(benchmark: Benchmark) -> None:
             for name in names:
                 batches = CONTENDERS[name](paths, benchmark.epochs, kind == "float")
                 rates.setdefault((kind, name), []).append(rate(batches))
+    firsts = [first_batches(paths) for _ in range(benchmark.rounds)]
     print(f"{len(paths)} images, {cores_here()} cores, medians of {benchmark.rounds} rounds")
     print("| batches | contender | images/s | of DataLoader |\n|---|---|---|---|")
     for (kind, name), values in rates.items():
@@ -160,6 +200,9 @@ def main(benchmark: Benchmark) -> None:
             mine / theirs for mine, theirs in zip(values, rates[kind, "dataloader"], strict=True)
         )
         print(f"| {kind} | {name} | {statistics.median(values):.0f} | {ratio:.2f} |")
+    fresh, resumed = (statistics.median(each) for each in zip(*firsts, strict=True))
+    ratio = statistics.median(resumed / fresh for fresh, resumed in firsts)
+    print(f"first batch: {fresh:.2f} s fresh, {resumed:.2f} s resumed, ratio {ratio:.2f}")
 
 
 if __name__ == "__main__":
