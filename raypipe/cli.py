@@ -3,8 +3,9 @@
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from importlib.resources import files
 from typing import Annotated, Any
@@ -14,13 +15,14 @@ from rich.console import Console
 from rich.table import Table
 
 from raypipe import UsageError
-from raypipe.data.location import Location
-from raypipe.data.names import STATE
+from raypipe.data import reports
 from raypipe.errors import foreign, printable
 from raypipe.images import catalog
 from raypipe.images.recipe_json import to_json
+from raypipe.insight.merged import summary
 from raypipe.insight.screen import listing
 from raypipe.insight.terminal import outlook, terminal
+from raypipe.manifest import Manifest, text
 
 # raypipe.run imports Ray, which takes 2 s. So only commands that need it import it, when called.
 
@@ -29,7 +31,9 @@ Address = Annotated[
     str | None,
     tyro.conf.arg(
         metavar="HOST:PORT",
-        help="Head of the Ray cluster; by default the runs of this machine and of RAY_ADDRESS.",
+        help="Head of the Ray cluster, for its nodes; from anywhere its job server, "
+        "http://HOST:8265, or ray://HOST:10001. By default the runs of this machine and of "
+        "RAY_ADDRESS.",
     ),
 ]
 
@@ -44,10 +48,10 @@ class Recipes:
 
 @dataclass(frozen=True)
 class Report:
-    """Print the report of a run again."""
+    """Print the report of a run again; of several runs, or of a run in parts, what they sum to."""
 
-    run: Annotated[str, tyro.conf.Positional]
-    """Output directory of the run, or the folder given as --report."""
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN ...")]
+    """Output directories of runs, or the folders given as --report."""
 
 
 @dataclass(frozen=True)
@@ -127,50 +131,20 @@ def recipes(command: Recipes, console: Console) -> None:
     console.print(table)
 
 
-def _of(run: str) -> tuple[dict, str]:
-    """Read the report.json of a finished run. Returns it and its location.
-
-    Raises:
-        UsageError: there is none.
-    """
-    folder = Location.of(run)
-    places = [folder / f"{STATE}/report.json", folder / "report.json"]
-    for place in places:
-        try:
-            data = place.read()
-        except (FileNotFoundError, NotADirectoryError):  # the latter if `run` is a file
-            continue
-        with foreign(f"the report {place}", remedy=_NO_REPORT):
-            return _shown(json.loads(data)), str(place)
-    raise UsageError(
-        f"There is no report in {run!r}: neither {' nor '.join(map(str, places))} exists. A run "
-        f"writes it when it ends."
-    )
-
-
-def _shown(value: Any) -> Any:
-    """A report that somebody else may have written, without control characters for the terminal."""
-    if isinstance(value, str):
-        return printable(value, 4000)
-    if isinstance(value, list):
-        return [_shown(one) for one in value]
-    if isinstance(value, dict):
-        return {_shown(name): _shown(one) for name, one in value.items()}
-    return value
-
-
-_NO_REPORT = "It is no report of raypipe; give the output directory of a run that ended."
-
-
 def report(command: Report, console: Console) -> None:
-    """Print the report of a finished run.
+    """Print the report of a finished run, or of several.
 
     Raises:
         UsageError: there is none.
     """
-    found, place = _of(command.run)
-    with foreign(f"the report {place}", remedy=_NO_REPORT):
-        console.print(terminal(found))
+    if not command.runs:
+        raise UsageError("No run is named. Give its output directory: raypipe report out")
+    found, missing = reports.of_all(command.runs)
+    with foreign(f"the reports {', '.join(found)}", remedy=reports.REMEDY):
+        if len(found) == 1 and not missing:
+            console.print(terminal(*found.values()))
+        else:
+            console.print(summary(found, missing))
 
 
 def plan(command: Plan, console: Console) -> None:
@@ -182,7 +156,7 @@ def plan(command: Plan, console: Console) -> None:
     for name, count in (("cpus", command.cpus), ("gpus", command.gpus)):
         if count is not None and count < 1:
             raise UsageError(f"--{name} is {count}; it must be at least 1.")
-    found, place = _of(command.run)
+    found, place = reports.of(command.run)
     remedy = "It does not say what stages cost. Give the report of a run that finished a shard."
     with foreign(f"the report {place}", remedy=remedy):
         console.print(outlook(found, cpus=command.cpus, gpus=command.gpus))
@@ -335,6 +309,15 @@ def cutouts(command: Cutouts, console: Console) -> None:
     )
 
 
+def manifest(command: Manifest, console: Console, job: Sequence[str] = ()) -> None:
+    """Print a manifest for Kubernetes.
+
+    Raises:
+        UsageError: no Kubernetes could take it.
+    """
+    print(text(command.kind, job, jobs=JOBS), end="")
+
+
 COMMANDS: dict[str, tuple[type, Callable[[Any, Console], None]]] = {
     "recipes": (Recipes, recipes),
     "report": (Report, report),
@@ -344,6 +327,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any, Console], None]]] = {
     "scale": (Scale, scale),
     "dashboard": (Dashboard, dashboard),
     "cutouts": (Cutouts, cutouts),
+    "manifest": (Manifest, manifest),
 }
 
 JOBS = {
@@ -363,6 +347,10 @@ def main(arguments: list[str] | None = None) -> int:
         return getattr(import_module(module), arguments[0])(
             arguments[1:], prog=f"raypipe {arguments[0]}"
         )
+    job: list[str] = []
+    if arguments[:1] == ["manifest"] and "--" in arguments:
+        at = arguments.index("--")
+        arguments, job = arguments[:at], arguments[at + 1 :]
     commands: dict[str, Callable[..., Any]] = {
         **{name: _listed(about) for name, (_, about) in JOBS.items()},
         **{name: kind for name, (kind, _) in COMMANDS.items()},
@@ -371,7 +359,12 @@ def main(arguments: list[str] | None = None) -> int:
         commands, prog="raypipe", description=__doc__, args=arguments
     )
     try:
-        next(do for kind, do in COMMANDS.values() if isinstance(command, kind))(command, Console())
+        if (server := _job_server(command)) is not None:
+            from raypipe.run.live import jobserver
+
+            return jobserver.do(server, _without_address(arguments))
+        do = next(do for kind, do in COMMANDS.values() if isinstance(command, kind))
+        (partial(do, job=job) if do is manifest else do)(command, Console())
         sys.stdout.flush()
     except UsageError as error:
         _fail(str(error))
@@ -385,6 +378,24 @@ def main(arguments: list[str] | None = None) -> int:
         _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
         return 1
     return 0
+
+
+def _job_server(command: Any) -> str | None:
+    """The job server by way of which a command looks at runs; None: not by one."""
+    if not isinstance(command, Runs | Watch | Scale):
+        return None
+    address = command.address or os.environ.get("RAY_ADDRESS", "")
+    return address if address.startswith(("http://", "https://")) else None
+
+
+def _without_address(arguments: list[str]) -> list[str]:
+    kept: list[str] = []
+    for word in arguments:
+        if kept and kept[-1] == "--address":
+            kept.pop()
+        elif not word.startswith("--address="):
+            kept.append(word)
+    return kept
 
 
 def _fail(text: str) -> None:

@@ -154,7 +154,7 @@ def _last_words(record: LiveRun, ended: str) -> str:
         f"{ended} Last seen at {record.done} of {record.images} images, {record.rejected} rejected."
     )
     if record.output is not None:
-        seen += f" Its report, if it came to its end: {record.output}/_raypipe/report.html"
+        seen += f" Its report, if it came to its end, is in {record.output}/_raypipe"
     return printable(seen)
 
 

@@ -2,10 +2,7 @@ import compileall
 import io
 import os
 import re
-import subprocess
-import sys
 import tempfile
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +15,7 @@ from raypipe.data import demo, patience
 from raypipe.data.location import Location
 from raypipe.run.cluster.starting import Start
 from tests.support.clusters import environment
+from tests.support.s3 import query, server
 
 if TYPE_CHECKING:
     from tests.support.labelled import Trained
@@ -126,44 +124,11 @@ def make_photos(folder: Path) -> Path:
     return folder
 
 
-# moto checks the condition of a put and then puts: two threads of it may both find a key free.
-MOTO = """
-import threading
-from moto.server import DomainDispatcherApplication, create_backend_app
-from werkzeug.serving import run_simple
-
-app, one_at_a_time = DomainDispatcherApplication(create_backend_app), threading.Lock()
-
-def answer(environ, start_response):
-    with one_at_a_time:
-        return list(app(environ, start_response))
-
-run_simple("127.0.0.1", 0, answer, threaded=True)
-"""
-
-
 @pytest.fixture(scope="session")
 def s3():
     """Where a real S3 server on this machine listens."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", MOTO],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stderr is not None
-    try:
-        address = next(
-            match[1]
-            for line in process.stderr
-            if (match := re.search(r"http://(127\.0\.0\.1:\d+)", line))
-        )
-        drain = threading.Thread(target=process.stderr.read, daemon=True)
-        drain.start()
+    with server() as address:
         yield address
-    finally:
-        process.kill()
-        process.wait()
 
 
 @pytest.fixture
@@ -174,10 +139,9 @@ def bucket(s3, request, monkeypatch):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "any")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "any")
     name = "b" + re.sub("[^a-z0-9]", "-", request.node.name.lower())[:50].strip("-")
-    query = f"scheme=http&endpoint_override={s3}&region=us-east-1&allow_bucket_creation=true"
-    system, path = Location.of(f"s3://{name}?{query}").filesystem()
+    system, path = Location.of(f"s3://{name}?{query(s3)}").filesystem()
     system.create_dir(path)
-    return lambda key: f"s3://{name}/{key}?{query}"
+    return lambda key: f"s3://{name}/{key}?{query(s3)}"
 
 
 def files(root: Path) -> dict[str, bytes]:

@@ -7,8 +7,12 @@ import sys
 import pytest
 
 from raypipe.cli import JOBS, main
+from raypipe.data.location import Location
+from raypipe.insight import report as reports
 from tests.conftest import ROOT
 from tests.support.clusters import environment
+
+COUNTS = reports.Counts(images_in=7, images_out=7, rejects_by_reason={})
 
 
 def report(**given) -> dict:
@@ -102,6 +106,8 @@ def test_a_folder_without_a_report_is_named(capsys, tmp_path):
 HELPS = """
 import contextlib, raypipe
 from raypipe.cli import JOBS, main
+from raypipe.data.location import Location
+from raypipe.insight import report as reports
 print(raypipe.__file__)
 for job in JOBS:
     with contextlib.suppress(SystemExit):
@@ -141,6 +147,22 @@ def test_a_report_that_cannot_be_read_is_an_error_in_a_line(capsys, tmp_path):
     assert main(["report", str(tmp_path)]) in (1, 2)
     _, err = capsys.readouterr()
     assert err.startswith("error: ") and "Traceback" not in err and "report.json" in err
+
+
+def test_a_report_in_a_store_is_printed_and_one_that_cannot_be_had_is_a_line(bucket, capsys):
+    found = json.dumps(reports.unmeasured(run_id="r", settings={}, versions={}, counts=COUNTS))
+    Location.of(bucket("out")).write("_raypipe/report.json", found.encode())
+    assert main(["report", bucket("out")]) == 0
+    assert "7 images in = 7 out" in capsys.readouterr().out
+    away = "s3://anonymous@b/out?endpoint_override=http://127.0.0.1:1&region=us-east-1"
+    for place, said in (
+        (bucket("nothing"), "There is no report in"),
+        (bucket("out").replace("://b", "://no-such-b"), "There is no report in"),
+        (away, "cannot be read: "),
+    ):
+        assert main(["report", place]) == 2
+        err = " ".join(capsys.readouterr().err.split())
+        assert err.startswith("error: ") and said in err and "Traceback" not in err
 
 
 def test_control_characters_in_a_report_never_reach_the_terminal(capsys, tmp_path):

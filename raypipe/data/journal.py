@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 
 from raypipe.data.formats.parquet import read_table
 from raypipe.data.location import Location
-from raypipe.data.names import OUTSIDE, STATE
+from raypipe.data.names import OUTSIDE
 from raypipe.data.tables import ANNOTATION_FIELDS, DROPPED, REJECTS, WORK, has_nulls
 from raypipe.errors import foreign
 
@@ -119,18 +119,18 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def entry_path(shard: int, folder: str = "journal") -> str:
-    """The file of a shard in a folder of a run's state, relative to the output."""
-    return f"{STATE}/{folder}/{shard:09d}.json"
+def entry_path(root: Location, shard: int, folder: str = "journal") -> str:
+    """The file of a shard in a folder of the state of `root`, relative to it."""
+    return f"{root.state}/{folder}/{shard:09d}.json"
 
 
 def put_entry(root: Location, entry: Entry) -> None:
     """Record `entry`: its shard is done from now on, except for its unread rows."""
     if entry.unread:  # a marker, so that no run has to read all entries to find these
-        root.write(entry_path(entry.shard, "unread"), b"")
+        root.write(entry_path(root, entry.shard, "unread"), b"")
     # Not asdict: its deep copy of a row takes 0.05 ms, a tenth of writing a small image.
     rows = {name: list(map(_fields, getattr(entry, name))) for name in _ROWS}
-    root.write(entry_path(entry.shard), _json(_fields(entry) | rows))
+    root.write(entry_path(root, entry.shard), _json(_fields(entry) | rows))
 
 
 _ROWS: dict[str, type] = {
@@ -154,7 +154,7 @@ _NUMBERED = re.compile(r"\d{9,18}\.json")
 
 def shards_in(root: Location, folder: str) -> set[int]:
     """The shards that have a file in `folder`, by the files' names. Foreign files are ignored."""
-    names = (root / f"{STATE}/{folder}").names()
+    names = (root / f"{root.state}/{folder}").names()
     return {int(name.removesuffix(".json")) for name in names if _NUMBERED.fullmatch(name)}
 
 
@@ -212,7 +212,7 @@ def read_entries(root: Location, shards: Iterable[int]) -> Iterator[Entry]:
     """
 
     def read(shard: int) -> Entry:
-        place = root / entry_path(shard)
+        place = root / entry_path(root, shard)
         data = place.read()
         remedy = "It is unknown whether its shard is done. Delete that file to do the shard again."
         with foreign(f"the journal entry {place}", remedy=remedy):
@@ -243,7 +243,7 @@ def together(root: Location, do: Callable[[T], R], items: Iterable[T]) -> Iterat
 def read_if_there(root: Location, name: str) -> bytes | None:
     """The content of the file `name` of a run's state; None if there is none."""
     try:
-        return (root / f"{STATE}/{name}").read()
+        return (root / f"{root.state}/{name}").read()
     except (FileNotFoundError, NotADirectoryError):
         return None
 
@@ -261,7 +261,7 @@ def read_work(root: Location) -> pa.Table | None:
         "It is unknown which image is in which shard. Use another --output, or --no-resume to "
         "start again."
     )
-    what = str(root / f"{STATE}/work.parquet")
+    what = str(root / f"{root.state}/work.parquet")
     table = read_table(data, WORK, what, remedy=remedy)
     with foreign(what, remedy=remedy) as place:
         for name in ("epoch", "shard", "image_id", "name", "uri", "offset", "length"):
@@ -282,7 +282,7 @@ def put_work(root: Location, work: pa.Table) -> None:
     """Store the table of work in place of the one before."""
     sink = pa.BufferOutputStream()
     pq.write_table(work, sink, compression="zstd")
-    root.write(f"{STATE}/work.parquet", sink.getvalue())
+    root.write(f"{root.state}/work.parquet", sink.getvalue())
 
 
 def dropped_parquet(dropped: Iterable[Dropped]) -> pa.Buffer:

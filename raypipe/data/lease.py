@@ -24,11 +24,8 @@ import psutil
 
 from raypipe import UsageError
 from raypipe.data.location import Location
-from raypipe.data.names import STATE
 from raypipe.data.stores import ERRORS, one_line
 from raypipe.errors import foreign, printable
-
-FILE = f"{STATE}/lease.json"
 
 RENEW_S = 10.0
 FREE_AFTER_S = 60.0
@@ -37,6 +34,11 @@ FREE_AFTER_S = 60.0
 
 class LeaseLost(OSError):
     """Another driver has taken over the output, so this one must stop."""
+
+
+def file_of(root: Location) -> str:
+    """The file of the lease of `root`, relative to it."""
+    return f"{root.state}/lease.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +113,7 @@ def read(root: Location) -> tuple[Holder | None, bytes | None]:
     An unreadable file gives None and its content: it has no known holder, but may be in renewal.
     """
     try:
-        data = (root / FILE).read(once=True)  # a lease is about time
+        data = (root / file_of(root)).read(once=True)  # a lease is about time
     except (FileNotFoundError, NotADirectoryError):
         return None, None
     try:
@@ -144,7 +146,7 @@ def check(root: Location, *, option: str) -> None:
 
 
 def _refusal(holder: Holder | None, root: Location, option: str) -> UsageError:
-    by = str(holder) if holder else f"a driver that {root / FILE} does not name"
+    by = str(holder) if holder else f"a driver that {root / file_of(root)} does not name"
     return UsageError(
         f"{option} {str(root)!r} is being written by another driver: {by}. Two would mix their "
         "results, so nothing was started and nothing was changed. Wait for it, end it, or give "
@@ -173,14 +175,14 @@ class Lease:
         """Record that this process is alive, and find out whether it has lost the lease."""
         next_ = replace(self.holder, beat=self.holder.beat + 1)
         try:
-            if self.root.replace_same(FILE, self.holder.data, next_.data):
+            if self.root.replace_same(file_of(self.root), self.holder.data, next_.data):
                 self.holder = next_
                 return
             holder, data = read(self.root)
             if holder is not None and holder.token == next_.token:
                 # The store had renewed it, but its answer was lost.
                 self.holder = holder
-            elif data is None and self.root.create(FILE, next_.data):
+            elif data is None and self.root.create(file_of(self.root), next_.data):
                 self.holder = next_  # somebody deleted the file
             else:
                 self._lost = str(holder) if holder else "its lease file is not readable"
@@ -227,7 +229,7 @@ def hold(
 
 def _acquired(root: Location, mine: Holder, option: str, tell: Callable[[str], None]) -> Lease:
     while True:
-        if root.create(FILE, mine.data):
+        if root.create(file_of(root), mine.data):
             return Lease(root, mine)
         holder, data = read(root)
         if data is None:
@@ -237,7 +239,7 @@ def _acquired(root: Location, mine: Holder, option: str, tell: Callable[[str], N
             raise _refusal(holder, root, option)
         if not here:
             _watch(root, data, holder, option, tell)
-        if root.replace_same(FILE, data, mine.data):
+        if root.replace_same(file_of(root), data, mine.data):
             return Lease(root, mine)
 
 
@@ -262,4 +264,4 @@ def _watch(
 def _release(lease: Lease) -> None:
     holder, _ = read(lease.root)
     if holder is not None and holder.token == lease.holder.token:
-        (lease.root / FILE).delete()
+        (lease.root / file_of(lease.root)).delete()

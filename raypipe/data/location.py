@@ -25,6 +25,7 @@ from obstore.exceptions import AlreadyExistsError, PreconditionError
 from pyarrow import fs
 
 from raypipe.data import local
+from raypipe.data.names import STATE
 from raypipe.data.patience import Patience
 from raypipe.data.stores import Ranges, Store, StoreError, as_os_errors, may_pass, passing
 
@@ -47,11 +48,13 @@ class Location:
         text: what the user gave, or a text made of it. `str()` gives it.
         path: local, the absolute path; else the key in the store, unquoted.
         store: None for a local one.
+        state: of an output, the folder below it for a run's own files.
     """
 
     text: str = field(compare=False)
     path: str
     store: Store | None = None
+    state: str = field(default=STATE, compare=False)
 
     @classmethod
     def of(cls, text: str) -> "Location":
@@ -292,13 +295,13 @@ class Location:
 
     # --- writing -----------------------------------------------------------------------------
 
-    def write(self, relative: str, data: bytes | memoryview, *, tmp: str = "_raypipe/tmp") -> None:
+    def write(self, relative: str, data: bytes | memoryview, *, tmp: str | None = None) -> None:
         """Put `data` at `relative` below this folder: whole or not at all, over what was there.
 
-        tmp: a folder below this one for unfinished local files.
+        tmp: a folder below this one for unfinished local files; by default that of its state.
         """
         if self.store is None:
-            local.write(self.path, relative, data, tmp)
+            local.write(self.path, relative, data, f"{self.state}/tmp" if tmp is None else tmp)
         else:
             (self / relative)._put(data)
 
@@ -348,7 +351,11 @@ class Location:
         self._patiently(lambda: self._put_once(data))
 
     def _put_once(self, data: bytes | memoryview) -> None:
-        """Write a file of a store by one stream."""
+        """Write a file of a store: by one request, or by one stream."""
+        if self.store is not None and self.store.has_objects:
+            with as_os_errors():  # obstore takes bytes that are unsigned only
+                obstore.put(self.store.objects(), self.path, memoryview(data).cast("B"))
+            return
         system, path = self.filesystem()
         if system.type_name not in _WITHOUT_FOLDERS:
             system.create_dir(path.rpartition("/")[0], recursive=True)

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raypipe.data import lease
+from raypipe.data import lease, parts
 from raypipe.data.journal import (
     all_of,
     done_shards,
@@ -69,7 +69,7 @@ def _made(root: Location, data: bytes | None) -> Made | None:
         "It is unknown how these results were made. Use another --output, or --no-resume to start "
         "this one again."
     )
-    with foreign(str(root / f"{STATE}/run.json"), remedy=remedy):
+    with foreign(str(root / f"{root.state}/run.json"), remedy=remedy):
         record = json.loads(data)
         settings, results, endings = (record.get(name, of()) for name, of in _PARTS.items())
         if not isinstance(settings, dict) or not all_of(results, str) or not all_of(endings, str):
@@ -82,7 +82,7 @@ _PARTS: dict[str, type] = {"settings": dict, "results": list, "endings": list}
 
 def put_made(root: Location, made: Made) -> None:
     """Record how the results in `root` are made."""
-    root.write(f"{STATE}/run.json", json.dumps(asdict(made), indent=2).encode())
+    root.write(f"{root.state}/run.json", json.dumps(asdict(made), indent=2).encode())
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
@@ -159,7 +159,7 @@ def state_of(root: Location) -> State:
 
 def is_clearing(root: Location, mark: str = "clearing") -> bool:
     """Whether a deletion in `root` has begun and not ended. `mark`: as for `clearing`."""
-    return (root / f"{STATE}/{mark}").exists()
+    return (root / f"{root.state}/{mark}").exists()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,9 +198,9 @@ def look(root: Location, settings: dict[str, Any], *, resume: bool = True) -> Fo
     if made is None:
         if seen.done:
             raise UsageError(
-                f"{root} has a journal of {len(seen.done)} shards, but no {STATE}/run.json that "
-                "says how they were made. Use another --output, or --no-resume to start this one "
-                "again."
+                f"{root} has a journal of {len(seen.done)} shards, but no "
+                f"{root.state}/run.json that says how they were made. Use another --output, or "
+                "--no-resume to start this one again."
             )
         return Found(seen=seen)
     work, waiting = read_work(root), unread(root, seen.done)
@@ -228,10 +228,12 @@ class Claim:
         clears: delete the results that are there.
         work: the table to store; None: the stored one stays.
         seen: the state of the output that was looked at.
+        table: that the run's part divides; None: it is no part.
     """
 
     root: Location
     option: str = "--output"
+    table: parts.Table | None = None
     clears: bool = False
     made: Made
     work: pa.Table | None
@@ -257,7 +259,7 @@ def claimed(
     """
     root = claim.root
     with lease.hold(root, run_id=run_id, option=claim.option, tell=tell) as held:
-        check(root / lease.FILE)
+        check(root / lease.file_of(root))
         if state_of(root) != claim.seen:
             raise UsageError(
                 f"{root} has changed since this run looked at it: another run has written there. "
@@ -267,6 +269,8 @@ def claimed(
             tell(f"Deleting the results of earlier runs in {root} ...")
             for line in clear(root):
                 tell(line)
+        if claim.table is not None:
+            parts.settle(root, claim.table, alone=parts.is_alone(root))
         if claim.work is not None:
             put_work(root, claim.work)
         if (None if claim.clears else _made(root, claim.seen.run_json)) != claim.made:
@@ -314,13 +318,13 @@ def owned(root: Location) -> tuple[list[str], list[str]]:
         files.update(dict.fromkeys(made.endings))
         add(functools.partial(_of_work, root, made))
     elif done:
-        lines.append(f"{root / STATE}/run.json is damaged or missing.")
+        lines.append(f"{root / root.state}/run.json is damaged or missing.")
     for shard in done:
         add(functools.partial(_of_entry, root, shard))
     ours, outside = _inside(root, files)
     if outside:
         lines.append(
-            f"{len(outside)} names in {root / STATE} lead out of {root}, such as "
+            f"{len(outside)} names in {root / root.state} lead out of {root}, such as "
             f"{outside[0]!r}. Nothing there is deleted."
         )
     return ours, [printable(line, 1000) for line in lines]
@@ -372,10 +376,12 @@ def clearing(root: Location, mark: str = "clearing") -> Iterator[None]:
     Args:
         mark: tells what is being deleted: a job must not take the mark of another kind for its own.
     """
-    root.write(f"{STATE}/{mark}", b"What is here is being deleted. The next run goes on with it.\n")
+    root.write(
+        f"{root.state}/{mark}", b"What is here is being deleted. The next run goes on with it.\n"
+    )
     yield
-    (root / f"{STATE}/{mark}").delete()
-    (root / STATE).delete_empty()  # if no lease is in it
+    (root / f"{root.state}/{mark}").delete()
+    (root / root.state).delete_empty()  # if no lease is in it
 
 
 def clear(root: Location) -> list[str]:
@@ -396,7 +402,7 @@ def clear(root: Location) -> list[str]:
             pass
         # Entries before run.json: after an interruption, they only name files that are gone.
         state = [
-            entry_path(shard, folder)
+            entry_path(root, shard, folder)
             for folder in ("journal", "unread")
             for shard in shards_in(root, folder)
         ]
@@ -404,9 +410,9 @@ def clear(root: Location) -> list[str]:
             pass
         clear_temporary(root)
         for name in _OWN:
-            delete(f"{STATE}/{name}")
+            delete(f"{root.state}/{name}")
         for folder in ("journal", "unread"):
-            (root / f"{STATE}/{folder}").delete_empty()
+            (root / f"{root.state}/{folder}").delete_empty()
         emptied = {parent for file in files for parent in _parents(file)}
         for folder in sorted(emptied, key=len, reverse=True):
             (root / folder).delete_empty()
@@ -415,7 +421,7 @@ def clear(root: Location) -> list[str]:
 
 def clear_temporary(root: Location) -> None:
     """Delete the unfinished files of killed processes in `root`."""
-    folder = root / f"{STATE}/tmp"
+    folder = root / f"{root.state}/tmp"
     for name in folder.names():
         if _TEMPORARY.fullmatch(name):
             (folder / name).delete()

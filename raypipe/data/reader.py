@@ -18,6 +18,7 @@ from raypipe.data import demo
 from raypipe.data.formats import files
 from raypipe.data.formats.files import Range, unreadable
 from raypipe.data.formats.parquet import ParquetReader
+from raypipe.data.lead import FEW, Lead
 from raypipe.data.location import Location
 from raypipe.data.names import PARQUET
 from raypipe.data.patience import READ_PATIENCE_S, Patience
@@ -58,7 +59,8 @@ class Reader:
     - 0 threads: in the caller's thread, not ahead.
     - 1 thread: in the caller's thread while reading never waits, because the files are in memory;
       else ahead.
-    - more: ahead.
+    - more: ahead. Of a store, as many requests at the same time as hide the latency that was
+      measured; at most a request a thread (`Lead`).
 
     On a warm cache a JPEG of 90 kB costs 22 us by open().read(), 26 us in the caller's thread and
     30 to 50 us ahead; decoding it costs 1550 us. If all cores are busy, switching threads costs as
@@ -83,6 +85,7 @@ class Reader:
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads, "raypipe-read") if threads else None
         self._parquet = ParquetReader()
+        self._lead = Lead(threads)
         self._far = False  # the last read in the caller's thread had to wait
         self._patience_s = patience_s
         self._root = root
@@ -208,18 +211,23 @@ class Reader:
 
         def submit() -> None:
             chunk = todo.popleft()
-            flying.append((chunk, True, pool.submit(self._read, chunk, ahead)))
+            read = functools.partial(self._read, chunk, ahead)
+            flying.append((chunk, True, pool.submit(self._lead.request, read)))
+
+        def at_once() -> int:
+            return ahead.at_once(2 * self._threads if local else self._lead.requests)
 
         try:
             while todo or flying:
-                while todo and len(flying) < ahead.at_once(2 * self._threads):
+                while todo and len(flying) < at_once():
                     submit()
                 chunk, counted, future = flying.popleft()
                 done = future.result()
+                given = time.perf_counter()
                 if len(done) < len(chunk):  # it stopped at its limit of bytes
                     rest = chunk[len(done) :]  # in turn now, so read whatever its size
                     flying.appendleft((rest, False, pool.submit(self._read, rest)))
-                elif todo and len(flying) < ahead.at_once(2 * self._threads):
+                elif todo and len(flying) < at_once():
                     submit()
                 del future
                 done.reverse()
@@ -227,6 +235,7 @@ class Reader:
                     if counted and isinstance(done[-1], bytes):
                         ahead.hold(-len(done[-1]))
                     yield done.pop()
+                self._lead.consumed(time.perf_counter() - given)
         finally:
             for _, _, future in flying:
                 future.cancel()
@@ -354,7 +363,7 @@ def _chunks(ranges: list[Range], threads: int) -> Iterator[list[Range]]:
     Enough to make the hand-over cheap, and few enough for all threads to have some. Only one row if
     it is a request of its own to a store.
     """
-    rows = min(max(len(ranges) // (4 * max(threads, 1)), 1), CHUNK_ROWS)
+    rows = min(max(len(ranges) // (4 * min(max(threads, 1), FEW)), 1), CHUNK_ROWS)
     start = 0
     while start < len(ranges):
         one = ranges[start]

@@ -27,6 +27,7 @@ from raypipe.data.formats.huggingface import Holds, huggingface_of
 from raypipe.data.formats.parquet import parquet_of
 from raypipe.data.formats.tar import tar_of
 from raypipe.data.location import Location
+from raypipe.data.puts import Puts
 from raypipe.errors import UsageError
 
 FORMATS = (*EXTENSIONS, "webdataset", "parquet", "huggingface")
@@ -42,7 +43,6 @@ class Sink:
     Attributes:
         folder: below the root, for image files (jpeg, png, npy).
         quality: of JPEG, 1 to 100.
-        tmp: below a local root, for unfinished files. Killed writers leave files there.
         keeps_suffix: put the source's suffix before the file's own (a.jpg.npy).
         holds: what images have beside their pixels (huggingface).
         classes: the name of each label from 0 on (huggingface); empty: not known.
@@ -52,10 +52,14 @@ class Sink:
     root: Location
     folder: str = ""
     quality: int = 95
-    tmp: str = "_raypipe/tmp"
     keeps_suffix: bool = False
     holds: Holds = None
     classes: tuple[str, ...] = ()
+
+    @property
+    def tmp(self) -> str:
+        """Below a local root, for unfinished files. Killed writers leave files there."""
+        return f"{self.root.state}/tmp"
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
@@ -111,13 +115,15 @@ def write_shard(
         return encode(image, sink.format, sink.quality)
 
     files, size = [], 0
-    for name, data in files_of(block, sink.format, encode=encoded, keeps_suffix=sink.keeps_suffix):
-        sink.root.write(folder + name, data, tmp=sink.tmp)
-        files.append(folder + name)
-        size += len(data)
+    images = files_of(block, sink.format, encode=encoded, keeps_suffix=sink.keeps_suffix)
+    with Puts(sink.root) as puts:
+        for name, data in images:
+            puts.put(folder + name, data)
+            files.append(folder + name)
+            size += len(data)
     return Written(files=files, bytes=size)
 
 
 def _put(sink: Sink, file: str, data: bytes | memoryview) -> Written:
-    sink.root.write(file, data, tmp=sink.tmp)
+    sink.root.write(file, data)
     return Written(files=[file], bytes=len(data))

@@ -1,8 +1,9 @@
 """Clients of stores: how they are made, and what their errors mean.
 
-Objects of s3:// and gs:// are read through obstore, because it tells how many bytes came. pyarrow's
-S3 file gives as many bytes as were asked for, even if the object has become shorter. obstore can
-also create an object only if there is none. Everything else goes through pyarrow.fs.
+Objects of s3:// and gs:// are read and put through obstore. It tells how many bytes came; pyarrow's
+S3 file gives as many bytes as were asked for, even if the object has become shorter. It puts a
+small object by one request, pyarrow by three, and can create an object only if there is none. Lists
+and deletes, and other stores, go through pyarrow.fs.
 
 Errors of all clients become OSError: FileNotFoundError, PermissionError, and `StoreError` for
 failures that may pass.

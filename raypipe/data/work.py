@@ -252,6 +252,7 @@ def requeued(
     taper: bool = False,
     weigh: Weigh | None = None,
     tight: Set[int] = frozenset(),
+    every: int = 1,
 ) -> pa.Table:
     """`work` with the rows in `waiting` (image ids, by shard) moved to new shards at its end.
 
@@ -260,6 +261,8 @@ def requeued(
     Args:
         tight: shards whose rows wait for want of memory. The new shards have at most as many rows
             as the smallest number that one of these had room for.
+        every: shard numbers of `work` are so far apart, and those of new shards are too: others
+            have the numbers in between (`raypipe.data.parts`).
     """
     if not waiting:
         return work
@@ -272,7 +275,9 @@ def requeued(
     rows_per_shard = max(min([rows_per_shard, *fitted]), 1)
     first = int(work.column("shard").to_numpy().max()) + 1
     weights = None if weigh is None else weigh(rows)
-    numbers = pa.array(first + _cut(rows.num_rows, rows_per_shard, taper=taper, weights=weights))
+    first += every - 1  # the last number, and so many more
+    cut = _cut(rows.num_rows, rows_per_shard, taper=taper, weights=weights)
+    numbers = pa.array(first + every * cut)
     rows = rows.set_column(rows.column_names.index("shard"), WORK.field("shard"), numbers)
     return pa.concat_tables([work.filter(pa.array(~again)), rows])
 

@@ -33,7 +33,9 @@ def preprocess(
         return outcome
     if outcome.report is not None:
         Console().print(terminal(outcome.report))
-        for place in filter(None, (output and f"{output}/_raypipe", running.report)):
+        root = settings.writing.root
+        state = output and root and f"{output}/{root.state}"
+        for place in filter(None, (state, running.report)):
             say(console, f"report: {place}/report.html")
     return ended(preprocessing.verdict_on(outcome, settings), console=console)
 

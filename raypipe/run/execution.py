@@ -379,6 +379,7 @@ def _facts(setup: Setup, session: Session, stages: Sequence[Stage], workers_on_g
         holds={stage.name: bound(stage) for stage in stages},
         on_gpu=tuple(on_gpu),
         gpus=session.gpus,
+        workers="" if workers is None else workers.name,
         unscalable=_unscalable(),
     )
 

@@ -16,7 +16,6 @@ from rich.console import Console
 
 from raypipe.data import journal, outputs
 from raypipe.data.location import Location
-from raypipe.data.names import STATE
 from raypipe.data.reader import Reading
 from raypipe.data.work import requeued
 from raypipe.errors import UsageError
@@ -44,6 +43,7 @@ from raypipe.run.result import (
     became,
     covers,
     leave_report,
+    of_all_parts,
     ranges,
     shown,
 )
@@ -253,7 +253,8 @@ def _in_smaller_shards(job: Job, tally: Tally, console: Console) -> Job | None:
         waiting.setdefault(shard, set()).add(image_id)
     stored = todo.work if root is None else journal.read_work(root)
     assert stored is not None
-    stored = requeued(stored, waiting, tight=waiting.keys(), **todo.cut)
+    every = 1 if todo.part is None else todo.part.of
+    stored = requeued(stored, waiting, tight=waiting.keys(), every=every, **todo.cut)
     if root is not None:
         journal.put_work(root, stored)
     tally.take_back(back.num_rows)
@@ -295,12 +296,15 @@ def _nothing_left(
             f"them was cut off. Writing its report from the journal ...",
         )
     nothing = Outcome(report=None, rejected=rows.rejected, unread=rows.unread, rows=total)
-    if covered and all((root / file).exists() for file in todo.endings):
+    delivered: list[journal.Written] | None = rows.written
+    if covered and todo.part is not None:
+        delivered = of_all_parts(root, todo.part)
+    if covered and (delivered is None or all((root / file).exists() for file in todo.endings)):
         return nothing
     tell = partial(say, console)
     with outputs.claimed(todo.claim, run_id=run_id, tell=tell, check=lambda file: touch()):
-        if covered:
-            job.conclude(rows.written)
+        if covered and delivered is not None:
+            job.conclude(delivered)
             return nothing
         counts = rows.counts(rows=total, before=total, skipped=todo.skipped)
         report = reports.unmeasured(
@@ -341,12 +345,16 @@ def _conclude(job: Job, report: dict[str, Any], rows: Became) -> Outcome:
     dropped = rows.dropped
     pictures = shown(work, rows.rejected) if root is not None or place is not None else []
     if root is not None:
-        extra = job.conclude(rows.written)
+        # What all images make together is made by the part that ends last.
+        extra = job.conclude(rows.written) if job.todo.part is None else {}
         dropped = extra.pop("dropped", dropped)
         report |= {**extra, "boxes_dropped": len(dropped)}
         report["shards"] = ranges(work.column("shard").to_pylist())
         outputs.clear_temporary(root)  # unfinished files of killed actors
-        leave_report(root, f"{STATE}/", report, rows.rejected, pictures, dropped)
+        leave_report(root, f"{root.state}/", report, rows.rejected, pictures, dropped)
+        if job.todo.part is not None and (all_ := of_all_parts(root, job.todo.part)) is not None:
+            report |= job.conclude(all_)
+            leave_report(root, f"{root.state}/", report, rows.rejected, pictures, dropped)
     if place is not None:
         leave_report(Location.of(place), "", report, rows.rejected, pictures, dropped)
     return Outcome(report=report, rejected=rows.rejected, unread=rows.unread, rows=work.num_rows)

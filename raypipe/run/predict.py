@@ -18,6 +18,7 @@ from raypipe.data import demo, journal
 from raypipe.data.formats.coco import image_key, read_coco
 from raypipe.data.listing import look
 from raypipe.data.location import Location
+from raypipe.data.names import STATE
 from raypipe.data.sinks import Sink
 from raypipe.data.tables import ANNOTATION_FIELDS, SOURCE, whole
 from raypipe.errors import UsageError, foreign
@@ -397,4 +398,5 @@ def unlabelled(source: pa.Table) -> pa.Table:
 
 def verdict_on(outcome: Outcome, settings: Settings) -> str | None:
     """Why a finished run failed: rows lost or unread, or too many rejected. None: it did not."""
-    return result.verdict_on(outcome, settings.running, output=settings.predicting.output)
+    place = f"{settings.predicting.output}/{STATE}"
+    return result.verdict_on(outcome, settings.running, place=place)

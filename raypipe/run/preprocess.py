@@ -17,6 +17,7 @@ from raypipe.data.formats.coco import annotations_of, check_annotation_ids, writ
 from raypipe.data.formats.files import EXTENSIONS
 from raypipe.data.formats.huggingface import holds
 from raypipe.data.location import Location
+from raypipe.data.parts import Part
 from raypipe.data.shapes import Placement, placement
 from raypipe.data.sinks import Sink
 from raypipe.data.tables import frames_of, unlist
@@ -114,6 +115,9 @@ class Writing:
     output: str | None = None
     """Folder or URI for results; with several nodes, one that all of them see. Without it nothing
     is written."""
+    part: str | None = None
+    """K/N: do every N-th shard, from the K-th on. N commands, on any machines, share the output;
+    each has a state of its own in it."""
     writers: Count = "auto"
     """Writer actors; 0: preprocess actors write what they made; auto: what the planner finds
     best, of both."""
@@ -124,6 +128,24 @@ class Writing:
         """Raise UsageError for a value that no run can use."""
         check_counts({"writers": self.writers}, least=0)
         check_wait("store-ms", self.store_ms)
+        if self.divided is not None and self.output is None:
+            raise UsageError(
+                f"--part {self.part} is for runs that write: without --output nothing is kept of "
+                "a part. Add --output."
+            )
+
+    @property
+    def divided(self) -> Part | None:
+        """The part of the work to do; None: all of it. Raises UsageError."""
+        return None if self.part is None else Part.parse(self.part)
+
+    @property
+    def root(self) -> Location | None:
+        """The output with the state of this run; None: nothing is written."""
+        if self.output is None:
+            return None
+        root = Location.of(self.output)
+        return root if self.divided is None else self.divided.state(root)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,10 +243,11 @@ def plan(settings: Settings) -> Todo:
         if output is not None:
             check_annotation_ids(rows, source.coco)
     results = Results(
-        root=None if output is None else Location.of(output),
+        root=settings.writing.root,
         decides=settings.decided(),
         names=result_names(settings),
         endings=annotations,
+        part=settings.writing.divided,
     )
     return left_to_do(
         recipe,
@@ -251,13 +274,13 @@ def _check_kept(settings: Settings) -> None:
 
 def writing(settings: Settings, todo: Todo) -> Stage | None:
     """The stage that writes the preprocessed images; None: nothing is written."""
-    if settings.writing.output is None:
+    if (root := settings.writing.root) is None:
         return None
     stored, backend = settings.stored, settings.decoding.backend
     step = Write(
         sink=Sink(
             format=stored.format,
-            root=Location.of(settings.writing.output),
+            root=root,
             folder=image_folder(settings),
             quality=stored.quality,
             keeps_suffix=stored.mlperf_cache is not None,
@@ -294,8 +317,9 @@ def _placed(
 
     Images for which that cannot be computed again are left out.
     """
-    ids = todo.work.column("image_id").to_pylist()
-    known = zip(unlist(todo.work.column("boxes")), frames_of(todo.work).tolist(), strict=True)
+    rows = todo.work if todo.whole is None else todo.whole
+    ids = rows.column("image_id").to_pylist()
+    known = zip(unlist(rows.column("boxes")), frames_of(rows).tolist(), strict=True)
     boxes = dict(zip(ids, known, strict=True))
     for image in written:
         if len(image.source) != 2 or image.image_id not in boxes:
@@ -368,4 +392,6 @@ def check_cache_names(settings: Settings, work: pa.Table) -> None:
 
 def verdict_on(outcome: Outcome, settings: Settings) -> str | None:
     """Why a finished run failed: rows lost or unread, or too many rejected. None: it did not."""
-    return result.verdict_on(outcome, settings.running, output=settings.writing.output)
+    writing = settings.writing
+    place = None if writing.root is None else f"{writing.output}/{writing.root.state}"
+    return result.verdict_on(outcome, settings.running, place=place)

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from raypipe.data import journal
 from raypipe.data.journal import Dropped, Rejected, Unread, Written
 from raypipe.data.location import Location
-from raypipe.data.names import STATE
+from raypipe.data.parts import Part
 from raypipe.data.reader import Reader
 from raypipe.errors import UsageError
 from raypipe.images.decode import thumbnail
@@ -116,6 +116,18 @@ def became(root: Location, work: pa.Table) -> Became:
     return Became(written=written, rejected=rejected, unread=unread, dropped=dropped)
 
 
+def of_all_parts(root: Location, part: Part) -> list[Written] | None:
+    """The images that all parts of an output have delivered; None: one has not ended."""
+    written: list[Written] = []
+    for each in (part, *part.others()):
+        place = each.state(root)
+        work = journal.read_work(place)
+        if work is None or not covers(place, work):
+            return None
+        written += became(place, work).written
+    return written
+
+
 def frames_told(boxes_from: Mapping[str, int]) -> dict[str, int]:
     """The report's counts of images whose boxes were not drawn in the upright frame."""
     return {kind: count for kind, count in sorted(boxes_from.items()) if kind != UPRIGHT}
@@ -134,7 +146,7 @@ def covers(root: Location, work: pa.Table) -> bool:
     Raises:
         OSError: the store does not answer, which says nothing of the report.
     """
-    report = _report_in(root / STATE)
+    report = _report_in(root / root.state)
     try:
         there: set[int] = set()
         for first, last in (report or {})["shards"]:
@@ -206,7 +218,7 @@ def leave_report(
         "report.json": json.dumps(report, indent=1).encode(),
     }
     for name, data in files.items():
-        folder.write(prefix + name, data, tmp=f"{STATE}/tmp" if prefix else "")
+        folder.write(prefix + name, data, tmp=None if prefix else "")
 
 
 SHOWN_PER_REASON, SHOWN = 3, 12
@@ -238,8 +250,11 @@ def shown(work: pa.Table, rejected: list[Rejected]) -> list[dict[str, Any]]:
     return [{**asdict(row), "thumbnail": seen.get(row.image_id)} for row in rows]
 
 
-def verdict_on(outcome: Outcome, running: Running, *, output: str | None) -> str | None:
-    """Why a finished run failed: rows lost or unread, or too many rejected. None: it did not."""
+def verdict_on(outcome: Outcome, running: Running, *, place: str | None) -> str | None:
+    """Why a finished run failed: rows lost or unread, or too many rejected. None: it did not.
+
+    place: the run's state in its output; None: it has no output.
+    """
     report = outcome.report
     if report is not None:
         lost = (
@@ -258,7 +273,7 @@ def verdict_on(outcome: Outcome, running: Running, *, output: str | None) -> str
         causes = Counter(row.detail for row in outcome.unread)
         again = (
             "the same command tries them again"
-            if output
+            if place
             else "nothing was kept, so they are tried when it is run again"
         )
         without = "" if running.resume else " without --no-resume"
@@ -269,9 +284,7 @@ def verdict_on(outcome: Outcome, running: Running, *, output: str | None) -> str
         )
     share = len(outcome.rejected) / outcome.rows
     if share > running.max_reject_fraction:
-        where = " or ".join(
-            f for f in (output and f"{output}/{journal.STATE}", running.report) if f
-        )
+        where = " or ".join(filter(None, (place, running.report)))
         first = outcome.rejected[0]
         return (
             f"{len(outcome.rejected)} of {outcome.rows} images were rejected "

@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
 import tyro
 
 from raypipe.data.formats.files import root_of
+from raypipe.data.lead import REQUESTS_AT_ONCE
 from raypipe.data.listing import is_coco
 from raypipe.data.location import Location
 from raypipe.data.patience import READ_PATIENCE_S
@@ -178,7 +179,7 @@ class Executing:
         # One thread reads ahead of the decoder. More would only contend for the interpreter, unless
         # each waits for a network.
         return Reading(
-            threads=8 if Location.of(input).is_remote else 1,
+            threads=REQUESTS_AT_ONCE if Location.of(input).is_remote else 1,
             patience_s=self.read_patience,
             root=root_of(input),
         )

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raypipe.data import outputs, sizes
+from raypipe.data import outputs, parts, sizes
 from raypipe.data.listing import Listed, look
 from raypipe.data.location import Location
 from raypipe.data.work import (
@@ -65,6 +65,8 @@ class Todo:
     skipped: number of files that the listing left out, by suffix.
     cut: how rows are cut into shards, as `requeued` takes it.
     classes: the name of each label from 0 on; empty: not known.
+    part: of the work; None: all of it.
+    whole: rows of all parts (schema WORK); None: `work` has them.
     """
 
     recipe: Recipe
@@ -77,6 +79,8 @@ class Todo:
     skipped: Mapping[str, int] = field(default_factory=dict)
     cut: Mapping[str, Any] = field(default_factory=dict)
     classes: tuple[str, ...] = ()
+    part: parts.Part | None = None
+    whole: pa.Table | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,12 +91,14 @@ class Results:
     decides: what decides the results, as JSON types. An output with other settings is refused.
     names: names of the results (`outputs.Made`).
     endings: files of the output that are written when all shards are done.
+    part: of the work; `root` has its state.
     """
 
     root: Location | None
     decides: dict[str, Any]
     names: tuple[str, ...] = ()
     endings: tuple[str, ...] = ()
+    part: parts.Part | None = None
 
 
 def left_to_do(
@@ -126,9 +132,14 @@ def left_to_do(
         max_pixels=decoding.max_pixels,
     )
     cut: dict[str, Any] = {**shape.arguments, "taper": running.shard_rows is None}
-    claim = None
+    claim = whole = None
     if results.root is None:
         work = left = make_work(source, **cut)
+    elif results.part is not None:
+        whole = make_work(source, **cut)
+        work, left, claim = _part_of(
+            source, whole, results, results.root, results.part, cut=cut, resume=running.resume
+        )
     else:
         source, work, left, claim = _resumed(
             source, results, results.root, cut=cut, resume=running.resume
@@ -144,6 +155,68 @@ def left_to_do(
         skipped=skipped or {},
         cut=cut,
         classes=classes,
+        part=results.part,
+        whole=whole,
+    )
+
+
+def _part_of(
+    source: pa.Table,
+    whole: pa.Table,
+    results: Results,
+    root: Location,
+    part: parts.Part,
+    *,
+    cut: dict[str, Any],
+    resume: bool,
+) -> tuple[pa.Table, pa.Table, outputs.Claim]:
+    """Compare a part of the table `whole` with what is in the output `root`.
+
+    Arguments and result are those of `_resumed`. The table stays as it was when the first part
+    began: a change of it is refused.
+    """
+    table = parts.Table.of_work(whole, parts=part.of, settings=results.decides)
+    found = outputs.look(root, results.decides, resume=resume)
+    parts.check(root, part, table)
+    mine = part.rows(whole)
+    if not mine.num_rows:
+        raise UsageError(
+            f"The input has {len(pc.unique(whole.column('shard')))} shards, so there is nothing "
+            f"for --part {part}. Give fewer parts, or smaller shards (--shard-rows)."
+        )
+    work = mine
+    if found.work is not None:
+        waiting = requeued(found.work, found.waiting, tight=found.tight, every=part.of, **cut)
+        work = renewed(waiting, source, found.done)
+    else:
+        ours = set(outputs.owned(root)[0]) if found.clearing else set()
+        # The last of the parts writes the endings, so they may be there if others are.
+        endings = () if parts.there(root) else results.endings
+        check_free(root, [*endings, *outputs.named(results.names, mine)], ours=ours)
+    return work, remaining(work, found.done), _claim(root, results, found, work, table=table)
+
+
+def _claim(
+    root: Location,
+    results: Results,
+    found: outputs.Found,
+    work: pa.Table,
+    *,
+    table: parts.Table | None = None,
+) -> outputs.Claim:
+    """What a run that has to do `work` changes in the output where it `found` that."""
+    return outputs.Claim(
+        root=root,
+        clears=found.clearing,
+        made=outputs.Made(
+            settings=results.decides,
+            versions=versions(),
+            results=results.names,
+            endings=results.endings,
+        ),
+        work=None if found.work is not None and work.equals(found.work) else work,
+        seen=found.seen,
+        table=table,
     )
 
 
@@ -160,6 +233,7 @@ def _resumed(
         `source` with the ids of earlier runs, all its rows and the rows that are left (schema
         WORK), and what the run changes in the output.
     """
+    parts.check(root, None, None)
     found = outputs.look(root, results.decides, resume=resume)
     stored, done = found.work, found.done
     if stored is None:
@@ -173,19 +247,7 @@ def _resumed(
         fresh = work.filter(pc.invert(among(work, stored)))
         wanted = [*outputs.named(results.names, fresh)]
     check_free(root, wanted, ours=set(outputs.owned(root)[0]) if found.clearing else set())
-    claim = outputs.Claim(
-        root=root,
-        clears=found.clearing,
-        made=outputs.Made(
-            settings=results.decides,
-            versions=versions(),
-            results=results.names,
-            endings=results.endings,
-        ),
-        work=None if found.work is not None and work.equals(found.work) else work,
-        seen=found.seen,
-    )
-    return source, here, remaining(here, done), claim
+    return source, here, remaining(here, done), _claim(root, results, found, work)
 
 
 def among(rows: pa.Table, others: pa.Table) -> pa.ChunkedArray:

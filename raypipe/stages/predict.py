@@ -208,7 +208,7 @@ def predict_block(block: pa.Table, predictor: Predictor, sink: Sink, *, reader: 
                     "detail": f"not readable again, to be drawn on: {made.detail or made.reason}",
                 }
             else:
-                sink.root.write(drawing_of(row["name"]), made, tmp=sink.tmp)
+                sink.root.write(drawing_of(row["name"]), made)
                 sizes[drawing_of(row["name"])] = len(made)
         predictions = predictions.filter(
             pa.array([row["reason"] is None for row in good], pa.bool_())
@@ -217,7 +217,7 @@ def predict_block(block: pa.Table, predictor: Predictor, sink: Sink, *, reader: 
         out = pa.BufferOutputStream()
         pq.write_table(predictions, out, compression="zstd")
         part = memoryview(out.getvalue())
-        sink.root.write(part_of(shard), part, tmp=sink.tmp)
+        sink.root.write(part_of(shard), part)
         sizes = {part_of(shard): len(part), **sizes}
     return Entry(
         epoch=rows[0]["epoch"],

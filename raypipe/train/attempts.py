@@ -222,7 +222,7 @@ def _claimed(this: _Run, *, check: Callable[[Location], None]) -> Iterator[lease
                 f"at it: another training has written there. Nothing was changed. Start this one "
                 f"again; it then goes on from what is there."
             )
-        check(place / lease.FILE)
+        check(place / lease.file_of(place))
         if this.clears:
             this.tell(f"Deleting the checkpoints in {this.settings.training.storage} ...")
             with outputs.clearing(place, _CLEARING):

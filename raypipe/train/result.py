@@ -8,9 +8,9 @@ from typing import Any
 
 import ray
 
-from raypipe.data import journal
 from raypipe.data.journal import Dropped, Rejected
 from raypipe.data.location import Location
+from raypipe.data.names import STATE
 from raypipe.insight import planner
 from raypipe.insight import report as reports
 from raypipe.insight.states import PoolView, Snapshot
@@ -125,7 +125,7 @@ def leave(settings: Settings, report: dict[str, Any], progress: Progress) -> Non
     rejected = [Rejected(**row) for row in progress.rejects]
     dropped = [Dropped(**row) for row in progress.dropped]
     storage = Location.of(settings.training.storage)
-    result.leave_report(storage, f"{journal.STATE}/", report, rejected, dropped=dropped)
+    result.leave_report(storage, f"{STATE}/", report, rejected, dropped=dropped)
     if settings.running.report is not None:
         result.leave_report(
             Location.of(settings.running.report), "", report, rejected, dropped=dropped
@@ -236,6 +236,6 @@ def verdict_on(outcome: Outcome, settings: Settings) -> str | None:
             f"{progress.rejected} of {outcome.rows} rows were rejected, more than "
             f"--max-reject-fraction {limit:g} allows; the model is kept. The first: "
             f"{first['uri']}: {first['reason']} ({first['detail']}). All are in "
-            f"{settings.training.storage}/{journal.STATE}/rejects.parquet."
+            f"{settings.training.storage}/{STATE}/rejects.parquet."
         )
     return None

@@ -11,7 +11,7 @@ import pytest
 
 from raypipe import UsageError
 from raypipe.data import lease
-from raypipe.data.lease import FILE, LeaseLost, hold, myself
+from raypipe.data.lease import LeaseLost, file_of, hold, myself
 from raypipe.data.location import Location
 from tests.conftest import ROOT
 
@@ -58,15 +58,15 @@ def test_a_dead_process_frees_its_lease_at_once(root, other):
     other.wait()
     waited: list[str] = []
     with hold(root, run_id="mine", option="--output", tell=waited.append):
-        assert json.loads((root / FILE).read())["run_id"] == "mine"
+        assert json.loads((root / file_of(root)).read())["run_id"] == "mine"
     assert not waited
-    assert not (root / FILE).exists()
+    assert not (root / file_of(root)).exists()
 
 
 def foreign_lease(root: Location) -> bytes:
     """The lease of a driver on another host, which nobody here can ask."""
     data = json.dumps({**json.loads(myself("far").data), "boot": "another", "host": "far"}).encode()
-    assert root.create(FILE, data)
+    assert root.create(file_of(root), data)
     return data
 
 
@@ -84,10 +84,10 @@ def test_a_lease_of_another_host_that_is_renewed_is_respected(root, monkeypatch)
     monkeypatch.setattr(lease, "FREE_AFTER_S", 20.0)
     data = foreign_lease(root)
     renewed = json.dumps({**json.loads(data), "beat": 7}).encode()
-    threading.Timer(1.5, lambda: root.replace_same(FILE, data, renewed)).start()
+    threading.Timer(1.5, lambda: root.replace_same(file_of(root), data, renewed)).start()
     with pytest.raises(UsageError, match="run far of process"):
         hold(root, run_id="mine", option="--output").__enter__()
-    assert (root / FILE).read() == renewed
+    assert (root / file_of(root)).read() == renewed
 
 
 def test_of_many_who_take_a_lease_that_is_free_one_gets_it(root, monkeypatch):
@@ -116,18 +116,18 @@ def test_who_has_lost_its_lease_is_told(root, monkeypatch):
     monkeypatch.setattr(lease, "RENEW_S", 0.2)
     with hold(root, run_id="mine", option="--output") as held:
         held.check()
-        (root / FILE).delete()
+        (root / file_of(root)).delete()
         data = foreign_lease(root)
         time.sleep(1)
         with pytest.raises(LeaseLost, match=r"taken over by another driver .*run far of process"):
             held.check()
-    assert (root / FILE).read() == data  # it is not ours to delete
+    assert (root / file_of(root)).read() == data  # it is not ours to delete
 
 
 def test_a_lease_that_says_nothing_is_waited_for_and_taken(tmp_path, monkeypatch):
     monkeypatch.setattr(lease, "FREE_AFTER_S", 1.0)
     for content in (b"", b"[]", b'{"pid": "x"}', b"\xff" * 100):
         root = Location.of(str(tmp_path / str(len(content))))
-        assert root.create(FILE, content)
+        assert root.create(file_of(root), content)
         with hold(root, run_id="mine", option="--output"):
             pass

@@ -150,7 +150,7 @@ def test_reading_asks_again_while_the_store_fails(monkeypatch):
     monkeypatch.setattr(Patience.__init__, "__defaults__", (2.0,))
     entry = journal.Entry(epoch=0, shard=3, written=[], rejected=[], files=[], bytes=0)
     content = journal._json({name: getattr(entry, name) for name in entry.__slots__})
-    key = journal.entry_path(3)
+    key = journal.entry_path(Location.of("out"), 3)
     with objects(**{key: content, "coco.json": b'{"images": [{"id": 1}]}'}) as store:
         store.fails = lambda key, n: 503 if n == 0 else None
         assert list(journal.read_entries(Location.of(store.uri("")), [3])) == [entry]
@@ -212,7 +212,7 @@ def test_what_pyarrow_asks_a_store_is_asked_again_if_that_may_help(monkeypatch, 
         place.delete,
         lambda: list(place.below()),
         lambda: place.infos("b"),
-        lambda: place.write("x", b"1"),
+        *([lambda: Location.of("abfs://b/key").write("x", b"1")] if passes else []),
     ):
         system.calls = 0
         if passes:

@@ -6,10 +6,8 @@ import re
 import signal
 import subprocess
 import sys
-import sysconfig
 import time
 import tomllib
-import venv
 from pathlib import Path
 
 import psutil
@@ -116,26 +114,6 @@ def test_bad_arguments_end_with_status_2_and_one_clear_line(tmp_path):
 
 
 @pytest.fixture
-def bare_python(tmp_path) -> str:
-    """A Python with all packages of this one except raypipe.
-
-    An editable install needs its own .pth file. A path from a .pth file is not searched for one.
-    """
-    venv.create(tmp_path / "node", symlinks=True)
-    site = next((tmp_path / "node").glob("lib/python*/site-packages"))
-    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
-    python = str(tmp_path / "node/bin/python")
-    code = (
-        "import ray, cv2, torch, sys; import importlib.util as u; "
-        "sys.exit(u.find_spec('raypipe') is not None)"
-    )
-    assert subprocess.run([python, "-c", code], cwd=tmp_path).returncode == 0, (
-        "raypipe is there: install it with pip install -e"
-    )
-    return python
-
-
-@pytest.fixture
 def cluster(bare_python):
     """`ray start --head` with token authentication, and an environment for it."""
     env = environment(
@@ -213,18 +191,41 @@ def test_ray_job_submit_with_nothing_of_raypipe_on_the_nodes(cluster, tmp_path):
 
 
 def test_cluster_yaml_is_what_ray_up_takes():
-    config = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    text = (ROOT / "cluster.yaml").read_text()
+    config = yaml.safe_load(text)
     validate_config(fillout_defaults(config))
-    assert config["available_node_types"][config["head_node_type"]]["resources"]["CPU"] == 0
-    installed = " ".join(config["setup_commands"])
+    kinds = config["available_node_types"]
+    workers = {name: kind for name, kind in kinds.items() if name != config["head_node_type"]}
+    assert kinds[config["head_node_type"]]["resources"]["CPU"] == 0
     needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    assert [
-        name for each in needed if (name := re.split(r"[\[<>=~]", each)[0]) not in installed
-    ] == []
-    workers = {
-        name: kind
-        for name, kind in config["available_node_types"].items()
-        if name != config["head_node_type"]
-    }
+    names = {re.split(r"[\[<>=~]", each)[0] for each in needed}
+    common = " ".join(config["setup_commands"])
+    of_gpu = " ".join(kinds["gpu"]["worker_setup_commands"])
+    assert {name for name in names if name not in common} == {"torch", "torchvision"}
+    assert {name for name in names if name not in of_gpu} == set()
+    assert "torchvision" in " ".join(config["head_setup_commands"])
     assert all(kind["min_workers"] <= kind["max_workers"] for kind in workers.values())
     assert sum(kind["max_workers"] for kind in workers.values()) <= config["max_workers"]
+    # Some workers are no spot instances; all reach buckets, from an image that is not Ray's own.
+    spot = {
+        name for name, kind in workers.items() if "InstanceMarketOptions" in kind["node_config"]
+    }
+    assert spot and any(kind["min_workers"] for name, kind in workers.items() if name not in spot)
+    for kind in kinds.values():
+        assert {"ImageId", "IamInstanceProfile"} <= kind["node_config"].keys()
+    # Ray opens SSH to everybody in groups that it makes; the one that is named exists before.
+    group = config["provider"]["security_group"]
+    assert group == {"GroupName": "raypipe"} and "--port 22 --cidr MY-ADDRESS/32" in text
+    for command in (config["head_start_ray_commands"], config["worker_start_ray_commands"]):
+        assert "--metrics-export-port=8080" in command[-1]
+
+
+def test_the_google_cloud_block_of_cluster_yaml_is_what_ray_up_takes_too():
+    text = (ROOT / "cluster.yaml").read_text()
+    block = text[text.index("# provider:") : text.index("# The image decides")]
+    google = yaml.safe_load(re.sub(r"^# ?", "", block, flags=re.MULTILINE))
+    config = yaml.safe_load(text) | {name: google[name] for name in ("provider", "auth")}
+    for kind in config["available_node_types"].values():
+        kind["node_config"] = google["node_config"]
+    validate_config(fillout_defaults(config))
+    assert {"machineType", "disks", "serviceAccounts"} <= google["node_config"].keys()

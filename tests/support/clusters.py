@@ -55,6 +55,7 @@ class Head:
     """A cluster of one node."""
 
     address: str  # for RAY_ADDRESS
+    client: str  # by Ray Client
     dashboard: str  # for `ray job submit`
     session: Path  # Ray's folder for it: logs, metrics, service discovery
 
@@ -77,7 +78,10 @@ def head(*, cpus: int, env: dict[str, str], python: str = sys.executable) -> Ite
         ) as process:
             wait_for(lambda: answers(dashboard), process)
             yield Head(
-                f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", Path(folder) / "session_latest"
+                address=f"127.0.0.1:{gcs}",
+                client=f"ray://127.0.0.1:{client}",
+                dashboard=f"http://127.0.0.1:{dashboard}",
+                session=Path(folder) / "session_latest",
             )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -85,13 +89,16 @@ def head(*, cpus: int, env: dict[str, str], python: str = sys.executable) -> Ite
 
 @contextlib.contextmanager
 def node(
-    head: Head, *, cpus: int, env: dict[str, str], before: Sequence[str] = ()
+    head: Head,
+    *,
+    cpus: int,
+    env: dict[str, str],
+    python: str = sys.executable,
+    before: Sequence[str] = (),
 ) -> Iterator[subprocess.Popen]:
     """Add a node to `head`'s cluster; `kill_all` removes it. `before`: a command that starts it."""
     more = (f"--address={head.address}",)
-    with started(
-        *more, cpus=cpus, env=env, python=sys.executable, folder=".", before=before
-    ) as process:
+    with started(*more, cpus=cpus, env=env, python=python, folder=".", before=before) as process:
         yield process
 
 

@@ -14,12 +14,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 @dataclass
 class Objects:
     """`contents` by key. `fails(key, n)`: what the n-th request gets, from 0 on: an HTTP status,
-    `reset` (in mid-body), `short` (a body that is closed early), or None: an answer."""
+    `reset` (in mid-body), `short` (a body that is closed early), or None: an answer. A put that
+    gets `reset` or `short` is cut off in mid-body, or stored and not answered. `together`: the most
+    requests at the same time."""
 
     contents: dict[str, bytes] = field(default_factory=dict)
     fails: Callable[[str, int], int | str | None] = lambda key, n: None
     asked: list[tuple[float, str]] = field(default_factory=list)
     port: int = 0
+    wait_s: float = 0.0  # of each request
+    now: int = 0
+    together: int = 0
 
     def uri(self, key: str) -> str:
         return f"s3://anonymous@photos/{key}?endpoint_override=http://127.0.0.1:{self.port}&region=us-east-1"
@@ -28,7 +33,7 @@ class Objects:
 @contextlib.contextmanager
 def objects(**contents: bytes) -> Iterator[Objects]:
     """Serve `contents` until the end of the block."""
-    store = Objects(contents=dict(contents))
+    store, lock = Objects(contents=dict(contents)), threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -55,6 +60,38 @@ def objects(**contents: bytes) -> Iterator[Objects]:
         def do_HEAD(self) -> None:
             self.do_GET()
 
+        def do_PUT(self) -> None:
+            key = self.path.removeprefix("/photos/").partition("?")[0]
+            failure = store.fails(key, len(store.asked))
+            store.asked.append((time.monotonic(), key))
+            with lock:
+                store.now += 1
+                store.together = max(store.together, store.now)
+            time.sleep(store.wait_s)
+            with lock:
+                store.now -= 1
+            size = int(self.headers["Content-Length"])
+            if failure == "reset":
+                self.rfile.read(size // 2)
+                return self.hang_up(reset=True)
+            data = self.rfile.read(size)
+            if isinstance(failure, int):
+                return self.answer(failure, b"<Error><Code>SlowDown</Code></Error>")
+            if len(data) == size:
+                store.contents[key] = data
+            if failure == "short":
+                return self.hang_up(reset=False)
+            return self.answer(200, b"")
+
+        def hang_up(self, *, reset: bool) -> None:
+            if reset:
+                linger = struct.pack("ii", 1, 0)
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                self.connection.close()
+            else:
+                self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
+
         def answer(self, status: int, data: bytes, cut: str | None = None) -> None:
             self.send_response(status)
             self.send_header("Content-Length", str(len(data)))
@@ -68,18 +105,15 @@ def objects(**contents: bytes) -> Iterator[Objects]:
             self.wfile.write(data if cut is None else data[: len(data) // 2])
             if cut is not None:
                 self.wfile.flush()
-                if cut == "reset":
-                    self.connection.setsockopt(
-                        socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
-                    )
-                self.connection.shutdown(
-                    socket.SHUT_RDWR
-                ) if cut == "short" else self.connection.close()
-                self.close_connection = True
+                self.hang_up(reset=cut == "reset")
 
         def log_message(self, *args: object) -> None: ...
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    class Server(ThreadingHTTPServer):
+        def handle_error(self, request: object, client_address: object) -> None:
+            """Clients that hang up are part of the tests."""
+
+    server = Server(("127.0.0.1", 0), Handler)
     store.port = server.server_address[1]
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

@@ -170,7 +170,10 @@ def test_preprocess_is_scaled_while_a_model_trains_across_epochs(session, labell
                 ):
                     break
         control = attach("scaled")
-        with pytest.raises(UsageError, match="no stage 'train'; its stages are preprocess"):
+        with pytest.raises(
+            UsageError,
+            match="what can be scaled is preprocess",
+        ):
             control.scale({"train": 2})
         at = []
         for count in (4, 2):

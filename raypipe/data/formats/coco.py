@@ -249,7 +249,6 @@ def write_annotations(
     *,
     folder: str = "",
     placed: Mapping[str, Placement] = MappingProxyType({}),
-    tmp: str = "_raypipe/tmp",
 ) -> Annotations:
     """Write the COCO JSON of the written images, made from `source`, as `root/annotations/NAME`.
 
@@ -307,7 +306,7 @@ def write_annotations(
     if "annotations" in coco:
         result["annotations"] = annotations
     file = annotations_of(source)
-    root.write(file, json.dumps(result).encode(), tmp=tmp)
+    root.write(file, json.dumps(result).encode())
     return Annotations(file=file, shapes_dropped=dropped)
 
 

@@ -60,6 +60,10 @@ PINNED: dict[str, dict[str, tuple[str, ...]]] = {
             "PROCESS_TYPE_RAYLET",
         ),
     },
+    "joining": {
+        "ray._private.services:": ("find_node_ids",),
+        "ray._raylet:GcsClient": ("get_all_node_info",),
+    },
     "helpers": {
         f"{_EXECUTION}.streaming_executor:": ("create_cluster_autoscaler",),
         f"{_EXECUTION}.operators.actor_pool_map_operator:": (
@@ -80,6 +84,7 @@ PINNED: dict[str, dict[str, tuple[str, ...]]] = {
 
 - scaling: changing actor pools during a run;
 - starting: starting Ray's processes in the order in which they are needed (`starting.py`);
+- joining: telling at once that this machine is no node of a cluster (`joining.py`);
 - helpers: doing without Ray Data's helper actors on one machine (`helpers.py`).
 
 Attributes of instances are not listed."""

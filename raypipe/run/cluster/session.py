@@ -3,7 +3,6 @@
 import math
 import os
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -12,13 +11,13 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-import grpc
 import ray
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raypipe.errors import UsageError
 from raypipe.run.causes import raised_in_logs
-from raypipe.run.cluster import internals
+from raypipe.run.cluster import internals, joining
 from raypipe.run.cluster.machine import Session, cores_here
 from raypipe.run.cluster.sizing import bounded, room_here, room_there
 from raypipe.stages.stage import Stage
@@ -134,27 +133,6 @@ def output_is_there() -> None:
             opened.start.output()
 
 
-ANSWERS_WITHIN_S = 10.0
-
-
-def check_answers(address: str) -> None:
-    """Raise ConnectionError if no Ray answers at `address`, HOST:PORT or ray://HOST:PORT.
-
-    Ray itself would try for minutes if nobody listens, and for 75 s if another program does
-    (measured).
-    """
-    where = address.removeprefix("ray://")
-    host, _, port = where.rpartition(":")
-    if not host or "/" in host or not port.isdigit() or os.environ.get("RAY_USE_TLS", "0") == "1":
-        return
-    socket.create_connection((host, int(port)), timeout=ANSWERS_WITHIN_S).close()
-    with grpc.insecure_channel(where) as channel:
-        try:
-            grpc.channel_ready_future(channel).result(timeout=ANSWERS_WITHIN_S)
-        except grpc.FutureTimeoutError as error:
-            raise ConnectionError(f"no answer in {ANSWERS_WITHIN_S:.0f} s") from error
-
-
 FREE_EVERY_MS = 100
 """How often the Ray that raypipe starts frees unused blocks; Ray's default is 1000.
 
@@ -231,20 +209,13 @@ def _connected(
     try:
         with without_rays_lines():
             if joined:
-                check_answers(os.environ.get("RAY_ADDRESS", ""))
-                context = ray.init(**quiet)
+                context = _join(quiet)
             elif start is None:
                 context = ray_here(num_cpus=num_cpus, **quiet)
             else:
                 with start.quick(workers=_in_advance(stages), agents=beside > 0):
                     context = ray_here(num_cpus=num_cpus, **quiet)
                 start.wait_for_output(_helpers())
-    except ConnectionError as error:
-        address = os.environ.get("RAY_ADDRESS", "")
-        raise token_missing(address, error) or UsageError(
-            f"RAY_ADDRESS is {address!r}, but no Ray cluster answers there ({error}). Start "
-            f"it, correct the address, or unset RAY_ADDRESS to run on this machine alone."
-        ) from error
     except Exception as error:
         # Ray raises a bare Exception for a node that does not start.
         if type(error) is not Exception:
@@ -257,6 +228,28 @@ def _connected(
             f"machine."
         ) from None
     return context.dashboard_url or None
+
+
+def _join(options: dict[str, Any]) -> Any:
+    """Join the cluster of RAY_ADDRESS. raypipe travels to its nodes if one of them lacks it.
+
+    Raises:
+        UsageError: it cannot be joined, or nodes lack more than raypipe itself.
+    """
+    address = os.environ.get("RAY_ADDRESS", "")
+    joining.check_address(address, job=True)
+    try:
+        context = ray.init(**options)
+    except (OSError, ValueError, RuntimeError, RayError) as error:
+        raise joining.refusal(address, error, job=True) from error
+    lacks = joining.lacking()
+    if lacks and not joining.submitted():
+        ray.shutdown()
+        context = ray.init(**joining.with_package(options))
+        lacks = joining.lacking()
+    if lacks:
+        raise joining.absence(lacks, nodes=len(ray.nodes()))
+    return context
 
 
 def _session(
@@ -311,17 +304,6 @@ def _end_by_sigterm() -> _Handler:
     if threading.current_thread() is not threading.main_thread():
         return None
     return signal.signal(signal.SIGTERM, signal.default_int_handler)
-
-
-def token_missing(address: str, error: BaseException) -> UsageError | None:
-    """The error for the user if Ray refused to connect without a token; None: another reason."""
-    if "InvalidAuthToken" not in str(error.__cause__):
-        return None
-    return UsageError(
-        f"The Ray cluster at {address!r} wants a token, and none was sent: Ray sends it to a given "
-        f"address only if RAY_AUTH_MODE=token says so. Set that; and RAY_AUTH_TOKEN, unless the "
-        f"token is in ~/.ray/auth_token."
-    )
 
 
 @contextmanager

@@ -14,7 +14,8 @@ from ray.exceptions import GetTimeoutError, RayError
 
 from raypipe import UsageError
 from raypipe.insight.states import LiveRun
-from raypipe.run.cluster.session import ENDING, check_answers, token_missing, without_rays_lines
+from raypipe.run.cluster import joining
+from raypipe.run.cluster.session import ENDING, without_rays_lines
 from raypipe.run.live import registry
 from raypipe.run.live.collector import NAMESPACE
 from raypipe.run.live.steering import NOT_BEGUN
@@ -46,23 +47,21 @@ def connect(address: str) -> None:
     leave()
     # Ray would ask 20 times, for 40 s each where nobody listens: too long for a typed command.
     os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "2")
+    joining.check_address(address, job=False)
+    options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+    if address.startswith("ray://"):  # its server loads what collectors answer
+        options = joining.with_package(options)
     try:
-        check_answers(address)
         with without_rays_lines():
-            ray.init(
-                address=address, namespace=NAMESPACE, logging_level="ERROR", log_to_driver=False
-            )
-    except (OSError, ValueError, RuntimeError) as error:
+            ray.init(address=address, namespace=NAMESPACE, **options)
+    except (OSError, ValueError, RuntimeError, RayError) as error:
         if address == "auto":
             raise UsageError(
                 "No Ray runs on this machine, so there is no run to look at. Start one "
                 "(python jobs/preprocess.py ...), or name its cluster with --address or "
                 "RAY_ADDRESS."
             ) from error
-        raise token_missing(address, error) or UsageError(
-            f"No Ray cluster answers at {address!r} ({str(error).splitlines()[0]}). "
-            "Correct --address or RAY_ADDRESS."
-        ) from error
+        raise joining.refusal(address, error, job=False) from error
     _joined.append(address)
 
 

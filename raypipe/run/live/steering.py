@@ -27,7 +27,7 @@ class Facts:
     `at_most`: actors of all stages together that Ray has logical CPUs for, those on GPUs not
     counted. `auto`: stages whose count the planner may change. `on_gpu`: stages each of whose
     actors holds one of the `gpus`. `memory`: bytes that the others may take together, of which an
-    actor of a stage `holds` so many at most.
+    actor of a stage `holds` so many at most. `workers`: the stage of a training's workers.
     """
 
     input: str = ""
@@ -42,6 +42,7 @@ class Facts:
     holds: Mapping[str, int] = field(default_factory=dict)
     on_gpu: tuple[str, ...] = ()
     gpus: int = 0
+    workers: str = ""
     unscalable: str = ""  # why actor counts cannot be changed; empty: they can
 
 
@@ -111,7 +112,14 @@ class Steering:
             return NOT_BEGUN
         for stage, count in counts.items():
             if stage not in self.wanted:
-                return f"this run has no stage {stage!r}; its stages are {', '.join(self.wanted)}"
+                stages = ", ".join(self.wanted)
+                if stage != self._facts.workers:
+                    return f"this run has no stage {stage!r}; its stages are {stages}"
+                return (
+                    f"the workers of {stage} are fixed for a run; what can be scaled is {stages}. "
+                    f"End it and start it again with --workers {count}: it goes on from its last "
+                    "checkpoint"
+                )
             if count < 1:
                 return "a stage needs at least 1 actor"
         wanted = {**self.wanted, **counts}
