@@ -146,6 +146,7 @@ class Job:
             auto=auto,
             probe=probes.of(left, stages, threads=self.running.threads) if auto else None,
             claim=taken,
+            goes_on=claim is not None and not claim.clears and claim.seen.run_json is not None,
         )
 
 
