@@ -83,10 +83,6 @@ def dataset_of(
         steer(context, collector=collector, stages=operators, asks_as=asks_as)
     # Ray 2.60 deprecates ray_remote_args of map_batches, but has no replacement yet.
     warnings.filterwarnings("ignore", message=".*ray_remote_args.*", category=RayDeprecationWarning)
-    # The way to have options for each actor. Deprecated too, and without a replacement yet.
-    warnings.filterwarnings(
-        "ignore", message=".*ray_remote_args_fn.*", category=RayDeprecationWarning
-    )
     # Without a limit Ray repeats a dead actor's task for ever. Each image may kill it TRIES times.
     largest = max(table.num_rows for table in tables)
     again = {"max_restarts": -1, "max_task_retries": TRIES * largest}

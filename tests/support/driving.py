@@ -22,13 +22,13 @@ UNTIL_S = 240.0
 
 
 def waiting_recipe(there: str) -> None:
-    """Make the recipe `waits`, which takes 0.2 s an image until the file `there` exists."""
+    """Make the recipe `waits`, which takes 0.4 s an image until the file `there` exists."""
     from raypipe.images import catalog
     from raypipe.images.ops.geometry import Resize
     from raypipe.images.recipe import Recipe
     from tests.support.killing import WaitUntil
 
-    ops = (WaitUntil(there=there, ms=200.0), Resize(height=30, width=30))
+    ops = (WaitUntil(there=there, ms=400.0), Resize(height=30, width=30))
     catalog.RECIPES["waits"] = Recipe(name="waits", ops=ops)
 
 

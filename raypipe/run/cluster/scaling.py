@@ -37,6 +37,8 @@ no actor: what it made is not taken on before that stage works."""
 STUCK_S = 15.0
 """Where nothing has moved for so long and an actor waits for a CPU, an idle actor gives it one."""
 
+TRY_EVERY_S = 1.0
+
 
 def steer(
     context: DataContext,
@@ -67,6 +69,7 @@ class _Steering(ExecutionCallback):
         self._sent = 0.0
         self._answer: ray.ObjectRef | None = None
         self._moved: tuple[float, object] = (0.0, None)
+        self._tried = 0.0
 
     def before_execution_starts(self, executor) -> None:
         *_, asks_as = executor._data_context.get_config(_CONFIG)
@@ -168,24 +171,26 @@ class _Steering(ExecutionCallback):
         ]
         if moved != self._moved[1]:
             self._moved = now, moved
-        if self._orders is None or not self._pools:
+        if self._orders is None or not self._pools or now - self._tried < TRY_EVERY_S:
             return
         if any(not pool.alive for pool in self._pools.values()):
-            self._give_up(
-                [a for pool in self._pools.values() for a in pool.drained_since(now - GRACE_S)]
-            )
-        if now - self._moved[0] < STUCK_S:
-            return
-        waiting = any(pool.waiting for pool in self._pools.values())
-        if waiting or get_local_ongoing_lineage_reconstruction_tasks():
+            drained = [pool.drained_since(now - GRACE_S) for pool in self._pools.values()]
+            self._give_up(now, [actor for actors in drained for actor in actors])
+        elif now - self._moved[0] >= STUCK_S and (
+            any(pool.waiting for pool in self._pools.values())
+            or get_local_ongoing_lineage_reconstruction_tasks()
+        ):
             most = max(self._pools.values(), key=lambda pool: len(pool.alive))
-            if self._give_up(most.alive[-1:]):
+            if self._give_up(now, most.alive[-1:]):
                 self._moved = now, moved
 
-    def _give_up(self, actors: list[Handle]) -> bool:
-        """Start those of `actors` again that do nothing: others get their CPUs meanwhile."""
+    def _give_up(self, now: float, actors: list[Handle]) -> bool:
+        """Start those of `actors` again that do nothing, unless a CPU is free as it is."""
         assert self._orders is not None
         idle = [a for a in actors if a._actor_id.hex() not in self._orders.at_work]
+        self._tried = now if idle else self._tried
+        if not idle or ray.available_resources().get("CPU", 0.0) >= 1:
+            return False
         for actor in idle:
             ray.kill(actor, no_restart=False)
-        return bool(idle)
+        return True

@@ -1,7 +1,9 @@
 """Nodes that are lost, join and leave while a run goes on, on clusters of several raylets."""
 
+import contextlib
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,10 @@ AROUND = environment(
     RAY_health_check_period_ms="1000",
     RAY_health_check_failure_threshold="3",
 )
+
+
+IMAGES = 1000
+"""Minutes of work, until a test is done with the run: the rest then takes seconds."""
 
 
 def nodes_of(record: dict[str, Any]) -> dict[str, int]:
@@ -60,53 +66,54 @@ def test_a_lost_node_ends_nothing_and_nodes_that_come_are_used(tmp_path, monkeyp
         "there": str(there),
         "actors": 2,
         "writers": 2,
-        "limit": 600,
+        "limit": IMAGES,
         "shard_rows": 2,
         "run_id": "nodes",
     }
-    with head(cpus=0, env=AROUND) as cluster, node(cluster, cpus=2, env=AROUND) as first:
+    with contextlib.ExitStack() as stack:
+        cluster = stack.enter_context(head(cpus=0, env=AROUND))
         env = AROUND | {"RAY_ADDRESS": cluster.address}
-        with node(cluster, cpus=2, env=AROUND) as second, driven(given, env) as run:
+
+        def add() -> subprocess.Popen:
+            return stack.enter_context(node(cluster, cpus=2, env=AROUND))
+
+        with driven(given, env) as run:
+            # The head has no CPUs, and no other node is there yet.
+            assert "no autoscaler adds nodes here" in run.says("Waiting for 2 of 2 CPUs")
+            add()
+            second = add()
             record = run.until(lambda r: r["done"] > 0 and all_run(r, preprocess=2, write=2))
             # Spread, and nothing on the head.
             assert sorted(nodes_of(record).values()) == [2, 2]
             assert record["waiting"] is None and record["actors_at_most"] == 4
             kill_all(second)
             # Ray notices after seconds. Then each stage keeps an actor, and images come out.
-            record = run.until(lambda r: r["actors_at_most"] == 2)
+            run.until(lambda r: r["actors_at_most"] == 2)
             record = run.until(lambda r: all_run(r, preprocess=1, write=1))
             assert "Waiting for 2 of 4 CPUs" in record["waiting"]
-            assert len(nodes_of(record)) == 1
             before = record["done"]
-            run.until(lambda r: r["done"] > before + 4)
+            record = run.until(lambda r: r["done"] > before + 4)
+            assert len(nodes_of(record)) == 1
             assert "The run goes on with 2" in run.says("Waiting for 2 of 4 CPUs")
-            with node(cluster, cpus=2, env=AROUND) as third:
-                record = run.until(lambda r: all_run(r, preprocess=2, write=2))
-                assert len(nodes_of(record)) == 2 and record["waiting"] is None
-                # More than all nodes have room for is refused, with the room of now.
-                assert "there is room for 4" in run.scale(preprocess=3)
-                kill_all(third)
-                run.until(lambda r: r["actors_at_most"] == 2)
-                run.until(lambda r: all_run(r, preprocess=1, write=1))
-            changes = [(e["stage"], e["from"], e["to"], e["by"]) for e in run.live["scale_events"]]
-            assert set(changes) == {
-                ("preprocess", 2, 1, "cluster"),
-                ("write", 2, 1, "cluster"),
-                ("preprocess", 1, 2, "cluster"),
-                ("write", 1, 2, "cluster"),
-            }
+            third = add()
+            record = run.until(lambda r: all_run(r, preprocess=2, write=2))
+            assert len(nodes_of(record)) == 2 and record["waiting"] is None
+            # More than all nodes have room for is refused, with the room of now.
+            assert "there is room for 4" in run.scale(preprocess=3)
+            kill_all(third)
+            run.until(lambda r: r["actors_at_most"] == 2)
+            record = run.until(lambda r: all_run(r, preprocess=1, write=1))
+            changes = {(e["stage"], e["from"], e["to"], e["by"]) for e in record["scale_events"]}
+            assert {("preprocess", 2, 1, "cluster"), ("write", 1, 2, "cluster")} <= changes
         # The driver was killed. The same command goes on with what there is, and says so.
         with driven(given, env) as again:
-            said = again.says("asked for")
-            assert "room for 2 of the 4 actors asked for" in said
+            assert "room for 2 of the 4 actors asked for" in again.says("actors asked for")
             again.until(lambda r: r["done"] > 0 and all_run(r, preprocess=1, write=1))
-            with node(cluster, cpus=2, env=AROUND):
-                again.until(lambda r: all_run(r, preprocess=2, write=2))
-                there.touch()
-                report = again.ended()
-        assert report["images_out"] == 600 and len(report["nodes"]) == 2
-        assert report["hardware"]["nodes"] == 2
-        kill_all(first)
+            add()
+            again.until(lambda r: all_run(r, preprocess=2, write=2))
+            there.touch()
+            report = again.ended()
+    assert report["images_out"] == IMAGES and len(report["nodes"]) == 2
     equals_a_plain_loop(given, out, tmp_path, monkeypatch)
 
 
@@ -120,7 +127,7 @@ def test_a_node_that_is_drained_is_left_without_a_repeated_shard(tmp_path, monke
         "there": str(there),
         "actors": 2,
         "writers": 0,
-        "limit": 300,
+        "limit": IMAGES,
         "shard_rows": 2,
         "run_id": "drained",
     }
@@ -135,12 +142,12 @@ def test_a_node_that_is_drained_is_left_without_a_repeated_shard(tmp_path, monke
             record = run.until(
                 lambda r: leaves not in nodes_of(r) and all_run(r, **{"preprocess+write": 2})
             )
-            assert record["waiting"] is None and record["done"] < 300
+            assert record["waiting"] is None and record["done"] < IMAGES
             there.touch()
             report = run.ended()
     # What was done twice would count twice here.
-    assert [stage["images"] for stage in report["stages"]] == [300]
-    assert report["images_out"] == 300 and len(report["nodes"]) == 3
+    assert [stage["images"] for stage in report["stages"]] == [IMAGES]
+    assert report["images_out"] == IMAGES and len(report["nodes"]) == 3
     equals_a_plain_loop(given, out, tmp_path, monkeypatch)
 
 
@@ -159,3 +166,51 @@ def drain(address: str, node: str, env: dict[str, str]) -> None:
     command += ["--reason-message", "spot", "--deadline-remaining-seconds", "600"]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr + done.stdout
+
+
+@pytest.mark.slow
+def test_an_autoscaler_is_asked_for_what_a_run_wants_and_no_longer_than_it_lasts(tmp_path):
+    there = tmp_path / "there"
+    given: dict[str, Any] = {
+        "input": "demo:3000",
+        "recipe": "waits",
+        "there": str(there),
+        "actors": 2,
+        "writers": 1,
+        "output": str(tmp_path / "out"),
+        "limit": IMAGES,
+        "shard_rows": 2,
+        "run_id": "grows",
+    }
+    # No node is there, and 2 of 2 CPUs may come.
+    with head(cpus=0, env=AROUND, workers=2) as cluster:
+        env = AROUND | {"RAY_ADDRESS": cluster.address}
+        with driven(given, env) as run:
+            said = run.says("Waiting for 2 of 2 CPUs")
+            assert "the autoscaler is asked for them" in said
+            record = run.until(lambda r: r["done"] > 0 and all_run(r, preprocess=2, write=1))
+            assert record["actors_at_most"] == 4
+            refused = run.scale(preprocess=4)
+            assert "5 actors, but there is room for 4" in refused
+            assert "with all nodes that its autoscaler may add" in refused
+            assert run.scale(preprocess=3) == {"preprocess": 3, "write": 1}
+            run.until(lambda r: all_run(r, preprocess=3, write=1))
+            assert ASKED in status(cluster.address, env)
+            there.touch()
+            report = run.ended()
+        assert report["images_out"] == IMAGES and len(report["nodes"]) == 2
+        ends = time.monotonic() + 60
+        while ASKED in (said := status(cluster.address, env)):
+            assert time.monotonic() < ends, said
+
+
+ASKED = "from request_resources()"
+"""What `ray status` says after each kind of resource that somebody asks for."""
+
+
+def status(address: str, env: dict[str, str]) -> str:
+    """What `ray status` says."""
+    command = [sys.executable, "-m", "ray.scripts.scripts", "status", "--address", address]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
