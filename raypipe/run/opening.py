@@ -95,10 +95,10 @@ def opening(execution: "Execution", asked: Mapping[str, int], *, unscalable: str
     ]
     if dict(asked) != execution.counts:
         wanted = ", ".join(f"{asked[stage.name]} {stage.doing}" for stage in execution.stages)
-        rest = "the autoscaler is asked for them" if session.grows else "the nodes are gone"
+        rest = " The autoscaler is asked for the rest." if session.grows else ""
         lines.append(
             f"The cluster has room for {session.room.actors} of the {sum(asked.values())} actors "
-            f"asked for ({wanted}): {rest}. The run begins with those, and uses nodes as they come."
+            f"asked for ({wanted}). The run begins with those, and uses nodes as they come.{rest}"
         )
     if unscalable:
         lines.append(f"{unscalable[0].upper()}{unscalable[1:]}.")

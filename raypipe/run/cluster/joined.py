@@ -69,8 +69,8 @@ def with_nodes(
         tell: prints a line for the user.
 
     Returns:
-        The session as it is then. Counts beyond its room are fitted into it after waiting, and
-        where the run `goes_on`.
+        The session as it is then. Counts beyond its room are fitted into it where the run
+        `goes_on`, and after waiting for nodes of which it is not known how many may come.
     """
     if not session.joined:
         return session
@@ -81,7 +81,8 @@ def with_nodes(
         least = _least(stages, session) + beside
         has = session.room.actors + beside
         if has >= least or not (waits or session.grows or goes_on or has <= 0):
-            return replace(session, fits=session.fits or goes_on or waits)
+            fits = session.fits or goes_on or (waits and not session.grows)
+            return replace(session, fits=fits)
         waits = True
         if session.grows and not internals.missing("autoscaling"):
             from raypipe.run.cluster.asking import Asking  # it imports Ray Data

@@ -175,11 +175,12 @@ class _Steering(ExecutionCallback):
             return
         if any(not pool.alive for pool in self._pools.values()):
             drained = [pool.drained_since(now - GRACE_S) for pool in self._pools.values()]
-            self._give_up(now, [actor for actors in drained for actor in actors])
-        elif now - self._moved[0] >= STUCK_S and (
-            any(pool.waiting for pool in self._pools.values())
-            or get_local_ongoing_lineage_reconstruction_tasks()
-        ):
+            if self._give_up(now, [actor for actors in drained for actor in actors]):
+                return
+        if now - self._moved[0] < STUCK_S:
+            return
+        waiting = any(pool.waiting for pool in self._pools.values())
+        if waiting or get_local_ongoing_lineage_reconstruction_tasks():
             most = max(self._pools.values(), key=lambda pool: len(pool.alive))
             if self._give_up(now, most.alive[-1:]):
                 self._moved = now, moved

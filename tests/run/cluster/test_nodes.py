@@ -1,6 +1,7 @@
 """Nodes that are lost, join and leave while a run goes on, on clusters of several raylets."""
 
 import contextlib
+import json
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ from raypipe.data import journal
 from raypipe.data.location import Location
 from raypipe.images import catalog
 from tests.conftest import ROOT, files
-from tests.support.clusters import environment, head, kill_all, node
+from tests.support.clusters import Head, environment, head, kill_all, node
 from tests.support.driving import driven, waiting_recipe
 from tests.support.runs import plain_loop, running, settings
 
@@ -138,34 +139,65 @@ def test_a_node_that_is_drained_is_left_without_a_repeated_shard(tmp_path, monke
             record = run.until(lambda r: r["done"] > 0 and all_run(r, **{"preprocess+write": 2}))
             assert list(nodes_of(record).values()) == [1, 1]
             (leaves, _) = nodes_of(record)
-            drain(cluster.address, leaves.split()[-1], env)
+            drain(cluster, leaves.split()[-1], env)
             record = run.until(
                 lambda r: leaves not in nodes_of(r) and all_run(r, **{"preprocess+write": 2})
             )
             assert record["waiting"] is None and record["done"] < IMAGES
             there.touch()
             report = run.ended()
+            # What the last seconds did is in the metrics of the nodes, though the run is over.
+            seen = joined(LOOK, cluster, env)
+            assert seen["done"] == IMAGES and seen["runs"] == ["drained"]
     # What was done twice would count twice here.
     assert [stage["images"] for stage in report["stages"]] == [IMAGES]
     assert report["images_out"] == IMAGES and len(report["nodes"]) == 3
     equals_a_plain_loop(given, out, tmp_path, monkeypatch)
 
 
-def drain(address: str, node: str, env: dict[str, str]) -> None:
+def drain(cluster: Head, node: str, env: dict[str, str]) -> None:
     """Tell the node whose id starts with `node` that it will go, as after a spot notice."""
-    code = (
-        "import sys, ray; ray.init(address=sys.argv[1], logging_level='ERROR');"
-        "print([n['NodeID'] for n in ray.nodes() if n['NodeID'].startswith(sys.argv[2])][0])"
-    )
-    found = subprocess.run(
-        [sys.executable, "-c", code, address, node], env=env, capture_output=True, text=True
-    )
-    assert found.returncode == 0, found.stderr
-    command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", address]
-    command += ["--node-id", found.stdout.strip(), "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
-    command += ["--reason-message", "spot", "--deadline-remaining-seconds", "600"]
+    (whole,) = (one for one in joined(NODES, cluster, env) if one.startswith(node))
+    command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node"]
+    command += ["--address", cluster.address, "--node-id", whole]
+    command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr + done.stdout
+
+
+NODES = "print(json.dumps([node['NodeID'] for node in ray.nodes()]))"
+
+LOOK = """
+import re, urllib.request
+
+def read(url):
+    asked = urllib.request.Request(url, headers={"Authorization": f"Bearer {sys.argv[3]}"})
+    with urllib.request.urlopen(asked, timeout=30) as answer:
+        return answer.read().decode()
+
+NAME = "^ray_raypipe_run_images_done_total"
+
+def done():
+    total = 0
+    for node in ray.nodes():
+        if node["Alive"]:
+            text = read(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics")
+            total += sum(map(float, re.findall(NAME + r"{.* (\\S+)$", text, re.M)))
+    return total
+
+jobs = json.loads(read(sys.argv[2] + "/api/jobs/"))
+runs = [job["metadata"]["raypipe_run"] for job in jobs if "raypipe_run" in (job["metadata"] or {})]
+print(json.dumps({"done": done(), "runs": runs}))
+"""
+
+
+def joined(code: str, cluster: Head, env: dict[str, str]) -> Any:
+    """What `code` prints as JSON, in a process that has joined the cluster."""
+    whole = "import json, sys, ray; ray.init(address=sys.argv[1], logging_level='ERROR')\n" + code
+    command = [sys.executable, "-c", whole, cluster.address, cluster.dashboard, "a" * 32]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.slow
