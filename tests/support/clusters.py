@@ -132,11 +132,19 @@ def autoscaling(address: str, workers: int) -> dict[str, Any]:
 def node(
     head: Head, *, cpus: int, env: dict[str, str], before: Sequence[str] = ()
 ) -> Iterator[subprocess.Popen]:
-    """Add a node to `head`'s cluster; `kill_all` removes it. `before`: a command that starts it."""
+    """Add a node to `head`'s cluster; `kill_all` removes it. `before`: a command that starts it.
+
+    One at a time: of two that start together on a machine, one takes the other's files.
+    """
     more = (f"--address={head.address}",)
     with started(
         *more, cpus=cpus, env=env, python=sys.executable, folder=".", before=before
     ) as process:
+        assert process.stdout is not None
+        said: list[str] = []
+        while not said or "runtime started" not in said[-1]:
+            said.append(process.stdout.readline())
+            assert said[-1], "".join(said)
         yield process
 
 

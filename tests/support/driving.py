@@ -18,7 +18,7 @@ from typing import Any
 
 from tests.conftest import ROOT
 
-UNTIL_S = 240.0
+UNTIL_S = 150.0
 
 
 def waiting_recipe(there: str) -> None:

@@ -90,10 +90,9 @@ class Steering:
         self.wanted.setdefault(stage, pool.start)
 
     def resize(self, room: Room, now: float) -> None:
-        """There is other room than before: fit the counts into it."""
-        if room != self.room:
-            self.room = room
-            self._want("cluster", now)
+        """There is so much room now: fit the counts into it."""
+        self.room = room
+        self._want("cluster", now)
 
     @property
     def auto(self) -> set[str]:
@@ -193,9 +192,8 @@ class Steering:
         wanted = dict(self.asked)
         if self._facts.moves:
             fixed = self._facts.fixed
-            counts = fitted(
-                {**self.asked, **fixed}, self.room, on_gpu=self._facts.on_gpu, fixed=fixed
-            )
+            asked = {**fixed, **self._facts.asked, **self.asked}
+            counts = fitted(asked, self.room, on_gpu=self._facts.on_gpu, fixed=fixed)
             wanted = {stage: counts[stage] for stage in self.asked}
         if by is not None and wanted != self.wanted:
             self._tell(self.wanted, wanted, by, now)
