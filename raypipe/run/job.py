@@ -223,6 +223,7 @@ def _iterate(
         if stop is not None and stop.is_set():
             raise KeyboardInterrupt
         execution.check()
+    tally.tell(execution.collector, last=True)
 
 
 def _without(block: pa.Table, detail: str) -> pa.Table:

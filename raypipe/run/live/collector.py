@@ -173,12 +173,16 @@ class Collector:
             lambda since: self._costs(since=since, calls=CALLS_PER_ACTOR),
             self._left_s(),
         )
-        self._shares = self._places.look(now, self._latest.values())
-        self._metrics.record(self.live(), self._shares)
+        self._measure(now)
         return Orders(
             counts=self._steering.wanted,
             at_work=frozenset(sample.actor.partition("-")[0] for sample in self._at_work()),
         )
+
+    def _measure(self, now: float) -> None:
+        """Set the metrics."""
+        self._shares = self._places.look(now, self._latest.values())
+        self._metrics.record(self.live(), self._shares)
 
     def _at_work(self) -> list[Sample]:
         """The latest samples of actors that are in a call, or were just now."""
@@ -190,6 +194,7 @@ class Collector:
         """The run ends. Ask the cluster for nothing any more, and end in order: Ray then hands the
         metrics of the last seconds to its agent, which a killed actor takes along."""
         self._nodes.withdraw()
+        self._measure(self._clock())
         ray.actor.exit_actor()
 
     def cannot_scale(self, reason: str) -> None:
