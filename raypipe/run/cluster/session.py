@@ -96,8 +96,8 @@ def ray_session(
 ) -> Iterator[Session]:
     """Join the cluster of RAY_ADDRESS, use the Ray of this process, or start one for this run.
 
-    While another ray_session is open, this is that session with its room. So several runs share
-    what was opened once, for the largest of them.
+    While another ray_session is open, this is that session with its room; on a cluster, as it is
+    now. So several runs share what was opened once, for the largest of them.
 
     Args:
         stages: whose actors need room.
