@@ -27,6 +27,7 @@ from raypipe.insight.markup import (
     tag,
     text,
 )
+from raypipe.insight.nodes import HEAD, rows_of
 from raypipe.insight.states import STATES
 from raypipe.insight.style import CSS
 from raypipe.insight.terminal import notes
@@ -53,6 +54,7 @@ def page(report: dict, *, rejects: Sequence[dict] = (), more_rejects: int = 0) -
         section("Key figures", _key_figures(report)),
         section("Over time", over_time(report)),
         section("Stages", _stage_table(report)),
+        section("Nodes", _nodes(report)),
         section("Training", _training(report)),
         section("Predicted against measured", _predicted(report)),
         section("Rejects", _rejects(report, rejects, more_rejects)),
@@ -243,6 +245,11 @@ def _stage_table(report: dict) -> str:
         for name, record, is_step in shown
     ]
     return table(head, [*rows, ["shares of its time", *spent]], "Stages")
+
+
+def _nodes(report: dict) -> str:
+    rows = [[text(cell) for cell in row] for row in rows_of(report)]
+    return table(HEAD, rows, "Nodes") if rows else ""
 
 
 _EPOCHS: tuple[tuple[str, Callable[[dict], str]], ...] = (

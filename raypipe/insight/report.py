@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from raypipe.insight import forms, planner, states
+from raypipe.insight.nodes import nodes_of
 from raypipe.insight.states import (
     CONSUME,
     Consumed,
@@ -311,7 +312,8 @@ def build(
         from when the last of the initial actors was ready to the last output; `work_cpu_percent` is
         the machine meanwhile.
         `fixed_s` is what a run of this shape spends before its first image and after its last.
-        `stages_cpu_percent` and `other_cpu_percent` divide `cpu_percent`. `writing` is which form
+        `stages_cpu_percent` and `other_cpu_percent` divide `cpu_percent`. `nodes` are those that
+        had actors (`nodes_of`). `writing` is which form
         of writing ran, and what the other would have given (`forms.told`).
     """
     cores = hardware["cores"]
@@ -368,6 +370,7 @@ def build(
         "fixed_s": _fixed_s(work, clock, stages),
         "overhead_cpu_s_per_image": overhead_s,
         "stages": stages,
+        "nodes": nodes_of(snapshot),
         "verdict": said.json(),
         "predicted": None
         if predicted is None
@@ -412,6 +415,7 @@ def unmeasured(
         **_counted(counts),
         **dict.fromkeys(figures),
         "stages": [],
+        "nodes": [],
         "verdict": Verdict(stage=None, reason=_NO_DRIVER).json(),
         "scale_events": [],
         "timeline": [],

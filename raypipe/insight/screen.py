@@ -191,6 +191,8 @@ def _totals(record: LiveRun, looking: Looking, width: int) -> Table:
     rows = [("images", images), ("rate", rate), ("machine", Text(machine))]
     if use := machine_use(record.stages_cpu_percent, record.other_cpu_percent):
         rows.append(("", Text(use, style="dim")))
+    if record.waiting:
+        rows.append(("waiting", Text(printable(record.waiting), style="yellow")))
     return _labelled(rows)
 
 
@@ -260,6 +262,23 @@ def _stages(record: LiveRun, looking: Looking, width: int) -> Table:
     return table
 
 
+def _nodes(record: LiveRun) -> list[RenderableType]:
+    """A table of the nodes; nothing of one machine."""
+    if len(record.nodes) < 2:
+        return []
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("")
+    for name in ("node", "actors"):
+        table.add_column(name, overflow="fold")
+    for name in ("images/s", "CPU", "memory"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for node in record.nodes:
+        actors = " + ".join(f"{count} {stage}" for stage, count in node.actors.items() if count)
+        cells = ["", node.name, actors, number(node.images_per_s), _percent(node.cpu_percent)]
+        table.add_row(*(Text(printable(cell)) for cell in [*cells, bytes_of(node.rss_bytes)]))
+    return ["", table]
+
+
 def _legend() -> Text:
     meaning = {"busy": "busy", "starved": "starved (no input)", "blocked": "blocked (output full)"}
     parts = [
@@ -305,6 +324,7 @@ def view(record: LiveRun, looking: Looking, *, width: int) -> RenderableType:
     ]
     parts += [
         Padding(_legend(), (0, 0, 0, 3)),
+        *_nodes(record),
         "",
         _labelled([*_verdict(record), *_events(record, EVENTS)]),
     ]
@@ -368,4 +388,6 @@ def line(record: LiveRun) -> str:
         )
     if record.verdict.stage is not None:
         said.append(f"limit: {printable(record.verdict.stage)}")
+    if record.waiting:
+        said.append(printable(record.waiting))
     return "; ".join(said).replace(DASH, "-").replace(ARROW, "->")

@@ -87,7 +87,10 @@ def steps_of(samples: Iterable[Sample]) -> tuple[StepTotals, ...]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PoolView:
-    """A stage's actors as the execution saw them: counts, and seconds summed over actors."""
+    """A stage's actors as the execution saw them: counts, and seconds summed over actors.
+
+    An actor that Ray starts again, as its node was lost, is pending like a new one.
+    """
 
     start: int = 0
     min: int = 0
@@ -100,6 +103,17 @@ class PoolView:
     queued: int = 0  # blocks that wait for the stage
     actor_s: float = 0.0  # ready, whatever they did
     starved_s: float = 0.0  # idle while no input waited
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Orders:
+    """What the collector tells an execution.
+
+    counts: the wanted actors of each stage. at_work: the ids of actors that are in a call.
+    """
+
+    counts: Mapping[str, int]
+    at_work: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -212,7 +226,8 @@ class Moment:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScaleEvent:
-    """A change of a stage's wanted actors, by `user` or `auto`."""
+    """A change of a stage's actors: of those asked for by `user` or `auto`, or, by `cluster`, of
+    those that there is room for."""
 
     t_s: float
     stage: str
@@ -243,7 +258,8 @@ class Snapshot:
     """All that the collector knows when a run ends. `Snapshot()`: the collector was killed.
 
     `actors` and `first`: the latest and the first sample of each actor. `store_peak_bytes`: shared
-    memory in use on all nodes at most, which is Ray's object store, counted once.
+    memory in use on all nodes at most, which is Ray's object store, counted once. `node_names`:
+    the address of each node by its id, as far as known.
     """
 
     started: float = 0.0
@@ -254,6 +270,7 @@ class Snapshot:
     private_peak_by_stage: Mapping[str, int] = field(default_factory=dict)
     store_peak_bytes: int | None = None
     nodes: Mapping[str, NodeCpu] = field(default_factory=dict)
+    node_names: Mapping[str, str] = field(default_factory=dict)
     timeline: tuple[Moment, ...] = ()
     scale_events: tuple[ScaleEvent, ...] = ()
 
@@ -306,9 +323,28 @@ class LiveStage:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LiveNode:
+    """A node of the cluster. Rates are of the last seconds; None: not known.
+
+    name: its address. actors: of each stage, those that were heard of lately.
+    cpu_percent: of its cores, by whatever runs there. rss_bytes: of the actors.
+    """
+
+    name: str
+    actors: Mapping[str, int]
+    images_per_s: float | None
+    cpu_percent: float | None
+    rss_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class LiveRun:
     """How a run goes. `cpu_percent` is the machine, of which `stages_cpu_percent` is the actors'
-    and `other_cpu_percent` is what no stage used. None: not known."""
+    and `other_cpu_percent` is what no stage used. None: not known.
+
+    waiting: what the run waits for, a sentence; None: for nothing.
+    nodes: those with actors, of a cluster of several; empty: one machine.
+    """
 
     run_id: str
     at_s: float
@@ -331,6 +367,8 @@ class LiveRun:
     stages: tuple[LiveStage, ...]
     verdict: Verdict
     scale_events: tuple[ScaleEvent, ...]
+    waiting: str | None = None
+    nodes: tuple[LiveNode, ...] = ()
 
     def json(self) -> dict[str, Any]:
         """As JSON types: what `raypipe runs --json` prints and `Control.live` returns."""
@@ -338,6 +376,7 @@ class LiveRun:
             "stages": [asdict(stage) for stage in self.stages],
             "verdict": self.verdict.json(),
             "scale_events": [event.json() for event in self.scale_events],
+            "nodes": [asdict(node) for node in self.nodes],
         }
 
 

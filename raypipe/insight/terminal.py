@@ -11,6 +11,7 @@ from rich.text import Text
 
 from raypipe.insight import forms, planner
 from raypipe.insight.markup import columns, machine_use
+from raypipe.insight.nodes import HEAD, rows_of
 
 Record = Mapping[str, Any]
 """A report, or a stage of it, as JSON types."""
@@ -136,7 +137,19 @@ def terminal(report: Record) -> Group:
     )
     stages = [table] if report["stages"] else []
     lines = (Text(line) for line in (*_totals(report), *notes(report)))
-    return Group(*lines, *stages, verdict_text, *_advice(report))
+    return Group(*lines, *stages, *_nodes(report), verdict_text, *_advice(report))
+
+
+def _nodes(report: Record) -> list[Table]:
+    """A table of the nodes of a cluster; of one machine none."""
+    if not (rows := rows_of(report)):
+        return []
+    table = Table(header_style="bold", box=box.SIMPLE_HEAD)
+    for name in HEAD:
+        table.add_column(name, justify="left" if name in HEAD[:2] else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return [table]
 
 
 def _totals(report: Record) -> list[str]:

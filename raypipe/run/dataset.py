@@ -4,6 +4,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import pyarrow as pa
 import ray
@@ -12,7 +13,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from ray.util.annotations import RayDeprecationWarning
 
 from raypipe.data.work import shards
-from raypipe.run.cluster import internals
+from raypipe.run.cluster import internals, placement
 from raypipe.run.meter import Meter
 from raypipe.stages.actor import TRIES, actor_class
 from raypipe.stages.stage import Stage
@@ -41,6 +42,8 @@ def dataset_of(
     threads: int = 1,
     cpus_each: float = 1.0,
     collector: ray.actor.ActorHandle | None = None,
+    asks_as: str | None = None,
+    places: bool = False,
 ) -> ray.data.Dataset:
     """Put `stages` on Ray Data.
 
@@ -50,6 +53,8 @@ def dataset_of(
         threads: how many OpenCV or torch may use within each actor.
         cpus_each: logical CPUs of an actor that holds no GPU.
         collector: gets the actors' measurements; None: they are not sent.
+        asks_as: the id of the run, where it asks the cluster's autoscaler by itself.
+        places: whether actors on CPUs are placed on nodes (`placement.options`).
 
     Returns:
         A dataset of the last stage's output. One shard is one block and one call of each stage.
@@ -75,7 +80,7 @@ def dataset_of(
         from raypipe.run.cluster.scaling import steer  # another Ray may lack what it imports
 
         operators = {f"MapBatches({kind.__name__})": name for name, kind in actors.items()}
-        steer(context, collector=collector, stages=operators)
+        steer(context, collector=collector, stages=operators, asks_as=asks_as)
     # Ray 2.60 deprecates ray_remote_args of map_batches, but has no replacement yet.
     warnings.filterwarnings("ignore", message=".*ray_remote_args.*", category=RayDeprecationWarning)
     # Without a limit Ray repeats a dead actor's task for ever. Each image may kill it TRIES times.
@@ -83,7 +88,11 @@ def dataset_of(
     again = {"max_restarts": -1, "max_task_retries": TRIES * largest}
     for stage in stages:
         on_gpu = bool(stage.gpu)
-        resources = {"num_gpus": 1, "num_cpus": 0} if on_gpu else {"num_cpus": cpus_each}
+        resources: dict[str, Any] = {"num_cpus": cpus_each}
+        if on_gpu:
+            resources = {"num_gpus": 1, "num_cpus": 0}
+        elif places:
+            resources["ray_remote_args_fn"] = placement.options
         # map_batches refuses GPUs without a batch size; with one, Ray Data cuts and joins shards.
         map_batches = getattr(dataset, "map_batches_internal", dataset.map_batches)
         dataset = map_batches(

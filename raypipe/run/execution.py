@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import psutil
@@ -26,17 +27,20 @@ from raypipe.data.location import Location
 from raypipe.errors import UsageError
 from raypipe.insight import planner
 from raypipe.insight import report as reports
+from raypipe.insight.room import fitted
 from raypipe.insight.states import Consumed, NodeCpu, Snapshot
 from raypipe.run import probe as probes
 from raypipe.run.causes import Untouched
-from raypipe.run.cluster import internals
+from raypipe.run.cluster.joined import as_it_is, with_nodes
 from raypipe.run.cluster.machine import Session, hardware, versions
 from raypipe.run.cluster.session import check_shared, ray_session
-from raypipe.run.cluster.sizing import bound, chosen, on_gpus, seated, size_pools, stage_costs
+from raypipe.run.cluster.sizing import chosen, on_gpus, seated, size_pools, stage_costs
 from raypipe.run.console import say
-from raypipe.run.live.collector import Facts, collecting
+from raypipe.run.live.collector import collecting
 from raypipe.run.live.registry import registered
+from raypipe.run.live.watchdog import following
 from raypipe.run.meter import busy_cpu_s
+from raypipe.run.opening import facts_of, opening
 from raypipe.stages.stage import Stage
 
 if TYPE_CHECKING:
@@ -92,6 +96,7 @@ class Setup:
     probe: what is timed while Ray starts; None: nothing.
     taken: room for actors that others of this process have.
     spare: room for actors to leave to others, if there is enough.
+    goes_on: an earlier run has begun it, with room for the counts that were asked for then.
     """
 
     run_id: str
@@ -110,6 +115,7 @@ class Setup:
     workers: Workers | None = None
     taken: int = 0
     spare: int = 0
+    goes_on: bool = False
 
     @property
     def input(self) -> str:
@@ -174,11 +180,26 @@ class Execution:
         return dataset_of(
             work,
             self.stages if stages is None else stages,
-            self.counts if counts is None else counts,
+            self._counts_now() if counts is None else counts,
             threads=self.setup.threads,
             cpus_each=self.session.cpus_each,
             collector=self.collector if observed else None,
+            asks_as=self.setup.run_id if self.session.grows else None,
+            places=self.session.joined,
         )
+
+    def _counts_now(self) -> dict[str, int]:
+        """The counts, as far as there is room for them now."""
+        if not self.session.joined:
+            return self.counts
+        room = as_it_is(self.session, self.stages, beside=self._beside).room
+        room = replace(room, actors=room.actors - self.session.left_out)
+        on_gpu = [stage.name for stage in self.stages if stage.gpu]
+        return fitted(self.counts, room, on_gpu=on_gpu)
+
+    @property
+    def _beside(self) -> int:
+        return self.setup.workers.cpus if self.setup.workers is not None else 0
 
     def measured(self) -> Measured:
         """The costs until now."""
@@ -267,9 +288,22 @@ def executing(setup: Setup, *, console: Console, touch: Callable[[], None]) -> I
         timing = stack.enter_context(probes.started(setup.probe)) if setup.probe else None
         say(console, "Joining Ray ..." if os.environ.get("RAY_ADDRESS") else "Starting Ray ...")
         session = stack.enter_context(
-            ray_session(setup.stages, beside=beside, shard_bytes=setup.shard_bytes)
+            ray_session(
+                setup.stages,
+                beside=beside,
+                shard_bytes=setup.shard_bytes,
+                run_id=setup.run_id,
+            )
         )
-        session = replace(session, at_most=_free(setup, session))
+        session = with_nodes(
+            session,
+            setup.stages,
+            beside=beside,
+            goes_on=setup.goes_on,
+            run_id=setup.run_id,
+            tell=partial(say, console),
+        )
+        session = _with_room_for_others(setup, session)
         workers_on_gpu = setup.workers is not None and on_gpus(
             setup.workers.count, "workers", must=setup.workers.must, session=session
         )
@@ -277,9 +311,11 @@ def executing(setup: Setup, *, console: Console, touch: Callable[[], None]) -> I
         pipeline = chosen(setup.stages, costs, session, images=setup.images)
         first, *others = pipeline
         stages = (first, *(seated(stage, session) for stage in others))
-        counts = size_pools(stages, costs, session, images=setup.images)
+        asked = size_pools(stages, costs, session, images=setup.images)
         # Before the claim: it refuses a run id that is in progress, and changes nothing.
-        facts = _facts(setup, session, stages, workers_on_gpu)
+        facts = facts_of(setup, session, stages, asked, workers_on_gpu=workers_on_gpu)
+        on_gpu = [stage.name for stage in stages if stage.gpu]
+        counts = fitted(asked, session.room, on_gpu=on_gpu)
         collector = stack.enter_context(collecting(setup.run_id, facts))
         check = stack.enter_context(_claimed(setup.claim, session, touch))
         stack.enter_context(registered(setup.run_id, address=session.address, output=setup.output))
@@ -294,16 +330,15 @@ def executing(setup: Setup, *, console: Console, touch: Callable[[], None]) -> I
             workers_on_gpu=workers_on_gpu,
             check=check,
         )
-        say(console, _opening(execution))
-        if facts.unscalable:
-            say(console, f"{facts.unscalable[0].upper()}{facts.unscalable[1:]}.")
-        say(console, _watching(setup.run_id, session))
+        for line in opening(execution, asked, unscalable=facts.unscalable):
+            say(console, line)
         collector.begin.remote(execution.begun_at)
+        stack.enter_context(following(collector, partial(say, console)))
         yield execution
 
 
-def _free(setup: Setup, session: Session) -> int:
-    """How many actors this execution has room for.
+def _with_room_for_others(setup: Setup, session: Session) -> Session:
+    """`session` with the room that this execution has.
 
     Raises:
         UsageError: others of this process have all of it.
@@ -315,7 +350,9 @@ def _free(setup: Setup, session: Session) -> int:
             f"{setup.taken} of them: {max(free, 0)} are left, and this one needs {least}. Nothing "
             f"was started. Close the others first, or start them with fewer actors."
         )
-    return free - min(setup.spare, max(free - least, 0))
+    free -= min(setup.spare, max(free - least, 0))
+    there = session.room.actors - (session.at_most - free)
+    return replace(session, at_most=free, there=there, left_out=session.at_most - free)
 
 
 def new_run_id(given: str | None) -> str:
@@ -358,64 +395,6 @@ def _claimed(
 
     with claim.take(check=check) as held:
         yield held.check
-
-
-def _facts(setup: Setup, session: Session, stages: Sequence[Stage], workers_on_gpu: bool) -> Facts:
-    on_gpu = [stage.name for stage in stages if stage.gpu]
-    workers = setup.workers
-    if workers is not None and workers_on_gpu:
-        on_gpu.append(workers.name)
-    return Facts(
-        input=setup.input,
-        output=setup.output,
-        recipe=setup.recipe,
-        backend=str(setup.given["backend"]),
-        images=setup.images,
-        cores=session.cores,
-        at_most=session.at_most + (workers.cpus if workers else 0),
-        # What a fused stage does later has no count of its own.
-        auto=tuple(s.name for s in stages if {s.name, s.steps[0].name} & set(setup.auto)),
-        memory=session.memory,
-        holds={stage.name: bound(stage) for stage in stages},
-        on_gpu=tuple(on_gpu),
-        gpus=session.gpus,
-        workers="" if workers is None else workers.name,
-        unscalable=_unscalable(),
-    )
-
-
-def _unscalable() -> str:
-    """Why actor counts cannot be changed during a run; empty: they can."""
-    if not (lacks := internals.missing("scaling")):
-        return ""
-    return (
-        f"live scaling is off: this Ray ({ray.__version__}) lacks {', '.join(lacks)}, which "
-        f"raypipe knows from Ray 2.60. All else works"
-    )
-
-
-def _opening(execution: Execution) -> str:
-    setup, session = execution.setup, execution.session
-    doing = [
-        f"{execution.counts[stage.name]} {stage.doing}{' on GPU' if stage.gpu else ''}"
-        for stage in execution.stages
-    ]
-    if setup.workers is not None:
-        device = "GPU" if execution.workers_on_gpu else "CPU"
-        doing.append(f"{setup.workers.count} training on {device}")
-    elif setup.output is None:
-        doing.append("nothing written")
-    dashboard = f"; Ray dashboard: http://{session.dashboard}" if session.dashboard else ""
-    return (
-        f"Run {setup.run_id}: {setup.what}; actors: {', '.join(doing)}; "
-        f"{session.cores:g} cores{dashboard}"
-    )
-
-
-def _watching(run_id: str, session: Session) -> str:
-    """The line that says how to watch the run from elsewhere."""
-    there = f" --address {session.address}" if session.joined else ""
-    return f"Watch it: raypipe watch {run_id}{there}"
 
 
 def _collected(collector: ray.actor.ActorHandle, *, since: Any) -> tuple[Snapshot, float | None]:

@@ -146,6 +146,7 @@ class Job:
             auto=auto,
             probe=probes.of(left, stages, threads=self.running.threads) if auto else None,
             claim=taken,
+            goes_on=claim is not None and not claim.clears and claim.seen.run_json is not None,
         )
 
 
@@ -222,6 +223,7 @@ def _iterate(
         if stop is not None and stop.is_set():
             raise KeyboardInterrupt
         execution.check()
+    tally.tell(execution.collector, last=True)
 
 
 def _without(block: pa.Table, detail: str) -> pa.Table:

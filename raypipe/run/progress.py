@@ -86,10 +86,10 @@ class Tally:
         self.damaged += detailed - len(rejects) - len(waiting)
         return block.num_rows, len(rejects), len(waiting)
 
-    def tell(self, collector: ray.actor.ActorHandle) -> None:
-        """Send the counts to those who watch, at most twice a second."""
+    def tell(self, collector: ray.actor.ActorHandle, *, last: bool = False) -> None:
+        """Send the counts to those who watch, at most twice a second, and the `last` ones."""
         now = time.time()
-        if now - self._sent_at >= 0.5:
+        if last or now - self._sent_at >= 0.5:
             collector.progress.remote(now, self.images, self.rejected, self.consumed)
             self._sent_at = now
 

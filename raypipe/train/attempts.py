@@ -179,6 +179,7 @@ def _setup(this: _Run, started: float) -> Setup:
         workers=executions.Workers(
             name="train", count=workers.workers, must=settings.device.must, cpus=cpus
         ),
+        goes_on=this.resume is not None,
     )
 
 

@@ -61,8 +61,14 @@ class Head:
 
 
 @contextlib.contextmanager
-def head(*, cpus: int, env: dict[str, str], python: str = sys.executable) -> Iterator[Head]:
-    """`ray start --head` with so many logical CPUs."""
+def head(
+    *, cpus: int, env: dict[str, str], python: str = sys.executable, workers: int | None = None
+) -> Iterator[Head]:
+    """`ray start --head` with so many logical CPUs.
+
+    Args:
+        workers: so many nodes of 2 CPUs may an autoscaler add; None: there is no autoscaler.
+    """
     gcs, dashboard, client = free_ports(3)
     more = [
         "--head",
@@ -72,6 +78,11 @@ def head(*, cpus: int, env: dict[str, str], python: str = sys.executable) -> Ite
     ]
     # A short path: Ray's sockets are in it, whose paths may have 107 characters.
     folder = tempfile.mkdtemp(prefix="rp-")
+    if workers is not None:
+        config = Path(folder) / "autoscaling.yaml"
+        config.write_text(json.dumps(autoscaling(f"127.0.0.1:{gcs}", workers)))
+        more.append(f"--autoscaling-config={config}")
+        env = env | {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
     try:
         with started(
             *more, f"--temp-dir={folder}", cpus=cpus, env=env, python=python, folder=folder
@@ -87,6 +98,40 @@ def head(*, cpus: int, env: dict[str, str], python: str = sys.executable) -> Ite
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def autoscaling(address: str, workers: int) -> dict[str, Any]:
+    """An autoscaler's settings with which it starts raylets on this machine.
+
+    Ray's AutoscalingCluster would end all Rays of the machine first (`ray stop --force`).
+    """
+    lists = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray")
+    return {
+        "cluster_name": "fake",
+        "max_workers": workers,
+        "upscaling_speed": 10.0,
+        "idle_timeout_minutes": 5,
+        "provider": {
+            "type": "fake_multinode",
+            "gcs_address": address,
+            "use_node_id_as_ip": True,
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
+        },
+        "available_node_types": {
+            "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+            "cpu": {"resources": {"CPU": 2}, "node_config": {}, "max_workers": workers},
+        },
+        "head_node_type": "ray.head.default",
+        "auth": {},
+        "docker": {},
+        "file_mounts": {},
+        "cluster_synced_files": [],
+        "file_mounts_sync_continuously": False,
+        "rsync_exclude": [],
+        "rsync_filter": [],
+        **{f"{name}_commands": [] for name in (*lists, "worker_start_ray")},
+    }
+
+
 @contextlib.contextmanager
 def node(
     head: Head,
@@ -96,9 +141,17 @@ def node(
     python: str = sys.executable,
     before: Sequence[str] = (),
 ) -> Iterator[subprocess.Popen]:
-    """Add a node to `head`'s cluster; `kill_all` removes it. `before`: a command that starts it."""
+    """Add a node to `head`'s cluster; `kill_all` removes it. `before`: a command that starts it.
+
+    One at a time: of two that start together on a machine, one takes the other's files.
+    """
     more = (f"--address={head.address}",)
     with started(*more, cpus=cpus, env=env, python=python, folder=".", before=before) as process:
+        assert process.stdout is not None
+        said: list[str] = []
+        while not said or "runtime started" not in said[-1]:
+            said.append(process.stdout.readline())
+            assert said[-1], "".join(said)
         yield process
 
 

@@ -12,6 +12,7 @@ _EXECUTION = "ray.data._internal.execution"
 PINNED: dict[str, dict[str, tuple[str, ...]]] = {
     "scaling": {
         f"{_EXECUTION}.execution_callback:ExecutionCallback": (
+            "before_execution_starts",
             "on_execution_step",
             "after_execution_succeeds",
             "after_execution_fails",
@@ -21,6 +22,7 @@ PINNED: dict[str, dict[str, tuple[str, ...]]] = {
             "num_running_actors",
             "num_active_actors",
             "num_pending_actors",
+            "num_restarting_actors",
             "current_size",
             "scale",
             "refresh_actor_state",
@@ -41,7 +43,40 @@ PINNED: dict[str, dict[str, tuple[str, ...]]] = {
             "max_size",
             "initial_size",
         ),
+        f"{_EXECUTION}.interfaces.op_runtime_metrics:OpRuntimeMetrics": (
+            "num_tasks_finished",
+            "num_outputs_taken",
+        ),
+        "ray.data._internal.utils.cached_ray_internals:": (
+            "get_draining_nodes",
+            "get_local_ongoing_lineage_reconstruction_tasks",
+        ),
+        "ray.actor:ActorHandle": ("_actor_id",),
         "ray.data:DataContext": ("set_config", "get_config", "custom_execution_callback_classes"),
+    },
+    "draining": {"ray._private.state:GlobalState": ("get_draining_nodes",)},
+    "placing": {
+        "ray._private.state:": ("available_resources_per_node",),
+        "ray.data:Dataset": ("map_batches_internal",),
+    },
+    "autoscaling": {
+        "ray._private.state:GlobalState": ("get_cluster_config",),
+        "ray.autoscaler.v2.sdk:": ("get_cluster_status",),
+        "ray.autoscaler.v2.schema:NodeInfo": ("ray_node_type_name",),
+        "ray.data._internal.cluster_autoscaler:DefaultAutoscalingCoordinator": (
+            "request_resources",
+            "cancel_request",
+            "get_reserved_resources",
+        ),
+        "ray.data._internal.cluster_autoscaler.base_autoscaling_coordinator:": (
+            "STANDARD_RESOURCE_TYPES",
+        ),
+        "ray.data._internal.cluster_autoscaler:ClusterAutoscaler": (
+            "try_trigger_scaling",
+            "on_executor_shutdown",
+            "get_total_resources",
+        ),
+        f"{_EXECUTION}.interfaces:ExecutionResources": ("from_resource_dict", "zero", "add"),
     },
     "starting": {
         "ray._private.node:Node": (
@@ -82,12 +117,41 @@ PINNED: dict[str, dict[str, tuple[str, ...]]] = {
 }
 """For each purpose: classes, as module:name, or modules, as module:, and their members in use.
 
-- scaling: changing actor pools during a run;
+- scaling: changing actor pools during a run (`scaling.py`, `pools.py`);
+- draining: knowing which nodes are about to go (`capacity.py`);
+- placing: which node an actor starts on (`placement.py`);
+- autoscaling: the autoscaler's bounds, and asking it (`capacity.py`, `asking.py`);
 - starting: starting Ray's processes in the order in which they are needed (`starting.py`);
 - joining: telling at once that this machine is no node of a cluster (`joining.py`);
 - helpers: doing without Ray Data's helper actors on one machine (`helpers.py`).
 
-Attributes of instances are not listed."""
+Attributes of instances are in INSTANCES."""
+
+INSTANCES: dict[str, tuple[str, ...]] = {
+    f"{_EXECUTION}.streaming_executor:StreamingExecutor": (
+        "_topology",
+        "_data_context",
+        "_cluster_autoscaler",
+    ),
+    f"{_EXECUTION}.operators.actor_pool_map_operator:_ActorPool": ("_running_actors",),
+    f"{_EXECUTION}.operators.actor_pool_map_operator:_ActorState": (
+        "num_tasks_in_flight",
+        "actor_location",
+        "is_restarting",
+    ),
+    "ray.data._internal.actor_autoscaler.autoscaling_actor_pool:AutoscalingActorPool": ("_config",),
+    f"{_EXECUTION}.interfaces.physical_operator:PhysicalOperator": ("_inputs_complete",),
+    "ray._private.node:Node": ("_ray_params", "_webui_url", "all_processes"),
+    "ray._private.parameter:RayParams": (
+        "dashboard_host",
+        "dashboard_port",
+        "metrics_agent_port",
+        "metrics_export_port",
+        "runtime_env_agent_port",
+        "dashboard_agent_listen_port",
+    ),
+}
+"""Attributes that instances of these classes have. Only their source tells; a test reads it."""
 
 
 @cache

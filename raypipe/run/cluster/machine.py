@@ -12,16 +12,24 @@ import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from raypipe.insight.room import Room
+
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
     """The Ray that a run uses.
 
-    at_most: actors of all stages together that have memory, and on a cluster a CPU each.
+    at_most: actors of all stages together that have memory, and on a cluster a CPU each. With an
+        autoscaler, when it has added all the nodes that it may add, as far as that is known.
     memory: bytes that they may take together, if each takes all that it may; inf on a cluster.
     cpus_each: logical CPUs of each actor.
     cores: physical cores on this machine, or logical CPUs of a cluster.
     address: HOST:PORT, to join it.
+    there: as `at_most`, on the nodes that are there now. None: the same.
+    grows: an autoscaler adds nodes.
+    fits: counts beyond the room are fitted into it, instead of refused.
+    most_gpus: as `at_most`, of GPUs. None: as many as there are.
+    left_out: actors for which there is room too, but for others of this process.
     """
 
     at_most: int
@@ -33,6 +41,17 @@ class Session:
     address: str
     gpus: int = 0
     memory: float = math.inf
+    there: int | None = None
+    grows: bool = False
+    fits: bool = False
+    most_gpus: float | None = None
+    left_out: int = 0
+
+    @property
+    def room(self) -> Room:
+        """The room that is there now."""
+        there = self.at_most if self.there is None else self.there
+        return Room(actors=there, cores=self.cores, gpus=self.gpus, memory=self.memory)
 
 
 def beside_driver() -> dict[str, Any]:

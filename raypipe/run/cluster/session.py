@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayError
+from ray.job_config import JobConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raypipe.errors import UsageError
 from raypipe.run.causes import raised_in_logs
 from raypipe.run.cluster import internals, joining
+from raypipe.run.cluster.joined import as_it_is
 from raypipe.run.cluster.machine import Session, cores_here
-from raypipe.run.cluster.sizing import bounded, room_here, room_there
+from raypipe.run.cluster.sizing import bounded, room_here
 from raypipe.stages.stage import Stage
 
 if TYPE_CHECKING:
@@ -89,17 +91,18 @@ _OPENING = threading.Lock()
 
 @contextmanager
 def ray_session(
-    stages: Sequence[Stage], *, beside: int = 0, shard_bytes: int = 0
+    stages: Sequence[Stage], *, beside: int = 0, shard_bytes: int = 0, run_id: str | None = None
 ) -> Iterator[Session]:
     """Join the cluster of RAY_ADDRESS, use the Ray of this process, or start one for this run.
 
-    While another ray_session is open, this is that session with its room. So several runs share
-    what was opened once, for the largest of them.
+    While another ray_session is open, this is that session with its room; on a cluster, as it is
+    now. So several runs share what was opened once, for the largest of them.
 
     Args:
         stages: whose actors need room.
         beside: CPUs for others than these actors: the workers of a training.
         shard_bytes: memory that an actor of the first stage takes for its largest shard.
+        run_id: the run that opens it; it stands in the metadata of the job.
 
     Raises:
         UsageError: there is no cluster at RAY_ADDRESS, no memory for the actors asked for, or
@@ -107,7 +110,7 @@ def ray_session(
     """
     with _OPENING:
         if not _open:
-            _open.append(_opened(stages, beside, shard_bytes))
+            _open.append(_opened(stages, beside, shard_bytes, run_id))
         elif _open[0].ours and _open[0].thread != threading.get_ident():
             raise UsageError(
                 "Another run of this process is in progress, with a Ray that ends with it. Wait "
@@ -117,7 +120,8 @@ def ray_session(
         opened = _open[0]
         opened.users += 1
     try:
-        yield opened.session
+        session = opened.session
+        yield as_it_is(session, stages, beside=beside) if session.joined else session
     finally:
         with _OPENING:
             opened.users -= 1
@@ -132,6 +136,9 @@ def output_is_there() -> None:
         if opened.start is not None:
             opened.start.output()
 
+
+METADATA = "raypipe_run"
+"""The key of the run's id in the metadata of its job, which Ray's dashboard and its API show."""
 
 FREE_EVERY_MS = 100
 """How often the Ray that raypipe starts frees unused blocks; Ray's default is 1000.
@@ -152,7 +159,7 @@ def ray_here(*, num_cpus: int, **options: Any) -> Any:
     return ray.init(address="local", num_cpus=num_cpus, _system_config=own, **options)
 
 
-def _opened(stages: Sequence[Stage], beside: int, shard_bytes: int) -> _Open:
+def _opened(stages: Sequence[Stage], beside: int, shard_bytes: int, run_id: str | None) -> _Open:
     joined = joins()
     ours = not ray.is_initialized()
     room = 0 if joined else room_here(stages, shard_bytes=shard_bytes)
@@ -161,7 +168,9 @@ def _opened(stages: Sequence[Stage], beside: int, shard_bytes: int) -> _Open:
     dashboard = None
     try:
         if ours:
-            dashboard = _connected(joined=joined, beside=beside, start=start, stages=stages)
+            dashboard = _connected(
+                joined=joined, beside=beside, start=start, stages=stages, run_id=run_id
+            )
             ending = _end_by_sigterm()
         session = _session(stages, joined=joined, beside=beside, room=room, dashboard=dashboard)
     except BaseException:
@@ -201,11 +210,18 @@ def _in_advance(stages: Sequence[Stage]) -> int:
 
 
 def _connected(
-    *, joined: bool, stages: Sequence[Stage], beside: int, start: "Start | None"
+    *,
+    joined: bool,
+    stages: Sequence[Stage],
+    beside: int,
+    start: "Start | None",
+    run_id: str | None,
 ) -> str | None:
     """Join the cluster of RAY_ADDRESS or start Ray. Returns the address of its dashboard."""
     num_cpus = cores_here() + beside
-    quiet = {"logging_level": "ERROR", "log_to_driver": False}
+    quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+    if run_id is not None:
+        quiet["job_config"] = JobConfig(metadata={METADATA: run_id})
     try:
         with without_rays_lines():
             if joined:
@@ -256,28 +272,21 @@ def _session(
     stages: Sequence[Stage], *, joined: bool, beside: int, room: int, dashboard: str | None
 ) -> Session:
     """Describe the Ray that is there now. `room`: for actors, in a Ray that raypipe started."""
-    cpus = int(ray.cluster_resources().get("CPU", 0)) - (beside if joined else 0)
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    nodes = len(alive)
-    cores = min(cpus + (beside if joined else 0), cores_here()) if nodes == 1 else cpus + beside
-    # Actors that mostly wait may outnumber the cores, and more may be asked for later. Each gets a
-    # fraction of a CPU: for more logical CPUs, Ray would start an idle process each.
-    if joined:
-        there = [(int(has.get("CPU", 0)), int(has.get("memory", 2**62))) for has in alive]
-        at_most, each = min(cpus, room_there(stages, there)), 1.0
-    else:
-        at_most, each = room, int(10_000 * cores / room) / 10_000
-    return Session(
-        at_most=at_most,
-        cpus_each=each,
+    cores = cores_here()
+    session = Session(
+        at_most=room,
+        # Actors that mostly wait may outnumber the cores, and more may be asked for later. Each
+        # gets a fraction of a CPU: for more logical CPUs, Ray would start an idle process each.
+        cpus_each=1.0 if joined else int(10_000 * cores / room) / 10_000,
         cores=cores,
-        nodes=nodes,
+        nodes=1,
         joined=joined,
         dashboard=dashboard,
         address=ray.get_runtime_context().gcs_address,
         gpus=int(ray.cluster_resources().get("GPU", 0)),
         memory=math.inf if joined else bounded(stages),
     )
+    return as_it_is(session, stages, beside=beside) if joined else session
 
 
 def _end(*, ours: bool, ending: _Handler, start: "Start | None") -> None:

@@ -10,6 +10,7 @@ import psutil
 
 from raypipe.errors import UsageError
 from raypipe.insight import forms, planner
+from raypipe.insight.room import Node, actors_on
 from raypipe.run.cluster.machine import Session, cores_here
 from raypipe.stages.actor import ACTOR_BYTES
 from raypipe.stages.stage import Stage
@@ -60,19 +61,11 @@ def room_here(stages: Sequence[Stage], *, shard_bytes: int = 0) -> int:
     return max(room, sum(count for count, _ in asked) + 1)
 
 
-def room_there(stages: Sequence[Stage], nodes: Sequence[tuple[int, int]]) -> int:
-    """How many actors the nodes of a cluster have CPUs and memory for.
-
-    Who asks for more actors than there is memory for gets them, one a CPU.
-
-    Args:
-        nodes: of each, its CPUs, and the bytes of memory that Ray has there for actors.
-    """
-    cpus = sum(count for count, _ in nodes)
-    room = sum(min(count, memory // max(map(bound, stages))) for count, memory in nodes)
+def room_there(stages: Sequence[Stage], nodes: Sequence[Node]) -> int:
+    """How many actors the nodes of a cluster have CPUs and memory for (`actors_on`)."""
     asked = [stage.actors for stage in stages if isinstance(stage.actors, int)]
     free = len(stages) - len(asked)
-    return min(cpus, max(room, sum(asked) + free))
+    return actors_on(nodes, holds=max(map(bound, stages)), asked=sum(asked) + free)
 
 
 def _at_their_bounds(stages: Sequence[Stage], memory: int) -> int:
@@ -142,12 +135,13 @@ def on_gpus(count: int, noun: str, *, must: bool | None, session: Session) -> bo
     Raises:
         UsageError: they have to, and there are too few GPUs.
     """
-    if must and count > session.gpus:
+    most = session.gpus if session.most_gpus is None else session.most_gpus
+    if must and count > most:
         raise UsageError(
             f"--gpu with {count} {noun} needs as many GPUs, but Ray sees {session.gpus}. Ask for "
             f"fewer with --{noun}, add GPU nodes, or use --cpu."
         )
-    return must is not False and count <= session.gpus
+    return bool(must) or (must is None and count <= session.gpus)
 
 
 def seated(stage: Stage, session: Session) -> Stage:
@@ -168,7 +162,9 @@ def size_pools(
     *,
     images: int,
 ) -> dict[str, int]:
-    """Decide how many actors each stage starts with.
+    """Decide how many actors each stage is to have.
+
+    Where nodes are missing, there may be room for fewer of them at first (`Session.fits`).
 
     Args:
         stages: in order, after `seated`.
@@ -192,7 +188,7 @@ def size_pools(
         )
     else:
         first, *others = stages
-        cpus = int(session.cores)
+        cpus = int(machine.cores)
         counts = {
             stage.name: fixed.get(stage.name, max(1, int(stage.share * cpus))) for stage in others
         }
@@ -200,18 +196,22 @@ def size_pools(
         by_memory = min((session.memory - taken) / bound(first), cpus)
         counts[first.name] = max(1, min(int(by_memory), room - sum(counts.values())))
     counts |= fixed
-    if sum(counts.values()) > room:
+    if sum(counts.values()) > room and not session.fits:
+        most = ", with all the nodes that its autoscaler may add" if session.grows else ""
         raise UsageError(
             f"{_counted(stages, counts)} take {sum(counts.values()) - seats} CPUs, one each, but "
-            f"the cluster has {session.at_most}: Ray would wait for ever for the rest. Ask for "
-            f"fewer with {_options(stages)}, or add nodes first."
+            f"the cluster has {session.at_most}{most}: Ray would wait for ever for the rest. Ask "
+            f"for fewer with {_options(stages)}, or add nodes first."
         )
     return {stage.name: counts[stage.name] for stage in stages}
 
 
 def machine_of(session: Session) -> planner.Machine:
     """What the planner knows of the machine before a run."""
-    return planner.Machine(cores=session.cores, actors=session.at_most, memory=session.memory)
+    more = max(session.at_most - session.room.actors, 0) if session.grows else 0
+    return planner.Machine(
+        cores=session.cores + more, actors=session.at_most, memory=session.memory
+    )
 
 
 def start_s(stages: Iterable[Stage]) -> float:

@@ -7,7 +7,7 @@ latest totals, so that a lost or repeated message changes nothing.
 
 import contextlib
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -16,6 +16,7 @@ from ray.exceptions import RayError
 
 from raypipe.errors import UsageError
 from raypipe.insight import planner
+from raypipe.insight.remarks import Notice
 from raypipe.insight.states import (
     CONSUME,
     SAMPLE_EVERY_S,
@@ -24,6 +25,7 @@ from raypipe.insight.states import (
     LiveRun,
     LiveStage,
     NodeCpu,
+    Orders,
     PoolView,
     Sample,
     Shares,
@@ -33,12 +35,15 @@ from raypipe.insight.states import (
 )
 from raypipe.insight.verdict import Measured, judge
 from raypipe.run.cluster.machine import beside_driver
-from raypipe.run.live.metrics import Metrics
+from raypipe.run.live.cluster import Nodes
+from raypipe.run.live.metrics import Metrics, Place, Places, Share
 from raypipe.run.live.recent import WINDOW_S, Recent, of_actors, of_consumer, pools_without
 from raypipe.run.live.steering import CALLS_PER_ACTOR, Facts, Steering, changing
 from raypipe.run.live.timeline import Timeline
 
 NAMESPACE = "raypipe"
+
+ENDS_WITHIN_S = 10.0
 
 
 class Collector:
@@ -50,9 +55,10 @@ class Collector:
         self._run_id = run_id
         self._facts = facts or Facts()
         self._clock = clock
-        self._started = self._looked = clock()
+        self._started = self._looked = self._moved = clock()
         self._latest: dict[str, Sample] = {}
         self._heard: dict[str, float] = {}  # when, by this node's clock
+        self._worked: dict[str, float] = {}  # so too, when it was last in a call
         self._first: dict[str, Sample] = {}
         self._rss_peak: dict[str, int] = {}
         self._private_peak: dict[str, int] = {}
@@ -63,13 +69,16 @@ class Collector:
         self._timeline = Timeline(self._started, SAMPLE_EVERY_S)
         self._recent = Recent()
         self._steering = Steering(self._facts, self._started)
+        self._nodes = Nodes(run_id, self._facts, self._steering)
         self._done: deque[tuple[float, int]] = deque([(self._started, 0)])
         self._rejected = 0
         self._metrics = Metrics(run_id)
+        self._places = Places()
+        self._shares: dict[Place, Share] = {}
 
     def begin(self, at: float) -> None:
         """The execution begins: the timeline counts from here."""
-        self._started = self._looked = at
+        self._started = self._looked = self._moved = at
         self._timeline.begin(at)
         self._steering.begin(at)
         self._done = deque([(at, 0)])
@@ -84,6 +93,8 @@ class Collector:
         Args:
             consumed: what it did with them, where it does anything (stage `consume`).
         """
+        if images > self._done[-1][1]:
+            self._moved = self._clock()
         self._done.append((at, images))
         while len(self._done) > 2 and self._done[1][0] < at - WINDOW_S:
             self._done.popleft()
@@ -112,6 +123,10 @@ class Collector:
             return
         self._latest[sample.actor] = sample
         self._heard[sample.actor] = self._clock()
+        if sample.calls > before.calls or sample is before:
+            self._moved = self._clock()
+        if sample.calls > before.calls or sample.under_way_s > 0:
+            self._worked[sample.actor] = self._clock()
         self._timeline.actor(before, sample)
         there = [s for s in self._latest.values() if s.stage == sample.stage and self._there(s)]
         rss_bytes = sum(s.rss_bytes for s in there)
@@ -127,10 +142,10 @@ class Collector:
         """Whether its actor was heard of lately, by this node's clock: another may differ."""
         return self._clock() - self._heard[sample.actor] < 3 * SAMPLE_EVERY_S
 
-    def observe(self, pools: dict[str, PoolView]) -> dict[str, int]:
-        """The execution reports its actor pools, with totals since its start, and gets the wanted
-        counts."""
+    def observe(self, pools: dict[str, PoolView]) -> Orders:
+        """The execution reports its actor pools, with totals since its start, and gets orders."""
         now = self._clock()
+        self._nodes.look(now)
         for stage, pool in pools.items():
             self._steering.seen(stage, pool)
         there = {actor for actor, sample in self._latest.items() if self._there(sample)}
@@ -158,8 +173,33 @@ class Collector:
             lambda since: self._costs(since=since, calls=CALLS_PER_ACTOR),
             self._left_s(),
         )
-        self._metrics.record(self.live(), self._latest.values())
-        return self._steering.wanted
+        self._measure(now)
+        return Orders(
+            counts=self._steering.wanted,
+            at_work=frozenset(sample.actor.partition("-")[0] for sample in self._at_work()),
+        )
+
+    def _measure(self, now: float) -> None:
+        """Set the metrics."""
+        self._shares = self._places.look(now, self._latest.values())
+        self._metrics.record(self.live(), self._shares)
+
+    def _at_work(self) -> list[Sample]:
+        """The latest samples of actors that are in a call, or were just now."""
+        since = self._clock() - 3 * SAMPLE_EVERY_S
+        worked = (actor for actor, at in self._worked.items() if at > since)
+        return [self._latest[actor] for actor in worked]
+
+    def end(self) -> None:
+        """The run ends. Ask the cluster for nothing any more, and end in order: Ray then hands the
+        metrics of the last seconds to its agent, which a killed actor takes along."""
+        self._nodes.withdraw()
+        self._measure(self._clock())
+        ray.actor.exit_actor()
+
+    def cannot_scale(self, reason: str) -> None:
+        """The execution has no pools that can be resized. `reason`: for who asks."""
+        self._steering.unscalable = reason
 
     def scale(self, counts: dict[str, int]) -> dict[str, int] | str:
         """As `Steering.scale`: all wanted counts, or why nothing was changed."""
@@ -217,17 +257,31 @@ class Collector:
             rejected=self._rejected,
             images_per_s=rate,
             eta_s=left_s if left_s != float("inf") else None,
-            cores=self._facts.cores,
+            cores=self._steering.room.cores,
             cpu_percent=machine,
             stages_cpu_percent=by_stages,
             other_cpu_percent=unused(machine, by_stages),
             object_store_bytes=sum(self._stores.values()) if self._stores else None,
-            actors_at_most=self._facts.at_most,
+            actors_at_most=self._steering.most.actors,
             auto=bool(self._steering.auto),
             stages=tuple(stages),
             verdict=self._verdict(stages, rate, at_s),
             scale_events=tuple(self._steering.events),
+            waiting=" ".join(text for _, text in self.notices()) or None,
+            nodes=self._nodes.live(self._shares, self._recent.node_percents()),
         )
+
+    def notices(self) -> list[Notice]:
+        """What the run waits for, for the driver's watchdog."""
+        now = self._clock()
+        self._nodes.look(now)
+        at_work = Counter(sample.stage for sample in self._at_work())
+        idle_s = now - self._moved
+        found = self._nodes.notices(now, self._pools, at_work=at_work, idle_s=idle_s)
+        if self._steering.unscalable and not self._facts.unscalable:
+            said = self._steering.unscalable
+            found.append(("unscalable", f"{said[0].upper()}{said[1:]}."))
+        return found
 
     def _stage(self, stage: str, pool: PoolView) -> LiveStage:
         samples = [s for s in self._latest.values() if s.stage == stage]
@@ -240,7 +294,7 @@ class Collector:
             actors=pool.running,
             pending=pool.pending,
             draining=pool.draining,
-            wanted=self._steering.wanted.get(stage, pool.running),
+            wanted=self._steering.asked.get(stage, pool.running),
             images=images,
             queued=pool.queued,
             rss_bytes=sum(sample.rss_bytes for sample in there) if there else None,
@@ -253,12 +307,12 @@ class Collector:
         return replace(
             known,
             images_per_s=window.images_per_s,
-            cpu_percent=100 * window.cpu_cores / self._facts.cores,
+            cpu_percent=100 * window.cpu_cores / self._steering.room.cores,
             gpu_percent=window.gpu_percent,
             busy=None if divided is None else divided.busy,
             starved=None if divided is None else divided.starved,
             blocked=None if divided is None else divided.blocked,
-            steps=window.steps(divided, self._facts.cores),
+            steps=window.steps(divided, self._steering.room.cores),
         )
 
     def _verdict(self, stages: list[LiveStage], rate: float | None, at_s: float) -> Verdict:
@@ -270,7 +324,7 @@ class Collector:
         settled = not changing(self._pools) and self._clock() > self._steering.settled_at + WINDOW_S
         names = {cost.name for cost in costs}
         measured = Measured(
-            cores=self._facts.cores,
+            cores=self._steering.room.cores,
             images_per_s=rate,
             seconds=at_s if settled else 0.0,
         )
@@ -290,6 +344,7 @@ class Collector:
             private_peak_by_stage=dict(self._private_peak),
             store_peak_bytes=self._store_peak,
             nodes={node: _cpu(samples) for node, samples in nodes.items()},
+            node_names=dict(self._nodes.names),
             timeline=tuple(self._timeline.moments(self._last())),
             scale_events=tuple(self._steering.events),
         )
@@ -335,5 +390,8 @@ def collecting(run_id: str, facts: Facts) -> Iterator[ray.actor.ActorHandle]:
     finally:
         # Ray would start again for a call after its end.
         if ray.is_initialized():
+            with contextlib.suppress(RayError):
+                if facts.moves:
+                    ray.get(collector.end.remote(), timeout=ENDS_WITHIN_S)
             with contextlib.suppress(RayError):
                 ray.kill(collector)

@@ -208,11 +208,13 @@ class Control:
             wait: for the first actors, before which nothing can be scaled.
 
         Returns:
-            The wanted counts of all stages.
+            The counts of all stages that are asked for. Where nodes are missing, fewer run until
+            they come.
 
         Raises:
-            UsageError: the counts are more than the cluster has CPUs for or below 1, or there is no
-                such stage: nothing is changed. Or the run has ended.
+            UsageError: the counts are more than the cluster has CPUs for, with all the nodes that
+                its autoscaler may add, or below 1, or there is no such stage: nothing is changed.
+                Or the run has ended.
         """
         answer = self._ask("scale", dict(counts))
         while wait and isinstance(answer, str) and NOT_BEGUN in answer:

@@ -4,9 +4,8 @@ Ray's workers hand their metrics to the agent every 10 s (metrics_report_interva
 means over that long.
 """
 
-import time
 from collections import defaultdict, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ray.util.metrics import Counter, Gauge
@@ -48,7 +47,7 @@ class Places:
         """Every place that ever had an actor.
 
         Args:
-            now: seconds of a monotonic clock.
+            now: seconds, by the collector's clock.
             samples: the latest of every actor that ever was.
         """
         images: dict[Place, int] = defaultdict(int)
@@ -89,7 +88,6 @@ class Metrics:
 
     def __init__(self, run_id: str):
         self._run = run_id
-        self._places = Places()
         self._counted: dict[tuple[object, ...], float] = defaultdict(float)
         self._actors = Gauge("raypipe_stage_actors", "Actors of the stage that run.", _BY_NODE)
         self._wanted = Gauge(
@@ -128,12 +126,12 @@ class Metrics:
         )
         self._rejected = Counter("raypipe_run_images_rejected_total", "Images rejected.", ("run",))
 
-    def record(self, live: LiveRun, samples: Iterable[Sample]) -> None:
+    def record(self, live: LiveRun, shares: Mapping[Place, Share]) -> None:
         """Set everything; about twice a second.
 
         Args:
             live: the run's live record.
-            samples: the latest of every actor that ever was.
+            shares: what each stage does on each node.
         """
         self._run_totals(live)
         for stage in live.stages:
@@ -143,7 +141,7 @@ class Metrics:
             for state, gauge in self._ratios.items():
                 if (share := getattr(stage, state)) is not None:
                     gauge.set(share, tags)
-        self._by_node(self._places.look(time.monotonic(), samples))
+        self._by_node(shares)
 
     def _run_totals(self, live: LiveRun) -> None:
         tags = {"run": self._run}
@@ -157,7 +155,7 @@ class Metrics:
             counter.inc(total - self._counted[key], tags)
             self._counted[key] = total
 
-    def _by_node(self, shares: dict[Place, Share]) -> None:
+    def _by_node(self, shares: Mapping[Place, Share]) -> None:
         for place, share in shares.items():
             tags = dict(zip(_BY_NODE, (self._run, *place), strict=True))
             self._actors.set(share.actors, tags)

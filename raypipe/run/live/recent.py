@@ -188,12 +188,26 @@ class Recent:
 
     def machine_percent(self) -> float | None:
         """Mean use of all cores of the nodes with actors of late, 0 to 100; None: not known."""
-        if len(self._machine) < 2:
-            return None
-        before, now = self._machine[0][1], self._machine[-1][1]
-        busy = sum(now[node][0] - before[node][0] for node in now if node in before)
-        total = sum(now[node][1] - before[node][1] for node in now if node in before)
+        used = self._used()
+        busy, total = (sum(part) for part in zip(*used.values(), strict=True)) if used else (0, 0)
         return 100 * busy / total if total > 0 else None
+
+    def node_percents(self) -> dict[str, float]:
+        """The same of each node that is known."""
+        return {
+            node: 100 * busy / total for node, (busy, total) in self._used().items() if total > 0
+        }
+
+    def _used(self) -> dict[str, tuple[float, float]]:
+        """CPU seconds of each node of late: busy, and in all."""
+        if len(self._machine) < 2:
+            return {}
+        before, now = self._machine[0][1], self._machine[-1][1]
+        return {
+            node: (now[node][0] - before[node][0], now[node][1] - before[node][1])
+            for node in now
+            if node in before
+        }
 
 
 def pools_without(

