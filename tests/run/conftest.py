@@ -1,5 +1,6 @@
 """What tests of runs share."""
 
+import os
 import subprocess
 import sysconfig
 import venv
@@ -21,7 +22,8 @@ def bare_python(tmp_path) -> str:
         "import ray, cv2, torch, sys; import importlib.util as u; "
         "sys.exit(u.find_spec('raypipe') is not None)"
     )
-    assert subprocess.run([python, "-c", code], cwd=tmp_path).returncode == 0, (
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    assert subprocess.run([python, "-c", code], cwd=tmp_path, env=env).returncode == 0, (
         "raypipe is there: install it with pip install -e"
     )
     return python

@@ -119,6 +119,7 @@ def cluster(bare_python):
     env = environment(
         RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="a" * 32, RAY_JOB_STOP_WAIT_TIME_S="60"
     )  # a slow machine is no defect
+    env.pop("PYTHONPATH", None)
     env["PATH"] = f"{Path(bare_python).parent}:{env['PATH']}"  # `python` of a job's command line
     with head(cpus=4, env=env, python=bare_python) as started:
         yield started, env

@@ -97,7 +97,7 @@ PINNED: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "joining": {
         "ray._private.services:": ("find_node_ids",),
-        "ray._raylet:GcsClient": ("get_all_node_info",),
+        "ray._raylet:GcsClient": (),
     },
     "helpers": {
         f"{_EXECUTION}.streaming_executor:": ("create_cluster_autoscaler",),

@@ -53,15 +53,19 @@ def check_address(address: str, *, job: bool) -> None:
     except OSError as error:
         raise _no_answer(address, str(error), job=job) from error
     if _host(address) is not None and _no_node_here(address):
-        raise UsageError(
-            f"A Ray cluster answers at {address!r}, but this machine is none of its nodes, and Ray "
-            "lets only these join by that address. "
-            + (
-                f"Nothing was started. Submit the job: {SUBMIT}"
-                if job
-                else f"Give --address {FROM_ANYWHERE[0]}, or {FROM_ANYWHERE[1]}."
-            )
+        raise _no_node(address, job=job)
+
+
+def _no_node(address: str, *, job: bool) -> UsageError:
+    return UsageError(
+        f"A Ray cluster answers at {address!r}, but this machine is none of its nodes, and Ray "
+        "lets only these join by that address. "
+        + (
+            f"Nothing was started. Submit the job: {SUBMIT}"
+            if job
+            else f"Give --address {FROM_ANYWHERE[0]}, or {FROM_ANYWHERE[1]}."
         )
+    )
 
 
 def _no_answer(address: str, said: str, *, job: bool) -> UsageError:
@@ -132,6 +136,13 @@ def refusal(address: str, error: BaseException, *, job: bool) -> UsageError:
             f"The cluster at {address!r} has Ray {there}, and this is Ray {here}: they cannot talk "
             "to each other. Use an environment with the cluster's versions"
             + (f", or submit the job: {SUBMIT}" if job else f", or --address {FROM_ANYWHERE[0]}.")
+        )
+    if "No node info found" in said:
+        return _no_node(address, job=job)
+    if "Ray client server failed" in said:
+        return UsageError(
+            f"The cluster at {address!r} did not start its server for this client in time: it is "
+            f"overloaded. Try again, or give --address {FROM_ANYWHERE[0]}."
         )
     return _no_answer(address, said[:300], job=job)
 
