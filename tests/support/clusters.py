@@ -160,7 +160,8 @@ def started(
     *more: str, cpus: int, env: dict[str, str], python: str, folder: str, before: Sequence[str] = ()
 ) -> Iterator[subprocess.Popen]:
     """`ray start` with ports of its own."""
-    (agent,) = free_ports(1)
+    # One that is not among `more`: these were free a moment ago too.
+    agent = next(port for port in free_ports(5) if not any(f"={port}" in one for one in more))
     command = [
         *before,
         python,

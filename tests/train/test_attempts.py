@@ -33,7 +33,7 @@ from raypipe.train.settings import Settings
 from tests.conftest import ROOT, jpeg
 from tests.support.clusters import environment, head, kill_all, listed_actors, node, wait_for
 from tests.support.labelled import RECIPE, make_labelled, settings
-from tests.support.runs import plain_loop, quiet
+from tests.support.runs import named, plain_loop, quiet
 from tests.support.training import train_here
 
 
@@ -342,7 +342,7 @@ def test_a_killed_driver_goes_on_with_the_same_command_and_other_numbers_of_work
 
 
 @pytest.mark.slow
-def test_a_node_that_is_lost_is_replaced_by_another_and_no_row_is_missed(labelled):
+def test_a_training_goes_on_with_the_cpus_that_a_lost_node_leaves_and_no_row_is_missed(labelled):
     mark = labelled / "hangs"
     model = {
         "model": "tests.models.toy:mortal",
@@ -357,8 +357,13 @@ def test_a_node_that_is_lost_is_replaced_by_another_and_no_row_is_missed(labelle
         "RAY_health_check_failure_threshold": "3",
     }  # a lost node is noticed sooner
     # The driver's node takes no work, as in cluster.yaml.
-    with head(cpus=0, env=around) as cluster, node(cluster, cpus=2, env=around) as first:
-        command = [*command_of(given), "--workers", "1", "--actors", "1", "--checkpoint-every", "1"]
+    with (
+        head(cpus=0, env=around) as cluster,
+        node(cluster, cpus=2, env=around) as first,
+        node(cluster, cpus=2, env=around) as second,
+    ):
+        # All 4 CPUs. What is left then has room for the worker and one of the actors.
+        command = [*command_of(given), "--workers", "1", "--actors", "3", "--checkpoint-every", "1"]
         driver = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -374,14 +379,21 @@ def test_a_node_that_is_lost_is_replaced_by_another_and_no_row_is_missed(labelle
                 actor["class_name"]: actor["node_id"] for actor in listed_actors(cluster, around)
             }
             assert where["Collector"] == where["Board"] == where["TrainController"]
-            kill_all(first)
-            with node(cluster, cpus=2, env=around):
-                said, _ = driver.communicate(timeout=300)
+            (lost,) = (one for one in (first, second) if has_worker(one))
+            kill_all(lost)
+            said, _ = driver.communicate(timeout=300)
         finally:
             kill_all(driver)
     assert driver.returncode == 0, said
     assert "A worker ended" in said and "retry 1 of 3" in " ".join(said.split())
+    assert "Waiting for 2 of 4 CPUs" in " ".join(said.split())
     assert Counter(lineage(labelled)) == every_row(given)
+
+
+def has_worker(node: subprocess.Popen) -> bool:
+    """Whether a worker of Ray Train is on the node."""
+    below = psutil.Process(node.pid).children(recursive=True)
+    return any(named(process, "ray::RayTrainWorker") for process in below)
 
 
 @pytest.mark.slow
