@@ -15,6 +15,7 @@ from raypipe.data.tables import PREDICTIONS
 from raypipe.run.predictions import precision_of, truths_of
 from raypipe.stages.preprocess import preprocess_shard
 from raypipe.train.plan import plan
+from raypipe.train.position import Position
 from raypipe.train.settings import Settings
 from tests.conftest import jpeg
 
@@ -94,7 +95,7 @@ def test_a_training_that_would_see_no_box_is_refused_before_it_starts(
         holdout=0.0,
     )
     if message is None:
-        assert plan(given).work.num_rows
+        assert plan(given).epochs.rows
         return
     with pytest.raises(UsageError, match=message):
         plan(given)
@@ -130,6 +131,7 @@ def test_a_training_learns_from_crowds_if_the_recipe_keeps_them(tmp_path, recipe
     )
     todo = plan(given)
     assert list(todo.training.classes.ids) == learned
-    block, _ = preprocess_shard(todo.work, todo.pixels, reader=Reader())
+    work = todo.epochs.next(Position(), ranks=1).work
+    block, _ = preprocess_shard(work, todo.pixels, reader=Reader())
     labels = {int(label) for row in rows_of(block) for label in trainable(row)[1]}
     assert sorted(labels) == learned
