@@ -223,7 +223,7 @@ def made(path: Path) -> None:
 
 def report(path: Path) -> None:
     quiet = Console(file=io.StringIO(), width=200)
-    cli.report(cli.Report(run=str(path.parent.parent)), quiet)
+    cli.report(cli.Report(runs=(str(path.parent.parent),)), quiet)
     with contextlib.suppress(UsageError):  # what it is of knows no costs
         cli.plan(cli.Plan(run=str(path.parent.parent), cpus=8), quiet)
 
