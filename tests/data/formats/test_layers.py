@@ -17,7 +17,8 @@ def test_a_format_imports_only_what_is_below_it(path):
 
 def test_a_location_is_below_all_that_uses_it():
     for name, may in (
-        ("location", {"local", "patience", "stores"}),
+        ("location", {"local", "names", "patience", "stores"}),
+        ("names", set()),
         ("patience", {"stores"}),
         ("stores", set()),
         ("local", set()),
