@@ -15,7 +15,7 @@ import pytest
 import ray
 
 from raypipe import UsageError
-from raypipe.data import journal, lease, outputs
+from raypipe.data import journal, outputs
 from raypipe.data.journal import Entry, Written
 from raypipe.data.location import Location
 from raypipe.data.outputs import Made
@@ -244,7 +244,9 @@ def test_two_drivers_at_the_same_time_one_of_them_is_refused(joined, tmp_path):
     assert sorted(process.returncode for process in both) == [0, 2], said
     (refusal,) = (text for process, text in zip(both, said, strict=True) if process.returncode == 2)
     assert "is being written by another driver" in " ".join(refusal.split())
-    assert len(files(tmp_path / "out")) == 60 and not (tmp_path / "out" / lease.FILE).exists()
+    assert (
+        len(files(tmp_path / "out")) == 60 and not (tmp_path / "out/_raypipe/lease.json").exists()
+    )
 
 
 # --- clearing
