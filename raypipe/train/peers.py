@@ -58,8 +58,7 @@ class Peers:
     def _gathered(self, mine: Tensor) -> Tensor:
         """The tensors of all ranks, which have one shape, by rank.
 
-        Waits in Python: a thread that waits in gloo when its process ends breaks off the process
-        (SIGSEGV).
+        Waits in Python, so that Ctrl-C comes through and a process with such a thread can end.
         """
         if self._group is None:
             return mine[None]

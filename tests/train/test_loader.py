@@ -141,6 +141,7 @@ def test_a_slow_loop_may_pause_scale_and_leave_a_pass_early(session, photos, mon
 
 
 def test_a_training_and_a_validation_loader_share_one_ray(session, photos):
+    before = set(_preprocessing())
     training = loader(photos, batch_size=20, epochs=2, seed=1)
     validation = loader(photos, batch_size=30, epochs=2, shuffle=False, limit=30)
     for _ in range(training.epoch, 2):
@@ -154,9 +155,15 @@ def test_a_training_and_a_validation_loader_share_one_ray(session, photos):
     validation.close()
     assert ray.is_initialized()  # the tests' own
     gone = time.monotonic() + 60
-    while any(named(process, "ray::MapWorker") for process in psutil.Process().children(True)):
+    while set(_preprocessing()) - before:
         assert time.monotonic() < gone
         time.sleep(0.2)
+
+
+def _preprocessing() -> list[psutil.Process]:
+    """The actors of this process's Ray."""
+    children = psutil.Process().children(True)
+    return [process for process in children if named(process, "ray::MapWorker")]
 
 
 def test_batches_are_finished_on_the_device_and_transformed(session, photos):
@@ -237,7 +244,9 @@ try:
             if len(sys.argv) == 3:
                 wait_until_no_more_is_made()
                 sys.argv.append("waited")
-            print(epoch, *batch.image_ids, flush=True)
+            # In one write, which Ctrl-C cannot cut.
+            sys.stdout.write(" ".join([str(epoch), *batch.image_ids]) + "\\n")
+            sys.stdout.flush()
 except KeyboardInterrupt:
     print("state", json.dumps(loader.state_dict()), flush=True)
     print(loader.epoch, *next(iter(loader)).image_ids, flush=True)
