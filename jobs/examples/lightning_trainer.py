@@ -31,7 +31,9 @@ def main():
         keep = lightning.pytorch.callbacks.ModelCheckpoint(folder, "kept", every_n_train_steps=7)
         for steps, path in ((7, None), (-1, f"{folder}/kept.ckpt")):
             with raypipe.loader("demo:80", recipe="coco-300", batch_size=8, epochs=2) as loader:
-                trainer = lightning.Trainer(max_epochs=2, max_steps=steps, callbacks=[keep])
+                trainer = lightning.Trainer(
+                    max_epochs=2, max_steps=steps, callbacks=[keep], logger=False
+                )
                 trainer.fit(Model(seen), loader, ckpt_path=path)
     print(f"{len(seen)} images, {len(set(seen))} different")
 
