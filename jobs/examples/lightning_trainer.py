@@ -28,13 +28,11 @@ class Model(lightning.LightningModule):
 def main():
     seen: list[tuple[int, str]] = []
     with tempfile.TemporaryDirectory() as folder:
-        keep = lightning.pytorch.callbacks.ModelCheckpoint(folder, "kept", every_n_train_steps=7)
+        keep = [lightning.pytorch.callbacks.ModelCheckpoint(folder, "kept", every_n_train_steps=7)]
         for steps, path in ((7, None), (-1, f"{folder}/kept.ckpt")):
             with raypipe.loader("demo:80", recipe="coco-300", batch_size=8, epochs=2) as loader:
-                trainer = lightning.Trainer(
-                    max_epochs=2, max_steps=steps, callbacks=[keep], logger=False
-                )
-                trainer.fit(Model(seen), loader, ckpt_path=path)
+                run = lightning.Trainer(max_epochs=2, max_steps=steps, callbacks=keep, logger=False)
+                run.fit(Model(seen), loader, ckpt_path=path)
     print(f"{len(seen)} images, {len(set(seen))} different")
 
 
