@@ -64,20 +64,20 @@ def with_nodes(
     earlier run had its nodes.
 
     Args:
+        session: as it is now.
         beside: CPUs for others than these actors, which are needed too.
         goes_on: an earlier run had room for the counts that are asked for.
         tell: prints a line for the user.
 
     Returns:
-        The session as it is then. Counts beyond its room are fitted into it where the run
-        `goes_on`, and after waiting for nodes of which it is not known how many may come.
+        The session as it is then. Counts beyond its room are fitted into it in two cases: the run
+        `goes_on`; or it has waited for nodes, and nobody knows how many will come.
     """
     if not session.joined:
         return session
     began, said = time.monotonic(), -math.inf
     asking, waits = None, False
     while True:
-        session = as_it_is(session, stages, beside=beside)
         least = _least(stages, session) + beside
         has = session.room.actors + beside
         if has >= least or not (waits or session.grows or goes_on or has <= 0):
@@ -102,6 +102,7 @@ def with_nodes(
                 f"{f', and {beside} for the workers' if beside else ''}. Ctrl-C ends the wait."
             )
         time.sleep(LOOK_EVERY_S)
+        session = as_it_is(session, stages, beside=beside)
 
 
 def _least(stages: Sequence[Stage], session: Session) -> int:

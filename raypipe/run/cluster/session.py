@@ -105,7 +105,7 @@ def ray_session(
         run_id: the run that opens it; it stands in the metadata of the job.
 
     Raises:
-        UsageError: there is no cluster at RAY_ADDRESS, no memory for the actors asked for, or
+        UsageError: no cluster is at RAY_ADDRESS; or there is no memory for the actors asked for; or
             another run of this process has a Ray that ends with it.
     """
     with _OPENING:
@@ -172,7 +172,7 @@ def _opened(stages: Sequence[Stage], beside: int, shard_bytes: int, run_id: str 
                 joined=joined, beside=beside, start=start, stages=stages, run_id=run_id
             )
             ending = _end_by_sigterm()
-        session = _session(stages, joined=joined, beside=beside, room=room, dashboard=dashboard)
+        session = _session(stages, joined=joined, room=room, dashboard=dashboard)
     except BaseException:
         _end(ours=ours, ending=ending, start=start)
         raise
@@ -268,12 +268,13 @@ def _join(options: dict[str, Any]) -> Any:
     return context
 
 
-def _session(
-    stages: Sequence[Stage], *, joined: bool, beside: int, room: int, dashboard: str | None
-) -> Session:
-    """Describe the Ray that is there now. `room`: for actors, in a Ray that raypipe started."""
+def _session(stages: Sequence[Stage], *, joined: bool, room: int, dashboard: str | None) -> Session:
+    """Describe the Ray that is there now, but for what the nodes of a cluster have (`as_it_is`).
+
+    `room`: for actors, in a Ray that raypipe started.
+    """
     cores = cores_here()
-    session = Session(
+    return Session(
         at_most=room,
         # Actors that mostly wait may outnumber the cores, and more may be asked for later. Each
         # gets a fraction of a CPU: for more logical CPUs, Ray would start an idle process each.
@@ -286,7 +287,6 @@ def _session(
         gpus=int(ray.cluster_resources().get("GPU", 0)),
         memory=math.inf if joined else bounded(stages),
     )
-    return as_it_is(session, stages, beside=beside) if joined else session
 
 
 def _end(*, ours: bool, ending: _Handler, start: "Start | None") -> None:

@@ -212,9 +212,9 @@ class Control:
             they come.
 
         Raises:
-            UsageError: the counts are more than the cluster has CPUs for, with all the nodes that
-                its autoscaler may add, or below 1, or there is no such stage: nothing is changed.
-                Or the run has ended.
+            UsageError: a count is below 1. Or there is no such stage. Or there is no room for the
+                counts, also with all nodes that an autoscaler may add. Or the run has ended.
+                Nothing is changed then.
         """
         answer = self._ask("scale", dict(counts))
         while wait and isinstance(answer, str) and NOT_BEGUN in answer:
