@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import cv2
 import numpy as np
 import psutil
 import pytest
@@ -23,6 +24,7 @@ from raypipe.images import catalog
 from raypipe.images import torchvision as on_torch
 from raypipe.stages.preprocess import preprocess_shard
 from raypipe.train.loading import plan
+from raypipe.train.position import Position
 from raypipe.train.settings import LoaderSettings
 from tests.conftest import ROOT, jpeg
 from tests.support.clusters import environment
@@ -190,6 +192,16 @@ def test_images_of_different_sizes_come_as_a_list_with_their_boxes(session):
         height, width, _ = image.shape
         assert len(boxes) == len(labels) > 0
         assert (boxes >= 0).all() and (boxes <= torch.tensor([width, height] * 2)).all()
+
+
+def test_the_largest_row_counts_where_results_differ_in_size(tmp_path):
+    """Its bytes are known once rows were weighed, which is when the first shards are cut."""
+    cv2.imwrite(str(tmp_path / "large.png"), np.zeros((6000, 5000, 3), np.uint8))
+    settings = LoaderSettings.of(input=str(tmp_path), recipe="torchvision-hflip", epochs=1)
+    _, todo = plan(settings, ranks=1)
+    before = todo.shard_bytes
+    todo.epochs.next(Position(), ranks=1)
+    assert todo.shard_bytes >= before + 6000 * 5000 * 3
 
 
 @pytest.mark.parametrize(
