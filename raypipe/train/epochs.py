@@ -1,6 +1,6 @@
 """The rows of all epochs as tables of work, from a position on."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -8,8 +8,9 @@ import pyarrow as pa
 
 from raypipe.data.tables import WORK
 from raypipe.data.work import Weigh, Weights, make_work, order_of
+from raypipe.train.peers import Peers
 from raypipe.train.position import Position, Range, ranges_of
-from raypipe.train.steps import Equal
+from raypipe.train.steps import Equal, Step, steps
 
 SEGMENT_ROWS = 1_000_000
 """Rows of one execution, at least an epoch. Its table is in memory, with 200 bytes a row. Actors
@@ -29,6 +30,28 @@ class Segment:
     work: pa.Table
     places: dict[int, list[Range]]
     left: dict[int, int]
+
+    def steps(
+        self,
+        blocks: Iterable[pa.Table],
+        *,
+        size: int,
+        peers: Peers,
+        equal: Equal = None,
+        joins: bool = True,
+    ) -> Iterator[Step]:
+        """The steps of a rank that gets `blocks` of these epochs (`steps.steps`)."""
+        return steps(
+            iter(blocks),
+            self.places,
+            epochs=self.epochs,
+            size=size,
+            exchange=peers.exchange,
+            # Of several ranks nobody knows beforehand which rows each gets.
+            left=self.left if peers.size == 1 else {},
+            equal=equal,
+            joins=joins,
+        )
 
     def without_rows(self) -> "Segment":
         """The segment as ranks need it that only take blocks."""

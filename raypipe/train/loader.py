@@ -37,7 +37,7 @@ from raypipe.train.minibatch import Collate, Minibatch, Prepared
 from raypipe.train.peers import Peers
 from raypipe.train.position import Position, from_states, to_state
 from raypipe.train.settings import LoaderSettings, Loading
-from raypipe.train.steps import Step, steps
+from raypipe.train.steps import Step
 from raypipe.train.supply import Supply
 
 _ENDS_WITHIN_S, _RANKS_END_WITHIN_S = 30.0, 1.0
@@ -312,15 +312,7 @@ def _steps(
         # Prefetching is for blocks of other nodes. Here it would delay each block by one.
         ahead = 1 if len(ray.nodes()) > 1 else 0
         blocks = part.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=ahead)
-        yield from steps(
-            iter(blocks),
-            segment.places,
-            epochs=segment.epochs,
-            size=loading.batch_size,
-            exchange=peers.exchange,
-            left=segment.left if peers.size == 1 else {},
-            equal=loading.equal,
-        )
+        yield from segment.steps(blocks, size=loading.batch_size, peers=peers, equal=loading.equal)
 
 
 def _peers() -> Peers:

@@ -40,7 +40,7 @@ from raypipe.train.peers import Peers
 from raypipe.train.plan import Assignment
 from raypipe.train.position import Position, from_states, to_state
 from raypipe.train.seen import RowLog, Seen, add_seen
-from raypipe.train.steps import Step, steps
+from raypipe.train.steps import Step
 
 TELL_EVERY_S = 1.0
 
@@ -94,20 +94,8 @@ class Worker:
         self._share = max(share, 1)
         # A group of its own: its thread exchanges while this one does.
         feeding = Peers(peers.rank, peers.size)
-        segment = assignment.segment
-        self._feed = Feed(
-            steps(
-                iter(blocks),
-                segment.places,
-                epochs=segment.epochs,
-                size=self._share,
-                exchange=feeding.exchange,
-                left=segment.left if peers.size == 1 else {},
-                joins=False,
-            ),
-            self._placed,
-            device,
-        )
+        taken = assignment.segment.steps(blocks, size=self._share, peers=feeding, joins=False)
+        self._feed = Feed(taken, self._placed, device)
         self._amp = uses_bf16(training.learning.amp, device)
         self._gpu = GpuMeter(device)
         assignment.meter.start(self._gpu)
