@@ -18,9 +18,10 @@ import pytest
 
 from raypipe.data.location import Location
 from raypipe.images import catalog
-from tests.conftest import ROOT, files
-from tests.support.clusters import environment, free_ports, head, kill_all, node
-from tests.support.driving import Driven, driven, waiting_recipe
+from tests.conftest import files
+from tests.support.clusters import free_ports, head, kill_all, node
+from tests.support.driving import AROUND as CLUSTER
+from tests.support.driving import Driven, driven, given_of, waiting_recipe
 from tests.support.runs import named, plain_loop, settings
 
 SECONDS = float(os.environ.get("RAYPIPE_SOAK_S", "1800"))
@@ -31,15 +32,7 @@ IMAGES = 2000
 
 STAGES = {"actor": "Preprocess", "writer": "Write"}
 
-AROUND = environment(
-    PYTHONPATH=str(ROOT),
-    RAY_AUTH_MODE="token",
-    RAY_AUTH_TOKEN="a" * 32,
-    RAY_health_check_period_ms="1000",
-    RAY_health_check_failure_threshold="3",
-    AWS_ACCESS_KEY_ID="any",
-    AWS_SECRET_ACCESS_KEY="any",
-)
+AROUND = CLUSTER | {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any"}
 
 RELAY = """
 import asyncio, sys
@@ -124,18 +117,9 @@ def test_whatever_is_killed_the_results_are_those_of_a_plain_loop(s3, tmp_path, 
         monkeypatch.setenv(key, "any")
     system, _ = Location.of(output).filesystem()
     system.create_dir("soak")
-    given: dict[str, Any] = {
-        "input": "demo:3000",
-        "output": output,
-        "recipe": "waits",
-        "there": str(there),
-        "actors": 3,
-        "writers": 2,
-        "limit": IMAGES,
-        "shard_rows": 2,
-        "run_id": "soak",
-        "max_reject_fraction": 0.0,
-    }
+    given = given_of(
+        output, there, actors=3, writers=2, limit=IMAGES, run_id="soak", max_reject_fraction=0.0
+    )
     ends = time.monotonic() + SECONDS
     killed: dict[str, int] = {}
     reports: list[dict[str, Any]] = []

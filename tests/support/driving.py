@@ -14,11 +14,29 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tests.conftest import ROOT
+from tests.support.clusters import environment
 
 UNTIL_S = 150.0
+
+AROUND = environment(
+    PYTHONPATH=str(ROOT),
+    RAY_AUTH_MODE="token",
+    RAY_AUTH_TOKEN="a" * 32,
+    # A lost node is noticed sooner.
+    RAY_health_check_period_ms="1000",
+    RAY_health_check_failure_threshold="3",
+)
+"""The environment of a cluster whose nodes come and go, and of its runs."""
+
+
+def given_of(out: Path | str, there: Path, **given: Any) -> dict[str, Any]:
+    """A run on images that wait until the file `there` exists, two a shard."""
+    recipe = {"recipe": "waits", "there": str(there)}
+    return {"input": "demo:3000", "output": str(out), **recipe, "shard_rows": 2, **given}
 
 
 def waiting_recipe(there: str) -> None:

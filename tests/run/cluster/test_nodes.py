@@ -14,20 +14,10 @@ import pytest
 from raypipe.data import journal
 from raypipe.data.location import Location
 from raypipe.images import catalog
-from tests.conftest import ROOT, files
-from tests.support.clusters import Head, environment, head, kill_all, node
-from tests.support.driving import driven, waiting_recipe
+from tests.conftest import files
+from tests.support.clusters import Head, head, kill_all, node
+from tests.support.driving import AROUND, driven, given_of, waiting_recipe
 from tests.support.runs import plain_loop, running, settings
-
-AROUND = environment(
-    PYTHONPATH=str(ROOT),
-    RAY_AUTH_MODE="token",
-    RAY_AUTH_TOKEN="a" * 32,
-    # A lost node is noticed sooner.
-    RAY_health_check_period_ms="1000",
-    RAY_health_check_failure_threshold="3",
-)
-
 
 IMAGES = 1000
 """Minutes of work, until a test is done with the run: the rest then takes seconds."""
@@ -60,17 +50,7 @@ def equals_a_plain_loop(given: dict[str, Any], out: Path, tmp_path: Path, monkey
 @pytest.mark.slow
 def test_a_lost_node_ends_nothing_and_nodes_that_come_are_used(tmp_path, monkeypatch):
     out, there = tmp_path / "out", tmp_path / "there"
-    given: dict[str, Any] = {
-        "input": "demo:3000",
-        "output": str(out),
-        "recipe": "waits",
-        "there": str(there),
-        "actors": 2,
-        "writers": 2,
-        "limit": IMAGES,
-        "shard_rows": 2,
-        "run_id": "nodes",
-    }
+    given = given_of(out, there, actors=2, writers=2, limit=IMAGES, run_id="nodes")
     with contextlib.ExitStack() as stack:
         cluster = stack.enter_context(head(cpus=0, env=AROUND))
         env = AROUND | {"RAY_ADDRESS": cluster.address}
@@ -121,17 +101,7 @@ def test_a_lost_node_ends_nothing_and_nodes_that_come_are_used(tmp_path, monkeyp
 @pytest.mark.slow
 def test_a_node_that_is_drained_is_left_without_a_repeated_shard(tmp_path, monkeypatch):
     out, there = tmp_path / "out", tmp_path / "there"
-    given: dict[str, Any] = {
-        "input": "demo:3000",
-        "output": str(out),
-        "recipe": "waits",
-        "there": str(there),
-        "actors": 2,
-        "writers": 0,
-        "limit": IMAGES,
-        "shard_rows": 2,
-        "run_id": "drained",
-    }
+    given = given_of(out, there, actors=2, writers=0, limit=IMAGES, run_id="drained")
     # The head has CPUs too. Actors are put on it only where there is no other room.
     with head(cpus=2, env=AROUND) as cluster, node(cluster, cpus=1, env=AROUND):
         env = AROUND | {"RAY_ADDRESS": cluster.address}
@@ -203,17 +173,7 @@ def joined(code: str, cluster: Head, env: dict[str, str]) -> Any:
 @pytest.mark.slow
 def test_an_autoscaler_is_asked_for_what_a_run_wants_and_no_longer_than_it_lasts(tmp_path):
     there = tmp_path / "there"
-    given: dict[str, Any] = {
-        "input": "demo:3000",
-        "recipe": "waits",
-        "there": str(there),
-        "actors": 2,
-        "writers": 1,
-        "output": str(tmp_path / "out"),
-        "limit": IMAGES,
-        "shard_rows": 2,
-        "run_id": "grows",
-    }
+    given = given_of(tmp_path / "out", there, actors=2, writers=1, limit=IMAGES, run_id="grows")
     # No node is there, and 2 of 2 CPUs may come.
     with head(cpus=0, env=AROUND, workers=2) as cluster:
         env = AROUND | {"RAY_ADDRESS": cluster.address}
