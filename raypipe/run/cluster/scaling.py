@@ -31,8 +31,8 @@ LOOK_EVERY_S = 0.1
 SEND_EVERY_S = 0.5
 
 GRACE_S = 3.0
-"""An actor that drains, does nothing and is not done after this gives its CPU to a stage that has
-no actor: what it made is not taken on before that stage works."""
+"""A drained actor that still waits after this gives its CPU to a stage that has no actor. It cannot
+finish before that stage takes its blocks."""
 
 STUCK_S = 15.0
 """Where nothing has moved for so long and an actor waits for a CPU, an idle actor gives it one."""

@@ -191,8 +191,10 @@ class Collector:
         return [self._latest[actor] for actor in worked]
 
     def end(self) -> None:
-        """The run ends. Ask the cluster for nothing any more, and end in order: Ray then hands the
-        metrics of the last seconds to its agent, which a killed actor takes along."""
+        """The run ends: withdraw its requests, and end this actor in order.
+
+        Ray then hands the metrics of the last seconds to its agent. A killed actor loses them.
+        """
         self._nodes.withdraw()
         self._measure(self._clock())
         ray.actor.exit_actor()
