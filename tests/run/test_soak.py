@@ -154,8 +154,7 @@ def test_whatever_is_killed_the_results_are_those_of_a_plain_loop(s3, tmp_path, 
                     print(f"driver ended with {run.process.returncode}: {run.said[-3:]}")
     print(f"killed in {SECONDS:.0f} s: {killed}")
     assert reports[0]["images_out"] == IMAGES and reports[0]["images_rejected"] == 0
-    waiting_recipe(str(there))
-    monkeypatch.setitem(catalog.RECIPES, "waits", catalog.RECIPES["waits"])
+    monkeypatch.setitem(catalog.RECIPES, "waits", waiting_recipe(str(there)))
     known = {key: given[key] for key in ("input", "recipe", "limit", "shard_rows")}
     plain_loop(settings(**known), tmp_path / "plain")
     try:

@@ -15,10 +15,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tests.conftest import ROOT
 from tests.support.clusters import environment
+
+if TYPE_CHECKING:
+    from raypipe.images.recipe import Recipe
 
 UNTIL_S = 150.0
 
@@ -39,24 +42,24 @@ def given_of(out: Path | str, there: Path, **given: Any) -> dict[str, Any]:
     return {"input": "demo:3000", "output": str(out), **recipe, "shard_rows": 2, **given}
 
 
-def waiting_recipe(there: str) -> None:
-    """Make the recipe `waits`, which takes 0.4 s an image until the file `there` exists."""
-    from raypipe.images import catalog
+def waiting_recipe(there: str) -> "Recipe":
+    """The recipe `waits`, which takes 0.4 s an image until the file `there` exists."""
     from raypipe.images.ops.geometry import Resize
     from raypipe.images.recipe import Recipe
     from tests.support.killing import WaitUntil
 
     ops = (WaitUntil(there=there, ms=400.0), Resize(height=30, width=30))
-    catalog.RECIPES["waits"] = Recipe(name="waits", ops=ops)
+    return Recipe(name="waits", ops=ops)
 
 
 def main(given: dict[str, Any]) -> None:
     from rich.console import Console
 
     import raypipe
+    from raypipe.images.catalog import RECIPES
 
     if there := given.pop("there", None):
-        waiting_recipe(there)
+        RECIPES["waits"] = waiting_recipe(there)
     run = raypipe.start(**given, console=Console(stderr=True, width=400))
 
     def obey() -> None:

@@ -36,8 +36,7 @@ def all_run(record: dict[str, Any], **counts: int) -> bool:
 def equals_a_plain_loop(given: dict[str, Any], out: Path, tmp_path: Path, monkeypatch) -> None:
     """Check that the output is that of a plain loop, byte for byte, and that each row is in the
     journal once."""
-    waiting_recipe(given["there"])
-    monkeypatch.setitem(catalog.RECIPES, "waits", catalog.RECIPES["waits"])
+    monkeypatch.setitem(catalog.RECIPES, "waits", waiting_recipe(given["there"]))
     known = {key: value for key, value in given.items() if key not in ("there", "output", "run_id")}
     plain_loop(settings(**known), tmp_path / "plain")
     assert files(out) == files(tmp_path / "plain")
