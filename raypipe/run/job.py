@@ -17,7 +17,7 @@ from rich.console import Console
 from raypipe.data import journal, outputs
 from raypipe.data.location import Location
 from raypipe.data.reader import Reading
-from raypipe.data.work import requeued
+from raypipe.data.work import SHORT, requeued
 from raypipe.errors import UsageError
 from raypipe.images.header import NO_ROOM
 from raypipe.images.recipe import Recipe
@@ -53,13 +53,6 @@ from raypipe.stages.planning import Preprocessing
 from raypipe.stages.preprocess import Preprocess
 from raypipe.stages.stage import Stage, auto_of, forms
 
-SHORT = 32
-"""Images of a shard below which an actor holds four blocks instead of two.
-
-Ray Data hands out tasks ten times a second, and the fastest recipes take 3 ms an image. With two
-blocks, an actor has no work in between. With 12 images a shard, 1 and 2 actors did 174 and 244
-images/s with two blocks, 208 and 337 with four."""
-
 
 def shard_pixels(work: pa.Table, recipe: Recipe) -> int:
     """Bytes of the pixels of the largest shard of `work` (schema WORK); 0: sizes differ."""
@@ -89,6 +82,8 @@ def preprocess_stage(
         noun="preprocess actors",
         option="actors",
         doing="preprocessing",
+        # With 12 images a shard, 1 and 2 actors did 174 and 244 images/s with two, 208 and 337 with
+        # four.
         in_flight=4 if _largest(work) < SHORT else 2,
     )
 

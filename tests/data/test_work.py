@@ -4,6 +4,7 @@ import pytest
 
 from raypipe.data.tables import SOURCE, WORK, lists, unlist
 from raypipe.data.work import (
+    Weights,
     extend,
     make_work,
     named_as_before,
@@ -47,6 +48,26 @@ def test_every_row_is_in_exactly_one_shard_and_shards_are_full_but_the_last():
         == work.column("image_id").to_pylist()
     )
     assert [set(part.column("shard").to_pylist()) for part in parts] == [{0}, {1}, {2}]
+
+
+@pytest.mark.parametrize("weighed", [False, True])
+def test_the_first_shards_grow_and_the_last_ones_shrink(weighed):
+    def weigh(table: pa.Table) -> Weights:
+        ones = np.ones(table.num_rows, np.int64)
+        return Weights(out=ones, held=ones, peak=ones, memory=10**6, target=None)
+
+    work = make_work(
+        source(*names(2000)), rows_per_shard=125, taper=True, weigh=weigh if weighed else None
+    )
+    sizes = [part.num_rows for part in shards(work)]
+    assert sizes[:9] == [32, 32, 32, 48, 72, 108, 125, 125, 125] and max(sizes) == 125
+    assert sorted(sizes[-20:], reverse=True) == sizes[-20:] and set(sizes[-8:-1]) == {32}
+    # Actors that take the next shard when they are idle finish together, whatever their number.
+    for actors in (2, 3, 6):
+        ends = [0] * actors
+        for size in sizes:
+            ends[ends.index(min(ends))] += size
+        assert max(ends) - 2000 / actors <= 32
 
 
 def test_an_epoch_and_its_first_shard_are_numbered_as_asked():
