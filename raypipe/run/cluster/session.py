@@ -5,10 +5,9 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -19,6 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raypipe.errors import UsageError
 from raypipe.run.causes import raised_in_logs
 from raypipe.run.cluster import internals, joining
+from raypipe.run.cluster.interrupts import Interrupts
 from raypipe.run.cluster.joined import as_it_is
 from raypipe.run.cluster.machine import Session, cores_here
 from raypipe.run.cluster.sizing import bounded, room_here
@@ -27,9 +27,6 @@ from raypipe.stages.stage import Stage
 if TYPE_CHECKING:
     from raypipe.run.cluster.helpers import Helpers
     from raypipe.run.cluster.starting import Start
-
-_Handler = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
-"""A handler of a signal, as signal.signal takes and returns it."""
 
 
 def joins() -> bool:
@@ -70,7 +67,7 @@ class _Open:
     ours: whether Ray ends with it.
     start: starts the rest of Ray after the first output; None: all of it is there.
     thread: the one that opened it.
-    ending: SIGTERM's handler before.
+    interrupts: raises KeyboardInterrupt by signals, if the Ray is ours.
     users: how many are inside. It ends with the last of them, whichever that is.
     """
 
@@ -78,7 +75,7 @@ class _Open:
     ours: bool
     start: "Start | None"
     thread: int
-    ending: _Handler
+    interrupts: Interrupts
     users: int = 0
 
 
@@ -127,7 +124,7 @@ def ray_session(
             opened.users -= 1
             if not opened.users:
                 _open.clear()
-                _end(ours=opened.ours, ending=opened.ending, start=opened.start)
+                _end(ours=opened.ours, interrupts=opened.interrupts, start=opened.start)
 
 
 def output_is_there() -> None:
@@ -164,20 +161,29 @@ def _opened(stages: Sequence[Stage], beside: int, shard_bytes: int, run_id: str 
     ours = not ray.is_initialized()
     room = 0 if joined else room_here(stages, shard_bytes=shard_bytes)
     start = _quick() if ours and not joined else None
-    ending: _Handler = None
+    interrupts = Interrupts()
     dashboard = None
     try:
         if ours:
+            # Where a user, or a notebook, has a handler of their own, that one decides.
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                interrupts.take(signal.SIGINT)
             dashboard = _connected(
                 joined=joined, beside=beside, start=start, stages=stages, run_id=run_id
             )
-            ending = _end_by_sigterm()
+            # `ray job stop` and batch schedulers send it. Ray's handler, which is there now, would
+            # print a stack and exit.
+            interrupts.take(signal.SIGTERM)
         session = _session(stages, joined=joined, room=room, dashboard=dashboard)
     except BaseException:
-        _end(ours=ours, ending=ending, start=start)
+        _end(ours=ours, interrupts=interrupts, start=start)
         raise
     return _Open(
-        session=session, ours=ours, start=start, thread=threading.get_ident(), ending=ending
+        session=session,
+        ours=ours,
+        start=start,
+        thread=threading.get_ident(),
+        interrupts=interrupts,
     )
 
 
@@ -289,7 +295,7 @@ def _session(stages: Sequence[Stage], *, joined: bool, room: int, dashboard: str
     )
 
 
-def _end(*, ours: bool, ending: _Handler, start: "Start | None") -> None:
+def _end(*, ours: bool, interrupts: Interrupts, start: "Start | None") -> None:
     if start is not None:
         start.end()
     if ours:
@@ -298,21 +304,7 @@ def _end(*, ours: bool, ending: _Handler, start: "Start | None") -> None:
             ray.shutdown()
     if start is not None:
         start.close()
-    if ending is not None:
-        signal.signal(signal.SIGTERM, ending)
-
-
-def _end_by_sigterm() -> _Handler:
-    """Make SIGTERM, which `ray job stop` and batch schedulers send, end a run as Ctrl-C does.
-
-    Ray's handler would print a stack and exit.
-
-    Returns:
-        The handler before; None: this is not the main thread, so signals cannot be set.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        return None
-    return signal.signal(signal.SIGTERM, signal.default_int_handler)
+    interrupts.end()
 
 
 @contextmanager
