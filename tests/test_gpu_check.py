@@ -24,6 +24,7 @@ def gpu(monkeypatch):
     return module
 
 
+@pytest.mark.soak
 def test_every_part_of_the_gpu_check_runs(session, gpu, tmp_path):
     given = gpu.Benchmark(output=str(tmp_path / "out"), images=80, actors=1)
     check = gpu.Check(benchmark=given, device="cpu", folder=tmp_path)

@@ -5,8 +5,9 @@
     # large results only, three rounds
     python jobs/benchmarks/writing.py --recipes coco-1200 --backends opencv --store-ms 0 --rounds 3
 
-Of each cell a few images are timed first, as before any run, and the planner gives both forms the
-actors that it finds best. Then both run in turn. There are two predictions of each form: before any
+Of each cell a few images are timed first, as before any run, by a process on each core: in a run,
+Ray's start keeps the other cores busy meanwhile. The planner gives both forms the actors that it
+finds best. Then both run in turn. There are two predictions of each form: before any
 run, from the timing; and from the run of the other form, as the report's line and `raypipe plan`
 give it. Rates are steady ones, of all images from when the actors were ready to the last output.
 """
@@ -16,6 +17,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -75,12 +77,13 @@ def timed(settings: Settings, room: int) -> Cell:
     """Time a few images, and choose the actors of both forms."""
     pipelines = _pipelines(settings)
     job = preprocessing(settings)
-    process = probes.start(probe := probes.of(job.todo.left, pipelines["separate"], threads=1))
-    try:
-        process.wait(120)  # longer than a run would
+    probe = probes.of(job.todo.left, pipelines["separate"], threads=1)
+    with ExitStack() as running:
+        started = (probes.started(replace(probe, token=str(core))) for core in range(cores_here()))
+        process, *others = [running.enter_context(one) for one in started]
+        for one in (process, *others):
+            one.wait(120)  # longer than a run would
         steps = probes.finish(process)
-    finally:
-        probes.end(process, probe)
     assert steps is not None
     machine = planner.Machine(cores=cores_here(), actors=room)
     counts, expected = {}, {}

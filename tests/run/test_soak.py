@@ -28,7 +28,8 @@ SECONDS = float(os.environ.get("RAYPIPE_SOAK_S", "1800"))
 EVERY_S = 12.0
 """Between two kills: Ray notices a lost node after a few seconds."""
 
-IMAGES = 2000
+IMAGES = int(7 * SECONDS)
+"""Three actors do up to 7.5 images a second, as long as images wait."""
 
 STAGES = {"actor": "Preprocess", "writer": "Write"}
 
@@ -118,7 +119,13 @@ def test_whatever_is_killed_the_results_are_those_of_a_plain_loop(s3, tmp_path, 
     system, _ = Location.of(output).filesystem()
     system.create_dir("soak")
     given = given_of(
-        output, there, actors=3, writers=2, limit=IMAGES, run_id="soak", max_reject_fraction=0.0
+        output,
+        there,
+        input=f"demo:{IMAGES}",
+        actors=3,
+        writers=2,
+        run_id="soak",
+        max_reject_fraction=0.0,
     )
     ends = time.monotonic() + SECONDS
     killed: dict[str, int] = {}
@@ -144,7 +151,7 @@ def test_whatever_is_killed_the_results_are_those_of_a_plain_loop(s3, tmp_path, 
                         machines.lose_one(chance)
                     elif kind == "store":
                         relay.end()
-                        time.sleep(chance.uniform(1, EVERY_S))
+                        time.sleep(chance.uniform(1, 25))
                         relay.start()
                     else:
                         break
@@ -155,7 +162,7 @@ def test_whatever_is_killed_the_results_are_those_of_a_plain_loop(s3, tmp_path, 
     print(f"killed in {SECONDS:.0f} s: {killed}")
     assert reports[0]["images_out"] == IMAGES and reports[0]["images_rejected"] == 0
     monkeypatch.setitem(catalog.RECIPES, "waits", waiting_recipe(str(there)))
-    known = {key: given[key] for key in ("input", "recipe", "limit", "shard_rows")}
+    known = {key: given[key] for key in ("input", "recipe", "shard_rows")}
     plain_loop(settings(**known), tmp_path / "plain")
     try:
         assert stored(output) == files(tmp_path / "plain")

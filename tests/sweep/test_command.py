@@ -159,7 +159,7 @@ def test_a_point_that_rejects_too_much_ends_the_sweep_as_failed_and_what_was_mea
     assert run(given.changed(max_reject_fraction=0.1), console=quiet()).failure is None
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_training_is_measured_and_on_a_cpu_it_is_said_that_there_is_no_gpu(session, tmp_path):
     (tmp_path / "small.json").write_text(
         '{"name": "small", "ops": [{"op": "Resize", "height": 64, "width": 64}], '

@@ -293,7 +293,7 @@ def test_images_away_a_killed_worker_and_two_executions_leave_the_weights_of_an_
     assert losses[0][-1] == losses[1][-1]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_killed_driver_goes_on_with_the_same_command_and_other_numbers_of_workers_and_actors(
     labelled, bucket
 ):
@@ -341,7 +341,7 @@ def test_a_killed_driver_goes_on_with_the_same_command_and_other_numbers_of_work
     assert "images in = " in second.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_training_goes_on_with_the_cpus_that_a_lost_node_leaves_and_no_row_is_missed(labelled):
     mark = labelled / "hangs"
     model = {

@@ -46,7 +46,7 @@ def equals_a_plain_loop(given: dict[str, Any], out: Path, tmp_path: Path, monkey
     assert len(done) == given["limit"] and set(done.values()) == {1}
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_lost_node_ends_nothing_and_nodes_that_come_are_used(tmp_path, monkeypatch):
     out, there = tmp_path / "out", tmp_path / "there"
     given = given_of(out, there, actors=2, writers=2, limit=IMAGES, run_id="nodes")
