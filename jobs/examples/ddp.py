@@ -1,8 +1,6 @@
 """Two processes in step by DDP, each with its share of the batches of one execution.
 
-    python jobs/examples/ddp.py
-
-is one process; `torchrun --nproc-per-node 2 jobs/examples/ddp.py` are two.
+`python jobs/examples/ddp.py` is one process; `torchrun --nproc-per-node 2 ...` are two.
 """
 
 import os
@@ -18,9 +16,8 @@ import raypipe
 def main():
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
-    model: torch.nn.Module = torch.nn.Linear(3, 1)
-    if dist.is_initialized():
-        model = DistributedDataParallel(model)
+    linear = torch.nn.Linear(3, 1)
+    model = DistributedDataParallel(linear) if dist.is_initialized() else linear
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     steps = 0
     # The same call on every rank. batch_size is of each of them.
@@ -31,8 +28,10 @@ def main():
             mse_loss(model(batch.images.float().mean((1, 2)) / 255)[:, 0], things).backward()
             optimizer.step()
             steps += 1
-        epoch = loader.state_dict()["epoch"]  # any rank's: it says what all of them have got
-    print(f"rank {os.environ.get('RANK', 0)}: {steps} steps, next epoch {epoch}")
+        state = loader.state_dict()  # any rank's: it says what all of them have got
+    print(f"rank {os.environ.get('RANK', 0)}: {steps} steps, next epoch {state['epoch']}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ loop gets it, so a state (`position.py`) has nothing of what is prefetched. With
 0 opens the execution, and the others get their blocks from it.
 """
 
+import atexit
 import os
 import socket
 import time
@@ -27,7 +28,8 @@ from rich.console import Console
 from raypipe.data.stores import StoreError
 from raypipe.errors import UsageError
 from raypipe.run.causes import breaks, cause_of, causes
-from raypipe.run.cluster.session import joins, output_is_there
+from raypipe.run.cluster import joining
+from raypipe.run.cluster.session import joins, output_is_there, without_rays_lines
 from raypipe.run.console import say
 from raypipe.run.live import control
 from raypipe.train.epochs import Segment
@@ -40,9 +42,9 @@ from raypipe.train.settings import LoaderSettings, Loading
 from raypipe.train.steps import Step
 from raypipe.train.supply import Supply
 
-_ENDS_WITHIN_S, _RANKS_END_WITHIN_S = 30.0, 1.0
+_ENDS_WITHIN_S, _RANKS_END_WITHIN_S = 30.0, 5.0
 """How long `close` waits for the feeding thread. A shard that is under way ends within the first;
-one of several ranks may wait for another rank, which has ended."""
+one of several ranks may wait for a block of rank 0, which has ended."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +88,7 @@ class Loader:
         self._position = Position()
         self._ahead: _Item | None = None  # given out, and still the first of the feed
         self._feed: Feed[Step, _Item] | None = None
+        self._ends: Callable[[], None] = lambda: None
         self._supply: Supply | None = None  # on rank 0
         self._joined = self._closed = False
         self._told_end = False
@@ -228,23 +231,26 @@ class Loader:
                 first = next(segments)
                 segments = chain([first], segments)
         if not self._joined:
-            self._join(self._peers.share(lambda: self._open(first)))
+            self._join(*self._peers.share(lambda: self._open(first)))
         loading = self._settings.loading
+        # A group of its own: the thread of a feed that was ended may still wait in another.
+        peers = _peers()
         self._feed = Feed(
-            # A group of its own: the thread of a feed that was ended may still wait in another.
-            _steps(_peers(), self._supply, segments, loading),
+            _steps(peers, self._supply, segments, loading),
             _Prepare(self._collate, self._position),
             self._device,
             prefetched=PREFETCHED + 1,
         )
-        ends = partial(self._feed.close, wait_s=self._ends_within_s)
-        weakref.finalize(self, ends).atexit = False
+        self._ends = partial(_end, self._feed, peers, within_s=self._ends_within_s)
+        weakref.finalize(self, self._ends).atexit = False
+        # Before Ray's own end: a thread that calls Ray then takes the process down.
+        atexit.register(self._ends)
         if self._supply is not None:
-            self._supply.before_close = ends
+            self._supply.before_close = self._ends
         return self._feed
 
-    def _open(self, first: Segment) -> str:
-        """Start the execution, on rank 0. Returns the address of its Ray."""
+    def _open(self, first: Segment) -> tuple[str, str | None]:
+        """Start the execution, on rank 0. Returns the address of its Ray, and RAY_AUTH_MODE."""
         assert self._todo is not None
         self._supply = Supply(
             self._settings,
@@ -256,16 +262,19 @@ class Loader:
             console=self._console,
         )
         weakref.finalize(self, self._supply.close).atexit = False
-        return self._supply.execution.session.address
+        return self._supply.execution.session.address, os.environ.get("RAY_AUTH_MODE")
 
     def _images_left(self) -> int:
         seen = sum(stop - start for start, stop in self._position.seen)
         return (self._settings.loading.epochs - self.epoch) * self._facts.rows - seen
 
-    def _join(self, address: str) -> None:
+    def _join(self, address: str, auth_mode: str | None) -> None:
         """Join the Ray of rank 0, on another rank."""
         self._joined = True
         if self._peers.rank and not ray.is_initialized():
+            if auth_mode == "token":  # as that of a Ray which ray.init started
+                with without_rays_lines():
+                    joining.send_token()
             control.connect(address)
 
     @property
@@ -275,8 +284,14 @@ class Loader:
     def _end_feed(self) -> None:
         """End the feed. What it has prefetched is not seen, and comes again."""
         if self._feed is not None:
-            self._feed.close(wait_s=self._ends_within_s)
+            self._ends()
+            atexit.unregister(self._ends)
             self._feed = self._ahead = None
+
+
+def _end(feed: Feed[Step, "_Item"], peers: Peers, *, within_s: float) -> None:
+    peers.leave()
+    feed.close(wait_s=within_s)
 
 
 class _Prepare:

@@ -35,6 +35,11 @@ class Peers:
         self.rank, self.size = rank, size
         group = dist.new_group(backend="gloo") if size > 1 else None
         self._group = cast("dist.ProcessGroup | None", group)
+        self._left = False
+
+    def leave(self) -> None:
+        """Wait for nobody any more: what waits in another thread raises."""
+        self._left = True
 
     def gather(self, *numbers: int) -> np.ndarray:
         """Exchange numbers: every rank gets those of all, int64 (size, len(numbers))."""
@@ -66,6 +71,8 @@ class Peers:
         work = dist.all_gather(all_, mine, group=self._group, async_op=True)
         began, (least, most) = time.perf_counter(), _POLL_S
         while not work.is_completed():
+            if self._left:
+                raise RuntimeError("this rank waits for the others no more")
             time.sleep(min(max(0.1 * (time.perf_counter() - began), least), most))
         work.wait()  # raises what went wrong
         return torch.stack(all_)

@@ -107,3 +107,5 @@ def started(
 if __name__ == "__main__":
     torch.set_num_threads(1)
     loop(**json.loads(sys.argv[1]))
+    if dist.is_initialized():
+        dist.destroy_process_group()

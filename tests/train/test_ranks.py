@@ -36,8 +36,8 @@ def test_one_rank_then_two_then_one_give_each_image_once(folder, joined, photos)
     given = {"input": str(photos), "given": {**GIVEN, "batch_size": 6}}
     loop(**given, folder=str(folder), stop=3)
     processes = started(folder, joined, ranks=2, **given, attempt=1, stop=4)
-    # A rank that stops in mid-epoch may end with another status than 0 once its loop is done, for
-    # its feeding thread still waits for the other rank then (raypipe/train/README.md).
+    # A rank that stops in mid-epoch may end with another status than 0 once its loop is done
+    # (raypipe/train/README.md).
     for process in processes:
         process.wait(240)
     loop(**given, folder=str(folder), attempt=2)

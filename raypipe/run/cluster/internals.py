@@ -99,6 +99,11 @@ PINNED: dict[str, dict[str, tuple[str, ...]]] = {
         "ray._private.services:": ("find_node_ids",),
         "ray._raylet:GcsClient": (),
     },
+    "token": {
+        "ray._private.authentication.authentication_token_setup:": (
+            "maybe_enable_token_auth_if_token_available",
+        ),
+    },
     "helpers": {
         f"{_EXECUTION}.streaming_executor:": ("create_cluster_autoscaler",),
         f"{_EXECUTION}.operators.actor_pool_map_operator:": (
@@ -123,6 +128,7 @@ PINNED: dict[str, dict[str, tuple[str, ...]]] = {
 - autoscaling: the autoscaler's bounds, and asking it (`capacity.py`, `asking.py`);
 - starting: starting Ray's processes in the order in which they are needed (`starting.py`);
 - joining: telling at once that this machine is no node of a cluster (`joining.py`);
+- token: sending the user's token to the Ray of another process (`joining.py`);
 - helpers: doing without Ray Data's helper actors on one machine (`helpers.py`).
 
 Attributes of instances are in INSTANCES."""

@@ -147,6 +147,22 @@ def refusal(address: str, error: BaseException, *, job: bool) -> UsageError:
     return _no_answer(address, said[:300], job=job)
 
 
+def send_token() -> None:
+    """Send the user's token to an address that is given, too, if there is one.
+
+    By itself, Ray sends it only to a Ray that it finds on this machine. The environment alone does
+    not change that in a process that has imported Ray.
+    """
+    if internals.missing("token"):
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        return
+    from ray._private.authentication.authentication_token_setup import (
+        maybe_enable_token_auth_if_token_available,
+    )
+
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+
+
 def _token(address: str) -> UsageError:
     """The error if a cluster does not take the token that was sent, or none was."""
     if os.environ.get("RAY_AUTH_MODE", "").lower() == "token":
