@@ -1,6 +1,7 @@
-"""Two processes in step by DDP, each with its share of the batches of one execution.
+"""Processes in step by DDP, each with its share of the batches of one execution.
 
-`python jobs/examples/ddp.py` is one process; `torchrun --nproc-per-node 2 ...` are two.
+python jobs/examples/ddp.py  # one process
+torchrun --nproc-per-node 2 jobs/examples/ddp.py
 """
 
 import os

@@ -12,6 +12,7 @@ loop gets it, so a state (`position.py`) has nothing of what is prefetched. With
 import atexit
 import os
 import socket
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -45,6 +46,9 @@ from raypipe.train.supply import Supply
 _ENDS_WITHIN_S, _RANKS_END_WITHIN_S = 30.0, 5.0
 """How long `close` waits for the feeding thread. A shard that is under way ends within the first;
 one of several ranks may wait for a block of rank 0, which has ended."""
+
+_RAY_DATA_ENDS_WITHIN_S = 15.0
+"""How long the end of another rank waits for that of rank 0, which takes a second or two."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,14 +238,15 @@ class Loader:
             self._join(*self._peers.share(lambda: self._open(first)))
         loading = self._settings.loading
         # A group of its own: the thread of a feed that was ended may still wait in another.
-        peers = _peers()
+        peers, before = _peers(), set(threading.enumerate())
         self._feed = Feed(
             _steps(peers, self._supply, segments, loading),
             _Prepare(self._collate, self._position),
             self._device,
             prefetched=PREFETCHED + 1,
         )
-        self._ends = partial(_end, self._feed, peers, within_s=self._ends_within_s)
+        within_s = self._ends_within_s
+        self._ends = partial(_end, self._feed, peers, within_s=within_s, before=before)
         weakref.finalize(self, self._ends).atexit = False
         # Before Ray's own end: a thread that calls Ray then takes the process down.
         atexit.register(self._ends)
@@ -289,9 +294,21 @@ class Loader:
             self._feed = self._ahead = None
 
 
-def _end(feed: Feed[Step, "_Item"], peers: Peers, *, within_s: float) -> None:
+def _end(
+    feed: Feed[Step, "_Item"], peers: Peers, *, within_s: float, before: set[threading.Thread]
+) -> None:
+    """End a feed, and on ranks other than 0 the threads of Ray Data that were not there `before`.
+
+    These wait in a call of Ray for the next block, until rank 0 ends. Ray's end in this process
+    would free what they use, and the process would end by SIGSEGV.
+    """
     peers.leave()
     feed.close(wait_s=within_s)
+    if peers.rank:
+        ends = time.monotonic() + _RAY_DATA_ENDS_WITHIN_S
+        for thread in set(threading.enumerate()) - before:
+            if thread.name == "iter_threaded":
+                thread.join(max(ends - time.monotonic(), 0.0))
 
 
 class _Prepare:
