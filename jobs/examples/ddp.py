@@ -1,7 +1,8 @@
 """Processes in step by DDP, each with its share of the batches of one execution.
 
-python jobs/examples/ddp.py  # one process
-torchrun --nproc-per-node 2 jobs/examples/ddp.py
+    python jobs/examples/ddp.py
+
+is one process; `torchrun --nproc-per-node 2 jobs/examples/ddp.py` are two.
 """
 
 import os
@@ -19,8 +20,7 @@ def main():
         dist.init_process_group("gloo")
     linear = torch.nn.Linear(3, 1)
     model = DistributedDataParallel(linear) if dist.is_initialized() else linear
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    steps = 0
+    optimizer, steps = torch.optim.SGD(model.parameters(), 0.1), 0
     # The same call on every rank. batch_size is of each of them.
     with raypipe.loader("demo:90", recipe="coco-300", batch_size=8, actors=1, epochs=2) as loader:
         for batch in (batch for _ in range(2) for batch in loader):
@@ -29,7 +29,7 @@ def main():
             mse_loss(model(batch.images.float().mean((1, 2)) / 255)[:, 0], things).backward()
             optimizer.step()
             steps += 1
-        state = loader.state_dict()  # any rank's: it says what all of them have got
+    state = loader.state_dict()  # any rank's: it says what all of them have got
     print(f"rank {os.environ.get('RANK', 0)}: {steps} steps, next epoch {state['epoch']}")
     if dist.is_initialized():
         dist.destroy_process_group()
