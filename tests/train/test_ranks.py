@@ -1,5 +1,6 @@
 """One loader over several ranks: processes as torchrun starts them, and workers of Ray Train."""
 
+import contextlib
 import random
 import time
 from collections import Counter
@@ -65,8 +66,9 @@ def killed(folder: Path, environment: dict[str, str], photos: Path, kills: list[
         log = folder / f"log-{attempt}-0.jsonl"
         _wait_for_steps(log, more=rng.randint(1, 5), processes=processes)
         if kill.startswith("actor"):
-            victims = [p for p in psutil.Process().children(True) if named(p, "ray::MapWorker")]
-            rng.choice(victims).kill()
+            if actors := _actors(processes):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    rng.choice(actors).kill()
             continue
         rng.choice(processes).kill()
         for process in processes:  # as torchrun does
@@ -78,6 +80,17 @@ def killed(folder: Path, environment: dict[str, str], photos: Path, kills: list[
         process.wait()
     loop(**arguments, folder=str(folder), attempt=attempt + 1)
     assert images(logged(folder)) == all_images(given["epochs"])
+
+
+def _actors(processes: list) -> list[psutil.Process]:
+    """The preprocess actors, once there is one again; none if the loop was faster."""
+    ended = time.monotonic() + 60
+    while True:
+        found = [p for p in psutil.Process().children(True) if named(p, "ray::MapWorker")]
+        if found or any(process.poll() is not None for process in processes):
+            return found
+        assert time.monotonic() < ended
+        time.sleep(0.05)
 
 
 def _wait_for_steps(log: Path, *, more: int, processes: list) -> None:
