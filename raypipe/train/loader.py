@@ -29,8 +29,7 @@ from rich.console import Console
 from raypipe.data.stores import StoreError
 from raypipe.errors import UsageError
 from raypipe.run.causes import breaks, cause_of, causes
-from raypipe.run.cluster import joining
-from raypipe.run.cluster.session import joins, output_is_there, without_rays_lines
+from raypipe.run.cluster.session import joins, output_is_there
 from raypipe.run.console import say
 from raypipe.run.live import control
 from raypipe.train.epochs import Segment
@@ -277,10 +276,7 @@ class Loader:
         """Join the Ray of rank 0, on another rank."""
         self._joined = True
         if self._peers.rank and not ray.is_initialized():
-            if auth_mode == "token":  # as that of a Ray which ray.init started
-                with without_rays_lines():
-                    joining.send_token()
-            control.connect(address)
+            control.connect(address, send_token=auth_mode == "token")
 
     @property
     def _ends_within_s(self) -> float:

@@ -29,15 +29,22 @@ _joined: list[str] = []  # the address of the Ray that this module has joined, i
 
 @dataclass(frozen=True)
 class Place:
-    """A run that goes on, and the address of its Ray; None: the Ray of this process."""
+    """A run that goes on, and the address of its Ray; None: the Ray of this process.
+
+    registered: this machine's registry names the address, so this user's token is for it.
+    """
 
     run_id: str
     address: str | None
     output: str | None = None
+    registered: bool = False
 
 
-def connect(address: str) -> None:
+def connect(address: str, *, send_token: bool = False) -> None:
     """Join the cluster at `address`, and leave the one that was joined before.
+
+    Args:
+        send_token: send it the user's token, as to a Ray that this user started here.
 
     Raises:
         UsageError: none answers there.
@@ -47,6 +54,9 @@ def connect(address: str) -> None:
     leave()
     # Ray would ask 20 times, for 40 s each where nobody listens: too long for a typed command.
     os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "2")
+    if send_token:
+        with without_rays_lines():
+            joining.send_token()
     joining.check_address(address, job=False)
     options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     if address.startswith("ray://"):  # its server loads what collectors answer
@@ -96,7 +106,8 @@ def places(address: str | None = None) -> list[Place]:
         found = {run_id: Place(run_id, None) for run_id in names()}
     if address is None:
         for entry in registry.entries():
-            found.setdefault(entry.run_id, Place(entry.run_id, entry.address, entry.output))
+            place = Place(entry.run_id, entry.address, entry.output, registered=True)
+            found.setdefault(entry.run_id, place)
     cluster = address or os.environ.get("RAY_ADDRESS")
     if cluster and (_joined or not ray.is_initialized()):
         connect(cluster)
@@ -162,7 +173,7 @@ def attach(
 
 def _at(place: Place) -> "Control":
     if place.address is not None:
-        connect(place.address)
+        connect(place.address, send_token=place.registered)
     try:
         return Control(place.run_id, ray.get_actor(f"{_NAME}{place.run_id}", namespace=NAMESPACE))
     except ValueError as error:

@@ -135,6 +135,10 @@ def test_dashboard_job_server_and_metrics_are_there_soon_and_end_with_the_run(jo
     )
     with urllib.request.urlopen(asked, timeout=60) as version:
         assert json.load(version)["ray_version"]  # the job server's
+    # From another terminal, whose environment says nothing of a token.
+    command = [sys.executable, "-c", "from raypipe.cli import main; main()", "runs"]
+    told = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60)
+    assert opening.split()[1].rstrip(":") in told.stdout, told
     everything = psutil.Process(job.pid).children(recursive=True)
     os.kill(job.pid, signal.SIGINT)
     assert job.wait(timeout=120) == 130
