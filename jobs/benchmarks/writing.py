@@ -7,9 +7,9 @@
 
 Of each cell a few images are timed first, as before any run, by a process on each core: in a run,
 Ray's start keeps the other cores busy meanwhile. The planner gives both forms the actors that it
-finds best. Then both run in turn. There are two predictions of each form: before any
-run, from the timing; and from the run of the other form, as the report's line and `raypipe plan`
-give it. Rates are steady ones, of all images from when the actors were ready to the last output.
+finds best. Then both run in turn. There are two predictions of each form: before any run, from the
+timing; and from the run of the other form, as the report's line and `raypipe plan` give it. Rates
+are steady ones, of all images from when the actors were ready to the last output.
 """
 
 import os

@@ -62,9 +62,10 @@ class Reader:
     - more: ahead. Of a store, as many requests at the same time as hide the latency that was
       measured; at most a request a thread (`Lead`).
 
-    Reading a JPEG of 90 kB that the system has in memory costs 22 us by open().read(), 26 us in the
-    caller's thread, and 30 to 50 us ahead. Decoding it costs 1550 us. If all cores are busy,
-    switching threads costs as much again (2% of the images/s of two actors on two cores).
+    A JPEG of 90 kB that the system has in memory costs 22 us by open().read(). Reading it here
+    costs 26 us in the caller's thread, and 30 to 50 us ahead. Decoding it costs 1550 us. If all
+    cores are busy, switching threads costs as much again (2% of the images/s of two actors on two
+    cores).
 
     It holds at most 2 * threads + 1 chunks of 16 rows or 4 MiB, and the image that exceeds them;
     from a missing file on, also HELD_BYTES. Of a store's objects it holds AHEAD_BYTES in all, and

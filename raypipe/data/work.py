@@ -37,16 +37,16 @@ SHARDS_AT_LEAST = 16
 MIN_SMALL_ROWS = 8
 
 SHORT = 32
-"""Ray Data hands out tasks ten times a second, and the fastest recipes take 3 ms an image. So an
-actor that holds two shards of fewer rows has no work in between."""
+"""Ray Data hands out tasks ten times a second, and the fastest recipes take 3 ms an image. So two
+shards of fewer rows are too few for an actor: it waits for the next one."""
 
 RAMP, TAPER = 2, 8
-"""A shard has at most 1/2 of the rows before it, and at most 1/8 of those that are left with it,
-but not fewer than SHORT.
+"""Bounds of a shard's rows: 1/2 of the rows before it, and 1/8 of the rows from its first on.
 
-So the first output comes soon. And at the end of the input, where actors wait for the slowest of
-them, shards take a moment: guided self-scheduling (Polychronopoulos and Kuck, 1987), enough for
-eight actors. Each shard more costs 7 ms.
+A shard has SHORT rows all the same. The first bound makes the first output come soon. The second
+keeps the last shards short, as actors wait for the slowest of them at the end. It is guided
+self-scheduling (Polychronopoulos and Kuck, 1987), enough for eight actors. Each additional shard
+costs 7 ms.
 """
 
 

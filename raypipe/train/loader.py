@@ -17,7 +17,6 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -91,7 +90,6 @@ class Loader:
         self._position = Position()
         self._ahead: _Item | None = None  # given out, and still the first of the feed
         self._feed: Feed[Step, _Item] | None = None
-        self._ends: Callable[[], None] = lambda: None
         self._supply: Supply | None = None  # on rank 0
         self._joined = self._closed = False
         self._told_end = False
@@ -244,10 +242,9 @@ class Loader:
             self._device,
             prefetched=PREFETCHED + 1,
         )
-        within_s = self._ends_within_s
-        self._ends = partial(_end, self._feed, peers, within_s=within_s, before=before)
-        weakref.finalize(self, self._ends).atexit = False
-        # Before Ray's own end: a thread that calls Ray then takes the process down.
+        self._ends = weakref.finalize(self, _end, self._feed, peers, before)
+        # atexit calls it before it calls Ray's end; weakref's own call may come after that.
+        self._ends.atexit = False
         atexit.register(self._ends)
         if self._supply is not None:
             self._supply.before_close = self._ends
@@ -278,10 +275,6 @@ class Loader:
         if self._peers.rank and not ray.is_initialized():
             control.connect(address, send_token=auth_mode == "token")
 
-    @property
-    def _ends_within_s(self) -> float:
-        return _ENDS_WITHIN_S if self._peers.size == 1 else _RANKS_END_WITHIN_S
-
     def _end_feed(self) -> None:
         """End the feed. What it has prefetched is not seen, and comes again."""
         if self._feed is not None:
@@ -290,16 +283,14 @@ class Loader:
             self._feed = self._ahead = None
 
 
-def _end(
-    feed: Feed[Step, "_Item"], peers: Peers, *, within_s: float, before: set[threading.Thread]
-) -> None:
+def _end(feed: Feed[Step, "_Item"], peers: Peers, before: set[threading.Thread]) -> None:
     """End a feed, and on ranks other than 0 the threads of Ray Data that were not there `before`.
 
     These wait in a call of Ray for the next block, until rank 0 ends. Ray's end in this process
     would free what they use, and the process would end by SIGSEGV.
     """
     peers.leave()
-    feed.close(wait_s=within_s)
+    feed.close(wait_s=_ENDS_WITHIN_S if peers.size == 1 else _RANKS_END_WITHIN_S)
     if peers.rank:
         ends = time.monotonic() + _RAY_DATA_ENDS_WITHIN_S
         for thread in set(threading.enumerate()) - before:

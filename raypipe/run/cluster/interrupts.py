@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any
 
 AGAIN_S = 0.02
+"""After this, a signal that came where it would be lost is sent again."""
 
 _Handler = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
 """A handler of a signal, as signal.signal takes and returns it."""
@@ -20,9 +21,9 @@ _LOGGING = logging.getLogger.__code__.co_filename
 def is_lost_at(frame: FrameType | None) -> bool:
     """Whether an exception that a signal's handler raises there does not do what it should.
 
-    Python prints what leaves a `__del__`, and goes on. Within `logging`, between the taking of its
-    lock and the `try` that follows, the lock stays taken, and the next thread that logs waits for
-    ever. Both together once made a run hang.
+    Python prints an exception that leaves a `__del__`, and goes on. In `logging`, an exception may
+    come when the lock is taken and the `try` has not begun. Then the lock stays taken, and the next
+    thread that logs waits for ever. Both together once made a run hang.
     """
     while frame is not None:
         code = frame.f_code
@@ -40,7 +41,7 @@ class Interrupts:
 
     def __init__(self) -> None:
         self._before: dict[int, _Handler] = {}
-        # Its put may interrupt another one of the same thread; that of queue.Queue may not.
+        # A signal may come in the middle of a put, and put again: queue.Queue would wait for ever.
         self._late: queue.SimpleQueue[int | None] = queue.SimpleQueue()
 
     def take(self, number: signal.Signals) -> None:

@@ -148,10 +148,10 @@ def refusal(address: str, error: BaseException, *, job: bool) -> UsageError:
 
 
 def send_token() -> None:
-    """Send the user's token to an address that is given, too, if there is one.
+    """Send the user's token, if there is one, to addresses that are given too.
 
-    By itself, Ray sends it only to a Ray that it finds on this machine. The environment alone does
-    not change that in a process that has imported Ray.
+    By itself, Ray sends it only to a Ray that it finds on this machine. A process that has imported
+    Ray does not read RAY_AUTH_MODE again.
     """
     if internals.missing("token"):
         os.environ.setdefault("RAY_AUTH_MODE", "token")
