@@ -49,11 +49,12 @@ def loop(
     with loader, (root / f"log-{attempt}-{rank}.jsonl").open("w") as log:
         for epoch in range(loader.epoch, given["epochs"]):
             for batch in loader:
-                model(batch.images.float().mean(dim=(1, 2))).sum().backward()
                 steps += 1
                 line = {"epoch": epoch, "image_ids": batch.image_ids, "rejects": batch.rejects}
                 log.write(json.dumps(line) + "\n")
                 log.flush()
+                # Ranks meet in it: a state of rank 0 has no step that another rank has not logged.
+                model(batch.images.float().mean(dim=(1, 2))).sum().backward()
                 if rank == 0:
                     state = {"data": loader.state_dict(), "steps": steps}
                     _state(root, attempt).with_suffix(".tmp").write_text(json.dumps(state))
