@@ -384,8 +384,10 @@ def _job_server(command: Any) -> str | None:
     """The job server by way of which a command looks at runs; None: not by one."""
     if not isinstance(command, Runs | Watch | Scale):
         return None
-    address = command.address or os.environ.get("RAY_ADDRESS", "")
-    return address if address.startswith(("http://", "https://")) else None
+    from raypipe.run.cluster.joining import is_job_server  # it imports Ray, as these commands do
+
+    address = command.address or os.environ.get("RAY_ADDRESS")
+    return address if is_job_server(address) else None
 
 
 def _without_address(arguments: list[str]) -> list[str]:

@@ -152,6 +152,15 @@ def files(root: Path) -> dict[str, bytes]:
     return {p.relative_to(root).as_posix(): p.read_bytes() for p in found}
 
 
+def tree(root: Path) -> dict[str, bytes]:
+    """Every file below `root` by its relative path, raypipe's own state among them."""
+    return {
+        str(path.relative_to(root)): path.read_bytes()
+        for path in sorted(root.rglob("*"))
+        if path.is_file()
+    }
+
+
 def buffer() -> io.StringIO:
     """Where a console writes in a test."""
     return io.StringIO()

@@ -7,6 +7,10 @@ import venv
 
 import pytest
 
+from raypipe.run.preprocess import run
+from tests.conftest import jpeg
+from tests.support.runs import quiet, settings
+
 
 @pytest.fixture
 def bare_python(tmp_path) -> str:
@@ -27,3 +31,27 @@ def bare_python(tmp_path) -> str:
         "raypipe is there: install it with pip install -e"
     )
     return python
+
+
+@pytest.fixture(scope="session")
+def made(session, tmp_path_factory):
+    """A finished output of 24 images, of which one is rejected; only to be copied."""
+    folder = tmp_path_factory.mktemp("made")
+    (folder / "in").mkdir()
+    for index in range(23):
+        (folder / "in" / f"{index:02d}.jpg").write_bytes(jpeg(index))
+    (folder / "in" / "broken.jpg").write_bytes(b"\xff\xd8\xff no jpeg")
+    run(
+        settings(input=folder / "in", output=folder / "out", shard_rows=4, max_reject_fraction=0.1),
+        console=quiet(),
+    )
+    return folder
+
+
+@pytest.fixture
+def wanted(made, tmp_path):
+    """The settings of that output, of which `tmp_path` has a copy."""
+    subprocess.run(["cp", "-r", str(made / "out"), str(tmp_path / "out")], check=True)
+    return settings(
+        input=made / "in", output=tmp_path / "out", shard_rows=4, max_reject_fraction=0.1
+    )

@@ -1,11 +1,13 @@
 """Labelled photos, small enough to train on in a test, and settings to do so."""
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 
+from raypipe.train.plan import plan
 from raypipe.train.result import Outcome
 from raypipe.train.settings import Settings
 from tests.conftest import photo
@@ -84,3 +86,31 @@ class Trained:
     settings: Settings
     outcome: Outcome
     said: str
+
+
+def lineage(root: Path) -> list[str]:
+    """The rows that the final weights were trained on, as epoch/image, from the row log.
+
+    Of each attempt it has the steps before the first one of the next attempt.
+    """
+    attempts: dict[str, dict[int, list[str]]] = {}
+    for path in sorted((root / "log").iterdir(), key=lambda path: path.stat().st_ctime_ns):
+        steps = attempts.setdefault(path.stem.rpartition("-")[0], {})
+        for line in path.read_text().splitlines():
+            record = json.loads(line)
+            steps.setdefault(record["step"], []).extend(
+                f"{record['epoch']}/{i}" for i in record["image_ids"]
+            )
+    rows: list[str] = []
+    begun = [steps for steps in attempts.values() if steps]  # others ended before their first step
+    firsts = [min(steps) for steps in begun]
+    for steps, first_of_next in zip(begun, [*firsts[1:], 10**9], strict=True):
+        rows += [row for step, those in steps.items() if step < first_of_next for row in those]
+    return rows
+
+
+def every_row(given: Settings) -> Counter[str]:
+    """Each row of each epoch once, as epoch/image."""
+    epochs = plan(given).epochs
+    ids = epochs.source["image_id"].to_pylist()
+    return Counter(f"{epoch}/{image_id}" for epoch in range(epochs.epochs) for image_id in ids)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from raypipe.insight.room import staying
 from raypipe.run.cluster import internals
 from raypipe.run.cluster.capacity import Bounds, bounds, nodes_now
-from raypipe.run.cluster.machine import Session, cores_here
+from raypipe.run.cluster.machine import Session, cores_of
 from raypipe.run.cluster.sizing import room_there
 from raypipe.stages.stage import Stage, forms
 
@@ -32,7 +32,7 @@ def as_it_is(session: Session, stages: Sequence[Stage], *, beside: int) -> Sessi
         session,
         at_most=most,
         there=there,
-        cores=cpus if len(nodes) > 1 else min(cpus, cores_here()),
+        cores=cores_of(nodes),
         nodes=len(nodes),
         gpus=gpus,
         grows=known is not None,

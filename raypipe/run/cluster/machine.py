@@ -3,6 +3,7 @@
 import math
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -12,7 +13,7 @@ import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raypipe.insight.room import Room
+from raypipe.insight.room import Node, Room
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +87,16 @@ def versions() -> dict[str, str]:
 def cores_here() -> int:
     """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cores_of(nodes: Sequence[Node]) -> int:
+    """Number of cores of these nodes, at least 1.
+
+    They are the CPUs that Ray knows. Of one node alone these may be logical: no more than there are
+    on this machine.
+    """
+    cpus = sum(node.cpus for node in nodes)
+    return max(cpus if len(nodes) > 1 else min(cpus, cores_here()), 1)
 
 
 def hardware(session: Session) -> dict[str, Any]:

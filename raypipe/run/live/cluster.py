@@ -11,7 +11,7 @@ from raypipe.insight.remarks import STALLED_S, Notice, Short, notices
 from raypipe.insight.room import Node, Room, actors_on, staying
 from raypipe.insight.states import LiveNode, PoolView
 from raypipe.run.cluster.capacity import nodes_now
-from raypipe.run.cluster.machine import cores_here
+from raypipe.run.cluster.machine import cores_of
 from raypipe.run.live.metrics import Place, Share
 from raypipe.run.live.steering import Facts, Steering
 
@@ -56,11 +56,10 @@ class Nodes:
             self._ask()
 
     def _room(self, nodes: list[Node]) -> Room:
-        cpus = sum(node.cpus for node in nodes)
         holds = max(self._facts.holds.values(), default=0)
         return Room(
             actors=actors_on(nodes, holds=holds, asked=self._on_cpus()) - self._facts.left_out,
-            cores=max(cpus if len(nodes) > 1 else min(cpus, cores_here()), 1),
+            cores=cores_of(nodes),
             gpus=sum(node.gpus for node in nodes),
             memory=self._facts.memory,
         )
