@@ -1,14 +1,13 @@
 """raypipe: preprocess images for machine learning on Ray, and see per stage what limits.
 
-outcome = raypipe.preprocess(input="photos", output="out", actors=4)
-run = raypipe.start(input="photos", output="out")  # in the background
+outcome = raypipe.preprocess("photos", output="out", actors=4)
+run = raypipe.start("photos", output="out")  # in the background
 loader = raypipe.loader("photos", batch_size=64, epochs=3)  # for a training loop
 
 The run has live(), scale(), stop() and wait().
 """
 
 from collections.abc import Callable
-from os import fspath
 from typing import TYPE_CHECKING, Any
 
 from raypipe.errors import UsageError
@@ -29,6 +28,7 @@ __version__ = "0.1.0"
 
 
 def preprocess(
+    input: "str | os.PathLike[str]",
     *,
     consume: "Callable[[pa.Table], None] | None" = None,
     console: "Console | None" = None,
@@ -37,10 +37,11 @@ def preprocess(
     """Preprocess images, to the end.
 
     Args:
+        input: folder, glob, file, tar or Parquet files, local or s3:// gs://; or demo, demo:COUNT.
         consume: called with each block of pixels (schema BLOCK of raypipe.data.tables). Only
             without an output.
         console: where messages go; by default the terminal (stderr).
-        settings: the flags of jobs/preprocess.py by name: input="photos", max_pixels=10**8.
+        settings: the flags of jobs/preprocess.py by name: output="out", max_pixels=10**8.
 
     Returns:
         The outcome. Its `report` is report.json, or None if nothing was left to do.
@@ -50,10 +51,11 @@ def preprocess(
     """
     from raypipe.run.preprocess import Settings, run
 
-    return run(Settings.of(**settings), consume=consume, console=console)
+    return run(Settings.of(input=input, **settings), consume=consume, console=console)
 
 
 def start(
+    input: "str | os.PathLike[str]",
     *,
     consume: "Callable[[pa.Table], None] | None" = None,
     console: "Console | None" = None,
@@ -69,7 +71,7 @@ def start(
     """
     from raypipe.run.preprocess import Settings, start
 
-    return start(Settings.of(**settings), consume=consume, console=console)
+    return start(Settings.of(input=input, **settings), consume=consume, console=console)
 
 
 def loader(
@@ -87,7 +89,7 @@ def loader(
     of each rank, and all ranks make the same number of steps.
 
     Args:
-        input: what --input of jobs/preprocess.py may be.
+        input: as for `preprocess`.
         transform: called with each batch in the process of the loop; the loop gets what it returns.
         console: where messages go; by default the terminal (stderr).
         settings: recipe, batch_size, epochs, shuffle, finish, device, equal
@@ -105,5 +107,5 @@ def loader(
     from raypipe.train.loader import Loader
     from raypipe.train.settings import LoaderSettings
 
-    given = LoaderSettings.of(input=fspath(input), **settings)
+    given = LoaderSettings.of(input=input, **settings)
     return Loader(given, transform=transform, console=console)

@@ -22,7 +22,7 @@ def main():
             pixels = np.full((200, 300, 3), 180 if kind == "light" else 30, np.uint8)
             cv2.imwrite(f"{root}/photos/{kind}/{number}.png", pixels)
         raypipe.preprocess(
-            input=f"{root}/photos",
+            f"{root}/photos",
             labels="folder",
             recipe="imagenet-224-val",
             format="huggingface",

@@ -40,7 +40,7 @@ from raypipe.data.formats.tar import list_tar
 from raypipe.data.location import Location
 from raypipe.data.names import PACKED, PARQUET, SUFFIXES, TAR, suffix_of, unique_names
 from raypipe.data.tables import EMPTY, SOURCE, Listed, box_lists, lists_of, rows, text
-from raypipe.errors import UsageError, did_you_mean, logger
+from raypipe.errors import UsageError, logger
 
 log = logger(__name__)
 
@@ -163,8 +163,6 @@ def _suffix_in(annotations: str) -> str:
 
 def _by_folder(listed: Listed, input: str, labels: str, limit: int | None) -> Listed:
     """The images with the label of their class folder, without those in none."""
-    if labels != "folder":
-        raise UsageError(f"labels are {labels!r}{did_you_mean(labels, ['folder'])}")
     why = "tars have .cls files for labels, and Parquet files a column `label`"
     _check_files(input, labels, why, listed.rows)
     heads = [path.partition("/") for path in listed.rows.column("image_id").to_pylist()]

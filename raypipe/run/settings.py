@@ -8,7 +8,7 @@ decides the results of a run as a whole, or only where results go and how they a
 import math
 import os
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
 
 import tyro
@@ -24,6 +24,7 @@ from raypipe.images import backend as backend_module
 from raypipe.images.header import MAX_PIXELS
 from raypipe.images.recipe import Recipe
 from raypipe.images.recipe_json import to_json
+from raypipe.run.given import typed
 from raypipe.stages.actor import ACTOR_BYTES
 from raypipe.stages.planning import Preprocessing
 from raypipe.stages.stage import Count
@@ -303,8 +304,11 @@ class Composed:
     def of(cls: type[S], **given: Any) -> S:
         """Compose settings from flat names.
 
+        A path object becomes text, and a number or text of a number what the setting is.
+
         Raises:
-            UsageError: a name is unknown, or one without a default is missing.
+            UsageError: a name is unknown, one without a default is missing, or a value is of a type
+                that the setting cannot have.
         """
         unknown = [name for name in given if name not in cls.names()]
         if unknown:
@@ -313,11 +317,16 @@ class Composed:
             )
         groups = {}
         for field, kind in cls.groups().items():
+            hints = get_type_hints(kind)
+            for one in fields(kind):
+                if one.name not in given and one.default is one.default_factory is MISSING:
+                    raise UsageError(
+                        f"{one.name} is missing: it has no default, so give {one.name}=."
+                    )
             mine = {name: given[name] for name in _names(kind) if name in given}
-            try:
-                groups[field] = kind(**mine)
-            except TypeError as error:
-                raise UsageError(f"settings are missing: {error}") from error
+            groups[field] = kind(
+                **{name: typed(name, of, hints[name]) for name, of in mine.items()}
+            )
         return cls(**groups)
 
     @classmethod

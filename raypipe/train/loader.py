@@ -284,14 +284,17 @@ class Loader:
 
 
 def _end(feed: Feed[Step, "_Item"], peers: Peers, before: set[threading.Thread]) -> None:
-    """End a feed, and on ranks other than 0 the threads of Ray Data that were not there `before`.
+    """End a feed, and where there are several ranks the threads of Ray Data that it has started.
 
-    These wait in a call of Ray for the next block, until rank 0 ends. Ray's end in this process
-    would free what they use, and the process would end by SIGSEGV.
+    These wait in a call of Ray for the next block. Ray's end in this process would free what they
+    use, and the process would end by SIGSEGV.
+
+    Args:
+        before: the threads that were there before the feed.
     """
     peers.leave()
     feed.close(wait_s=_ENDS_WITHIN_S if peers.size == 1 else _RANKS_END_WITHIN_S)
-    if peers.rank:
+    if peers.size > 1:
         ends = time.monotonic() + _RAY_DATA_ENDS_WITHIN_S
         for thread in set(threading.enumerate()) - before:
             if thread.name == "iter_threaded":

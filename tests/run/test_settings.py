@@ -3,6 +3,7 @@
 import json
 from dataclasses import fields, is_dataclass
 
+import numpy as np
 import pytest
 
 from raypipe import UsageError
@@ -90,8 +91,27 @@ def test_flags_are_the_flat_names():
 def test_unknown_and_missing_names_are_told():
     with pytest.raises(UsageError, match="no setting 'actor'; did you mean 'actors'"):
         preprocess.Settings.of(input="demo", actor=3)
-    with pytest.raises(UsageError, match=r"missing.*'input'"):
+    with pytest.raises(UsageError, match="input is missing"):
         preprocess.Settings.of(output="out")
+
+
+def test_values_of_python_code_become_what_a_flag_would_be_or_are_refused(tmp_path):
+    given = preprocess.Settings.of(
+        input=tmp_path, output=tmp_path / "out", actors=np.int64(3), max_pixels=1e8, read_ms="1.5"
+    )
+    words = ["--input", str(tmp_path), "--output", str(tmp_path / "out"), "--actors", "3"]
+    words += ["--max-pixels", "100000000", "--read-ms", "1.5"]
+    assert given == parse(preprocess.Settings, words, description=None)
+    assert json.loads(json.dumps(given.flat))["actors"] == 3
+    for refused, why in (
+        ({"input": ["photos"]}, r"input is \['photos'\]; it must be a valid string"),
+        ({"actors": "many"}, "actors is 'many'; it must be a valid integer or 'auto'"),
+        ({"limit": 2.5}, "limit is 2.5; it must be a valid integer"),
+        ({"format": "gif"}, "format is 'gif'; it must be 'jpeg', 'png', "),
+        ({"seed": None}, "seed is None; it must be a valid integer"),
+    ):
+        with pytest.raises(UsageError, match=why):
+            preprocess.Settings.of(**{"input": "demo"} | refused)
 
 
 def test_what_a_training_left_open_is_what_a_prediction_takes_over():

@@ -16,6 +16,7 @@ from raypipe import UsageError
 from raypipe.insight.states import LiveRun
 from raypipe.run.cluster import joining
 from raypipe.run.cluster.session import ENDING, without_rays_lines
+from raypipe.run.given import typed
 from raypipe.run.live import registry
 from raypipe.run.live.collector import NAMESPACE
 from raypipe.run.live.steering import NOT_BEGUN
@@ -223,10 +224,11 @@ class Control:
             they come.
 
         Raises:
-            UsageError: a count is below 1. Or there is no such stage. Or there is no room for the
-                counts, also with all nodes that an autoscaler may add. Or the run has ended.
-                Nothing is changed then.
+            UsageError: a count is no number of at least 1. Or there is no such stage. Or there is
+                no room for the counts, also with all nodes that an autoscaler may add. Or the run
+                has ended. Nothing is changed then.
         """
+        counts = {stage: typed(stage, count, int) for stage, count in counts.items()}
         answer = self._ask("scale", dict(counts))
         while wait and isinstance(answer, str) and NOT_BEGUN in answer:
             time.sleep(0.1)
