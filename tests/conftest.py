@@ -4,7 +4,6 @@ import os
 import re
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
@@ -16,9 +15,6 @@ from raypipe.data.location import Location
 from raypipe.run.cluster.starting import Start
 from tests.support.clusters import environment
 from tests.support.s3 import query, server
-
-if TYPE_CHECKING:
-    from tests.support.labelled import Trained
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -57,7 +53,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _keep_group(item: pytest.Item) -> None:
     """Append the group to the node id. xdist 3.8 does so too, but pytest 9.2 ignores it.
 
-    Without groups each process trains the model of `trained` and measures the sweep of `swept`.
+    Without groups each process trains the model of `trained`, and measures the sweep of `swept`.
     """
     group = item.get_closest_marker("xdist_group")
     if group is not None and hasattr(item, "_id"):
@@ -164,21 +160,3 @@ def tree(root: Path) -> dict[str, bytes]:
 def buffer() -> io.StringIO:
     """Where a console writes in a test."""
     return io.StringIO()
-
-
-@pytest.fixture(scope="session")
-def trained(session, tmp_path_factory) -> "Trained":
-    """A training that has ended: 11 epochs of 45 photos, on 2 workers, judged on all photos.
-
-    45 is odd, so the workers get different numbers of rows. Never change it.
-    """
-    from raypipe.train.attempts import run
-    from tests.support.labelled import Trained, make_labelled, settings
-    from tests.support.runs import quiet
-
-    root = make_labelled(tmp_path_factory.mktemp("trained"))
-    judged = {"holdout_input": root / "photos", "holdout_annotations": root / "boxes.json"}
-    given = settings(root, workers=2, epochs=11, lr=5e-3, shard_rows=15, **judged)
-    console = quiet()
-    outcome = run(given, console=console)
-    return Trained(root=root, settings=given, outcome=outcome, said=console.file.getvalue())

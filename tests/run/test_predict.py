@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -21,13 +23,16 @@ from raypipe.data import journal
 from raypipe.data.location import Location
 from raypipe.models import checkpoint as checkpoints
 from raypipe.models import detection
+from raypipe.models.checkpoint import Progress
 from raypipe.run import probe
 from raypipe.run.predict import Settings, predicting, run, start, verdict_on
 from raypipe.run.result import Outcome
 from tests.conftest import ROOT, files
 from tests.support.clusters import wait_for
-from tests.support.labelled import RECIPE
+from tests.support.labelled import RECIPE, make_labelled
+from tests.support.labelled import settings as training
 from tests.support.runs import named, quiet, running, texts, until
+from tests.support.training import train_here
 
 pytestmark = pytest.mark.xdist_group(
     "trained"
@@ -52,8 +57,26 @@ def settings(root: Path, output: Path, **given) -> Settings:
     return Settings.of(**texts(defaults | given))
 
 
+@dataclass(frozen=True)
+class Trained:
+    """A training that has ended, of the labelled photos in `root`, and judged on all of them."""
+
+    root: Path
+    checkpoint: str
+    progress: Progress
+
+
 @pytest.fixture(scope="module")
-def done(trained, tmp_path_factory) -> tuple[Settings, Outcome]:
+def trained(tmp_path_factory) -> Trained:
+    root = make_labelled(tmp_path_factory.mktemp("trained"))
+    judged = {"holdout_input": root / "photos", "holdout_annotations": root / "boxes.json"}
+    given = training(root, epochs=11, lr=5e-3, shard_rows=15, row_log=None, **judged)
+    kept = train_here(given, root / "storage/run-1")
+    return Trained(root, checkpoints.find(str(root / "storage")), kept.progress)
+
+
+@pytest.fixture(scope="module")
+def done(session, trained, tmp_path_factory) -> tuple[Settings, Outcome]:
     """One run with everything: its counts are chosen by timing a few images beforehand."""
     wanted = settings(
         trained.root,
@@ -102,9 +125,9 @@ def plain_loop(root: Path, checkpoint: str) -> Iterator[tuple[str, dict]]:
 
 
 def test_predictions_equal_those_of_a_plain_pytorch_loop(trained, done):
-    root, training_ended = trained.root, trained.outcome
+    root = trained.root
     ours = rows_of(done[0].predicting.output)
-    theirs = dict(plain_loop(root, training_ended.checkpoint))
+    theirs = dict(plain_loop(root, trained.checkpoint))
     assert list(ours) == list(theirs) and len(theirs) == 44
     assert sum(len(row["scores"]) for row in ours.values()) > 100
     for image_id, found in theirs.items():
@@ -119,7 +142,7 @@ def test_predictions_equal_those_of_a_plain_pytorch_loop(trained, done):
 def test_coco_results_have_the_annotations_ids_and_the_precision_that_training_had(
     trained, done, tmp_path
 ):
-    root, training_ended = trained.root, trained.outcome
+    root = trained.root
     wanted, outcome = done
     results = json.loads(Path(wanted.predicting.output, "predictions.json").read_text())
     stored = rows_of(wanted.predicting.output)
@@ -134,7 +157,7 @@ def test_coco_results_have_the_annotations_ids_and_the_precision_that_training_h
         pytest.approx(stored["3"]["scores"][0]),
     )
 
-    last = training_ended.progress.epochs[-1]
+    last = trained.progress.epochs[-1]
     found = outcome.report["predict"]
     assert last["map"] > 0.05  # else the comparison would say nothing
     assert (found["map"], found["map50"]) == (
@@ -144,7 +167,7 @@ def test_coco_results_have_the_annotations_ids_and_the_precision_that_training_h
     assert found["map_by_label"].keys() == {"red", "blue"}
     assert (found["boxes"], found["checkpoint"]["step"]) == (
         len(results),
-        training_ended.progress.step,
+        trained.progress.step,
     )
 
     # COCO's own reader and judge take the files as they are.
@@ -236,7 +259,7 @@ def test_running_again_does_nothing_but_what_is_missing(done):
 
 def test_other_settings_are_refused_with_the_difference(trained, done, tmp_path):
     wanted, _ = done
-    kept = checkpoints.load(trained.outcome.checkpoint)
+    kept = checkpoints.load(trained.checkpoint)
     kept.state["model"]["backbone.stem.0.0.weight"] += 1e-3
     other = str(tmp_path / "storage/x" / checkpoints.name_of(kept.progress))
     checkpoints.save(other, kept)
@@ -314,10 +337,8 @@ def test_a_killed_driver_goes_on_and_the_results_are_those_of_an_undisturbed_run
     assert files(tmp_path / "out") == files(Path(done[0].predicting.output))
 
 
-@pytest.mark.slow
-def test_the_stage_scales_by_its_name_and_no_resume_starts_again_without_annotations(
-    trained, tmp_path
-):
+@pytest.mark.soak
+def test_the_stage_scales_by_its_name(session, trained, tmp_path):
     # The work lasts far longer than an actor takes to start. The test does not wait for its end.
     given = {"input": "demo:600", "annotations": None, "shard_rows": 2, "store_ms": 400.0}
     wanted = settings(trained.root, tmp_path / "out", **given)
@@ -341,13 +362,17 @@ def test_the_stage_scales_by_its_name_and_no_resume_starts_again_without_annotat
         len(entry.files) for entry in journal.read_entries(output, [0])
     }
 
+
+def test_no_resume_starts_again_and_annotations_are_not_needed(done, trained, tmp_path):
+    """Into an output that has more results, of other settings."""
+    shutil.copytree(done[0].predicting.output, tmp_path / "out")
     again = settings(
         trained.root,
         tmp_path / "out",
         annotations=None,
         limit=6,
         min_score=0.05,
-        checkpoint=trained.outcome.checkpoint,
+        checkpoint=trained.checkpoint,
         resume=False,
     )
     report = run(again, console=quiet()).report
@@ -392,7 +417,7 @@ def test_bad_settings_are_refused_with_the_value_and_the_remedy(trained, tmp_pat
 
 
 def test_an_op_of_the_recipe_that_is_not_there_is_named(trained, tmp_path):
-    kept = checkpoints.load(trained.outcome.checkpoint)
+    kept = checkpoints.load(trained.checkpoint)
     kept.settings["recipe"]["ops"].append({"op": "gone_module:Sparkle"})
     folder = str(tmp_path / "storage/x" / checkpoints.name_of(kept.progress))
     checkpoints.save(folder, kept)

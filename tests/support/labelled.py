@@ -2,13 +2,11 @@
 
 import json
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 
 from raypipe.train.plan import plan
-from raypipe.train.result import Outcome
 from raypipe.train.settings import Settings
 from tests.conftest import photo
 from tests.support.runs import texts
@@ -76,16 +74,6 @@ def settings(root: Path, **given) -> Settings:
         "max_reject_fraction": 0.05,
     }
     return Settings.of(**texts(defaults | given))
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A training that came to its end, and what it said."""
-
-    root: Path
-    settings: Settings
-    outcome: Outcome
-    said: str
 
 
 def lineage(root: Path) -> list[str]:

@@ -18,7 +18,7 @@ from raypipe.models import checkpoint as checkpoints
 from raypipe.run.console import attempt, goes_on
 from raypipe.train import epochs as epochs_module
 from raypipe.train.attempts import run
-from raypipe.train.result import verdict_on
+from raypipe.train.result import Outcome, verdict_on
 from raypipe.train.settings import Settings
 from tests.conftest import ROOT
 from tests.support.clusters import environment, head, kill_all, listed_actors, node, wait_for
@@ -53,6 +53,42 @@ def command_of(given: Settings) -> list[str]:
     ]
 
 
+def mortal(labelled: Path, **given) -> tuple[Settings, Path]:
+    """Settings of a training whose worker dies in step 4, once, and what marks that it has."""
+    mark = labelled / "killed"
+    return settings(
+        labelled,
+        holdout=0.0,
+        model="tests.models.toy:mortal",
+        model_arguments=json.dumps({"at": 4, "mark": str(mark)}),
+        checkpoint_every=2,
+        **given,
+    ), mark
+
+
+def has_weights_of_an_undisturbed_run(outcome: Outcome, given: Settings, folder: Path) -> None:
+    undisturbed = train_here(given, folder)  # the mark is there: nobody dies
+    disturbed = checkpoints.load(outcome.checkpoint)
+    for name, tensor in undisturbed.state["model"].items():
+        assert torch.equal(disturbed.state["model"][name], tensor), name
+    losses = [
+        [epoch["loss"] for epoch in where.progress.epochs] for where in (disturbed, undisturbed)
+    ]
+    assert losses[0][-1] == losses[1][-1]
+
+
+@pytest.mark.slow
+def test_a_killed_worker_leaves_the_weights_of_an_undisturbed_run(session, labelled):
+    given, mark = mortal(labelled)
+    console = quiet()
+    outcome = run(given, console=console)
+    assert mark.exists() and console.file.getvalue().count("retry 1 of 3") == 1
+    assert verdict_on(outcome, given) is None
+    assert Counter(lineage(labelled)) == every_row(given)
+    assert outcome.report["train"]["attempts"] == 2
+    has_weights_of_an_undisturbed_run(outcome, given, labelled / "undisturbed")
+
+
 class TakesAway(io.StringIO):
     """A console that moves `photos` away when the run is listed and claimed, but has read none."""
 
@@ -66,17 +102,11 @@ class TakesAway(io.StringIO):
         return super().write(text)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_images_away_a_killed_worker_and_two_executions_leave_the_weights_of_an_undisturbed_run(
     session, labelled, monkeypatch
 ):
-    mark = labelled / "killed"
-    own = {
-        "model": "tests.models.toy:mortal",
-        "model_arguments": json.dumps({"at": 4, "mark": str(mark)}),
-        "checkpoint_every": 2,
-    }
-    disturbed = settings(labelled, holdout=0.0, read_patience=1.0, **own)
+    disturbed, mark = mortal(labelled, read_patience=1.0)
     photos = Path(disturbed.source.input)
     console = Console(file=TakesAway(photos, labelled / "away"), width=200)
     again = goes_on(resume=True)
@@ -100,16 +130,7 @@ def test_images_away_a_killed_worker_and_two_executions_leave_the_weights_of_an_
     assert verdict_on(outcome, disturbed) is None
     assert Counter(lineage(labelled)) == every_row(disturbed)
     assert outcome.report["train"]["attempts"] == 2 + retries
-
-    undisturbed = train_here(disturbed, labelled / "undisturbed")  # the mark is there: nobody dies
-    disturbed_ended = checkpoints.load(outcome.checkpoint)
-    for name, tensor in undisturbed.state["model"].items():
-        assert torch.equal(disturbed_ended.state["model"][name], tensor), name
-    losses = [
-        [epoch["loss"] for epoch in where.progress.epochs]
-        for where in (disturbed_ended, undisturbed)
-    ]
-    assert losses[0][-1] == losses[1][-1]
+    has_weights_of_an_undisturbed_run(outcome, disturbed, labelled / "undisturbed")
 
 
 @pytest.mark.soak

@@ -169,7 +169,7 @@ def joined(code: str, cluster: Head, env: dict[str, str]) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_an_autoscaler_is_asked_for_what_a_run_wants_and_no_longer_than_it_lasts(tmp_path):
     there = tmp_path / "there"
     given = given_of(tmp_path / "out", there, actors=2, writers=1, limit=IMAGES, run_id="grows")
