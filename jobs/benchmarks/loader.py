@@ -187,19 +187,21 @@ def main(benchmark: Benchmark) -> None:
         num_cpus=cores_here(), include_dashboard=False, log_to_driver=False, logging_level="ERROR"
     )
     rates: dict[tuple[str, str], list[float]] = {}
-    for _ in range(benchmark.rounds):
+    for turn in range(benchmark.rounds):
+        first = turn % len(names)  # the machine may become slower, or faster
         for kind in ("uint8", "float"):
-            for name in names:
+            for name in names[first:] + names[:first]:
                 batches = CONTENDERS[name](paths, benchmark.epochs, kind == "float")
                 rates.setdefault((kind, name), []).append(rate(batches))
     firsts = [first_batches(paths) for _ in range(benchmark.rounds)]
     print(f"{len(paths)} images, {cores_here()} cores, medians of {benchmark.rounds} rounds")
     print("| batches | contender | images/s | of DataLoader |\n|---|---|---|---|")
     for (kind, name), values in rates.items():
-        ratio = statistics.median(
-            mine / theirs for mine, theirs in zip(values, rates[kind, "dataloader"], strict=True)
-        )
-        print(f"| {kind} | {name} | {statistics.median(values):.0f} | {ratio:.2f} |")
+        dataloader = rates[kind, "dataloader"]
+        ratios = [mine / theirs for mine, theirs in zip(values, dataloader, strict=True)]
+        spread = f"{min(ratios):.2f}-{max(ratios):.2f}"
+        middle = f"{statistics.median(values):.0f} | {statistics.median(ratios):.2f} ({spread})"
+        print(f"| {kind} | {name} | {middle} |")
     fresh, resumed = (statistics.median(each) for each in zip(*firsts, strict=True))
     ratio = statistics.median(resumed / fresh for fresh, resumed in firsts)
     print(f"first batch: {fresh:.2f} s fresh, {resumed:.2f} s resumed, ratio {ratio:.2f}")
