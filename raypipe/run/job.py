@@ -24,7 +24,7 @@ from raypipe.images.recipe import Recipe
 from raypipe.insight import report as reports
 from raypipe.run import probe as probes
 from raypipe.run.cluster.machine import versions
-from raypipe.run.cluster.session import output_is_there
+from raypipe.run.cluster.session import ends_soon, output_is_there
 from raypipe.run.console import say
 from raypipe.run.execution import (
     Claim,
@@ -216,6 +216,7 @@ def _iterate(
         if consume is not None and job.then is None:
             tally.consume(consume, _without(block, NO_ROOM))
         if stop is not None and stop.is_set():
+            ends_soon()
             raise KeyboardInterrupt
         execution.check()
     tally.tell(execution.collector, last=True)

@@ -304,7 +304,7 @@ class Composed:
     def of(cls: type[S], **given: Any) -> S:
         """Compose settings from flat names.
 
-        A path object becomes text, and a number or text of a number what the setting is.
+        A path object becomes text. A number of numpy's, or one as text, becomes Python's.
 
         Raises:
             UsageError: a name is unknown, one without a default is missing, or a value is of a type

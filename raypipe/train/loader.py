@@ -245,9 +245,10 @@ class Loader:
         self._ends = weakref.finalize(self, _end, self._feed, peers, before)
         # atexit calls it before it calls Ray's end; weakref's own call may come after that.
         self._ends.atexit = False
-        atexit.register(self._ends)
         if self._supply is not None:
-            self._supply.before_close = self._ends
+            self._supply.before_close = self._ends  # its end is registered with atexit
+        else:
+            atexit.register(self._ends)
         return self._feed
 
     def _open(self, first: Segment) -> tuple[str, str | None]:

@@ -12,7 +12,7 @@ from rich.console import Console
 from raypipe.data.location import Location
 from raypipe.errors import UsageError
 from raypipe.run import probe as probes
-from raypipe.run.cluster.session import without_rays_lines
+from raypipe.run.cluster.session import ends_soon, without_rays_lines
 from raypipe.run.console import say
 from raypipe.run.execution import Setup, executing, new_run_id
 from raypipe.run.job import preprocess_stage
@@ -128,7 +128,7 @@ class Supply:
                 return
             _open.remove(self)
             atexit.unregister(self.close)
-            # Ray would announce that it repeats the shards under way, which never happens.
+            ends_soon()
             with without_rays_lines(), self._stack:
                 self.before_close()
                 if self.served.rows and ray.is_initialized():  # whoever ended it before

@@ -99,6 +99,10 @@ PINNED: dict[str, dict[str, tuple[str, ...]]] = {
         "ray._private.services:": ("find_node_ids",),
         "ray._raylet:GcsClient": (),
     },
+    "printing": {
+        "ray._private.worker:": ("global_worker",),
+        "ray._raylet:GcsErrorSubscriber": ("close",),
+    },
     "token": {
         "ray._private.authentication.authentication_token_setup:": (
             "maybe_enable_token_auth_if_token_available",
@@ -128,6 +132,7 @@ PINNED: dict[str, dict[str, tuple[str, ...]]] = {
 - autoscaling: the autoscaler's bounds, and asking it (`capacity.py`, `asking.py`);
 - starting: starting Ray's processes in the order in which they are needed (`starting.py`);
 - joining: telling at once that this machine is no node of a cluster (`joining.py`);
+- printing: keeping what Ray prints in this process off stdout (`session.py`);
 - token: sending the user's token to the Ray of another process (`joining.py`);
 - helpers: doing without Ray Data's helper actors on one machine (`helpers.py`).
 
@@ -147,6 +152,8 @@ INSTANCES: dict[str, tuple[str, ...]] = {
     ),
     "ray.data._internal.actor_autoscaler.autoscaling_actor_pool:AutoscalingActorPool": ("_config",),
     f"{_EXECUTION}.interfaces.physical_operator:PhysicalOperator": ("_inputs_complete",),
+    "ray._private.worker:Worker": ("threads_stopped",),
+    "ray._private.worker:connect": ("gcs_error_subscriber",),
     "ray._private.node:Node": ("_ray_params", "_webui_url", "all_processes"),
     "ray._private.parameter:RayParams": (
         "dashboard_host",
@@ -157,7 +164,8 @@ INSTANCES: dict[str, tuple[str, ...]] = {
         "dashboard_agent_listen_port",
     ),
 }
-"""Attributes that instances of these classes have. Only their source tells; a test reads it."""
+"""Attributes that instances of these classes have, or that a function gives to Ray's `worker`. Only
+the source tells; a test reads it."""
 
 
 @cache

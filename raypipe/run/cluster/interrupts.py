@@ -37,9 +37,13 @@ class Interrupts:
     """Signals that raise KeyboardInterrupt in the main thread, until `end`.
 
     Where it would be lost it is raised a moment later. In another thread, `take` does nothing.
+
+    Args:
+        tell: called in the main thread before it is raised.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Callable[[], None] = lambda: None) -> None:
+        self._tell = tell
         self._before: dict[int, _Handler] = {}
         # A signal may come in the middle of a put, and put again: queue.Queue would wait for ever.
         self._late: queue.SimpleQueue[int | None] = queue.SimpleQueue()
@@ -65,8 +69,9 @@ class Interrupts:
     def _raise(self, number: int, frame: FrameType | None) -> None:
         if is_lost_at(frame):
             self._late.put(number)
-        else:
-            signal.default_int_handler(number, frame)
+            return
+        self._tell()
+        signal.default_int_handler(number, frame)
 
     def _repeat(self) -> None:
         while (number := self._late.get()) is not None:

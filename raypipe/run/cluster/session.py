@@ -127,6 +127,22 @@ def ray_session(
                 _end(ours=opened.ours, interrupts=opened.interrupts, start=opened.start)
 
 
+def ends_soon() -> None:
+    """Tell the session that it ends as soon as its actors have ended, if this is its last user.
+
+    For each task of an actor that is ended, Ray would print on stdout that it is repeated, which
+    never happens. Nothing of Ray is printed any more.
+    """
+    if internals.missing("printing"):
+        return
+    from ray._private.worker import global_worker
+
+    for opened in _open:
+        if opened.ours and opened.users == 1:
+            global_worker.threads_stopped.set()
+            global_worker.gcs_error_subscriber.close()
+
+
 def output_is_there() -> None:
     """Tell the session that its first output is there: the rest of its Ray may start."""
     for opened in _open:
@@ -161,7 +177,7 @@ def _opened(stages: Sequence[Stage], beside: int, shard_bytes: int, run_id: str 
     ours = not ray.is_initialized()
     room = 0 if joined else room_here(stages, shard_bytes=shard_bytes)
     start = _quick() if ours and not joined else None
-    interrupts = Interrupts()
+    interrupts = Interrupts(tell=ends_soon)
     dashboard = None
     try:
         if ours:
@@ -299,7 +315,6 @@ def _end(*, ours: bool, interrupts: Interrupts, start: "Start | None") -> None:
     if start is not None:
         start.end()
     if ours:
-        # After Ctrl-C, Ray would announce retries of every current task, which never happen.
         with without_rays_lines(), ENDING:
             ray.shutdown()
     if start is not None:

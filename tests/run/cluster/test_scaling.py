@@ -56,7 +56,7 @@ def test_rays_internals_are_as_they_are_needed():
         module, _, name = path.partition(":")
         source = inspect.getsource(getattr(import_module(module), name))
         for attribute in names:
-            set_there = rf"\bself\.{attribute}\b[^=\n]*=|^    {attribute}\s*:"
+            set_there = rf"\b(?:self|worker)\.{attribute}\b[^=\n]*=|^    {attribute}\s*:"
             assert re.search(set_there, source, re.MULTILINE), f"{path} sets no {attribute}"
 
 
