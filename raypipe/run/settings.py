@@ -317,16 +317,14 @@ class Composed:
             )
         groups = {}
         for field, kind in cls.groups().items():
-            hints = get_type_hints(kind)
+            hints, mine = get_type_hints(kind), {}
             for one in fields(kind):
-                if one.name not in given and one.default is one.default_factory is MISSING:
-                    raise UsageError(
-                        f"{one.name} is missing: it has no default, so give {one.name}=."
-                    )
-            mine = {name: given[name] for name in _names(kind) if name in given}
-            groups[field] = kind(
-                **{name: typed(name, of, hints[name]) for name, of in mine.items()}
-            )
+                name = one.name
+                if name in given:
+                    mine[name] = typed(name, given[name], hints[name])
+                elif one.default is one.default_factory is MISSING:
+                    raise UsageError(f"{name} is missing: it has no default, so give {name}=.")
+            groups[field] = kind(**mine)
         return cls(**groups)
 
     @classmethod

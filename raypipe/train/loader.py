@@ -46,7 +46,7 @@ _ENDS_WITHIN_S, _RANKS_END_WITHIN_S = 30.0, 5.0
 one of several ranks may wait for a block of rank 0, which has ended."""
 
 _RAY_DATA_ENDS_WITHIN_S = 15.0
-"""How long the end of another rank waits for that of rank 0, which takes a second or two."""
+"""How long a rank waits at its end for threads of Ray Data. They end with the other ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,10 +285,10 @@ class Loader:
 
 
 def _end(feed: Feed[Step, "_Item"], peers: Peers, before: set[threading.Thread]) -> None:
-    """End a feed, and where there are several ranks the threads of Ray Data that it has started.
+    """End a feed. With several ranks, wait also for the threads of Ray Data that it has started.
 
-    These wait in a call of Ray for the next block. Ray's end in this process would free what they
-    use, and the process would end by SIGSEGV.
+    These wait in a call of Ray for the next block. If Ray ended in this process meanwhile, it would
+    free what they use, and the process would end by SIGSEGV.
 
     Args:
         before: the threads that were there before the feed.

@@ -35,7 +35,8 @@ pytestmark = pytest.mark.xdist_group("claim")  # one process makes the output th
 
 def test_a_run_that_has_no_room_deletes_nothing(wanted):
     before = tree(Path(wanted.writing.output))
-    with pytest.raises(UsageError, match="but the cluster has 8"):
+    refused = "1000 preprocess actors take 1000 CPUs, one each, but the cluster has 8"
+    with pytest.raises(UsageError, match=refused):
         run(wanted.changed(actors=1000, resume=False), console=quiet())
     assert tree(Path(wanted.writing.output)) == before
 

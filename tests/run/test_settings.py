@@ -108,6 +108,7 @@ def test_values_of_python_code_become_what_a_flag_would_be_or_are_refused(tmp_pa
         ({"actors": "many"}, "actors is 'many'; it must be a valid integer or 'auto'"),
         ({"limit": 2.5}, "limit is 2.5; it must be a valid integer"),
         ({"format": "gif"}, "format is 'gif'; it must be 'jpeg', 'png', "),
+        ({"labels": "folders"}, "labels is 'folders'; it must be 'folder'"),
         ({"seed": None}, "seed is None; it must be a valid integer"),
     ):
         with pytest.raises(UsageError, match=why):
