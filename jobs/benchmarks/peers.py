@@ -33,18 +33,19 @@ BATCH = 64
 QUALITY = [cv2.IMWRITE_JPEG_QUALITY, 95]
 
 Paths = list[str]
-Moments = Iterator[tuple[float, int]]
-"""When images came out, by time.perf_counter(), and how many."""
+Moment = tuple[float, int]
+"""When images came out, in seconds, and how many."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """What one contender reached in one round.
+    """What one contender did in one round.
 
+    moments: when images were done, by time.perf_counter().
     first_s: until the first batch; of plain processes, until they could begin.
     """
 
-    images_per_s: float
+    moments: list[Moment]
     first_s: float
 
 
@@ -52,15 +53,32 @@ Contender = Callable[[Paths, str | None], Timing]
 """Reads the files, and writes results into the folder, if one is given."""
 
 
-def timed(batches: Callable[[Paths, str | None], Moments]) -> Contender:
+def timed(batches: Callable[[Paths, str | None], Iterator[Moment]]) -> Contender:
     """Make a contender of a function that yields when batches came out."""
 
     def contender(paths: Paths, folder: str | None) -> Timing:
         started = time.perf_counter()
-        (first, _), *rest = batches(paths, folder)
-        return Timing(sum(count for _, count in rest) / (rest[-1][0] - first), first - started)
+        moments = list(batches(paths, folder))
+        return Timing(moments, moments[0][0] - started)
 
     return contender
+
+
+def steady(moments: list[Moment]) -> float:
+    """Images/s without start and end: the slope over the middle four fifths of the images.
+
+    A slope, as whole blocks come out at once: from the first to the last would count one too many.
+    """
+    moments = sorted(moments)
+    at = np.repeat([when for when, _ in moments], [count for _, count in moments])
+    edge = len(at) // 10
+    middle = np.arange(edge, len(at) - edge)
+    return float(np.polyfit(at[middle] - at[0], middle, 1)[0])
+
+
+def written(folder: str) -> list[Moment]:
+    """When the files of `folder` were written, by the system's clock."""
+    return [(file.stat().st_mtime_ns / 1e9, 1) for file in os.scandir(folder) if file.is_file()]
 
 
 # --- one image -------------------------------------------------------------------------------
@@ -146,16 +164,17 @@ def _plain_loop(library: str, paths: Paths, folder: str | None, ready, done) -> 
     one = _PLAIN[library]()
     one(read(paths[0]))
     ready.wait()
-    begun = time.perf_counter()
+    begun, moments = time.perf_counter(), []
     for path in paths:
         image = one(read(path))
         if folder:
             write(image, folder, os.path.basename(path))
-    done.put((begun, time.perf_counter(), len(paths)))
+        moments.append((time.perf_counter(), 1))
+    done.put((begun, moments))
 
 
 def plain(library: str) -> Contender:
-    """Processes without a framework. Their clock starts at the first image, libraries loaded."""
+    """Processes without a framework."""
 
     def contender(paths: Paths, folder: str | None) -> Timing:
         started, cores = time.perf_counter(), cores_here()
@@ -168,9 +187,8 @@ def plain(library: str) -> Contender:
         results = [done.get() for _ in processes]
         for process in processes:
             process.join()
-        begun = min(begun for begun, _, _ in results)
-        took = max(ended for _, ended, _ in results) - begun
-        return Timing(sum(count for _, _, count in results) / took, begun - started)
+        moments = [moment for _, moments in results for moment in moments]
+        return Timing(moments, min(begun for begun, _ in results) - started)
 
     return contender
 
@@ -213,7 +231,7 @@ def _workers() -> dict[str, Any]:
     }
 
 
-def dataloader(paths: Paths, folder: str | None) -> Moments:
+def dataloader(paths: Paths, folder: str | None) -> Iterator[Moment]:
     """PyTorch's DataLoader over OpenCV, a worker a core."""
     from torch.utils.data import DataLoader
 
@@ -246,7 +264,7 @@ def _of_tar(sample: dict[str, Any], folder: str | None) -> tuple[np.ndarray]:
     return (resized(sample["jpg"], f"{sample['__key__']}.jpg", folder),)
 
 
-def webdataset(paths: Paths, folder: str | None) -> Moments:
+def webdataset(paths: Paths, folder: str | None) -> Iterator[Moment]:
     """WebDataset over tars of the files, a worker a core."""
     import webdataset as wds
 
@@ -274,7 +292,7 @@ def of_chunk(item: dict[str, Any], folder: str | None) -> np.ndarray:
     return resized(item["image"], item["name"], folder)
 
 
-def litdata(paths: Paths, folder: str | None) -> Moments:
+def litdata(paths: Paths, folder: str | None) -> Iterator[Moment]:
     """LitData's StreamingDataLoader over its chunks of the files, a worker a core."""
     from litdata import StreamingDataLoader, StreamingDataset
 
@@ -296,7 +314,7 @@ def _resized(batch: dict) -> dict:
     return {"image": np.stack([resize(image) for image in batch["image"]])}
 
 
-def ray_data(paths: Paths, folder: str | None) -> Moments:
+def ray_data(paths: Paths, folder: str | None) -> Iterator[Moment]:
     """Ray Data as documented."""
     import ray
 
@@ -304,8 +322,7 @@ def ray_data(paths: Paths, folder: str | None) -> Moments:
     if folder:
         begun = time.perf_counter()
         dataset.write_images(folder, column="image", file_format="jpeg")
-        yield begun, 0
-        yield time.perf_counter(), len(paths)
+        yield begun, len(paths)
         return
     for batch in dataset.iter_batches(batch_size=BATCH):
         yield time.perf_counter(), len(batch["image"])
@@ -325,7 +342,7 @@ class _Pool:
         return {"written": np.ones(len(images))} if self._folder else {"image": np.stack(images)}
 
 
-def ray_pool(paths: Paths, folder: str | None) -> Moments:
+def ray_pool(paths: Paths, folder: str | None) -> Iterator[Moment]:
     """A tuned Ray Data pool: a table of paths, actors that do it all, an actor a core."""
     import pyarrow as pa
     import ray

@@ -20,9 +20,9 @@ Contenders (peers.py):
 All resize to 300x300 (bilinear). They deliver uint8 batches of 64 to one consumer, or write JPEG
 files of quality 95. WebDataset and LitData need `pip install -e '.[benchmark]'`.
 
-Modes stream and write: Ray runs before the clock starts. Images/s are over the time from the first
-batch to the last, without the first batch. For raypipe and the plain processes they are over all of
-the time from when they could begin, which is a little harder on them.
+Modes stream and write: Ray runs before the clock starts. Images/s are those of the middle four
+fifths of the images, by when each batch reached the consumer (in plain processes: was done) or each
+file was written. So nobody's start or end counts.
 
 Modes alone-stream and alone-write: each contender is a fresh process with all of its defaults. Time
 and CPU are of the whole command, with all processes that it starts.
@@ -57,7 +57,7 @@ from raypipe.run.preprocess import Settings, run
 from raypipe.stages.preprocess import pixels
 
 sys.path.insert(0, str(Path(__file__).parent))  # also in processes that import this file
-from peers import BATCH, PEERS, SIZE, Contender, Paths, Timing
+from peers import BATCH, PEERS, SIZE, Contender, Moment, Paths, Timing, steady, written
 from startup import cpu_of
 
 JOBS = Path(__file__).resolve().parents[1]
@@ -111,12 +111,15 @@ def recipe() -> str:
 def raypipe(backend: Literal["opencv", "torchvision"], *, writers: int = 0) -> Contender:
     """The run of jobs/preprocess.py. Without `writers` the actors write themselves."""
 
-    def consume(block: pa.Table) -> None:
-        batch = pixels(block)
-        for at in range(0, len(batch), BATCH):
-            assert batch[at : at + BATCH].shape[1:] == (SIZE, SIZE, 3)
-
     def contender(paths: Paths, folder: str | None) -> Timing:
+        moments: list[Moment] = []
+
+        def consume(block: pa.Table) -> None:
+            batch = pixels(block)
+            for at in range(0, len(batch), BATCH):
+                assert batch[at : at + BATCH].shape[1:] == (SIZE, SIZE, 3)
+            moments.append((time.perf_counter(), len(batch)))
+
         settings = Settings.of(
             input=folder_of(paths),
             recipe=recipe(),
@@ -126,9 +129,10 @@ def raypipe(backend: Literal["opencv", "torchvision"], *, writers: int = 0) -> C
             actors=cores_here(),
             writers=writers,
         )
-        report = run(settings, consume=consume, console=Console(quiet=True)).report
+        consumed = None if folder else consume
+        report = run(settings, consume=consumed, console=Console(quiet=True)).report
         assert report is not None and report["images_out"] == len(paths), report
-        return Timing(report["steady_images_per_s"], report["setup_s"] + report["first_output_s"])
+        return Timing(moments, report["setup_s"] + report["first_output_s"])
 
     return contender
 
@@ -179,7 +183,8 @@ def measure(contender: Contender, paths: Paths, folder: str | None) -> Result:
     finally:
         stop.set()
         watcher.join()
-    return Result(timing.images_per_s, timing.first_s, peak[0] - before)
+    moments = written(folder) if folder else timing.moments
+    return Result(steady(moments), timing.first_s, peak[0] - before)
 
 
 def command_of(name: str, paths: Paths, folder: str | None) -> list[str]:
