@@ -67,7 +67,8 @@ def session():
     Without Ray's log monitor, autoscaler and idle workers: these took a tenth of the suite's CPU.
     """
     start = Start()
-    with start.quick(workers=0, agents=True):
+    imported = ("raypipe.stages.preprocess", "raypipe.stages.write", "raypipe.images.opencv")
+    with start.quick(workers=0, agents=True, modules=imported):
         ray.init(
             address="local",
             num_cpus=8,
@@ -78,6 +79,7 @@ def session():
         )
     yield
     ray.shutdown()
+    start.close()
     start.close()
 
 

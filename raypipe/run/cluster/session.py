@@ -231,6 +231,15 @@ def _in_advance(stages: Sequence[Stage]) -> int:
     return min(sum(counts), 2 * cores) + 1
 
 
+def _modules(stages: Sequence[Stage]) -> list[str]:
+    """What the actors of `stages` import."""
+    return [
+        "raypipe.stages.actor",
+        *(type(step).__module__ for stage in stages for step in stage.steps),
+        *(f"raypipe.images.{name}" for stage in stages for name in stage.libraries),
+    ]
+
+
 def _connected(
     *,
     joined: bool,
@@ -251,7 +260,9 @@ def _connected(
             elif start is None:
                 context = ray_here(num_cpus=num_cpus, **quiet)
             else:
-                with start.quick(workers=_in_advance(stages), agents=beside > 0):
+                with start.quick(
+                    workers=_in_advance(stages), agents=beside > 0, modules=_modules(stages)
+                ):
                     context = ray_here(num_cpus=num_cpus, **quiet)
                 start.wait_for_output(_helpers())
     except Exception as error:

@@ -5,6 +5,7 @@ not need. Here:
 
 - the cluster's autoscaler and the log monitor do not start;
 - as many workers start in advance as there will be actors;
+- workers are forked from a process that has imported what actors need (`forkserver.py`);
 - the agents (metrics, runtime environments) wait for a line in a pipe. Their ports are chosen
   beforehand, so that Ray does not wait for them;
 - the dashboard, with the job server, starts with them.
@@ -18,11 +19,13 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from ray._private import ray_constants, services, utils
 from ray._private.node import Node
+
+from raypipe.run.cluster.forkserver import ForkServer
 
 if TYPE_CHECKING:
     from raypipe.run.cluster.helpers import Helpers
@@ -37,6 +40,9 @@ _WAIT = 'read _ <"$0" && exec "$@"'
 """A shell waits for a line in a pipe, then becomes the agent. It ends when the driver ends."""
 
 _ALL = "0.0.0.0"
+
+_WORKER = "/workers/default_worker.py"
+"""Ray's file of a worker."""
 
 # Ray's own functions. `Start.quick` replaces them for a while.
 _start_api_server = Node.start_api_server
@@ -58,17 +64,21 @@ class Start:
         self._node: Any = None
         self._pipe: int | None = None
         self._helpers: Helpers | None = None
+        self._forks: ForkServer | None = None
 
     @contextlib.contextmanager
-    def quick(self, *, workers: int, agents: bool) -> Iterator[None]:
+    def quick(self, *, workers: int, agents: bool, modules: Collection[str] = ()) -> Iterator[None]:
         """Have ray.init, in the block, start what the first output needs.
 
         Args:
             workers: to start in advance.
             agents: whether they start with Ray: Ray Train needs them at once.
+            modules: what the actors import.
         """
 
         def process(command: list[str], process_type: str, **given: Any) -> Any:
+            if self._forks is None:  # Ray's own variables are set by now
+                self._forks = ForkServer(modules)
             if process_type == ray_constants.PROCESS_TYPE_RAYLET:
                 command = self._raylet(command, workers)
             self._processes.append(_start_ray_process(command, process_type, **given))
@@ -117,6 +127,8 @@ class Start:
 
     def close(self) -> None:
         """Ray has ended. Agents that wait end too, and Ray ends with its agents."""
+        if self._forks is not None:
+            self._forks.close()
         if self._pipe is not None:
             os.close(self._pipe)
         for kept in self._kept:
@@ -160,7 +172,8 @@ class Start:
 
     def _raylet(self, command: list[str], workers: int) -> list[str]:
         changes: dict[str, Callable[[str], str]] = {
-            "--num_prestart_python_workers=": lambda value: str(workers)
+            "--num_prestart_python_workers=": lambda value: str(workers),
+            "--python_worker_command=": self._forking,
         }
         if self._pipe is not None:
             waiting = subprocess.list2cmdline(["/bin/sh", "-c", _WAIT, self._pipe_path])
@@ -173,6 +186,12 @@ class Start:
             (at,) = (at for at, word in enumerate(command) if word.startswith(start))
             command[at] = start + change(command[at].removeprefix(start))
         return command
+
+    def _forking(self, command: str) -> str:
+        files = [word for word in command.split() if word.endswith(_WORKER)]
+        if self._forks is None or len(files) != 1:
+            return command
+        return command.replace(files[0], self._forks.instead_of(files[0]))
 
     def _get_node(self, *given: Any) -> Any:
         try:
