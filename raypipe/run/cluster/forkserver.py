@@ -1,6 +1,6 @@
 """A process that has imported what actors import. Ray's workers are forked from it.
 
-    python -m raypipe.run.cluster.forkserver ADDRESS MODULE ...
+    python -m raypipe.run.cluster.forkserver LISTENING MODULE ...
 
 Of the 1.6 s of CPU that a worker takes to start, 1.1 s are imports. A fork has these modules
 already, and shares their 70 MB with other workers.
@@ -60,19 +60,29 @@ class ForkServer:
     def __init__(self, modules: Iterable[str]):
         self._folder = tempfile.TemporaryDirectory(prefix="raypipe-")  # for this user alone
         self._address = os.path.join(self._folder.name, "workers")
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, self._address, *ALWAYS, *modules],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            # Own ops are in modules that it must find. OpenBLAS would start threads.
-            env=os.environ
-            | {
-                "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
-                "OPENBLAS_NUM_THREADS": "1",
-            },
-            start_new_session=True,  # Ctrl-C is for the run, which ends the server
-        )
+        # Own ops are in modules that the server must find. OpenBLAS would start threads.
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+            "OPENBLAS_NUM_THREADS": "1",
+        }
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(self._address)
+            listening.listen(1024)  # who asks before the server is ready waits
+            number = listening.fileno()
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", __name__, str(number), *ALWAYS, *modules],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=environment,
+                pass_fds=[number],
+                start_new_session=True,  # Ctrl-C is for the run, which ends the server
+            )
+
+    @property
+    def pid(self) -> int:
+        """Of the server's process."""
+        return self._process.pid
 
     def instead_of(self, worker: str) -> str:
         """What a raylet runs in place of Ray's file of a worker."""
@@ -89,14 +99,11 @@ class ForkServer:
 
 
 def main() -> None:
-    """Listen, import, serve. A fork goes on as Ray's worker."""
-    _, address, *modules = sys.argv
-    asked = None
-    with socket.socket(socket.AF_UNIX) as listening:
-        listening.bind(address)
-        listening.listen(1024)  # who asks meanwhile waits
+    """Import, then serve. A fork goes on as Ray's worker."""
+    _, number, *modules = sys.argv
+    with socket.socket(fileno=int(number)) as listening:
         for module in modules:
-            with contextlib.suppress(ImportError):
+            with contextlib.suppress(Exception):  # a worker that needs it will say why
                 importlib.import_module(module)
         asked = _serve(listening)
     if asked is not None:

@@ -77,8 +77,8 @@ class Start:
         """
 
         def process(command: list[str], process_type: str, **given: Any) -> Any:
-            if self._forks is None:  # Ray's own variables are set by now
-                self._forks = ForkServer(modules)
+            if not self._processes:  # the first: Ray has set its variables by now
+                self._forks = _fork_server(modules)
             if process_type == ray_constants.PROCESS_TYPE_RAYLET:
                 command = self._raylet(command, workers)
             self._processes.append(_start_ray_process(command, process_type, **given))
@@ -240,6 +240,14 @@ class Start:
     def _start_stats(self) -> None:
         if self._helpers is not None:
             self._helpers.start_stats()
+
+
+def _fork_server(modules: Iterable[str]) -> ForkServer | None:
+    """The server; None: this system gives no process or socket, or TMPDIR is too long for one."""
+    try:
+        return ForkServer(modules)
+    except OSError:
+        return None
 
 
 class _Launched(BaseException):

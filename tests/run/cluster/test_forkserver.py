@@ -1,0 +1,153 @@
+"""Workers of Ray that are forked: what they share, what each has of its own, and who is none."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+
+from raypipe.run.cluster.forked import PLAIN
+from raypipe.run.cluster.forkserver import ForkServer
+from tests.conftest import ROOT
+from tests.support.clusters import environment
+
+WORKER = """
+import json, os, random, sys
+numpy = sys.modules.get("numpy")
+print(json.dumps({
+    "name": __name__,
+    "pid": os.getpid(),
+    "parent": os.getppid(),
+    "group": os.getpgid(0),
+    "argv": sys.argv[1:],
+    "folder": os.getcwd(),
+    "env": dict(os.environ),
+    "oom_score_adj": int(open("/proc/self/oom_score_adj").read()),
+    "children_reaped_by": str(__import__("signal").getsignal(17)),
+    "imported": [name for name in ("cv2", "pandas", "ray", "torch") if name in sys.modules],
+    "draws": [random.random(), numpy and numpy.random.random()],
+}))
+"""
+
+
+@pytest.fixture
+def worker(tmp_path: Path) -> str:
+    """A file that stands for Ray's own one of a worker."""
+    file = tmp_path / "worker.py"
+    file.write_text(WORKER)
+    return str(file)
+
+
+@pytest.fixture
+def server() -> Iterator[ForkServer]:
+    server = ForkServer(["cv2"])
+    yield server
+    server.close()
+
+
+def begun(server: ForkServer, worker: str, *arguments: str) -> dict[str, Any]:
+    """What a worker prints that is begun as a raylet does."""
+    done = subprocess.run(
+        [sys.executable, *server.instead_of(worker).split(), *arguments],
+        cwd=os.path.dirname(worker),
+        env=os.environ | {"OF_THE_WORKER": "1"},
+        stdout=subprocess.PIPE,
+        timeout=60,
+        check=True,
+    )
+    return json.loads(done.stdout)
+
+
+def test_a_fork_has_what_the_server_imported_and_is_else_like_a_worker_that_was_started(
+    server, worker
+):
+    one = begun(server, worker, PLAIN, "--x=1")
+    assert one["name"] == "__main__" and one["argv"] == [PLAIN, "--x=1"]
+    assert one["imported"] == ["cv2", "pandas"]  # no Ray: forks would share the state of its ids
+    assert one["parent"] == server.pid
+    assert one["group"] == one["pid"]
+    assert one["folder"] == os.path.dirname(worker)
+    assert one["env"] == os.environ | {"OF_THE_WORKER": "1"}
+    assert one["oom_score_adj"] == 1000
+    assert one["children_reaped_by"] == "0"  # SIG_DFL: a worker waits for its own children
+
+
+def test_forks_draw_different_numbers(server, worker):
+    draws = [begun(server, worker, PLAIN)["draws"] for _ in range(3)]
+    for of_one_generator in zip(*draws, strict=True):
+        assert len(set(of_one_generator)) == 3
+
+
+def test_a_worker_with_a_runtime_environment_starts_by_itself(server, worker):
+    one = begun(server, worker, "--runtime-env-hash=123")
+    assert one["parent"] == os.getpid() and one["imported"] == []
+
+
+def test_a_worker_starts_by_itself_where_there_is_no_server(server, worker):
+    assert begun(server, worker, PLAIN)["parent"] == server.pid
+    os.kill(server.pid, signal.SIGKILL)
+    psutil.wait_procs([psutil.Process(server.pid)], timeout=30)
+    assert begun(server, worker, PLAIN)["parent"] == os.getpid()
+
+
+def test_a_server_with_threads_forks_nobody(worker, tmp_path, monkeypatch):
+    (tmp_path / "threaded.py").write_text(
+        "import threading\nthreading.Thread(target=threading.Event().wait, daemon=True).start()"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    server = ForkServer(["threaded"])
+    try:
+        assert begun(server, worker, PLAIN)["parent"] == os.getpid()
+        assert psutil.Process(server.pid).status() != psutil.STATUS_ZOMBIE
+    finally:
+        server.close()
+
+
+def test_a_module_that_is_missing_or_fails_is_left_to_the_workers(worker, tmp_path, monkeypatch):
+    (tmp_path / "fails.py").write_text("1 / 0")
+    monkeypatch.syspath_prepend(tmp_path)
+    server = ForkServer(["no_such_module", "fails", "cv2"])
+    try:
+        assert begun(server, worker, PLAIN)["imported"] == ["cv2", "pandas"]
+    finally:
+        server.close()
+
+
+def test_the_server_ends_with_its_driver():
+    code = (
+        "import time; from raypipe.run.cluster.forkserver import ForkServer; "
+        "print(ForkServer([]).pid, flush=True); time.sleep(600)"
+    )
+    driver = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment(), stdout=subprocess.PIPE
+    )
+    assert driver.stdout is not None
+    server = psutil.Process(int(driver.stdout.readline()))
+    driver.kill()
+    driver.communicate()
+    assert psutil.wait_procs([server], timeout=60)[0]
+
+
+@pytest.mark.smoke
+def test_rays_actors_are_forked_and_their_ids_differ(session):
+    @ray.remote(num_cpus=0.1)
+    class Puts:
+        def parent(self) -> str:
+            return " ".join(psutil.Process().parent().cmdline())
+
+        def put(self, number: int) -> list:
+            return [ray.put(f"{number}-{at}") for at in range(20)]
+
+    actors = [Puts.remote() for _ in range(4)]
+    for parent in ray.get([actor.parent.remote() for actor in actors]):
+        assert "raypipe.run.cluster.forkserver" in parent
+    put = ray.get([actor.put.remote(number) for number, actor in enumerate(actors)])
+    for number, references in enumerate(put):
+        assert ray.get(references) == [f"{number}-{at}" for at in range(20)]
