@@ -41,7 +41,12 @@ def do(address: str, arguments: Sequence[str]) -> int:
             )
     except AuthenticationError as error:
         raise joining.refusal(address, error, job=False) from error
-    except (ConnectionError, RuntimeError, OSError, ValueError) as error:
+    except RuntimeError as error:  # with a status: it is there
+        raise UsageError(
+            f"The job server at {address!r} does not take the command "
+            f"({printable(str(error), 300)}). Try again, or look at the cluster's dashboard."
+        ) from error
+    except (OSError, ValueError) as error:
         raise UsageError(
             f"No job server answers at {address!r} ({printable(str(error), 300)}). Correct "
             "--address or RAY_ADDRESS; `ray dashboard cluster.yaml` makes a way to port 8265."
