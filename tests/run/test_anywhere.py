@@ -60,8 +60,8 @@ def test_a_cluster_without_raypipe_is_used_watched_and_scaled_from_anywhere(bare
                 assert run.poll() is None, run.communicate()
                 time.sleep(0.1)
             listed = raypipe("runs", "--json", f"--address={cluster.dashboard}", alone=True)
-            (line,) = [one for one in listed.stdout.splitlines() if one.startswith("{")]
-            assert json.loads(line)["run_id"] == "far", listed
+            assert json.loads(listed.stdout)["run_id"] == "far", listed
+            assert listed.stderr == ""
             scaled = raypipe("scale", "preprocess=3", "--address", cluster.dashboard, alone=True)
             assert "preprocess=3 wanted" in said(scaled, 0)
 
@@ -127,3 +127,21 @@ def test_an_address_that_a_job_cannot_use_is_refused_before_anything_is_asked():
 def test_rays_own_words_for_a_machine_that_is_no_node_are_understood():
     words = RuntimeError("No node info found matching attributes: '' when trying to resolve node")
     assert "this machine is none of its nodes" in str(joining.refusal("h:1", words, job=True))
+
+
+@pytest.mark.soak  # a cluster of its own
+def test_a_head_without_raypipes_dependencies_is_told_in_a_line(tmp_path):
+    (tmp_path / "tyro.py").write_text("raise ModuleNotFoundError('no tyro here', name='tyro')")
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 32}
+    with head(cpus=1, env=environment(PYTHONPATH=str(tmp_path), **token)) as cluster:
+        done = subprocess.run(
+            [*CLI, "runs", "--address", cluster.dashboard],
+            cwd=ROOT,
+            env=environment(**token),
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "does not run on the head" in done.stderr and "no tyro here" in done.stderr
+    assert "raypipe manifest dockerfile" in done.stderr and "Traceback" not in done.stderr

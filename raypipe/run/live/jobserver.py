@@ -5,12 +5,14 @@ The command itself runs there, as a small job that needs no CPU. Its lines are p
 
 import asyncio
 import contextlib
+import logging
 import re
 import shlex
 import sys
 from collections.abc import Sequence
 
 import aiohttp
+import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
@@ -18,8 +20,15 @@ from raypipe.errors import UsageError, printable
 from raypipe.run.cluster import joining
 from raypipe.run.cluster.session import without_rays_lines
 
-_OF_RAY = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+\s+(?:INFO|WARNING)\b|\(.*pid=\d+\)")
+_OF_RAY = re.compile(
+    r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+\s+(?:INFO|WARNING)\b|\(.*pid=\d+\)"
+    r"|Running entrypoint for job raysubmit_\w+: "
+)
 """Lines of Ray's own in the log of a job."""
+
+_TRACEBACK = "Traceback (most recent call last):"
+
+logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
 
 
 def do(address: str, arguments: Sequence[str]) -> int:
@@ -29,7 +38,7 @@ def do(address: str, arguments: Sequence[str]) -> int:
         The exit status of the command there.
 
     Raises:
-        UsageError: the job server does not take it.
+        UsageError: the job server does not take it, or raypipe cannot start there.
     """
     try:
         with without_rays_lines():
@@ -41,7 +50,7 @@ def do(address: str, arguments: Sequence[str]) -> int:
             )
     except AuthenticationError as error:
         raise joining.refusal(address, error, job=False) from error
-    except RuntimeError as error:  # with a status: it is there
+    except (RuntimeError, requests.HTTPError) as error:  # it answers, with an error
         raise UsageError(
             f"The job server at {address!r} does not take the command "
             f"({printable(str(error), 300)}). Try again, or look at the cluster's dashboard."
@@ -52,27 +61,40 @@ def do(address: str, arguments: Sequence[str]) -> int:
             "--address or RAY_ADDRESS; `ray dashboard cluster.yaml` makes a way to port 8265."
         ) from error
     try:
-        asyncio.run(_print(client, job))
+        raised = asyncio.run(_print(client, job))
+        if raised:
+            raise UsageError(
+                f"raypipe does not run on the head of the cluster at {address!r} "
+                f"({printable(raised[-1], 300)}). Install its dependencies there (`raypipe "
+                f"manifest dockerfile` prints an image that has them), or give the command on a "
+                f"node that has them. `ray job logs {job}` shows more."
+            )
         return _status(client, job)
     finally:  # also after Ctrl-C
         with contextlib.suppress(RuntimeError, OSError):
             client.stop_job(job)
 
 
-async def _print(client: JobSubmissionClient, job: str) -> None:
-    """Print the lines of the job until it ends."""
-    rest = ""
+async def _print(client: JobSubmissionClient, job: str) -> list[str]:
+    """Print the lines of the job until it ends, and return those of a traceback."""
+    rest, raised = "", list[str]()
     with contextlib.suppress(aiohttp.ClientError):
         async for text in client.tail_job_logs(job):
             *lines, rest = (rest + text).split("\n")
             for line in lines:
-                _print_line(line)
-    _print_line(rest)
+                _take(line, raised)
+    _take(rest, raised)
     sys.stdout.flush()
+    return raised
 
 
-def _print_line(line: str) -> None:
-    if line.strip() and not _OF_RAY.match(line):
+def _take(line: str, raised: list[str]) -> None:
+    """Print a line, or add it to what was raised: the rest of the log is that."""
+    if not line.strip() or _OF_RAY.match(line):
+        return
+    if raised or line == _TRACEBACK:
+        raised.append(line)
+    else:
         print(printable(line, 20_000), flush=True)
 
 
