@@ -127,6 +127,7 @@ KINDS = {
     "log_monitor": "log monitor",
     "monitor.py": "monitor (autoscaler)",
     "raypipe.run.probe": "probe",
+    "raypipe.run.cluster.forkserver": "fork server",
     "ray::_Auto": "autoscaling coordinator",
     "ray::_Stats": "stats actor",
     "ray::ActorLoc": "location tracker",
