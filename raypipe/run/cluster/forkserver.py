@@ -18,6 +18,7 @@ import os
 import random
 import runpy
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -106,8 +107,11 @@ def main() -> None:
             with contextlib.suppress(Exception):  # a worker that needs it will say why
                 importlib.import_module(module)
         asked = _serve(listening)
+        address = listening.getsockname()
     if asked is not None:
         _become(asked)
+    else:  # the driver was killed, or it would have ended this process
+        shutil.rmtree(os.path.dirname(address), ignore_errors=True)
 
 
 def _serve(listening: socket.socket) -> dict[str, Any] | None:
@@ -120,19 +124,24 @@ def _serve(listening: socket.socket) -> dict[str, Any] | None:
         if sys.stdin in ready:
             return None
         connection, _ = listening.accept()
-        # Who is not answered starts as without this server.
-        with connection, contextlib.suppress(OSError):
-            data, streams, _, _ = socket.recv_fds(connection, _READ, 3)
-            while more := connection.recv(_READ):
-                data += more
-            if _threads() <= {_HARMLESS} and os.fork() == 0:
+        with connection:
+            streams = list[int]()
+            # Who is not answered starts as without this server.
+            try:
+                data, streams, _, _ = socket.recv_fds(connection, _READ, 3)
+                while more := connection.recv(_READ):
+                    data += more
+                is_fork = _threads() <= {_HARMLESS} and os.fork() == 0
+            except OSError:
+                is_fork = False
+            if is_fork:
                 connection.sendall(b"1")
                 for to, stream in enumerate(streams):
                     os.dup2(stream, to)
-                    os.close(stream)
-                return json.loads(data)
             for stream in streams:
                 os.close(stream)
+            if is_fork:
+                return json.loads(data)
 
 
 def _threads() -> set[str]:

@@ -120,19 +120,23 @@ def test_a_module_that_is_missing_or_fails_is_left_to_the_workers(worker, tmp_pa
         server.close()
 
 
-def test_the_server_ends_with_its_driver():
+def test_a_driver_that_is_killed_leaves_neither_server_nor_socket():
     code = (
         "import time; from raypipe.run.cluster.forkserver import ForkServer; "
-        "print(ForkServer([]).pid, flush=True); time.sleep(600)"
+        "server = ForkServer([]); print(server.pid, server.instead_of('worker'), flush=True); "
+        "time.sleep(600)"
     )
     driver = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, env=environment(), stdout=subprocess.PIPE
     )
     assert driver.stdout is not None
-    server = psutil.Process(int(driver.stdout.readline()))
+    pid, _, address, _ = driver.stdout.readline().decode().split()
+    server = psutil.Process(int(pid))
+    assert os.path.exists(address)
     driver.kill()
     driver.communicate()
     assert psutil.wait_procs([server], timeout=60)[0]
+    assert not os.path.exists(os.path.dirname(address))
 
 
 @pytest.mark.smoke
