@@ -106,6 +106,18 @@ def test_importing_one_thing_does_not_bring_in_another(module, heavy):
     assert out.stdout.strip() == "[]"
 
 
+def test_planning_a_run_by_torchvision_leaves_torch_to_the_actors():
+    code = (
+        "import sys; from raypipe.run.preprocess import Settings, plan; "
+        "plan(Settings.of(input='demo:4', backend='torchvision', recipe='coco-300-pt')); "
+        "print('torch' in sys.modules)"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert out.stdout.strip() == "False"
+
+
 def test_jobs_stay_short_and_leave_ray_to_the_package():
     for path in (ROOT / "jobs").glob("*.py"):
         # run/__init__.py sets what Ray reads before anyone imports it

@@ -1,13 +1,12 @@
 """How much memory decoding and transforming an image takes, estimated before either starts.
 
-Bytes a pixel were measured as the peak of the process (VmHWM) on images of 20 megapixels. Those of
-ops are in the backends (`SCRATCH`).
+Bytes a pixel were measured as the peak of the process (VmHWM) on images of 20 megapixels.
 """
 
 from collections.abc import Mapping, Sequence
 
 from raypipe.images.header import Header
-from raypipe.images.ops.geometry import Resize
+from raypipe.images.ops import augment, colour, filters, geometry
 from raypipe.images.ops.op import Op, Size, as_op
 
 _DECODING = {
@@ -27,6 +26,55 @@ _ONE_SCAN, _SEVERAL_SCANS = 3, 9
 """The same for a JPEG that simplejpeg decodes. Several scans need all coefficients at once."""
 
 _TURNED = 3
+
+SCRATCH: dict[str, dict[type, float]] = {
+    "opencv": {
+        augment.AddNoise: 15,
+        augment.Erase: 1,
+        colour.AutoContrast: 1,
+        colour.Brightness: 0,
+        colour.CLAHE: 5,
+        colour.Contrast: 1,
+        colour.Equalize: 8,
+        colour.Gamma: 1,
+        colour.Greyscale: 1,
+        colour.Hue: 27,
+        colour.Permute: 0,
+        colour.Saturation: 3,
+        filters.Bilateral: 3,
+        filters.GaussianBlur: 1,
+        filters.Median: 1,
+        filters.NonLocalMeans: 20,
+        filters.Sharpness: 3,
+        geometry.Affine: 0,
+        geometry.Crop: 0,
+        geometry.Flip: 0,
+        geometry.Pad: 0,
+        geometry.Resize: 15,
+    },
+    "torchvision": {
+        augment.AddNoise: 36,
+        augment.Erase: 2,
+        colour.AutoContrast: 15,
+        colour.Brightness: 24,
+        colour.Contrast: 28,
+        colour.Equalize: 30,
+        colour.Gamma: 27,
+        colour.Greyscale: 8,
+        colour.Hue: 98,
+        colour.Permute: 2,
+        colour.Saturation: 28,
+        filters.GaussianBlur: 140,
+        filters.Sharpness: 153,
+        geometry.Affine: 36,
+        geometry.Crop: 2,
+        geometry.Flip: 2,
+        geometry.Pad: 2,
+        geometry.Resize: 2,
+    },
+}
+"""Bytes a pixel that each plain op of a backend takes beside its input and output."""
+
 UNKNOWN_OP = 30
 """Bytes a pixel assumed for an own op: one or two float32 copies."""
 
@@ -61,10 +109,10 @@ def needed(
         after = as_op(op).output_size(size)
         before, behind = size[0] * size[1], after[0] * after[1]
         # A resize works on rows first, so its scratch has the size in between.
-        worked_on = (
-            max(after[0] * size[1], behind) if isinstance(op, Resize) else max(before, behind)
-        )
-        in_float = 12 * before if isinstance(op, Resize) and op.arithmetic == "float" else 0
+        worked_on, in_float = max(before, behind), 0
+        if isinstance(op, geometry.Resize):
+            worked_on = max(after[0] * size[1], behind)
+            in_float = 12 * before if op.arithmetic == "float" else 0
         most = max(
             most, 3 * (before + behind) + scratch.get(type(op), UNKNOWN_OP) * worked_on + in_float
         )

@@ -32,32 +32,6 @@ _BORDERS = {
     "edge": cv2.BORDER_REPLICATE,
 }
 
-SCRATCH: dict[type, float] = {
-    augment.AddNoise: 15,
-    augment.Erase: 1,
-    colour.AutoContrast: 1,
-    colour.Brightness: 0,
-    colour.CLAHE: 5,
-    colour.Contrast: 1,
-    colour.Equalize: 8,
-    colour.Gamma: 1,
-    colour.Greyscale: 1,
-    colour.Hue: 27,
-    colour.Permute: 0,
-    colour.Saturation: 3,
-    filters.Bilateral: 3,
-    filters.GaussianBlur: 1,
-    filters.Median: 1,
-    filters.NonLocalMeans: 20,
-    filters.Sharpness: 3,
-    geometry.Affine: 0,
-    geometry.Crop: 0,
-    geometry.Flip: 0,
-    geometry.Pad: 0,
-    geometry.Resize: 15,
-}
-"""Bytes a pixel that an op takes beside input and output, measured (`raypipe.images.memory`)."""
-
 
 def setup(threads: int) -> None:
     """Set the threads of OpenCV in this process. Its default, all cores, is too many for actors."""

@@ -7,7 +7,7 @@ plain ops only, and whoever reads a plan sees all that happens to the image.
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Annotated, Any, Literal
@@ -15,8 +15,10 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 from raypipe.errors import UsageError
+from raypipe.images import backend
 from raypipe.images.frames import sound
 from raypipe.images.header import MAX_PIXELS, Reject
+from raypipe.images.memory import SCRATCH
 from raypipe.images.ops.boxes import NO_BOXES, after, around, inverted, overlapping
 from raypipe.images.ops.geometry import Resize, ShortSide
 from raypipe.images.ops.op import (
@@ -322,10 +324,7 @@ def check_ops(
     Raises:
         UsageError: an op is not registered with `apply`, and does not become other ops.
     """
-    for index, op in enumerate(recipe.ops):
-        kind = type(op)
-        if not getattr(op, "pixels", True) or _becomes_others(kind):
-            continue
+    for index, kind in _executed(recipe):
         if apply.dispatch(kind) is not apply.dispatch(object):
             continue
         remedy = remedies.get(kind, f"register a function with raypipe.images.{backend}.apply")
@@ -333,6 +332,25 @@ def check_ops(
             f"recipe {recipe.name!r}, op {index} ({kind.__name__}): the {backend} backend has no "
             f"such op; {remedy}"
         )
+
+
+def check_backend(recipe: Recipe, name: str) -> None:
+    """Check that a backend can execute the recipe. It is imported only where that is not certain.
+
+    Importing torch takes 5 s of CPU.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    if not all(kind in SCRATCH[name] for _, kind in _executed(recipe)):
+        backend(name).check(recipe)
+
+
+def _executed(recipe: Recipe) -> Iterator[tuple[int, type]]:
+    """The place and class of each op that a backend has to know."""
+    for index, op in enumerate(recipe.ops):
+        if getattr(op, "pixels", True) and not _becomes_others(type(op)):
+            yield index, type(op)
 
 
 def _becomes_others(kind: type) -> bool:

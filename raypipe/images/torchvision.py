@@ -31,28 +31,6 @@ _REMEDIES = dict.fromkeys(
     (colour.CLAHE, filters.Median, filters.Bilateral, filters.NonLocalMeans), _OPENCV_ONLY
 )
 
-SCRATCH: dict[type, float] = {
-    augment.AddNoise: 36,
-    augment.Erase: 2,
-    colour.AutoContrast: 15,
-    colour.Brightness: 24,
-    colour.Contrast: 28,
-    colour.Equalize: 30,
-    colour.Gamma: 27,
-    colour.Greyscale: 8,
-    colour.Hue: 98,
-    colour.Permute: 2,
-    colour.Saturation: 28,
-    filters.GaussianBlur: 140,
-    filters.Sharpness: 153,
-    geometry.Affine: 36,
-    geometry.Crop: 2,
-    geometry.Flip: 2,
-    geometry.Pad: 2,
-    geometry.Resize: 2,
-}
-"""Bytes a pixel that an op takes beside input and output, measured (`raypipe.images.memory`)."""
-
 
 def setup(threads: int) -> None:
     """Set the threads in this process of torch, and of OpenCV, which turns images upright."""

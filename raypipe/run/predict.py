@@ -22,9 +22,8 @@ from raypipe.data.names import STATE
 from raypipe.data.sinks import Sink
 from raypipe.data.tables import ANNOTATION_FIELDS, SOURCE, whole
 from raypipe.errors import UsageError, foreign
-from raypipe.images import backend as backend_module
 from raypipe.images.ops.op import as_op
-from raypipe.images.recipe import Recipe, for_evaluation
+from raypipe.images.recipe import Recipe, check_backend, for_evaluation
 from raypipe.images.recipe_json import from_json
 from raypipe.models import checkpoint as checkpoints
 from raypipe.run import result
@@ -378,7 +377,7 @@ def _recipe(
     try:
         with foreign("it", remedy="Use another checkpoint."):
             recipe = for_evaluation(from_json(dict(trained["recipe"]), trusted=trust))
-            backend_module(backend).check(recipe)
+            check_backend(recipe, backend)
             for op in recipe.ops:
                 as_op(op).back((1, 1))
     except UsageError as error:

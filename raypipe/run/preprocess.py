@@ -22,11 +22,10 @@ from raypipe.data.shapes import Placement, placement
 from raypipe.data.sinks import Sink
 from raypipe.data.tables import frames_of, unlist
 from raypipe.errors import UsageError
-from raypipe.images import backend as backend_module
 from raypipe.images import catalog
 from raypipe.images.frames import into_picture
 from raypipe.images.header import Reject
-from raypipe.images.recipe import Finish, Recipe
+from raypipe.images.recipe import Finish, Recipe, check_backend
 from raypipe.run import result
 from raypipe.run.background import Run
 from raypipe.run.job import Job, carry_out, shard_pixels
@@ -233,7 +232,7 @@ def plan(settings: Settings) -> Todo:
     check_apart(output, source.input)
     _check_kept(settings)
     recipe = catalog.get(settings.stored.recipe)
-    backend_module(settings.decoding.backend).check(recipe)
+    check_backend(recipe, settings.decoding.backend)
     listed = listed_for(recipe, source, limit=settings.running.limit)
     rows = listed.rows
     check_cache_names(settings, rows)

@@ -20,7 +20,6 @@ from raypipe.data.location import Location
 from raypipe.data.patience import READ_PATIENCE_S
 from raypipe.data.reader import Reading
 from raypipe.errors import UsageError, did_you_mean
-from raypipe.images import backend as backend_module
 from raypipe.images.header import MAX_PIXELS
 from raypipe.images.recipe import Recipe
 from raypipe.images.recipe_json import to_json
@@ -96,7 +95,6 @@ class Decoding:
 
     def check(self) -> None:
         """Raise UsageError for a value that no run can use."""
-        backend_module(self.backend)
         check_counts({"max-pixels": self.max_pixels})
         if not 0 < self.image_seconds < math.inf:
             raise UsageError(

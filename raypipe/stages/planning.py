@@ -8,11 +8,10 @@ import pyarrow as pa
 
 from raypipe.data.reader import CHUNK_BYTES, CHUNK_ROWS
 from raypipe.data.tables import frames_of
-from raypipe.images import backend as backend_module
 from raypipe.images.decode import read_header
 from raypipe.images.frames import into_picture
 from raypipe.images.header import MAX_PIXELS, NO_ROOM, UNREAD, Header, Reject
-from raypipe.images.memory import MOST, needed
+from raypipe.images.memory import MOST, SCRATCH, needed
 from raypipe.images.recipe import Plan, Recipe
 
 
@@ -140,7 +139,7 @@ class _Room:
 
     def __init__(self, settings: Preprocessing, *, rows: int, each: int) -> None:
         self._settings = settings
-        self._scratch = backend_module(settings.backend).SCRATCH
+        self._scratch = SCRATCH[settings.backend]
         self._each = each
         self._held = rows * each
 

@@ -29,7 +29,7 @@ from raypipe.data import lease, outputs
 from raypipe.data.location import Location
 from raypipe.data.names import STATE
 from raypipe.data.reader import Reader
-from raypipe.images import backend as backend_module
+from raypipe.images.recipe import check_backend
 from raypipe.run import preprocess
 from raypipe.run.causes import Untouched
 from raypipe.run.cluster.machine import Session, cores_here, processor, versions
@@ -221,7 +221,7 @@ def run(settings: Settings, *, console: Console) -> Swept:
     check_apart(output, settings.source.input)
     job = preprocess.preprocessing(most.changed(output=None))
     for backend in settings.grid.backends:
-        backend_module(backend).check(job.todo.recipe)
+        check_backend(job.todo.recipe, backend)
     if settings.training.train:
         first = Point(kind="train", backend="opencv", actors=1, threads=1, workers=1)
         plan(training(settings, first, storage=output))

@@ -12,9 +12,9 @@ import torch
 from raypipe.data import sizes
 from raypipe.data.sizes import Cut
 from raypipe.errors import UsageError
-from raypipe.images import backend as backend_module
 from raypipe.images import catalog
-from raypipe.images.recipe import Finish, Recipe
+from raypipe.images.memory import SCRATCH
+from raypipe.images.recipe import Finish, Recipe, check_backend
 from raypipe.models.detection import finish_of
 from raypipe.run.result import check_report
 from raypipe.run.todo import listed_for
@@ -72,15 +72,14 @@ def plan(settings: LoaderSettings, *, ranks: int) -> tuple[Facts, Todo]:
     source, decoding, loading = settings.source, settings.decoding, settings.loading
     check_report(settings.running.report)
     recipe = catalog.get(loading.recipe)
-    backend = backend_module(decoding.backend)
-    backend.check(recipe)
+    check_backend(recipe, decoding.backend)
     listed = listed_for(recipe, source, limit=settings.running.limit)
     rows = listed.rows
     cut = sizes.cut(
         recipe,
         images=rows.num_rows,
         rows=settings.running.shard_rows,
-        scratch=backend.SCRATCH,
+        scratch=SCRATCH[decoding.backend],
         memory=decoding.memory,
         max_pixels=decoding.max_pixels,
     )

@@ -17,9 +17,9 @@ from raypipe.data.sizes import Cut
 from raypipe.data.tables import Listed, unlist
 from raypipe.data.work import make_work, wanted_by
 from raypipe.errors import UsageError
-from raypipe.images import backend as backend_module
 from raypipe.images import catalog
-from raypipe.images.recipe import Finish, Recipe, for_evaluation
+from raypipe.images.memory import SCRATCH
+from raypipe.images.recipe import Finish, Recipe, check_backend, for_evaluation
 from raypipe.models import detection
 from raypipe.models.detection import Classes
 from raypipe.run.settings import recipe_identity
@@ -118,8 +118,8 @@ def plan(settings: Settings) -> Todo:
     seed, learning, decoding = settings.source.seed, settings.learning, settings.decoding
     recipe = catalog.get(learning.recipe)
     on_device = learning.ops_on == "device"
-    backend_module("torchvision" if on_device else decoding.backend).check(recipe)
-    backend_module(decoding.backend).check(for_evaluation(recipe))  # makes the hold-out
+    check_backend(recipe, "torchvision" if on_device else decoding.backend)
+    check_backend(for_evaluation(recipe), decoding.backend)  # makes the hold-out
     detection.check(settings.model.model, recipe.fixed_size)
     found, listed, held = _listed(settings)
     source = wanted_by(listed, needs_boxes=recipe.needs_boxes, drops_crowds=recipe.drops_crowds)
@@ -129,7 +129,7 @@ def plan(settings: Settings) -> Todo:
         sizes.cut,
         images=source.num_rows,
         rows=settings.running.shard_rows,
-        scratch=backend_module(decoding.backend).SCRATCH,
+        scratch=SCRATCH[decoding.backend],
         memory=decoding.memory,
         max_pixels=decoding.max_pixels,
     )

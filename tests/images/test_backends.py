@@ -8,6 +8,7 @@ from raypipe import UsageError
 from raypipe.images import BACKENDS, backend, opencv, torchvision
 from raypipe.images.catalog import RECIPES
 from raypipe.images.decode import read_header
+from raypipe.images.memory import SCRATCH
 from raypipe.images.ops.augment import AddNoise, Erase
 from raypipe.images.ops.boxes import SanitizeBoxes
 from raypipe.images.ops.colour import (
@@ -24,7 +25,7 @@ from raypipe.images.ops.colour import (
 )
 from raypipe.images.ops.filters import Bilateral, GaussianBlur, Median, NonLocalMeans, Sharpness
 from raypipe.images.ops.geometry import Affine, Crop, Flip, Pad, Resize, affine_matrix
-from raypipe.images.recipe import Finish, Recipe
+from raypipe.images.recipe import Finish, Recipe, check_backend
 from tests.images.pixels import by_torchvision, difference, tensor
 
 # How far results may differ, in counts of 255: measured, and explained by how the libraries round.
@@ -198,5 +199,12 @@ def test_torchvision_says_what_it_cannot_do_before_the_run(op):
         UsageError,
         match=rf"op 1 \({type(op).__name__}\): the torchvision backend .*--backend opencv",
     ):
-        torchvision.check(Recipe(name="own", ops=(Flip(), op)))
-    opencv.check(Recipe(name="own", ops=(Flip(), op, SanitizeBoxes())))
+        check_backend(Recipe(name="own", ops=(Flip(), op)), "torchvision")
+    check_backend(Recipe(name="own", ops=(Flip(), op, SanitizeBoxes())), "opencv")
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_the_table_of_a_backends_ops_is_what_it_executes(name):
+    module = backend(name)
+    own = {kind for kind in module.apply.registry if kind.__module__.startswith("raypipe.")}
+    assert own == SCRATCH[name].keys()
