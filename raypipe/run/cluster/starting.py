@@ -183,8 +183,11 @@ class Start:
             port = self._node._ray_params.dashboard_agent_listen_port
             command = [*command, f"--dashboard_agent_listen_port={port}"]
         for start, change in changes.items():
-            (at,) = (at for at, word in enumerate(command) if word.startswith(start))
-            command[at] = start + change(command[at].removeprefix(start))
+            # Where a Ray has no such flag, what it would change starts in Ray's own way.
+            command = [
+                start + change(word.removeprefix(start)) if word.startswith(start) else word
+                for word in command
+            ]
         return command
 
     def _forking(self, command: str) -> str:
