@@ -108,7 +108,8 @@ def start(probe: Probe) -> subprocess.Popen[bytes]:
         "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)
     }
     process = subprocess.Popen(
-        [sys.executable, "-m", "raypipe.run.probe"],
+        # -P: no module of the current folder is taken for one of a library.
+        [sys.executable, "-P", "-m", "raypipe.run.probe"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

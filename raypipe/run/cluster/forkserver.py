@@ -71,7 +71,8 @@ class ForkServer:
             listening.listen(1024)  # who asks before the server is ready waits
             number = listening.fileno()
             self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(number), *ALWAYS, *modules],
+                # -P: no module of the current folder is taken for one of a library.
+                [sys.executable, "-P", "-m", __name__, str(number), *ALWAYS, *modules],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -167,7 +168,7 @@ def _become(asked: dict[str, Any]) -> None:
     if numpy := sys.modules.get("numpy"):
         numpy.random.seed()  # else all workers would draw the same numbers
     sys.argv = asked["argv"]
-    sys.path[0] = os.path.dirname(sys.argv[0])
+    sys.path.insert(0, os.path.dirname(sys.argv[0]))
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 

@@ -120,6 +120,19 @@ def test_a_module_that_is_missing_or_fails_is_left_to_the_workers(worker, tmp_pa
         server.close()
 
 
+def test_a_module_in_the_current_folder_is_not_taken_for_a_library(worker, tmp_path, monkeypatch):
+    here = tmp_path / "here"
+    here.mkdir()
+    for name in ("yaml", "json", "pandas"):
+        (here / f"{name}.py").write_text("raise SystemExit")
+    monkeypatch.chdir(here)
+    server = ForkServer(["cv2"])
+    try:
+        assert begun(server, worker, PLAIN)["imported"] == ["cv2", "pandas"]
+    finally:
+        server.close()
+
+
 def test_a_driver_that_is_killed_leaves_neither_server_nor_socket():
     code = (
         "import time; from raypipe.run.cluster.forkserver import ForkServer; "
