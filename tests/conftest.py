@@ -65,10 +65,13 @@ def session():
     """One local Ray with 8 logical CPUs and 64 GB, for all tests that need none of their own.
 
     Without Ray's log monitor, autoscaler and idle workers: these took a tenth of the suite's CPU.
+    Its workers are forked with torch, which takes each of them 5 s of CPU otherwise. An OpenCV
+    actor of a user has no torch (tests/test_imports.py).
     """
     start = Start()
-    imported = ("raypipe.stages.preprocess", "raypipe.stages.write", "raypipe.images.opencv")
-    with start.quick(workers=0, agents=True, modules=imported):
+    steps = (f"raypipe.stages.{name}" for name in ("preprocess", "write", "predict"))
+    backends = ("raypipe.images.opencv", "raypipe.images.torchvision")
+    with start.quick(workers=0, agents=True, modules=(*steps, *backends)):
         ray.init(
             address="local",
             num_cpus=8,
@@ -79,7 +82,6 @@ def session():
         )
     yield
     ray.shutdown()
-    start.close()
     start.close()
 
 

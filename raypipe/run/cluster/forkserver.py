@@ -132,7 +132,7 @@ def _serve(listening: socket.socket) -> dict[str, Any] | None:
                 data, streams, _, _ = socket.recv_fds(connection, _READ, 3)
                 while more := connection.recv(_READ):
                     data += more
-                is_fork = _threads() <= {_HARMLESS} and os.fork() == 0
+                is_fork = _may_fork() and os.fork() == 0
             except OSError:
                 is_fork = False
             if is_fork:
@@ -145,14 +145,14 @@ def _serve(listening: socket.socket) -> dict[str, Any] | None:
                 return json.loads(data)
 
 
-def _threads() -> set[str]:
-    """Names of the threads beside this one."""
+def _may_fork() -> bool:
+    """Whether no module that was imported has brought Ray or threads."""
     names = set()
     for thread in os.listdir("/proc/self/task"):
         if int(thread) != os.getpid():
             with open(f"/proc/self/task/{thread}/comm") as name:
                 names.add(name.read().strip())
-    return names
+    return names <= {_HARMLESS} and "ray" not in sys.modules
 
 
 def _become(asked: dict[str, Any]) -> None:

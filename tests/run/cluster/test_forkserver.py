@@ -97,12 +97,16 @@ def test_a_worker_starts_by_itself_where_there_is_no_server(server, worker):
     assert begun(server, worker, PLAIN)["parent"] == os.getpid()
 
 
-def test_a_server_with_threads_forks_nobody(worker, tmp_path, monkeypatch):
-    (tmp_path / "threaded.py").write_text(
-        "import threading\nthreading.Thread(target=threading.Event().wait, daemon=True).start()"
-    )
+THREAD = "import threading\nthreading.Thread(target=threading.Event().wait, daemon=True).start()"
+
+
+@pytest.mark.parametrize("text", [THREAD, "import ray"], ids=["threads", "Ray"])
+def test_a_server_whose_modules_brought_what_forks_must_not_share_forks_nobody(
+    text, worker, tmp_path, monkeypatch
+):
+    (tmp_path / "brings.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
-    server = ForkServer(["threaded"])
+    server = ForkServer(["brings"])
     try:
         assert begun(server, worker, PLAIN)["parent"] == os.getpid()
         assert psutil.Process(server.pid).status() != psutil.STATUS_ZOMBIE
