@@ -14,13 +14,15 @@ import os
 import socket
 import sys
 
-PLAIN = "--runtime-env-hash=0"
-"""The worker has no runtime environment: that might bring another Python or other packages."""
-
 
 def fork(address: str, arguments: list[str]) -> bool:
     """Ask the server at `address` for a worker. False: it gives none."""
-    asked = {"argv": arguments, "env": dict(os.environ), "cwd": os.getcwd()}
+    asked = {
+        "python": sys.executable,
+        "argv": arguments,
+        "env": dict(os.environ),
+        "cwd": os.getcwd(),
+    }
     with socket.socket(socket.AF_UNIX) as server:
         try:
             server.connect(address)
@@ -34,7 +36,7 @@ def fork(address: str, arguments: list[str]) -> bool:
 def main() -> None:
     """Begin a worker."""
     _, address, *arguments = sys.argv
-    if PLAIN not in arguments or not fork(address, arguments):
+    if not fork(address, arguments):
         os.execv(sys.executable, [sys.executable, *arguments])
 
 

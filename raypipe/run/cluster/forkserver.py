@@ -1,6 +1,6 @@
 """A process that has imported what actors import. Ray's workers are forked from it.
 
-    python -m raypipe.run.cluster.forkserver LISTENING MODULE ...
+    python -m raypipe.run.cluster.forkserver LISTENING PYTHONPATH MODULE ...
 
 Of the 1.6 s of CPU that a worker takes to start, 1.1 s are imports. A fork has these modules
 already, and shares their 70 MB with other workers.
@@ -52,6 +52,9 @@ import both takes 0.4 s instead of 1.1 s."""
 _HARMLESS = "jemalloc_bg_thd"
 """A thread of pyarrow's allocator, which starts it again in a fork."""
 
+_OF_NO_IMPORT = {"PWD", "OLDPWD", "PS1", "SHLVL", "_", "SPT_NOENV"}
+"""Variables of shells, and of Ray's way of naming processes, which no module reads."""
+
 _READ = 1 << 16
 
 
@@ -61,22 +64,19 @@ class ForkServer:
     def __init__(self, modules: Iterable[str]):
         self._folder = tempfile.TemporaryDirectory(prefix="raypipe-")  # for this user alone
         self._address = os.path.join(self._folder.name, "workers")
-        # Own ops are in modules that the server must find. OpenBLAS would start threads.
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
-            "OPENBLAS_NUM_THREADS": "1",
-        }
+        # Own ops are in modules that the server must find.
+        path = os.pathsep.join(path or os.getcwd() for path in sys.path)
         with socket.socket(socket.AF_UNIX) as listening:
             listening.bind(self._address)
             listening.listen(1024)  # who asks before the server is ready waits
-            number = listening.fileno()
+            number, own = listening.fileno(), os.environ.get("PYTHONPATH", "")
             self._process = subprocess.Popen(
                 # -P: no module of the current folder is taken for one of a library.
-                [sys.executable, "-P", "-m", __name__, str(number), *ALWAYS, *modules],
+                [sys.executable, "-P", "-m", __name__, str(number), own, *ALWAYS, *modules],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                env=environment,
+                env=os.environ | {"PYTHONPATH": path},
                 pass_fds=[number],
                 start_new_session=True,  # Ctrl-C is for the run, which ends the server
             )
@@ -102,12 +102,14 @@ class ForkServer:
 
 def main() -> None:
     """Import, then serve. A fork goes on as Ray's worker."""
-    _, number, *modules = sys.argv
+    _, number, path, *modules = sys.argv
+    environment = os.environ | {"PYTHONPATH": path}
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # it would start threads
     with socket.socket(fileno=int(number)) as listening:
         for module in modules:
             with contextlib.suppress(Exception):  # a worker that needs it will say why
                 importlib.import_module(module)
-        asked = _serve(listening)
+        asked = _serve(listening, environment)
         address = listening.getsockname()
     if asked is not None:
         _become(asked)
@@ -115,8 +117,12 @@ def main() -> None:
         shutil.rmtree(os.path.dirname(address), ignore_errors=True)
 
 
-def _serve(listening: socket.socket) -> dict[str, Any] | None:
-    """Fork for each request. Returns it in the fork, and None at the end of standard input."""
+def _serve(listening: socket.socket, environment: dict[str, str]) -> dict[str, Any] | None:
+    """Fork for each request. Returns it in the fork, and None at the end of standard input.
+
+    Args:
+        environment: of the driver.
+    """
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # forks leave no zombies
     gc.collect()
     gc.freeze()  # else collections in the forks would copy the shared pages
@@ -126,14 +132,15 @@ def _serve(listening: socket.socket) -> dict[str, Any] | None:
             return None
         connection, _ = listening.accept()
         with connection:
-            streams = list[int]()
+            streams, asked = list[int](), dict[str, Any]()
             # Who is not answered starts as without this server.
             try:
                 data, streams, _, _ = socket.recv_fds(connection, _READ, 3)
                 while more := connection.recv(_READ):
                     data += more
-                is_fork = _may_fork() and os.fork() == 0
-            except OSError:
+                asked = json.loads(data)
+                is_fork = _may_fork() and _is_like(asked, environment) and os.fork() == 0
+            except (OSError, ValueError):
                 is_fork = False
             if is_fork:
                 connection.sendall(b"1")
@@ -142,7 +149,7 @@ def _serve(listening: socket.socket) -> dict[str, Any] | None:
             for stream in streams:
                 os.close(stream)
             if is_fork:
-                return json.loads(data)
+                return asked
 
 
 def _may_fork() -> bool:
@@ -153,6 +160,20 @@ def _may_fork() -> bool:
             with open(f"/proc/self/task/{thread}/comm") as name:
                 names.add(name.read().strip())
     return names <= {_HARMLESS} and "ray" not in sys.modules
+
+
+def _is_like(asked: dict[str, Any], environment: dict[str, str]) -> bool:
+    """Whether a worker has this Python, and an environment in which it imports the same.
+
+    A runtime environment may bring others. That of Ray Train has only variables for Ray.
+    """
+    theirs = asked["env"]
+    differ = {
+        name
+        for name in theirs.keys() | environment.keys()
+        if theirs.get(name, "") != environment.get(name, "") and not name.startswith("RAY_")
+    }
+    return asked["python"] == sys.executable and differ <= _OF_NO_IMPORT
 
 
 def _become(asked: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import psutil
 import pytest
 import ray
 
-from raypipe.run.cluster.forked import PLAIN
 from raypipe.run.cluster.forkserver import ForkServer
 from tests.conftest import ROOT
 from tests.support.clusters import environment
@@ -46,18 +45,39 @@ def worker(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def server() -> Iterator[ForkServer]:
-    server = ForkServer(["cv2"])
-    yield server
-    server.close()
+def serve(monkeypatch) -> Iterator[Callable[..., ForkServer]]:
+    """Starts servers that import the modules they are given."""
+    started = []
+
+    def start(*modules: str) -> ForkServer:
+        # This variable of pytest changes before a worker begins.
+        monkeypatch.delenv("PYTEST_CURRENT_TEST", raising=False)
+        started.append(ForkServer(modules))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.close()
 
 
-def begun(server: ForkServer, worker: str, *arguments: str) -> dict[str, Any]:
-    """What a worker prints that is begun as a raylet does."""
+@pytest.fixture
+def server(serve) -> ForkServer:
+    return serve("cv2")
+
+
+def around() -> dict[str, str]:
+    """This environment, as it was when the server started."""
+    return {key: value for key, value in os.environ.items() if key != "PYTEST_CURRENT_TEST"}
+
+
+def begun(
+    server: ForkServer, worker: str, *arguments: str, python: str = sys.executable, **more: str
+) -> dict[str, Any]:
+    """What a worker prints that is begun as a raylet does, with `more` in its environment."""
     done = subprocess.run(
-        [sys.executable, *server.instead_of(worker).split(), *arguments],
+        [python, *server.instead_of(worker).split(), *arguments],
         cwd=os.path.dirname(worker),
-        env=os.environ | {"OF_THE_WORKER": "1"},
+        env=around() | {"RAY_JOB_ID": "ffffffff"} | more,
         stdout=subprocess.PIPE,
         timeout=60,
         check=True,
@@ -68,33 +88,51 @@ def begun(server: ForkServer, worker: str, *arguments: str) -> dict[str, Any]:
 def test_a_fork_has_what_the_server_imported_and_is_else_like_a_worker_that_was_started(
     server, worker
 ):
-    one = begun(server, worker, PLAIN, "--x=1")
-    assert one["name"] == "__main__" and one["argv"] == [PLAIN, "--x=1"]
+    one = begun(server, worker, "--x=1")
+    assert one["name"] == "__main__" and one["argv"] == ["--x=1"]
     assert one["imported"] == ["cv2", "pandas"]  # no Ray: forks would share the state of its ids
     assert one["parent"] == server.pid
     assert one["group"] == one["pid"]
     assert one["folder"] == os.path.dirname(worker)
-    assert one["env"] == os.environ | {"OF_THE_WORKER": "1"}
+    assert one["env"] == around() | {"RAY_JOB_ID": "ffffffff"}
     assert one["oom_score_adj"] == 1000
     assert one["children_reaped_by"] == "0"  # SIG_DFL: a worker waits for its own children
 
 
 def test_forks_draw_different_numbers(server, worker):
-    draws = [begun(server, worker, PLAIN)["draws"] for _ in range(3)]
+    draws = [begun(server, worker)["draws"] for _ in range(3)]
     for of_one_generator in zip(*draws, strict=True):
         assert len(set(of_one_generator)) == 3
 
 
-def test_a_worker_with_a_runtime_environment_starts_by_itself(server, worker):
-    one = begun(server, worker, "--runtime-env-hash=123")
-    assert one["parent"] == os.getpid() and one["imported"] == []
+@pytest.mark.parametrize(
+    ("more", "is_forked"),
+    [
+        ({"RAY_TRAIN_V2_ENABLED": "1", "SHLVL": "3"}, True),
+        ({"OMP_NUM_THREADS": "7"}, False),
+        ({"PYTHONPATH": "/elsewhere"}, False),
+        ({"OF_THE_USER": "1"}, False),
+    ],
+)
+def test_a_worker_whose_variables_may_change_what_it_imports_starts_by_itself(
+    more, is_forked, server, worker
+):
+    one = begun(server, worker, **more)
+    assert one["parent"] == (server.pid if is_forked else os.getpid())
+    assert one["env"].items() >= more.items()
+
+
+def test_a_worker_of_another_python_starts_by_itself(server, worker, tmp_path):
+    other = tmp_path / "python"
+    other.symlink_to(sys.executable)
+    assert begun(server, worker, python=str(other))["parent"] == os.getpid()
 
 
 def test_a_worker_starts_by_itself_where_there_is_no_server(server, worker):
-    assert begun(server, worker, PLAIN)["parent"] == server.pid
+    assert begun(server, worker)["parent"] == server.pid
     os.kill(server.pid, signal.SIGKILL)
     psutil.wait_procs([psutil.Process(server.pid)], timeout=30)
-    assert begun(server, worker, PLAIN)["parent"] == os.getpid()
+    assert begun(server, worker)["parent"] == os.getpid()
 
 
 THREAD = "import threading\nthreading.Thread(target=threading.Event().wait, daemon=True).start()"
@@ -102,39 +140,34 @@ THREAD = "import threading\nthreading.Thread(target=threading.Event().wait, daem
 
 @pytest.mark.parametrize("text", [THREAD, "import ray"], ids=["threads", "Ray"])
 def test_a_server_whose_modules_brought_what_forks_must_not_share_forks_nobody(
-    text, worker, tmp_path, monkeypatch
+    text, serve, worker, tmp_path, monkeypatch
 ):
     (tmp_path / "brings.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
-    server = ForkServer(["brings"])
-    try:
-        assert begun(server, worker, PLAIN)["parent"] == os.getpid()
-        assert psutil.Process(server.pid).status() != psutil.STATUS_ZOMBIE
-    finally:
-        server.close()
+    server = serve("brings")
+    assert begun(server, worker)["parent"] == os.getpid()
+    assert psutil.Process(server.pid).status() != psutil.STATUS_ZOMBIE
 
 
-def test_a_module_that_is_missing_or_fails_is_left_to_the_workers(worker, tmp_path, monkeypatch):
+def test_a_module_that_is_missing_or_fails_is_left_to_the_workers(
+    serve, worker, tmp_path, monkeypatch
+):
     (tmp_path / "fails.py").write_text("1 / 0")
     monkeypatch.syspath_prepend(tmp_path)
-    server = ForkServer(["no_such_module", "fails", "cv2"])
-    try:
-        assert begun(server, worker, PLAIN)["imported"] == ["cv2", "pandas"]
-    finally:
-        server.close()
+    server = serve("no_such_module", "fails", "cv2")
+    assert begun(server, worker)["imported"] == ["cv2", "pandas"]
 
 
-def test_a_module_in_the_current_folder_is_not_taken_for_a_library(worker, tmp_path, monkeypatch):
+def test_a_module_in_the_current_folder_is_not_taken_for_a_library(
+    serve, worker, tmp_path, monkeypatch
+):
     here = tmp_path / "here"
     here.mkdir()
     for name in ("yaml", "json", "pandas"):
         (here / f"{name}.py").write_text("raise SystemExit")
     monkeypatch.chdir(here)
-    server = ForkServer(["cv2"])
-    try:
-        assert begun(server, worker, PLAIN)["imported"] == ["cv2", "pandas"]
-    finally:
-        server.close()
+    server = serve("cv2")
+    assert begun(server, worker)["imported"] == ["cv2", "pandas"]
 
 
 def test_a_driver_that_is_killed_leaves_neither_server_nor_socket():
