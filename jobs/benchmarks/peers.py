@@ -67,7 +67,7 @@ def timed(batches: Callable[[Paths, str | None], Iterator[Moment]]) -> Contender
 def steady(moments: list[Moment]) -> float:
     """Images/s without start and end: the slope over the middle four fifths of the images.
 
-    A slope, as whole blocks come out at once: from the first to the last would count one too many.
+    Whole blocks come out at once. So a count from the first to the last would be a block too large.
     """
     moments = sorted(moments)
     at = np.repeat([when for when, _ in moments], [count for _, count in moments])

@@ -7,7 +7,6 @@ imports no Ray. It writes to the run's folder for unfinished files, and deletes 
 """
 
 import json
-import os
 import pickle
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from raypipe.data.sinks import Sink
 from raypipe.data.work import make_work
 from raypipe.images import backend as backend_module
 from raypipe.insight.planner import StageCost
+from raypipe.run import processes
 from raypipe.stages.actor import keep_freed_memory
 from raypipe.stages.planning import Preprocessing
 from raypipe.stages.preprocess import Preprocess, preprocess_shard
@@ -103,18 +103,12 @@ def of(rows: pa.Table, stages: Sequence[Stage], *, threads: int, stored: bool = 
 def start(probe: Probe) -> subprocess.Popen[bytes]:
     """Start the process. Call `end` in any case."""
     _ = probe.makes_root
-    # Own ops are in modules that this process can find.
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)
-    }
-    process = subprocess.Popen(
-        # -P: no module of the current folder is taken for one of a library.
-        [sys.executable, "-P", "-m", "raypipe.run.probe"],
+    # Own ops are in modules that only this process may find.
+    process = processes.start(
+        "raypipe.run.probe",
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env=environment,
-        start_new_session=True,  # Ctrl-C is for the run, which ends the probe
     )
     assert process.stdin is not None
     try:

@@ -5,9 +5,9 @@
 Of the 1.6 s of CPU that a worker takes to start, 1.1 s are imports. A fork has these modules
 already, and shares their 70 MB with other workers.
 
-The server does not import Ray: Ray's library draws ids from a state that forks would share. It runs
-no threads, as a fork has none of them, but has the locks that they held. It ends when its standard
-input does, which is when the driver ends.
+The server must not import Ray: forks would share the state from which Ray draws its ids. It must
+not run threads: a fork has their locks, but not the threads. It ends when its standard input ends,
+which is when the driver ends.
 """
 
 import contextlib
@@ -15,7 +15,6 @@ import gc
 import importlib
 import json
 import os
-import random
 import runpy
 import select
 import shutil
@@ -27,6 +26,7 @@ import tempfile
 from collections.abc import Iterable
 from typing import Any
 
+from raypipe.run import processes
 from raypipe.run.cluster import forked
 
 ALWAYS = (
@@ -53,7 +53,7 @@ _HARMLESS = "jemalloc_bg_thd"
 """A thread of pyarrow's allocator, which starts it again in a fork."""
 
 _OF_NO_IMPORT = {"PWD", "OLDPWD", "PS1", "SHLVL", "_", "SPT_NOENV"}
-"""Variables of shells, and of Ray's way of naming processes, which no module reads."""
+"""Variables that shells and setproctitle set. No module reads them."""
 
 _READ = 1 << 16
 
@@ -64,21 +64,20 @@ class ForkServer:
     def __init__(self, modules: Iterable[str]):
         self._folder = tempfile.TemporaryDirectory(prefix="raypipe-")  # for this user alone
         self._address = os.path.join(self._folder.name, "workers")
-        # Own ops are in modules that the server must find.
-        path = os.pathsep.join(path or os.getcwd() for path in sys.path)
         with socket.socket(socket.AF_UNIX) as listening:
             listening.bind(self._address)
-            listening.listen(1024)  # who asks before the server is ready waits
-            number, own = listening.fileno(), os.environ.get("PYTHONPATH", "")
-            self._process = subprocess.Popen(
-                # -P: no module of the current folder is taken for one of a library.
-                [sys.executable, "-P", "-m", __name__, str(number), own, *ALWAYS, *modules],
+            listening.listen(1024)  # requests wait here until the server is ready
+            number = listening.fileno()
+            self._process = processes.start(
+                __name__,
+                str(number),
+                os.environ.get("PYTHONPATH", ""),
+                *ALWAYS,
+                *modules,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                env=os.environ | {"PYTHONPATH": path},
                 pass_fds=[number],
-                start_new_session=True,  # Ctrl-C is for the run, which ends the server
             )
 
     @property
@@ -107,7 +106,7 @@ def main() -> None:
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # it would start threads
     with socket.socket(fileno=int(number)) as listening:
         for module in modules:
-            with contextlib.suppress(Exception):  # a worker that needs it will say why
+            with contextlib.suppress(Exception):  # the worker that needs it reports the error
                 importlib.import_module(module)
         asked = _serve(listening, environment)
         address = listening.getsockname()
@@ -132,28 +131,36 @@ def _serve(listening: socket.socket, environment: dict[str, str]) -> dict[str, A
             return None
         connection, _ = listening.accept()
         with connection:
-            streams, asked = list[int](), dict[str, Any]()
-            # Who is not answered starts as without this server.
-            try:
-                data, streams, _, _ = socket.recv_fds(connection, _READ, 3)
-                while more := connection.recv(_READ):
-                    data += more
-                asked = json.loads(data)
-                is_fork = _may_fork() and _is_like(asked, environment) and os.fork() == 0
-            except (OSError, ValueError):
-                is_fork = False
-            if is_fork:
-                connection.sendall(b"1")
-                for to, stream in enumerate(streams):
-                    os.dup2(stream, to)
-            for stream in streams:
-                os.close(stream)
-            if is_fork:
-                return asked
+            asked = _answer(connection, environment)
+        if asked is not None:
+            return asked
+
+
+def _answer(connection: socket.socket, environment: dict[str, str]) -> dict[str, Any] | None:
+    """Fork for one request. Returns it in the fork, with its standard streams in place.
+
+    A worker that gets no answer starts by itself.
+    """
+    streams, asked = list[int](), dict[str, Any]()
+    try:
+        data, streams, _, _ = socket.recv_fds(connection, _READ, 3)
+        while more := connection.recv(_READ):
+            data += more
+        asked = json.loads(data)
+        is_fork = _may_fork() and _is_like(asked, environment) and os.fork() == 0
+    except (OSError, ValueError):
+        is_fork = False
+    if is_fork:
+        connection.sendall(b"1")
+        for to, stream in enumerate(streams):
+            os.dup2(stream, to)
+    for stream in streams:
+        os.close(stream)
+    return asked if is_fork else None
 
 
 def _may_fork() -> bool:
-    """Whether no module that was imported has brought Ray or threads."""
+    """Whether a fork is safe: no module has imported Ray, or started a thread."""
     names = set()
     for thread in os.listdir("/proc/self/task"):
         if int(thread) != os.getpid():
@@ -163,9 +170,9 @@ def _may_fork() -> bool:
 
 
 def _is_like(asked: dict[str, Any], environment: dict[str, str]) -> bool:
-    """Whether a worker has this Python, and an environment in which it imports the same.
+    """Whether a worker has this Python, and variables with which it imports the same modules.
 
-    A runtime environment may bring others. That of Ray Train has only variables for Ray.
+    A runtime environment may change both. Ray Train's only sets variables for Ray.
     """
     theirs = asked["env"]
     differ = {
@@ -185,9 +192,8 @@ def _become(asked: dict[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(asked["env"])
     os.chdir(asked["cwd"])
-    random.seed()
     if numpy := sys.modules.get("numpy"):
-        numpy.random.seed()  # else all workers would draw the same numbers
+        numpy.random.seed()  # else all workers would draw the same numbers; Python reseeds itself
     sys.argv = asked["argv"]
     sys.path.insert(0, os.path.dirname(sys.argv[0]))
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -78,7 +78,7 @@ class Start:
 
         def process(command: list[str], process_type: str, **given: Any) -> Any:
             if not self._processes:  # the first: Ray has set its variables by now
-                self._forks = _fork_server(modules)
+                self._forks = fork_server(modules)
             if process_type == ray_constants.PROCESS_TYPE_RAYLET:
                 command = self._raylet(command, workers)
             self._processes.append(_start_ray_process(command, process_type, **given))
@@ -245,7 +245,7 @@ class Start:
             self._helpers.start_stats()
 
 
-def _fork_server(modules: Iterable[str]) -> ForkServer | None:
+def fork_server(modules: Iterable[str]) -> ForkServer | None:
     """The server; None: this system gives no process or socket, or TMPDIR is too long for one."""
     try:
         return ForkServer(modules)

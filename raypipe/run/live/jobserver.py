@@ -89,7 +89,7 @@ async def _print(client: JobSubmissionClient, job: str) -> list[str]:
 
 
 def _take(line: str, raised: list[str]) -> None:
-    """Print a line, or add it to what was raised: the rest of the log is that."""
+    """Print a line, or keep it if a traceback has begun: the rest of the log belongs to that."""
     if not line.strip() or _OF_RAY.match(line):
         return
     if raised or line == _TRACEBACK:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import psutil
 import pytest
 import ray
 
+from raypipe.run.cluster import starting
 from raypipe.run.cluster.forkserver import ForkServer
 from tests.conftest import ROOT
 from tests.support.clusters import environment
@@ -187,6 +189,14 @@ def test_a_driver_that_is_killed_leaves_neither_server_nor_socket():
     driver.communicate()
     assert psutil.wait_procs([server], timeout=60)[0]
     assert not os.path.exists(os.path.dirname(address))
+
+
+def test_where_no_socket_can_be_there_is_no_server(tmp_path, monkeypatch):
+    folder = tmp_path / ("x" * 110)  # a socket's path may have 107 characters
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    assert starting.fork_server(["cv2"]) is None
+    assert list(folder.iterdir()) == []
 
 
 @pytest.mark.smoke
