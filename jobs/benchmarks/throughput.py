@@ -57,7 +57,18 @@ from raypipe.run.preprocess import Settings, run
 from raypipe.stages.preprocess import pixels
 
 sys.path.insert(0, str(Path(__file__).parent))  # also in processes that import this file
-from peers import BATCH, PEERS, SIZE, Contender, Moment, Paths, Timing, steady, written
+from peers import (
+    BATCH,
+    PEERS,
+    SIZE,
+    Contender,
+    Moment,
+    Paths,
+    Timing,
+    kept_until_the_end,
+    steady,
+    written,
+)
 from startup import cpu_of
 
 JOBS = Path(__file__).resolve().parents[1]
@@ -229,15 +240,12 @@ def alone(name: str, paths: Paths, folder: str | None) -> Result:
     return Result(len(paths) / took, cpu_s_per_image=cpu_s / len(paths))
 
 
-def one_round(mode: Mode, name: str, paths: Paths) -> Result:
-    """Measure one contender once."""
-    folder = tempfile.mkdtemp(prefix="raypipe-benchmark-") if mode.endswith("write") else None
-    try:
-        if mode.startswith("alone"):
-            return alone(name, paths, folder)
-        return measure(CONTENDERS[name], paths, folder)
-    finally:
-        shutil.rmtree(folder or "", ignore_errors=True)
+def one_round(mode: Mode, name: str, paths: Paths, results: str) -> Result:
+    """Measure one contender once. It writes into a new folder in `results`."""
+    folder = tempfile.mkdtemp(dir=results) if mode.endswith("write") else None
+    if mode.startswith("alone"):
+        return alone(name, paths, folder)
+    return measure(CONTENDERS[name], paths, folder)
 
 
 def main() -> int:
@@ -256,17 +264,18 @@ def main() -> int:
             include_dashboard=False,
         )
     results: dict[tuple[Mode, str], list[Result]] = {}
-    for round_ in range(wanted.rounds):
-        for mode in wanted.modes:
-            for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
-                if MEASURED_ONCE.get(name, mode) != mode:
-                    continue
-                result = one_round(mode, name, paths)
-                results.setdefault((mode, name), []).append(result)
-                console.print(
-                    f"round {round_ + 1} {mode} {name}: {result.images_per_s:.0f} images/s",
-                    highlight=False,
-                )
+    with kept_until_the_end() as folder:
+        for round_ in range(wanted.rounds):
+            for mode in wanted.modes:
+                for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
+                    if MEASURED_ONCE.get(name, mode) != mode:
+                        continue
+                    result = one_round(mode, name, paths, folder)
+                    results.setdefault((mode, name), []).append(result)
+                    console.print(
+                        f"round {round_ + 1} {mode} {name}: {result.images_per_s:.0f} images/s",
+                        highlight=False,
+                    )
     for mode in wanted.modes:
         measured = {name: results[mode, name] for name in names if (mode, name) in results}
         console.print(table_of(f"{mode}, {len(paths)} images", measured))

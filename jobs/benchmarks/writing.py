@@ -9,9 +9,10 @@ Of each cell a few images are timed first, as before any run, by a process on ea
 Ray's start keeps the other cores busy meanwhile. The planner gives both forms the actors that it
 finds best. Then both run in turn. There are two predictions of each form: before any run, from the
 timing; and from the run of the other form, as the report's line and `raypipe plan` give it. Rates
-are steady ones, of all images from when the actors were ready to the last output.
+are those of the middle four fifths of the images, by when each file was written.
 """
 
+import itertools
 import os
 import statistics
 import sys
@@ -19,6 +20,7 @@ import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import ray
@@ -34,6 +36,9 @@ from raypipe.run.cluster.sizing import stage_costs, start_s
 from raypipe.run.preprocess import Settings, preprocessing, run
 from raypipe.stages.stage import Stage
 from raypipe.stages.stage import forms as pipelines_of
+
+sys.path.insert(0, str(Path(__file__).parent))
+from peers import kept_until_the_end, steady, written
 
 FORMS = ("fused", "separate")
 
@@ -100,18 +105,18 @@ def _pipelines(settings: Settings) -> dict[str, tuple[Stage, ...]]:
     return dict(zip(FORMS, pipelines_of(job.stages("benchmark")), strict=True))
 
 
-def measure(cell: Cell, form: str, seconds: float) -> None:
-    """Run one form, and note its rate and what it says of the other."""
+def measure(cell: Cell, form: str, seconds: float, results: str) -> None:
+    """Run one form into a new folder in `results`. Note its rate, and what it says of the other."""
     actors, *writers = cell.counts[form].values()
     given = cell.settings.changed(
         actors=actors,
         writers=writers[0] if writers else 0,
         limit=int(cell.expected[form] * seconds),
     )
-    with tempfile.TemporaryDirectory(prefix="raypipe-benchmark-") as folder:
-        report = run(given.changed(output=folder), console=Console(quiet=True)).report
+    folder = tempfile.mkdtemp(dir=results)
+    report = run(given.changed(output=folder), console=Console(quiet=True)).report
     assert report is not None and report["images_out"] == report["images_in"]
-    rate = report["steady_images_per_s"]
+    rate = steady(written(folder))
     cell.measured[form].append(rate)
     private = sum(stage["private_peak_bytes"] or 0 for stage in report["stages"])
     cell.memory[form].append((private + (report["object_store_peak_bytes"] or 0)) / 1e6)
@@ -200,26 +205,26 @@ def main() -> int:
         include_dashboard=False,
     )
     cells = []
-    for recipe in wanted.recipes:
-        for backend in wanted.backends:
-            for store_ms in wanted.store_ms:
-                settings = Settings.of(
-                    input=wanted.input,
-                    output=os.path.join(tempfile.gettempdir(), "raypipe-benchmark-timed"),
-                    recipe=recipe,
-                    backend=backend,
-                    store_ms=store_ms,
-                )
-                cells.append(cell := timed(settings, wanted.actors))
-                for round_ in range(wanted.rounds):
-                    for form in FORMS if round_ % 2 == 0 else FORMS[::-1]:
-                        measure(cell, form, wanted.seconds)
-                        console.print(
-                            f"round {round_ + 1} {recipe} {backend} {store_ms:g} ms, {form} "
-                            f"{cell.actors(form)}: {cell.measured[form][-1]:.0f} images/s, "
-                            f"{cell.expected[form]:.0f} expected",
-                            highlight=False,
-                        )
+    grid = itertools.product(wanted.recipes, wanted.backends, wanted.store_ms)
+    with kept_until_the_end() as results:
+        for recipe, backend, store_ms in grid:
+            settings = Settings.of(
+                input=wanted.input,
+                output=os.path.join(results, "timed"),
+                recipe=recipe,
+                backend=backend,
+                store_ms=store_ms,
+            )
+            cells.append(cell := timed(settings, wanted.actors))
+            for round_ in range(wanted.rounds):
+                for form in FORMS if round_ % 2 == 0 else FORMS[::-1]:
+                    measure(cell, form, wanted.seconds, results)
+                    console.print(
+                        f"round {round_ + 1} {recipe} {backend} {store_ms:g} ms, {form} "
+                        f"{cell.actors(form)}: {cell.measured[form][-1]:.0f} images/s, "
+                        f"{cell.expected[form]:.0f} expected",
+                        highlight=False,
+                    )
     shown(cells, console)
     ray.shutdown()
     return 0
