@@ -17,11 +17,14 @@ from raypipe.insight.planner import Machine, StageCost
 FORMS = {"preprocess+write": "fused", "write": "separate"}
 """The forms by the name of the stage that writes. Of other pipelines there is one form only."""
 
-PUT_S = 0.6e-9
+PUT_S = 0.8e-9
 """CPU seconds a byte that an actor takes to put a block into the object store."""
 
+SLOWED_S = 0.4e-9
+"""CPU seconds a byte that a step takes longer whose blocks are put: the copies fill the caches."""
+
 GET_S = 0.2e-9
-"""CPU seconds a byte that the next stage's actor takes to map a block: page faults."""
+"""CPU seconds a byte that the next stage's step takes to map a block: page faults."""
 
 
 def staged(steps: Sequence[StageCost], names: Sequence[str]) -> list[StageCost]:
@@ -42,7 +45,7 @@ def staged(steps: Sequence[StageCost], names: Sequence[str]) -> list[StageCost]:
         if len(parts) < len(name.split("+")):
             continue
         given = parts[-1].out_bytes if place < len(names) - 1 else 0.0
-        store_s = PUT_S * given + GET_S * taken
+        store_s = (PUT_S + SLOWED_S) * given + GET_S * taken
         waits = [part.core_wait_s for part in parts]
         told_waits = [wait for wait in waits if wait is not None]
         found.append(
@@ -85,10 +88,23 @@ def other(report: Mapping[str, Any]) -> tuple[str, list[StageCost]] | None:
     form = "separate" if "preprocess+write" in ran else "fused"
     names = ["preprocess", "write"] if form == "separate" else ["preprocess+write"]
     free = planner.uncontended(steps, report["hardware"]["cores"])
+    if form == "fused":
+        free = _without_store(*free)
     rays_s = max(rays_s, 0.0)
     return form, [
         replace(stage, busy_s=stage.busy_s + rays_s, cpu_s=stage.cpu_s + rays_s)
         for stage in staged(free, names)
+    ]
+
+
+def _without_store(first: StageCost, last: StageCost) -> list[StageCost]:
+    """What the steps of two stages would cost without the object store between them."""
+    return [
+        replace(step, busy_s=max(step.busy_s - store_s, 0.0), cpu_s=max(step.cpu_s - store_s, 0.0))
+        for step, store_s in (
+            (first, SLOWED_S * first.out_bytes),
+            (last, GET_S * first.out_bytes),
+        )
     ]
 
 

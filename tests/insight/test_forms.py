@@ -91,7 +91,7 @@ def test_busy_and_cpu_stand_for_each_step_and_their_shares_sum_to_the_stages():
 def test_separate_writers_take_the_copies_through_the_object_store_besides():
     form, stages = forms.other(fused())
     assert form == "separate" and [cost.name for cost in stages] == ["preprocess", "write"]
-    put_s, get_s = forms.PUT_S * PIXELS, forms.GET_S * PIXELS
+    put_s, get_s = (forms.PUT_S + forms.SLOWED_S) * PIXELS, forms.GET_S * PIXELS
     assert stages[0].cpu_s == pytest.approx(0.004 + 0.0005 + put_s)
     assert stages[1].cpu_s == pytest.approx(0.006 + 0.0005 + get_s)
     told = fused()["writing"]
@@ -106,6 +106,7 @@ def test_what_a_run_of_one_form_says_of_the_other_comes_back():
     """Separate stages that cost what the model says predict the fused one that it was made of."""
     _, (preprocess, write) = forms.other(fused())
     rays_s = 0.0005
+    slowed_s = 0.004 + forms.SLOWED_S * PIXELS
     split = report(
         *(
             (
@@ -116,12 +117,12 @@ def test_what_a_run_of_one_form_says_of_the_other_comes_back():
                 ),
                 count,
             )
-            for cost, own_s, count in ((preprocess, 0.004, 2), (write, write.cpu_s - rays_s, 1))
+            for cost, own_s, count in ((preprocess, slowed_s, 2), (write, write.cpu_s - rays_s, 1))
         )
     )
     form, (one,) = forms.other(split)
     assert form == "fused" and one.name == "preprocess+write"
-    assert one.cpu_s == pytest.approx(0.0105, rel=0.1)
+    assert one.cpu_s == pytest.approx(0.0105)
     assert split["writing"]["other"]["actors"] == {"preprocess+write": 2}
 
 
@@ -185,7 +186,7 @@ def test_stages_cost_what_their_steps_do_and_a_step_that_is_not_known_costs_nobo
     (one,) = forms.staged(steps, ["preprocess+write"])
     assert (one.busy_s, one.cpu_s, one.holds) == (pytest.approx(0.032), pytest.approx(0.002), 10)
     first, last = forms.staged(steps, ["preprocess", "write"])
-    assert first.cpu_s == pytest.approx(0.001 + 1e6 * forms.PUT_S)
+    assert first.cpu_s == pytest.approx(0.001 + 1e6 * (forms.PUT_S + forms.SLOWED_S))
     assert last.cpu_s == pytest.approx(0.001 + 1e6 * forms.GET_S)
     assert forms.staged(steps[:1], ["preprocess", "predict"]) == [first]
     assert forms.staged(steps[:1], ["preprocess+write"]) == []
