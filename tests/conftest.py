@@ -12,6 +12,7 @@ import ray
 
 from raypipe.data import demo, patience
 from raypipe.data.location import Location
+from raypipe.run.cluster.forkserver import ForkServer
 from raypipe.run.cluster.starting import Start
 from tests.support.clusters import environment
 from tests.support.s3 import query, server
@@ -68,10 +69,11 @@ def session():
     Its workers are forked with torch, which takes each of them 5 s of CPU otherwise. An OpenCV
     actor of a user has no torch (tests/test_imports.py).
     """
-    start = Start()
     steps = (f"raypipe.stages.{name}" for name in ("preprocess", "write", "predict"))
     backends = ("raypipe.images.opencv", "raypipe.images.torchvision")
-    with start.quick(workers=0, agents=True, modules=(*steps, *backends)):
+    forks = ForkServer((*steps, *backends))
+    start = Start(forks)
+    with start.quick(workers=0, agents=True):
         ray.init(
             address="local",
             num_cpus=8,
@@ -83,6 +85,7 @@ def session():
     yield
     ray.shutdown()
     start.close()
+    forks.close()
 
 
 @pytest.fixture

@@ -30,10 +30,11 @@ from raypipe.insight import report as reports
 from raypipe.insight.room import fitted
 from raypipe.insight.states import Consumed, NodeCpu, Snapshot
 from raypipe.run import probe as probes
+from raypipe.run import processes
 from raypipe.run.causes import Untouched
 from raypipe.run.cluster.joined import as_it_is, with_nodes
 from raypipe.run.cluster.machine import Session, hardware, versions
-from raypipe.run.cluster.session import check_shared, ray_session
+from raypipe.run.cluster.session import check_shared, forking, ray_session
 from raypipe.run.cluster.sizing import chosen, on_gpus, seated, size_pools, stage_costs
 from raypipe.run.console import say
 from raypipe.run.live.collector import collecting
@@ -285,7 +286,9 @@ def executing(setup: Setup, *, console: Console, touch: Callable[[], None]) -> I
     """
     beside = setup.workers.cpus if setup.workers else 0
     with ExitStack() as stack:
-        timing = stack.enter_context(probes.started(setup.probe)) if setup.probe else None
+        forks = stack.enter_context(forking(setup.stages))
+        begin = forks.start if forks is not None else processes.start
+        timing = stack.enter_context(probes.started(setup.probe, begin)) if setup.probe else None
         say(console, "Joining Ray ..." if os.environ.get("RAY_ADDRESS") else "Starting Ray ...")
         session = stack.enter_context(
             ray_session(
@@ -293,6 +296,7 @@ def executing(setup: Setup, *, console: Console, touch: Callable[[], None]) -> I
                 beside=beside,
                 shard_bytes=setup.shard_bytes,
                 run_id=setup.run_id,
+                forks=forks,
             )
         )
         session = with_nodes(

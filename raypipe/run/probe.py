@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -100,11 +100,13 @@ def of(rows: pa.Table, stages: Sequence[Stage], *, threads: int, stored: bool = 
     )
 
 
-def start(probe: Probe) -> subprocess.Popen[bytes]:
+def start(
+    probe: Probe, begin: Callable[..., subprocess.Popen[bytes]] = processes.start
+) -> subprocess.Popen[bytes]:
     """Start the process. Call `end` in any case."""
     _ = probe.makes_root
     # Own ops are in modules that only this process may find.
-    process = processes.start(
+    process = begin(
         "raypipe.run.probe",
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -120,9 +122,15 @@ def start(probe: Probe) -> subprocess.Popen[bytes]:
 
 
 @contextmanager
-def started(probe: Probe) -> Iterator[subprocess.Popen[bytes]]:
-    """Start the process, and end it afterwards in any case."""
-    process = start(probe)
+def started(
+    probe: Probe, begin: Callable[..., subprocess.Popen[bytes]] = processes.start
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Start the process, and end it afterwards in any case.
+
+    Args:
+        begin: starts a module of raypipe.
+    """
+    process = start(probe, begin)
     try:
         yield process
     finally:
@@ -131,10 +139,19 @@ def started(probe: Probe) -> Iterator[subprocess.Popen[bytes]]:
 
 def end(process: subprocess.Popen[bytes], probe: Probe) -> None:
     """Kill the process, and delete what it has stored."""
-    process.kill()
-    process.wait()
+    _kill(process)
     if probe.then is not None:
         _tidy(probe)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    assert process.stdout is not None
+    if not process.stdout.closed:
+        # Where `process` only waits for a fork, the kernel kills that: then its output ends.
+        with process.stdout:
+            process.stdout.read()
+    process.wait()
 
 
 def finish(process: subprocess.Popen[bytes]) -> list[StageCost] | None:
@@ -146,9 +163,7 @@ def finish(process: subprocess.Popen[bytes]) -> list[StageCost] | None:
     except (subprocess.TimeoutExpired, ValueError, TypeError):
         return None
     finally:
-        process.kill()
-        process.stdout.close()
-        process.wait()
+        _kill(process)
     return costs or None
 
 

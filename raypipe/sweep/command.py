@@ -33,7 +33,7 @@ from raypipe.images.recipe import check_backend
 from raypipe.run import preprocess
 from raypipe.run.causes import Untouched
 from raypipe.run.cluster.machine import Session, cores_here, processor, versions
-from raypipe.run.cluster.session import joins, output_is_there, ray_session
+from raypipe.run.cluster.session import forking, joins, output_is_there, ray_session
 from raypipe.run.console import attempt, ended, goes_on, say
 from raypipe.run.dataset import together
 from raypipe.run.settings import check_apart, parse
@@ -234,7 +234,8 @@ def run(settings: Settings, *, console: Console) -> Swept:
     stages = (*job.stages("sweep"), *([then] if then else []))
     tell = partial(console.print, markup=False, highlight=False)
     with contextlib.ExitStack() as stack:
-        session = stack.enter_context(ray_session(stages, beside=beside))
+        forks = stack.enter_context(forking(stages))
+        session = stack.enter_context(ray_session(stages, beside=beside, forks=forks))
         # The rest of Ray starts before the first measurement, not within it.
         output_is_there()
         stack.enter_context(together())

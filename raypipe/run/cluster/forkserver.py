@@ -1,4 +1,4 @@
-"""A process that has imported what actors import. Ray's workers are forked from it.
+"""A process that has imported what actors import. Ray's workers and the probe are forked from it.
 
     python -m raypipe.run.cluster.forkserver LISTENING PYTHONPATH MODULE ...
 
@@ -11,6 +11,7 @@ which is when the driver ends.
 """
 
 import contextlib
+import fcntl
 import gc
 import importlib
 import json
@@ -72,7 +73,6 @@ class ForkServer:
                 __name__,
                 str(number),
                 os.environ.get("PYTHONPATH", ""),
-                *ALWAYS,
                 *modules,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
@@ -89,6 +89,11 @@ class ForkServer:
         """What a raylet runs in place of Ray's file of a worker."""
         return subprocess.list2cmdline([forked.__file__, self._address, worker])
 
+    def start(self, module: str, *arguments: str, **given: Any) -> subprocess.Popen[bytes]:
+        """As `processes.start`, with what the server has imported."""
+        through = (forked.__file__, self._address)
+        return processes.start(module, *arguments, through=through, **given)
+
     def close(self) -> None:
         """End the server. Workers go on."""
         self._process.kill()
@@ -100,12 +105,12 @@ class ForkServer:
 
 
 def main() -> None:
-    """Import, then serve. A fork goes on as Ray's worker."""
+    """Import, then serve. A fork goes on as Ray's worker, or as a module of raypipe."""
     _, number, path, *modules = sys.argv
     environment = os.environ | {"PYTHONPATH": path}
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # it would start threads
     with socket.socket(fileno=int(number)) as listening:
-        for module in modules:
+        for module in (*modules, *ALWAYS):
             with contextlib.suppress(Exception):  # the worker that needs it reports the error
                 importlib.import_module(module)
         asked = _serve(listening, environment)
@@ -139,7 +144,7 @@ def _serve(listening: socket.socket, environment: dict[str, str]) -> dict[str, A
 def _answer(connection: socket.socket, environment: dict[str, str]) -> dict[str, Any] | None:
     """Fork for one request. Returns it in the fork, with its standard streams in place.
 
-    A worker that gets no answer starts by itself.
+    Who gets no answer starts by itself.
     """
     streams, asked = list[int](), dict[str, Any]()
     try:
@@ -151,6 +156,8 @@ def _answer(connection: socket.socket, environment: dict[str, str]) -> dict[str,
     except (OSError, ValueError):
         is_fork = False
     if is_fork:
+        if asked["argv"][:2] == forked.MODULE:
+            _end_with(connection)
         connection.sendall(b"1")
         for to, stream in enumerate(streams):
             os.dup2(stream, to)
@@ -169,11 +176,21 @@ def _may_fork() -> bool:
     return names <= {_HARMLESS} and "ray" not in sys.modules
 
 
-def _is_like(asked: dict[str, Any], environment: dict[str, str]) -> bool:
-    """Whether a worker has this Python, and variables with which it imports the same modules.
+def _end_with(connection: socket.socket) -> None:
+    """Have the kernel end this process when the other side of `connection` is closed, by SIGIO."""
+    fcntl.fcntl(connection, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(connection, fcntl.F_SETFL, os.O_ASYNC)
+    os.dup(connection.fileno())  # open until this process ends, which the other side waits for
 
-    A runtime environment may change both. Ray Train's only sets variables for Ray.
+
+def _is_like(asked: dict[str, Any], environment: dict[str, str]) -> bool:
+    """Whether who asks has this Python, and variables with which it imports the same modules.
+
+    A runtime environment may change both. Ray Train's only sets variables for Ray. Modules of
+    raypipe are begun by the driver, as this server was.
     """
+    if asked["argv"][:2] == forked.MODULE:
+        return True
     theirs = asked["env"]
     differ = {
         name
@@ -184,16 +201,21 @@ def _is_like(asked: dict[str, Any], environment: dict[str, str]) -> bool:
 
 
 def _become(asked: dict[str, Any]) -> None:
-    """Run Ray's file of a worker, as if this process had been started with it."""
+    """Run a module, or Ray's file of a worker, as if this process had been started with it."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setpgid(0, 0)  # the raylet ends a worker's process group
-    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
-        score.write("1000")  # as the raylet does: the kernel kills workers first
     os.environ.clear()
     os.environ.update(asked["env"])
     os.chdir(asked["cwd"])
     if numpy := sys.modules.get("numpy"):
         numpy.random.seed()  # else all workers would draw the same numbers; Python reseeds itself
+    if asked["argv"][:2] == forked.MODULE:
+        _, _, module, *arguments = asked["argv"]
+        sys.argv = [module, *arguments]
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        return
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
+        score.write("1000")  # as the raylet does: the kernel kills workers first
     sys.argv = asked["argv"]
     sys.path.insert(0, os.path.dirname(sys.argv[0]))
     runpy.run_path(sys.argv[0], run_name="__main__")

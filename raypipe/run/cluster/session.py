@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raypipe.errors import UsageError
 from raypipe.run.causes import raised_in_logs
 from raypipe.run.cluster import internals, joining
+from raypipe.run.cluster.forkserver import ForkServer
 from raypipe.run.cluster.interrupts import Interrupts
 from raypipe.run.cluster.joined import as_it_is
 from raypipe.run.cluster.machine import Session, cores_here
@@ -87,8 +88,31 @@ _OPENING = threading.Lock()
 
 
 @contextmanager
+def forking(stages: Sequence[Stage]) -> Iterator[ForkServer | None]:
+    """A fork server with what the actors of `stages` import, for a Ray that will start.
+
+    None: Ray is there already, or this system gives no process or socket, or TMPDIR is too long
+    for a socket.
+    """
+    server = None
+    if not _open and not joins() and _is_quick():
+        with suppress(OSError):
+            server = ForkServer(_modules(stages))
+    try:
+        yield server
+    finally:
+        if server is not None:
+            server.close()
+
+
+@contextmanager
 def ray_session(
-    stages: Sequence[Stage], *, beside: int = 0, shard_bytes: int = 0, run_id: str | None = None
+    stages: Sequence[Stage],
+    *,
+    beside: int = 0,
+    shard_bytes: int = 0,
+    run_id: str | None = None,
+    forks: ForkServer | None = None,
 ) -> Iterator[Session]:
     """Join the cluster of RAY_ADDRESS, use the Ray of this process, or start one for this run.
 
@@ -100,6 +124,7 @@ def ray_session(
         beside: CPUs for others than these actors: the workers of a training.
         shard_bytes: memory that an actor of the first stage takes for its largest shard.
         run_id: the run that opens it; it stands in the metadata of the job.
+        forks: starts the workers of a Ray that this starts. It must outlive the session.
 
     Raises:
         UsageError: no cluster is at RAY_ADDRESS; or there is no memory for the actors asked for; or
@@ -107,7 +132,7 @@ def ray_session(
     """
     with _OPENING:
         if not _open:
-            _open.append(_opened(stages, beside, shard_bytes, run_id))
+            _open.append(_opened(stages, beside, shard_bytes, run_id, forks))
         elif _open[0].ours and _open[0].thread != threading.get_ident():
             raise UsageError(
                 "Another run of this process is in progress, with a Ray that ends with it. Wait "
@@ -172,11 +197,17 @@ def ray_here(*, num_cpus: int, **options: Any) -> Any:
     return ray.init(address="local", num_cpus=num_cpus, _system_config=own, **options)
 
 
-def _opened(stages: Sequence[Stage], beside: int, shard_bytes: int, run_id: str | None) -> _Open:
+def _opened(
+    stages: Sequence[Stage],
+    beside: int,
+    shard_bytes: int,
+    run_id: str | None,
+    forks: ForkServer | None,
+) -> _Open:
     joined = joins()
     ours = not ray.is_initialized()
     room = 0 if joined else room_here(stages, shard_bytes=shard_bytes)
-    start = _quick() if ours and not joined else None
+    start = _quick(forks) if ours and not joined else None
     interrupts = Interrupts(tell=ends_soon)
     dashboard = None
     try:
@@ -203,13 +234,22 @@ def _opened(stages: Sequence[Stage], beside: int, shard_bytes: int, run_id: str 
     )
 
 
-def _quick() -> "Start | None":
-    """A start without what the first output does not need; None: this Ray or system cannot."""
+def _is_quick() -> bool:
+    """Whether this Ray and this system can start without what the first output does not need."""
     if internals.missing("starting"):
-        return None
+        return False
     from raypipe.run.cluster import starting  # another Ray may lack what it imports
 
-    return starting.Start() if starting.works_here() else None
+    return starting.works_here()
+
+
+def _quick(forks: ForkServer | None) -> "Start | None":
+    """Such a start; None: this Ray or system cannot."""
+    if not _is_quick():
+        return None
+    from raypipe.run.cluster.starting import Start
+
+    return Start(forks)
 
 
 def _helpers() -> "Helpers | None":
@@ -260,9 +300,7 @@ def _connected(
             elif start is None:
                 context = ray_here(num_cpus=num_cpus, **quiet)
             else:
-                with start.quick(
-                    workers=_in_advance(stages), agents=beside > 0, modules=_modules(stages)
-                ):
+                with start.quick(workers=_in_advance(stages), agents=beside > 0):
                     context = ray_here(num_cpus=num_cpus, **quiet)
                 start.wait_for_output(_helpers())
     except Exception as error:

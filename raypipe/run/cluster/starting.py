@@ -19,7 +19,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from ray._private import ray_constants, services, utils
@@ -55,7 +55,8 @@ _dependency_error = utils.get_dashboard_dependency_error
 class Start:
     """One start of Ray: first `quick`, later the rest."""
 
-    def __init__(self) -> None:
+    def __init__(self, forks: ForkServer | None = None) -> None:
+        """forks: starts Ray's workers; None: they start by themselves."""
         self._output = threading.Event()
         self._ended = threading.Event()
         self._lock = threading.Lock()
@@ -64,21 +65,18 @@ class Start:
         self._node: Any = None
         self._pipe: int | None = None
         self._helpers: Helpers | None = None
-        self._forks: ForkServer | None = None
+        self._forks = forks
 
     @contextlib.contextmanager
-    def quick(self, *, workers: int, agents: bool, modules: Collection[str] = ()) -> Iterator[None]:
+    def quick(self, *, workers: int, agents: bool) -> Iterator[None]:
         """Have ray.init, in the block, start what the first output needs.
 
         Args:
             workers: to start in advance.
             agents: whether they start with Ray: Ray Train needs them at once.
-            modules: what the actors import.
         """
 
         def process(command: list[str], process_type: str, **given: Any) -> Any:
-            if not self._processes:  # the first: Ray has set its variables by now
-                self._forks = fork_server(modules)
             if process_type == ray_constants.PROCESS_TYPE_RAYLET:
                 command = self._raylet(command, workers)
             self._processes.append(_start_ray_process(command, process_type, **given))
@@ -127,8 +125,6 @@ class Start:
 
     def close(self) -> None:
         """Ray has ended. Agents that wait end too, and Ray ends with its agents."""
-        if self._forks is not None:
-            self._forks.close()
         if self._pipe is not None:
             os.close(self._pipe)
         for kept in self._kept:
@@ -243,14 +239,6 @@ class Start:
     def _start_stats(self) -> None:
         if self._helpers is not None:
             self._helpers.start_stats()
-
-
-def fork_server(modules: Iterable[str]) -> ForkServer | None:
-    """The server; None: this system gives no process or socket, or TMPDIR is too long for one."""
-    try:
-        return ForkServer(modules)
-    except OSError:
-        return None
 
 
 class _Launched(BaseException):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ import psutil
 import pytest
 import ray
 
-from raypipe.run.cluster import starting
 from raypipe.run.cluster.forkserver import ForkServer
+from raypipe.run.cluster.session import forking
+from raypipe.run.preprocess import Settings, preprocessing
 from tests.conftest import ROOT
-from tests.support.clusters import environment
+from tests.support.clusters import environment, wait_for
 
 WORKER = """
 import json, os, random, sys
@@ -137,6 +139,89 @@ def test_a_worker_starts_by_itself_where_there_is_no_server(server, worker):
     assert begun(server, worker)["parent"] == os.getpid()
 
 
+MODULE = """
+import json, os, sys, time
+from pathlib import Path
+told = {"pid": os.getpid(), "parent": os.getppid(), "argv": sys.argv[1:], "name": __name__}
+told |= {"cv2": "cv2" in sys.modules, "path": sys.path[0], "said": sys.stdin.readline().strip()}
+print(json.dumps(told), flush=True)
+if sys.argv[1:] == ["stays"]:
+    Path("it_is_there").touch()
+    sys.stdin.read()
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch) -> str:
+    """The name of a module that stands for the probe."""
+    (tmp_path / "like_the_probe.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return "like_the_probe"
+
+
+def started(server: ForkServer, module: str, *arguments: str) -> subprocess.Popen[bytes]:
+    """A module that has been told a word."""
+    pipe = subprocess.PIPE
+    process = server.start(module, *arguments, stdin=pipe, stdout=pipe)
+    assert process.stdin is not None
+    process.stdin.write(b"word\n")
+    process.stdin.flush()
+    return process
+
+
+def test_a_module_of_raypipe_is_forked_and_its_process_ends_with_the_fork(serve, module):
+    server = serve("cv2")
+    process = started(server, module, "x")
+    told = json.loads(process.communicate()[0])
+    assert (process.returncode, told["parent"]) == (0, server.pid)
+    assert told.pop("pid") != process.pid
+    assert told == {
+        "parent": server.pid,
+        "argv": ["x"],
+        "name": "__main__",
+        "cv2": True,
+        "path": sys.path[0],
+        "said": "word",
+    }
+
+
+def test_a_module_of_raypipe_starts_by_itself_where_there_is_no_server(serve, module):
+    server = serve("cv2")
+    server.close()
+    process = started(server, module, "x")
+    told = json.loads(process.communicate()[0])
+    assert (told["pid"], told["argv"], told["said"]) == (process.pid, ["x"], "word")
+
+
+def test_who_kills_the_process_that_waits_for_a_fork_kills_the_fork(serve, module):
+    server = serve("cv2")
+    process = started(server, module, "stays")
+    assert process.stdout is not None
+    fork = psutil.Process(json.loads(process.stdout.readline())["pid"])
+    assert fork.ppid() == server.pid
+    process.kill()
+    assert psutil.wait_procs([fork], timeout=30)[0]
+    assert process.stdout.read() == b""  # the end, for which the probe's owner waits
+    process.communicate()
+
+
+def test_who_is_killed_before_the_server_answers_leaves_no_fork(serve, module):
+    server = serve("cv2")
+    json.loads(started(server, module, "x").communicate()[0])  # the server is ready
+    os.kill(server.pid, signal.SIGSTOP)
+    process = started(server, module, "stays")
+    wait_for(lambda: psutil.Process(process.pid).net_connections("unix"), process)
+    time.sleep(0.5)  # the request is sent
+    process.kill()
+    process.wait()
+    os.kill(server.pid, signal.SIGCONT)
+    assert process.stdout is not None and process.stdout.read() == b""
+    assert json.loads(started(server, module, "x").communicate()[0])["parent"] == server.pid
+    assert not os.path.exists("it_is_there")
+
+
 THREAD = "import threading\nthreading.Thread(target=threading.Event().wait, daemon=True).start()"
 
 
@@ -195,7 +280,8 @@ def test_where_no_socket_can_be_there_is_no_server(tmp_path, monkeypatch):
     folder = tmp_path / ("x" * 110)  # a socket's path may have 107 characters
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    assert starting.fork_server(["cv2"]) is None
+    with forking(preprocessing(Settings.of(input="demo:8")).stages("it")) as server:
+        assert server is None
     assert list(folder.iterdir()) == []
 
 
