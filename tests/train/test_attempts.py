@@ -88,8 +88,8 @@ def test_preprocess_is_scaled_while_a_model_trains_across_epochs(session, labell
     given = settings(
         labelled,
         model="tests.models.toy:Toy",
-        epochs=20,
-        read_ms=20.0,
+        epochs=6,
+        read_ms=100.0,
         actors=1,
         holdout=0.0,
         run_id="scaled",
@@ -128,7 +128,7 @@ def test_preprocess_is_scaled_while_a_model_trains_across_epochs(session, labell
                     break
                 time.sleep(0.1)
             at.append(record["done"])
-        assert 0 < at[0] <= at[1] < record["images"] == 900
+        assert 0 < at[0] <= at[1] < record["images"] == 270
     finally:
         thread.join(120)
     (outcome,) = ended
