@@ -71,8 +71,7 @@ def session():
     """
     steps = (f"raypipe.stages.{name}" for name in ("preprocess", "write", "predict"))
     backends = ("raypipe.images.opencv", "raypipe.images.torchvision")
-    forks = ForkServer((*steps, *backends))
-    start = Start(forks)
+    start = Start(ForkServer((*steps, *backends)))
     with start.quick(workers=0, agents=True):
         ray.init(
             address="local",
@@ -85,7 +84,6 @@ def session():
     yield
     ray.shutdown()
     start.close()
-    forks.close()
 
 
 @pytest.fixture

@@ -95,7 +95,7 @@ class ForkServer:
         return processes.start(module, *arguments, through=through, **given)
 
     def close(self) -> None:
-        """End the server. Workers go on."""
+        """End the server, if it has not ended. Workers go on."""
         self._process.kill()
         self._process.communicate()
         self._folder.cleanup()

@@ -91,8 +91,8 @@ _OPENING = threading.Lock()
 def forking(stages: Sequence[Stage]) -> Iterator[ForkServer | None]:
     """A fork server with what the actors of `stages` import, for a Ray that will start.
 
-    None: Ray is there already, or this system gives no process or socket, or TMPDIR is too long
-    for a socket.
+    It ends with the block, or with the session that has taken it. None: Ray is there already, or
+    this system gives no process or socket, or TMPDIR is too long for a socket.
     """
     server = None
     if not _open and not joins() and _is_quick():
@@ -101,7 +101,8 @@ def forking(stages: Sequence[Stage]) -> Iterator[ForkServer | None]:
     try:
         yield server
     finally:
-        if server is not None:
+        taken = any(opened.start is not None and opened.start.forks is server for opened in _open)
+        if server is not None and not taken:
             server.close()
 
 
@@ -124,7 +125,7 @@ def ray_session(
         beside: CPUs for others than these actors: the workers of a training.
         shard_bytes: memory that an actor of the first stage takes for its largest shard.
         run_id: the run that opens it; it stands in the metadata of the job.
-        forks: starts the workers of a Ray that this starts. It must outlive the session.
+        forks: starts the workers of a Ray that this starts, and ends with it.
 
     Raises:
         UsageError: no cluster is at RAY_ADDRESS; or there is no memory for the actors asked for; or

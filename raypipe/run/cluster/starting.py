@@ -56,7 +56,7 @@ class Start:
     """One start of Ray: first `quick`, later the rest."""
 
     def __init__(self, forks: ForkServer | None = None) -> None:
-        """forks: starts Ray's workers; None: they start by themselves."""
+        """forks: starts Ray's workers, and ends with Ray; None: they start by themselves."""
         self._output = threading.Event()
         self._ended = threading.Event()
         self._lock = threading.Lock()
@@ -65,7 +65,7 @@ class Start:
         self._node: Any = None
         self._pipe: int | None = None
         self._helpers: Helpers | None = None
-        self._forks = forks
+        self.forks = forks
 
     @contextlib.contextmanager
     def quick(self, *, workers: int, agents: bool) -> Iterator[None]:
@@ -125,6 +125,8 @@ class Start:
 
     def close(self) -> None:
         """Ray has ended. Agents that wait end too, and Ray ends with its agents."""
+        if self.forks is not None:
+            self.forks.close()
         if self._pipe is not None:
             os.close(self._pipe)
         for kept in self._kept:
@@ -188,9 +190,9 @@ class Start:
 
     def _forking(self, command: str) -> str:
         files = [word for word in command.split() if word.endswith(_WORKER)]
-        if self._forks is None or len(files) != 1:
+        if self.forks is None or len(files) != 1:
             return command
-        return command.replace(files[0], self._forks.instead_of(files[0]))
+        return command.replace(files[0], self.forks.instead_of(files[0]))
 
     def _get_node(self, *given: Any) -> Any:
         try:

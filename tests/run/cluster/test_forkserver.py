@@ -285,6 +285,40 @@ def test_where_no_socket_can_be_there_is_no_server(tmp_path, monkeypatch):
     assert list(folder.iterdir()) == []
 
 
+SESSIONS = """
+from raypipe.run.cluster.session import forking, ray_session
+from raypipe.run.preprocess import Settings, preprocessing
+import psutil
+
+stages = preprocessing(Settings.of(input="demo:8")).stages("it")
+first, second = forking(stages), forking(stages)
+forks = first.__enter__()
+one, other = ray_session(stages, forks=forks), ray_session(stages)
+one.__enter__(), other.__enter__()
+with second as none:  # there is a Ray, and no other server
+    print(none, psutil.pid_exists(forks.pid))
+one.__exit__(None, None, None), first.__exit__(None, None, None)
+print(psutil.pid_exists(forks.pid))  # the other goes on
+other.__exit__(None, None, None)
+print(psutil.pid_exists(forks.pid))
+with forking(stages) as forks:
+    print(psutil.pid_exists(forks.pid))
+print(psutil.pid_exists(forks.pid))
+"""
+
+
+def test_a_server_ends_with_the_last_session_whose_workers_it_starts():
+    done = subprocess.run(
+        [sys.executable, "-c", SESSIONS],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.stdout.split() == ["None", "True", "True", "False", "True", "False"], done.stderr
+
+
 @pytest.mark.smoke
 def test_rays_actors_are_forked_and_their_ids_differ(session):
     @ray.remote(num_cpus=0.1)
