@@ -21,7 +21,7 @@ PUT_S = 0.8e-9
 """CPU seconds a byte that an actor takes to put a block into the object store."""
 
 SLOWED_S = 0.4e-9
-"""CPU seconds a byte that a step takes longer whose blocks are put: the copies fill the caches."""
+"""CPU seconds a byte by which a put slows the step that made the block: it fills the caches."""
 
 GET_S = 0.2e-9
 """CPU seconds a byte that the next stage's step takes to map a block: page faults."""

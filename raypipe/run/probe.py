@@ -148,7 +148,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     process.kill()
     assert process.stdout is not None
     if not process.stdout.closed:
-        # Where `process` only waits for a fork, the kernel kills that: then its output ends.
+        # `process` may only wait for a fork. The kernel kills that, and then its output ends.
         with process.stdout:
             process.stdout.read()
     process.wait()

@@ -7,8 +7,8 @@ The raylet runs this file in place of WORKER, Ray's own file of a worker. It sen
 environment and standard streams to the server, which forks a process that becomes the worker. Where
 that cannot be, this process becomes the worker itself, as without the server.
 
-A MODULE of raypipe begins so too. Then this process waits for the fork. Whoever kills it has the
-kernel kill the fork.
+A MODULE of raypipe begins so too. Then this process waits for the fork. When this process is
+killed, the kernel kills the fork.
 
 This file imports no more than it needs: each worker waits for it.
 """

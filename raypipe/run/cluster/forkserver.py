@@ -144,7 +144,7 @@ def _serve(listening: socket.socket, environment: dict[str, str]) -> dict[str, A
 def _answer(connection: socket.socket, environment: dict[str, str]) -> dict[str, Any] | None:
     """Fork for one request. Returns it in the fork, with its standard streams in place.
 
-    Who gets no answer starts by itself.
+    A process that gets no answer starts by itself.
     """
     streams, asked = list[int](), dict[str, Any]()
     try:
@@ -180,14 +180,14 @@ def _end_with(connection: socket.socket) -> None:
     """Have the kernel end this process when the other side of `connection` is closed, by SIGIO."""
     fcntl.fcntl(connection, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(connection, fcntl.F_SETFL, os.O_ASYNC)
-    os.dup(connection.fileno())  # open until this process ends, which the other side waits for
+    os.dup(connection.fileno())  # it stays open until this process ends
 
 
 def _is_like(asked: dict[str, Any], environment: dict[str, str]) -> bool:
-    """Whether who asks has this Python, and variables with which it imports the same modules.
+    """Whether a process has this Python, and variables with which it imports the same modules.
 
-    A runtime environment may change both. Ray Train's only sets variables for Ray. Modules of
-    raypipe are begun by the driver, as this server was.
+    A runtime environment may change both. Ray Train's only sets variables for Ray. The driver
+    starts modules of raypipe as it started this server.
     """
     if asked["argv"][:2] == forked.MODULE:
         return True
