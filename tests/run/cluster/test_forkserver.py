@@ -56,6 +56,7 @@ def serve(monkeypatch) -> Iterator[Callable[..., ForkServer]]:
     def start(*modules: str) -> ForkServer:
         # This variable of pytest changes before a worker begins.
         monkeypatch.delenv("PYTEST_CURRENT_TEST", raising=False)
+        monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
         started.append(ForkServer(modules))
         return started[-1]
 
@@ -76,7 +77,7 @@ def around() -> dict[str, str]:
 
 def begun(
     server: ForkServer, worker: str, *arguments: str, python: str = sys.executable, **more: str
-) -> dict[str, Any]:
+) -> Any:
     """What a worker prints that is begun as a raylet does, with `more` in its environment."""
     done = subprocess.run(
         [python, *server.instead_of(worker).split(), *arguments],
@@ -107,6 +108,23 @@ def test_forks_draw_different_numbers(server, worker):
     draws = [begun(server, worker)["draws"] for _ in range(3)]
     for of_one_generator in zip(*draws, strict=True):
         assert len(set(of_one_generator)) == 3
+
+
+LEAVES = """
+import atexit, json, os
+class Kept:
+    def __del__(self, write=os.write):
+        write(1, b"taken apart")
+json.kept = Kept()
+atexit.register(print, '"left"')
+"""
+
+
+def test_a_fork_does_what_it_registered_for_its_end_and_takes_no_module_apart(server, tmp_path):
+    file = tmp_path / "leaves.py"
+    file.write_text(LEAVES)
+    # Standard output is a pipe: without a flush nothing would come.
+    assert begun(server, str(file)) == "left"
 
 
 @pytest.mark.parametrize(
