@@ -94,6 +94,7 @@ def test_rays_internals_are_touched_in_one_room_only():
         ("raypipe.insight.html", ("ray", "torch", "cv2", "numpy")),
         ("raypipe.insight.screen", ("ray", "torch", "cv2", "numpy")),
         ("raypipe.sweep.page", ("ray", "torch", "cv2", "numpy")),
+        ("raypipe.sweep.command", ("torch",)),
         ("raypipe.watch", ("ray", "torch", "cv2", "numpy")),
         ("raypipe.cli", ("ray", "torch")),
     ],

@@ -20,7 +20,6 @@ from functools import partial
 from typing import Any
 
 import psutil
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -44,7 +43,6 @@ from raypipe.sweep.grid import Point, check, fits, grid, largest, preprocessing,
 from raypipe.sweep.measure import Failed, is_of, measure, put_results, read_results
 from raypipe.sweep.remaining import Remaining
 from raypipe.sweep.settings import Settings
-from raypipe.train.plan import plan
 
 _CLEARING = "clearing-sweep"
 """Marks that a sweep's results are being deleted. Other jobs' results have a mark of their own."""
@@ -222,13 +220,8 @@ def run(settings: Settings, *, console: Console) -> Swept:
     job = preprocess.preprocessing(most.changed(output=None))
     for backend in settings.grid.backends:
         check_backend(job.todo.recipe, backend)
-    if settings.training.train:
-        first = Point(kind="train", backend="opencv", actors=1, threads=1, workers=1)
-        plan(training(settings, first, storage=output))
+    beside = _trains_on_cpus(settings) if settings.training.train else 0
     rows, clears = look(settings)
-    beside = 0
-    if settings.training.train and not torch.cuda.is_available():
-        beside = max(settings.training.workers or (2,))
     console.print("Starting Ray ...", highlight=False)
     then = preprocess.writing(most, job.todo)
     stages = (*job.stages("sweep"), *([then] if then else []))
@@ -266,6 +259,22 @@ def run(settings: Settings, *, console: Console) -> Swept:
                 found = leave(settings, rows, gpus=gpus, command=command, left_out=left_out)
     warnings = (page.disturbed(rows, Where(cores=session.cores)), too_short(rows))
     return Swept(findings=found, warning=" ".join(filter(None, warnings)), failure=failure)
+
+
+def _trains_on_cpus(settings: Settings) -> int:
+    """How many training workers need a CPU beside the pools: none where there is a GPU.
+
+    Raises:
+        UsageError: these settings cannot be trained with.
+    """
+    # A sweep without training needs no torch, whose import takes 5 s of CPU.
+    import torch
+
+    from raypipe.train.plan import plan
+
+    first = Point(kind="train", backend="opencv", actors=1, threads=1, workers=1)
+    plan(training(settings, first, storage=settings.grid.output))
+    return 0 if torch.cuda.is_available() else max(settings.training.workers or (2,))
 
 
 def _points(

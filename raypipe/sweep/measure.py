@@ -18,8 +18,6 @@ from raypipe.run import preprocess
 from raypipe.sweep.curves import STAGES
 from raypipe.sweep.grid import Point, preprocessing, training
 from raypipe.sweep.settings import Settings
-from raypipe.train import attempts
-from raypipe.train.result import verdict_on
 
 _OF_STAGE = (
     ("busy_s", "busy_s_per_image"),
@@ -149,6 +147,10 @@ def measure(point: Point, settings: Settings) -> list[dict[str, Any]]:
 
     try:
         if point.workers:
+            # A sweep without training needs no torch, whose import takes 5 s of CPU.
+            from raypipe.train import attempts
+            from raypipe.train.result import verdict_on
+
             given = training(settings, point, storage=scratch)
             trained = attempts.run(given, console=quiet)
             if failure := verdict_on(trained, given):
