@@ -149,7 +149,7 @@ def test_ray_job_submit_with_nothing_of_raypipe_on_the_nodes(cluster, tmp_path):
         "--actors",
         "1",
         "--writers",
-        "1",
+        "0",
         "--shard-rows",
         "5",
     )

@@ -28,8 +28,8 @@ SECONDS = float(os.environ.get("RAYPIPE_SOAK_S", "1800"))
 EVERY_S = 12.0
 """Between two kills: Ray notices a lost node after a few seconds."""
 
-IMAGES = int(7 * SECONDS)
-"""Three actors do up to 7.5 images a second, as long as images wait."""
+IMAGES = int(3 * SECONDS)
+"""Three actors do up to 3 images a second, as long as images wait."""
 
 STAGES = {"actor": "Preprocess", "writer": "Write"}
 

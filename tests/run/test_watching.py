@@ -15,6 +15,8 @@ from tests.support.terminals import Terminal
 
 ROOT = Path(__file__).parent.parent.parent
 RUN = "watched-1"
+IMAGES = 160
+"""Each waits 1 s in each stage, so two actors have work for 80 s."""
 CLI = [sys.executable, "-m", "raypipe.cli"]
 ENV = environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="a" * 32)
 
@@ -41,7 +43,7 @@ def run(tmp_path):
         sys.executable,
         "jobs/preprocess.py",
         "--input",
-        "demo:800",
+        f"demo:{IMAGES}",
         "--output",
         str(tmp_path / "out"),
         "--run-id",
@@ -53,11 +55,11 @@ def run(tmp_path):
         "--writers",
         "1",
         "--shard-rows",
-        "2",
+        "1",
         "--read-ms",
-        "200",
+        "1000",
         "--store-ms",
-        "200",
+        "1000",
     ]
     process = subprocess.Popen(
         job, cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -81,14 +83,13 @@ def test_a_run_is_listed_watched_and_scaled_from_outside_until_it_ends(run, tmp_
     (record,) = [json.loads(line) for line in listed.stdout.splitlines()]
     assert (record["run_id"], record["images"], record["output"]) == (
         RUN,
-        800,
+        IMAGES,
         str(tmp_path / "out"),
     )
 
     once = raypipe("watch", *there, "--once")
-    assert once.returncode == 0 and re.search(r"/800 images, .*preprocess: actors", once.stdout), (
-        once
-    )
+    assert once.returncode == 0, once
+    assert re.search(rf"/{IMAGES} images, .*preprocess: actors", once.stdout), once
     assert once.stderr == ""
 
     scaled = raypipe("scale", RUN, "preprocess=2", *there)
@@ -124,12 +125,12 @@ def test_a_run_is_listed_watched_and_scaled_from_outside_until_it_ends(run, tmp_
         assert terminal.restored and "Traceback" not in terminal.output
         left = " ".join(terminal.output.rsplit("\x1b[?1049l", 1)[1].split())
         assert "The run watched-1 has ended" in left and re.search(
-            r"Last seen at \d+ of 800 images", left
+            rf"Last seen at \d+ of {IMAGES} images", left
         )
 
     _, errors = job.communicate(timeout=120)
     assert job.returncode == 0, errors
-    assert len(files(tmp_path / "out")) == 800
+    assert len(files(tmp_path / "out")) == IMAGES
     report = json.loads((tmp_path / "out/_raypipe/report.json").read_text())
     changes = [
         (event["stage"], event["from"], event["to"], event["by"])

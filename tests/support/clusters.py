@@ -172,6 +172,7 @@ def started(
         f"--num-cpus={cpus}",
         f"--memory={64 * 10**9}",
         "--disable-usage-stats",
+        "--include-log-monitor=False",  # 1 s of CPU a node
         *more,
     ]
     command += [f"--dashboard-agent-listen-port={agent}"]

@@ -37,18 +37,18 @@ AROUND = environment(
 
 
 def given_of(out: Path | str, there: Path, **given: Any) -> dict[str, Any]:
-    """A run on images that wait until the file `there` exists, two a shard."""
+    """A run on images that wait until the file `there` exists, one a shard."""
     recipe = {"recipe": "waits", "there": str(there)}
-    return {"input": "demo:3000", "output": str(out), **recipe, "shard_rows": 2, **given}
+    return {"input": "demo:3000", "output": str(out), **recipe, "shard_rows": 1, **given}
 
 
 def waiting_recipe(there: str) -> "Recipe":
-    """The recipe `waits`, which takes 0.4 s an image until the file `there` exists."""
+    """The recipe `waits`, which takes 1 s an image until the file `there` exists."""
     from raypipe.images.ops.geometry import Resize
     from raypipe.images.recipe import Recipe
     from tests.support.killing import WaitUntil
 
-    ops = (WaitUntil(there=there, ms=400.0), Resize(height=30, width=30))
+    ops = (WaitUntil(there=there), Resize(height=30, width=30))
     return Recipe(name="waits", ops=ops)
 
 

@@ -25,7 +25,7 @@ class WaitUntil:
     """Delay each image by `ms` until the file `there` exists: a run lasts as long as its test."""
 
     there: str
-    ms: float = 400.0
+    ms: float = 1000.0
 
 
 @opencv.apply.register

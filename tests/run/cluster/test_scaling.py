@@ -80,10 +80,10 @@ def test_every_internal_module_that_the_room_imports_is_pinned():
 def test_both_stages_scale_up_and_down_under_full_load_and_every_change_is_in_the_report(
     session, tmp_path, monkeypatch
 ):
-    # 0.8 s a shard until the test is done with it: minutes of work, however slowly actors start.
+    # 1 s a shard until the test is done with it: minutes of work, however slowly actors start.
     ops = (WaitUntil(there=str(tmp_path / "done")), Resize(height=30, width=30))
     monkeypatch.setitem(catalog.RECIPES, "waits", Recipe(name="waits", ops=ops))
-    given = {"recipe": "waits", "limit": 800, "shard_rows": 2, "read_ms": 0.0, "store_ms": 0.0}
+    given = {"recipe": "waits", "limit": 240, "shard_rows": 1, "read_ms": 0.0, "store_ms": 0.0}
     run = begin(tmp_path / "out", **given)
     assert run.scale(preprocess=2)["preprocess"] == 2  # waits for the first actors
     until(run, lambda record: record["done"] > 0)
@@ -110,7 +110,7 @@ def test_both_stages_scale_up_and_down_under_full_load_and_every_change_is_in_th
         )
     (tmp_path / "done").touch()
     outcome = run.wait()
-    check_all_done_once(outcome, tmp_path / "out", 800)
+    check_all_done_once(outcome, tmp_path / "out", 240)
     events = [
         (event["stage"], event["from"], event["to"], event["by"])
         for event in outcome.report["scale_events"]
@@ -136,7 +136,7 @@ def test_both_stages_scale_up_and_down_under_full_load_and_every_change_is_in_th
 
 @pytest.mark.slow
 def test_what_cannot_be_is_refused_with_the_reason_and_the_run_goes_on(session, tmp_path):
-    run = begin(tmp_path / "out", limit=300, actors=1, writers=0)
+    run = begin(tmp_path / "out", limit=100, actors=1, writers=0)
     until(run, lambda record: record["done"] > 0)
     for counts, reason in (
         ({"preprocess": 500}, r"500 preprocess\+write are 500 actors, but there is room for"),
@@ -148,7 +148,7 @@ def test_what_cannot_be_is_refused_with_the_reason_and_the_run_goes_on(session, 
             run.scale(**counts)
     assert run.live()["scale_events"] == []
     outcome = run.wait()
-    check_all_done_once(outcome, tmp_path / "out", 300)
+    check_all_done_once(outcome, tmp_path / "out", 100)
     with pytest.raises(UsageError, match="has ended"):
         run.scale(preprocess=3)
 
