@@ -72,6 +72,8 @@ def session():
     steps = (f"raypipe.stages.{name}" for name in ("preprocess", "write", "predict"))
     backends = ("raypipe.images.opencv", "raypipe.images.torchvision")
     start = Start(ForkServer((*steps, *backends)))
+    # There is no dashboard. With no address, Ray Train would look for one for 12 s at each end.
+    os.environ["RAY_API_SERVER_ADDRESS"] = "http://127.0.0.1:1"
     with start.quick(workers=0, agents=True):
         ray.init(
             address="local",
@@ -81,6 +83,7 @@ def session():
             log_to_driver=False,
             logging_level="ERROR",
         )
+    del os.environ["RAY_API_SERVER_ADDRESS"]
     yield
     ray.shutdown()
     start.close()

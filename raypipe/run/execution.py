@@ -294,6 +294,7 @@ def executing(setup: Setup, *, console: Console, touch: Callable[[], None]) -> I
             ray_session(
                 setup.stages,
                 beside=beside,
+                trains=setup.workers is not None,
                 shard_bytes=setup.shard_bytes,
                 run_id=setup.run_id,
                 forks=forks,

@@ -228,7 +228,9 @@ def run(settings: Settings, *, console: Console) -> Swept:
     tell = partial(console.print, markup=False, highlight=False)
     with contextlib.ExitStack() as stack:
         forks = stack.enter_context(forking(stages))
-        session = stack.enter_context(ray_session(stages, beside=beside, forks=forks))
+        session = stack.enter_context(
+            ray_session(stages, beside=beside, trains=settings.training.train, forks=forks)
+        )
         # The rest of Ray starts before the first measurement, not within it.
         output_is_there()
         stack.enter_context(together())

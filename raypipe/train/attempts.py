@@ -62,6 +62,10 @@ from raypipe.train.result import (
 )
 from raypipe.train.settings import Settings
 
+# Ray Train takes a report when it polls, and a worker keeps one at most. With Ray's 2 s, shorter
+# epochs would wait for that. All its processes are given this variable.
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+
 _CLEARING = "clearing-checkpoints"
 """Marks that checkpoints are being deleted. Other jobs' results have a mark of their own."""
 

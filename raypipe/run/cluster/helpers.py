@@ -1,8 +1,10 @@
-"""Does without Ray Data's helper actors in a Ray of one machine: each takes 0.9 to 1.5 s of CPU.
+"""Does without Ray's helper actors in a Ray of one machine: each takes 0.9 to 1.5 s of CPU.
 
 - The autoscaling coordinator divides a cluster that grows among datasets.
 - The location tracker knows the node of each actor.
 - The stats actor feeds the dashboard. It starts later, with what it was to be told until then.
+- Ray Train's placement group cleaner frees the CPUs of a controller that died. It asks a dashboard
+  for that controller, and where there is none yet, a training's end waits 12 s for the answer.
 
 Import this module only if `internals.missing("helpers")` is empty.
 """
@@ -88,9 +90,9 @@ class _Stats:
 
 
 class Helpers:
-    """Ray Data without its helper actors, from now until `restore`."""
+    """Ray Data and Ray Train without their helper actors, from now until `restore`."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, trains: bool) -> None:
         self._stats = _Stats(stats.get_or_create_stats_actor)
         here = ray.get_runtime_context().get_node_id()
         patches: list[tuple[Any, str, Any]] = [
@@ -107,6 +109,13 @@ class Helpers:
                 lambda actors: dict.fromkeys(actors, here),
             ),
         ]
+        if trains:
+            # Other runs do not import Ray Train.
+            from ray.train.v2._internal.execution.callback import ControllerCallback
+            from ray.train.v2.api import data_parallel_trainer
+
+            nothing = (data_parallel_trainer, "PlacementGroupCleanerCallback", ControllerCallback)
+            patches.append(nothing)
         if _CHOSEN not in os.environ:
             patches.append((streaming_executor, "create_cluster_autoscaler", _Fixed))
         self._before = [(owner, name, vars(owner)[name]) for owner, name, _ in patches]
@@ -118,6 +127,6 @@ class Helpers:
         self._stats.pass_on()
 
     def restore(self) -> None:
-        """Let Ray Data be as it was."""
+        """Let Ray be as it was."""
         for owner, name, old in self._before:
             setattr(owner, name, old)

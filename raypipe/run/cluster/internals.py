@@ -123,6 +123,10 @@ PINNED: dict[str, dict[str, tuple[str, ...]]] = {
         "ray.data._internal.stats:": ("get_or_create_stats_actor",),
         "ray.data._internal.stats:_StatsManager": ("gen_dataset_id_from_stats_actor",),
     },
+    "training": {
+        "ray.train.v2.api.data_parallel_trainer:": ("PlacementGroupCleanerCallback",),
+        "ray.train.v2._internal.execution.callback:": ("ControllerCallback",),
+    },
 }
 """For each purpose: classes, as module:name, or modules, as module:, and their members in use.
 
@@ -134,7 +138,8 @@ PINNED: dict[str, dict[str, tuple[str, ...]]] = {
 - joining: telling at once that this machine is no node of a cluster (`joining.py`);
 - printing: keeping what Ray prints in this process off stdout (`session.py`);
 - token: sending the user's token to the Ray of another process (`joining.py`);
-- helpers: doing without Ray Data's helper actors on one machine (`helpers.py`).
+- helpers: doing without Ray Data's helper actors on one machine (`helpers.py`);
+- training: doing without the one of Ray Train (`helpers.py`).
 
 Attributes of instances are in INSTANCES."""
 

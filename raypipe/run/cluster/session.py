@@ -111,6 +111,7 @@ def ray_session(
     stages: Sequence[Stage],
     *,
     beside: int = 0,
+    trains: bool = False,
     shard_bytes: int = 0,
     run_id: str | None = None,
     forks: ForkServer | None = None,
@@ -123,6 +124,7 @@ def ray_session(
     Args:
         stages: whose actors need room.
         beside: CPUs for others than these actors: the workers of a training.
+        trains: Ray Train's processes take part.
         shard_bytes: memory that an actor of the first stage takes for its largest shard.
         run_id: the run that opens it; it stands in the metadata of the job.
         forks: starts the workers of a Ray that this starts, and ends with it.
@@ -133,7 +135,16 @@ def ray_session(
     """
     with _OPENING:
         if not _open:
-            _open.append(_opened(stages, beside, shard_bytes, run_id, forks))
+            _open.append(
+                _opened(
+                    stages,
+                    beside=beside,
+                    trains=trains,
+                    shard_bytes=shard_bytes,
+                    run_id=run_id,
+                    forks=forks,
+                )
+            )
         elif _open[0].ours and _open[0].thread != threading.get_ident():
             raise UsageError(
                 "Another run of this process is in progress, with a Ray that ends with it. Wait "
@@ -200,7 +211,9 @@ def ray_here(*, num_cpus: int, **options: Any) -> Any:
 
 def _opened(
     stages: Sequence[Stage],
+    *,
     beside: int,
+    trains: bool,
     shard_bytes: int,
     run_id: str | None,
     forks: ForkServer | None,
@@ -217,7 +230,12 @@ def _opened(
             if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
                 interrupts.take(signal.SIGINT)
             dashboard = _connected(
-                joined=joined, beside=beside, start=start, stages=stages, run_id=run_id
+                joined=joined,
+                stages=stages,
+                beside=beside,
+                trains=trains,
+                start=start,
+                run_id=run_id,
             )
             # `ray job stop` and batch schedulers send it. Ray's handler, which is there now, would
             # print a stack and exit.
@@ -253,13 +271,13 @@ def _quick(forks: ForkServer | None) -> "Start | None":
     return Start(forks)
 
 
-def _helpers() -> "Helpers | None":
-    """Ray Data without its helper actors; None: this Ray cannot."""
+def _helpers(*, trains: bool) -> "Helpers | None":
+    """Ray Data and Ray Train without their helper actors; None: this Ray cannot."""
     if internals.missing("helpers"):
         return None
     from raypipe.run.cluster.helpers import Helpers
 
-    return Helpers()
+    return Helpers(trains=trains and not internals.missing("training"))
 
 
 def _in_advance(stages: Sequence[Stage]) -> int:
@@ -286,6 +304,7 @@ def _connected(
     joined: bool,
     stages: Sequence[Stage],
     beside: int,
+    trains: bool,
     start: "Start | None",
     run_id: str | None,
 ) -> str | None:
@@ -301,9 +320,9 @@ def _connected(
             elif start is None:
                 context = ray_here(num_cpus=num_cpus, **quiet)
             else:
-                with start.quick(workers=_in_advance(stages), agents=beside > 0):
+                with start.quick(workers=_in_advance(stages), agents=trains):
                     context = ray_here(num_cpus=num_cpus, **quiet)
-                start.wait_for_output(_helpers())
+                start.wait_for_output(_helpers(trains=trains))
     except Exception as error:
         # Ray raises a bare Exception for a node that does not start.
         if type(error) is not Exception:

@@ -96,7 +96,44 @@ def test_at_the_first_output_only_what_it_needs_is_there(gone, processes, helper
     assert modules == "ray.data._internal.stats ray.data._internal.cluster_autoscaler"
 
 
-ARGUMENTS = ("--input", "demo:600", "--actors", "1", "--read-ms", "100", "--shard-rows", "4")
+TRAINS = """
+import json, os
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from raypipe.run.cluster.session import ray_session
+from raypipe.run.preprocess import Settings, preprocessing
+from tests.run.cluster.test_starting import rays_processes
+
+def callbacks():
+    trainer = DataParallelTrainer(lambda: None)
+    return [type(one).__name__ for one in trainer._create_default_callbacks()]
+
+stages = preprocessing(Settings.of(input="demo:8")).stages("it")
+with ray_session(stages, trains=True):
+    print(json.dumps([sorted(rays_processes(os.getpid())), callbacks()]))
+print("PlacementGroupCleanerCallback" in callbacks())
+"""
+
+
+@pytest.mark.slow
+def test_what_ray_train_needs_is_there_at_once_and_what_it_would_wait_for_is_not():
+    done = subprocess.run(
+        [sys.executable, "-c", TRAINS],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    within, after = done.stdout.splitlines()
+    there, callbacks = json.loads(within)
+    # Its actors have a runtime environment. Its workers may have GPUs and no CPU beside the pools.
+    assert set(there) == {*QUICK, "agent", "runtime_env_agent"}
+    assert "DatasetsCallback" in callbacks and "PlacementGroupCleanerCallback" not in callbacks
+    assert after == "True"
+
+
+ARGUMENTS = ("--input", "demo:80", "--actors", "1", "--read-ms", "1000", "--shard-rows", "1")
 
 
 @pytest.fixture
