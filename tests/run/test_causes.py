@@ -178,8 +178,8 @@ from tests.support.runs import settings
 from raypipe.run.preprocess import preprocessing
 
 def start():
-    # Beside the stages stand workers of Ray Train, which need Ray's agents.
-    with ray_session(preprocessing(settings(input="demo:8")).stages("it"), beside=1):
+    # The processes of Ray Train need the agents of Ray.
+    with ray_session(preprocessing(settings(input="demo:8")).stages("it"), trains=True):
         pass
 
 raise SystemExit(attempt(start, kept="", again="", console=Console(stderr=True)))

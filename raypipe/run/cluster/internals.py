@@ -94,6 +94,7 @@ PINNED: dict[str, dict[str, tuple[str, ...]]] = {
             "PROCESS_TYPE_DASHBOARD",
             "PROCESS_TYPE_RAYLET",
         ),
+        "ray._raylet:InnerGcsClient": ("get_all_node_info",),
     },
     "joining": {
         "ray._private.services:": ("find_node_ids",),

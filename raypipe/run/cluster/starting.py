@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,9 @@ PAUSE_S = 10.0
 
 AT_LATEST_S = 20.0
 """The rest starts so long after Ray in any case."""
+
+_REGISTERED_S = 30.0
+"""The time that Ray gives this node to register."""
 
 _WAIT = 'read _ <"$0" && exec "$@"'
 """A shell waits for a line in a pipe, then becomes the agent. It ends when the driver ends."""
@@ -195,15 +199,15 @@ class Start:
         return command.replace(files[0], self.forks.instead_of(files[0]))
 
     def _get_node(self, *given: Any) -> Any:
-        try:
-            return _get_node(*given)
-        except RuntimeError as error:
-            # Ray would ask for 30 s, also if there can be no answer.
+        # Ray's function would ask for 30 s, also if there can be no answer.
+        nodes = self._node.get_gcs_client()
+        ends = time.monotonic() + _REGISTERED_S
+        while not nodes.get_all_node_info() and time.monotonic() < ends:
             for one in self._processes:
                 if one.process.poll() is not None:
-                    name = os.path.basename(one.process.args[0])
-                    raise Exception(f"Its process {name} ended.") from error
-            raise
+                    raise Exception(f"Its process {os.path.basename(one.process.args[0])} ended.")
+            time.sleep(0.02)
+        return _get_node(*given)
 
     # --- the rest -------------------------------------------------------------------------------
 
