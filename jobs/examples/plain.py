@@ -23,7 +23,7 @@ def main():
     model = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=6)
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
     with (
-        raypipe.loader("demo:300", recipe="coco-300", transform=things, epochs=3) as training,
+        raypipe.loader("demo:200", recipe="coco-300", transform=things, epochs=3) as training,
         raypipe.loader("demo:60", recipe="coco-300", transform=things, seed=1) as judged,
     ):
         for pictures, classes in (batch for _ in range(3) for batch in training):

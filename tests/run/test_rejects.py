@@ -360,7 +360,7 @@ def test_what_a_mount_did_not_give_is_done_by_the_next_run_as_if_nothing_had_bee
         output=tmp_path / "out",
         shard_rows=4,
         read_ms=40.0,
-        read_patience=1.0,
+        read_patience=0.2,
         actors=1,
         writers=1,
     )
@@ -396,7 +396,7 @@ def test_what_a_mount_did_not_give_is_done_by_the_next_run_as_if_nothing_had_bee
 
 
 def test_without_an_output_what_was_not_read_is_counted_too(session, mount):
-    wanted = settings(input=mount, output=None, shard_rows=4, read_patience=0.5, actors=1)
+    wanted = settings(input=mount, output=None, shard_rows=4, read_patience=0.2, actors=1)
     seen = []
 
     def consume(block) -> None:
