@@ -4,18 +4,22 @@ Each actor sends its totals after every shard, and every second within a long on
 its sender 0.2 ms; a shard takes 100 ms or more.
 """
 
+import contextlib
 import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import psutil
 import ray
+from ray.exceptions import RayError
 
 from raypipe.data.reader import core_wait_s
 from raypipe.insight.states import SAMPLE_EVERY_S, Sample, StepTotals
 from raypipe.stages.stage import Gpu, GpuUse
+
+ARRIVES_S = 30.0
+"""What does not arrive within this time is given up."""
 
 SHARED_MEMORY = "/dev/shm"
 """Where Ray keeps its object store on Linux."""
@@ -82,7 +86,7 @@ class Meter:
             except Exception:  # the run ends, and Ray with it
                 return
 
-    @contextmanager
+    @contextlib.contextmanager
     def call(self) -> Iterator[None]:
         """Count the block as one call."""
         now = time.perf_counter()
@@ -111,7 +115,7 @@ class Meter:
             if self._collector is not None:
                 self._send()
 
-    @contextmanager
+    @contextlib.contextmanager
     def step(self, name: str) -> Iterator[None]:
         """Count the block as one step of a call."""
         thread = threading.get_native_id()
@@ -133,7 +137,7 @@ class Meter:
             before = self._steps.get(spent.name, StepTotals(name=spent.name))
             self._steps[spent.name] = before.plus(spent)
 
-    @contextmanager
+    @contextlib.contextmanager
     def wait(self) -> Iterator[None]:
         """Count the block as waiting for input."""
         self._waits_since = time.perf_counter()
@@ -205,10 +209,20 @@ class Meter:
                 steps=tuple(self._steps.values()),
             )
 
-    def _send(self) -> None:
+    def flush(self) -> None:
+        if self._collector is not None:
+            arrived(self._send())
+
+    def _send(self) -> ray.ObjectRef:
         assert self._collector is not None
         self._sent = time.time()
-        self._collector.record.remote(self.sample())
+        return self._collector.record.remote(self.sample())
+
+
+def arrived(call: ray.ObjectRef) -> None:
+    """Return when an actor has done `call` and all calls before it, or is lost."""
+    with contextlib.suppress(RayError):
+        ray.get(call, timeout=ARRIVES_S)
 
 
 def store_bytes() -> int | None:

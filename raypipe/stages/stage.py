@@ -59,6 +59,9 @@ class Meter(Protocol):
     def count(self, *, images: int, bytes_in: int, bytes_out: int, step: str | None = None) -> None:
         """Add what the call did, or one of its steps: rows accounted for, bytes in and out."""
 
+    def flush(self) -> None:
+        """Send the totals, and return when they have arrived: the process may end at any time."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Done:

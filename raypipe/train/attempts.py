@@ -7,7 +7,6 @@ restarts are off: they would run the same dataset again.
 """
 
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,8 +18,8 @@ import pyarrow as pa
 import ray
 import ray.train
 import torch
+from ray.data import Dataset
 from ray.exceptions import RayError
-from ray.train.torch import TorchTrainer
 from rich.console import Console
 
 from raypipe.data import lease, outputs
@@ -47,7 +46,7 @@ from raypipe.run.meter import Meter
 from raypipe.stages.preprocess import Preprocess
 from raypipe.stages.stage import Stage
 from raypipe.stages.write import Write
-from raypipe.train.board import Board, ToBoard, Uneven, train
+from raypipe.train.board import Board, ToBoard
 from raypipe.train.epochs import Segment
 from raypipe.train.following import Watch
 from raypipe.train.plan import Assignment, Todo, plan
@@ -61,10 +60,7 @@ from raypipe.train.result import (
     report_without_figures,
 )
 from raypipe.train.settings import Settings
-
-# Ray Train takes a report when it polls, and a worker keeps one at most. With Ray's 2 s, shorter
-# epochs would wait for that. All its processes are given this variable.
-os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+from raypipe.train.trainer import fit, trainer_of
 
 _CLEARING = "clearing-checkpoints"
 """Marks that checkpoints are being deleted. Other jobs' results have a mark of their own."""
@@ -301,10 +297,18 @@ def _train(this: _Run, execution: Execution) -> Outcome:
         name = f"{this.run_id}-{attempt}"
         try:
             with watch.on(board), executions.tracks(name):
-                trainer = _trainer(
+                assignment = _assignment(
                     this, execution, held, segment, name=name, resume=folder, board=board
                 )
-                _fit(trainer, execution.check)
+                trainer = trainer_of(
+                    assignment,
+                    _blocks(this, execution, segment, name),
+                    name=name,
+                    storage=Location.of(this.storage),
+                    workers=this.settings.training,
+                    on_gpu=execution.workers_on_gpu,
+                )
+                fit(trainer, execution.check)
             progress, folder = _latest(this.storage, this.todo)
             failures = 0
             if segment.epochs.stop == this.todo.epochs.epochs:
@@ -355,7 +359,7 @@ def _held_out(this: _Run, execution: Execution) -> HeldOut:
     return HeldOut(blocks=blocks, rejected=rejected, dropped=dropped)
 
 
-def _trainer(
+def _assignment(
     this: _Run,
     execution: Execution,
     held: HeldOut,
@@ -364,50 +368,28 @@ def _trainer(
     name: str,
     resume: str | None,
     board: ray.actor.ActorHandle,
-) -> TorchTrainer:
-    """Make Ray Train's trainer of one attempt on `segment`, which goes on from `resume`."""
-    workers, todo, storage = this.settings.training, this.todo, this.storage
-    datasets = {}
-    if segment.left:
-        stage = _stage(this, name, segment.work)
-        datasets["train"] = execution.dataset(segment.work, (stage,))
-        # So that epochs come one after the other, and runs are reproducible.
-        datasets["train"].context.execution_options.preserve_order = True
-    assignment = Assignment(
+) -> Assignment:
+    """What the workers of the attempt `name` start with. It goes on from `resume`."""
+    todo, log = this.todo, this.settings.training.row_log
+    return Assignment(
         training=todo.training,
         settings=todo.deciding,
-        attempt=str(Location.of(storage) / name),
+        attempt=str(Location.of(this.storage) / name),
         resume=resume,
         segment=segment.without_rows(),
         holdout=held.blocks,
         dropped=held.dropped,
         board=ToBoard(board),
         meter=Meter(stage="train", collector=execution.collector, loops=True),
-        row_log=workers.row_log and os.path.abspath(workers.row_log),
+        row_log=log and os.path.abspath(log),
     )
-    on_gpu = execution.workers_on_gpu
-    where: dict[str, Any] = {"storage_path": storage}
-    if (place := Location.of(storage)).is_remote:
-        system, path = place.filesystem()
-        where = {"storage_filesystem": system, "storage_path": path}
-    return TorchTrainer(
-        train,
-        # By reference: otherwise the processes that hand it on would load torch to read it.
-        train_loop_config={"assignment": ray.put(assignment)},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=workers.workers,
-            use_gpu=on_gpu,
-            resources_per_worker={"GPU": 1, "CPU": 0} if on_gpu else {"CPU": 1},
-        ),
-        run_config=ray.train.RunConfig(
-            name=name,
-            **where,
-            failure_config=ray.train.FailureConfig(max_failures=0, max_preemption_failures=0),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=workers.keep),
-        ),
-        datasets=datasets,
-        dataset_config=Uneven(),
-    )
+
+
+def _blocks(this: _Run, execution: Execution, segment: Segment, name: str) -> Dataset | None:
+    """The blocks that the attempt `name` trains on; None: no row is left."""
+    if not segment.left:
+        return None
+    return execution.dataset(segment.work, (_stage(this, name, segment.work),))
 
 
 def _segment(todo: Todo, resume: str | None, workers: int) -> Segment:
@@ -416,33 +398,6 @@ def _segment(todo: Todo, resume: str | None, workers: int) -> Segment:
     if resume is not None:
         position = from_states(checkpoints.seen_by(resume), todo.training.decides)
     return todo.epochs.next(position, ranks=workers)
-
-
-def _fit(trainer: TorchTrainer, check: Callable[[], None]) -> None:
-    """Run trainer.fit() in a thread: in the main thread it would catch Ctrl-C itself.
-
-    Args:
-        check: called meanwhile. If it raises, waiting ends.
-
-    Raises:
-        ray.train.TrainingFailedError: a worker died or raised.
-    """
-    ended: list[BaseException | None] = []
-
-    def fit() -> None:
-        try:
-            trainer.fit()
-            ended.append(None)
-        except BaseException as error:
-            ended.append(error)
-
-    thread = threading.Thread(target=fit, daemon=True, name="raypipe-fit")
-    thread.start()
-    while thread.is_alive():
-        thread.join(0.2)
-        check()
-    if ended and ended[0] is not None:
-        raise ended[0]
 
 
 def _give_up(

@@ -11,6 +11,8 @@ from typing import Any
 import ray
 import ray.train
 
+from raypipe.run.meter import arrived
+
 
 class Board:
     """Where workers report and the driver looks. An actor without a CPU of its own."""
@@ -34,6 +36,9 @@ class ToBoard:
 
     def tell(self, record: dict[str, Any]) -> None:
         self.board.tell.remote(record)
+
+    def flush(self) -> None:
+        arrived(self.board.__ray_ready__.remote())
 
 
 class Uneven(ray.train.DataConfig):

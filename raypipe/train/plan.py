@@ -59,6 +59,9 @@ class Tell(Protocol):
     def tell(self, record: dict[str, Any]) -> None:
         """Take one record; `record["kind"]` is "step" or "epoch"."""
 
+    def flush(self) -> None:
+        """Return when all records have arrived."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Assignment:

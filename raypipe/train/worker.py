@@ -427,3 +427,6 @@ def work(assignment: Assignment) -> None:
         holdout=[ray.get(ref) for ref in assignment.holdout[rank::size]],
         report=report,
     ).run()
+    # Ray Train ends this process as soon as it sees that this function has returned.
+    assignment.meter.flush()
+    assignment.board.flush()

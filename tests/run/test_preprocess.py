@@ -210,8 +210,8 @@ def test_a_journal_that_has_lost_images_is_not_taken_for_done(photos, tmp_path):
         run(wanted, console=quiet())
 
 
-def test_a_stage_on_gpus_can_be_built_on_a_machine_without(session, photos):
-    job = preprocessing(settings(input=photos, output="out", writers=1))
+def test_a_stage_on_gpus_can_be_built_on_a_machine_without(session, photos, tmp_path):
+    job = preprocessing(settings(input=photos, output=tmp_path / "out", writers=1))
     first, then = job.stages("never-run")
     stages = (first, replace(then, gpu=True))
     dataset_of(job.todo.work, stages, {"preprocess": 1, "write": 1})  # raises nothing
