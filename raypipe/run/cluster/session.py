@@ -324,15 +324,15 @@ def _connected(
                     context = ray_here(num_cpus=num_cpus, **quiet)
                 start.wait_for_output(_helpers(trains=trains))
     except Exception as error:
-        # Ray raises a bare Exception for a node that does not start.
-        if type(error) is not Exception:
+        # Ray raises a bare Exception for a raylet that does not start, or a RuntimeError for a GCS.
+        if type(error) not in (Exception, RuntimeError):
             raise
         cause = raised_in_logs()
         raise TimeoutError(
             f"Ray did not start: {cause}. Install or mend what it names, then start again."
             if cause
-            else f"Ray did not start: {error} Try again when other programs use less of the "
-            f"machine."
+            else f"Ray did not start: {' '.join(str(error).split())} Try again when other programs "
+            f"use less of the machine."
         ) from None
     return context.dashboard_url or None
 

@@ -1,5 +1,6 @@
 """The Ray that raypipe starts: what is there at the first output, what later, and what is left."""
 
+import contextlib
 import json
 import os
 import re
@@ -136,21 +137,29 @@ def test_what_ray_train_needs_is_there_at_once_and_what_it_would_wait_for_is_not
 ARGUMENTS = ("--input", "demo:80", "--actors", "1", "--read-ms", "1000", "--shard-rows", "1")
 
 
-@pytest.fixture
-def job() -> Iterator[subprocess.Popen]:
-    """A job with a Ray of its own, of a minute."""
+@contextlib.contextmanager
+def started(**more: str) -> Iterator[subprocess.Popen]:
+    """A job with a Ray of its own, of a minute, with `more` in its environment."""
     process = subprocess.Popen(
         [sys.executable, "jobs/preprocess.py", *ARGUMENTS],
         cwd=ROOT,
-        env=environment(),
+        env=environment(**more),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
-    yield process
-    process.kill()
-    process.communicate()
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def job() -> Iterator[subprocess.Popen]:
+    with started() as process:
+        yield process
 
 
 def gone(processes: list[psutil.Process]) -> bool:
@@ -191,6 +200,16 @@ def test_an_interrupted_start_leaves_nothing_behind(job, what):
     _, errors = job.communicate(timeout=120)
     assert job.returncode == 130 and "Interrupted" in errors and "Traceback" not in errors
     assert gone(everything)
+
+
+@pytest.mark.slow
+def test_a_ray_one_of_whose_processes_dies_as_it_starts_is_told_in_a_line():
+    with started(RAY_gcs_server_port_wait_time_s="2") as job:
+        wait_for(lambda: "gcs" in rays_processes(job.pid), job)
+        rays_processes(job.pid)["gcs"].kill()
+        _, errors = job.communicate(timeout=120)
+    assert job.returncode == 1 and "Traceback" not in errors
+    assert re.search("^error: Ray did not start: .* Try again", errors, re.MULTILINE), errors
 
 
 def test_a_kept_port_is_for_one_server_and_nobody_else():
