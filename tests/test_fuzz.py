@@ -31,7 +31,6 @@ from raypipe.data.shapes import Placement
 from raypipe.data.tables import Listed
 from raypipe.data.work import make_work, wanted_by
 from raypipe.images.header import Reject
-from raypipe.images.memory import SCRATCH
 from raypipe.images.ops.augment import HorizontalFlip
 from raypipe.images.ops.geometry import Resize, ShortSide
 from raypipe.images.recipe import Recipe
@@ -94,7 +93,7 @@ def processed(listed: Listed, *, at_least: int = ROWS) -> None:
     rows = wanted_by(listed.rows, needs_boxes=False, drops_crowds=False)
     if rows.num_rows:  # a recipe whose results differ in size looks at the headers before it starts
         shape = sizes.cut(
-            VARYING, images=rows.num_rows, rows=None, scratch=SCRATCH["opencv"], memory=1 << 30
+            VARYING, images=rows.num_rows, rows=None, backend="opencv", memory=1 << 30
         )
         assert make_work(rows, **shape.arguments).num_rows == rows.num_rows
     work = make_work(rows, rows_per_shard=1000)

@@ -41,14 +41,14 @@ class Weigher:
 
     Attributes:
         recipe: what is done to the rows.
-        scratch: working memory of the backend's ops.
+        backend: "opencv" or "torchvision".
         memory: bytes that a shard may need.
         target: bytes of results at which a shard is large enough; None: only `memory` bounds it.
         largest: bytes of the largest row so far.
     """
 
     recipe: Recipe
-    scratch: Mapping[type, float]
+    backend: str
     memory: int
     max_pixels: int
     target: int | None
@@ -96,7 +96,7 @@ class Weigher:
         for draw in range(3 if self.recipe.random else 1):
             try:
                 ops = self.recipe.plan(seed=0, epoch=draw, image_id="", size=size).ops
-                peak = max(peak, needed(header, ops, self.scratch, reduce=reduce))
+                peak = max(peak, needed(header, ops, self.backend, reduce=reduce))
             except Reject:
                 pass
         return usual[0] * usual[1] * 3, most[0] * most[1] * 3, peak
@@ -137,7 +137,7 @@ def cut(
     *,
     images: int,
     rows: int | None,
-    scratch: Mapping[type, float],
+    backend: str,
     memory: int,
     max_pixels: int = MAX_PIXELS,
 ) -> "Cut":
@@ -153,7 +153,7 @@ def cut(
     if size is None:
         weigh = Weigher(
             recipe=recipe,
-            scratch=scratch,
+            backend=backend,
             memory=memory,
             max_pixels=max_pixels,
             target=SHARD_BYTES if rows is None else None,

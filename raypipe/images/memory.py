@@ -3,7 +3,7 @@
 Bytes a pixel were measured as the peak of the process (VmHWM) on images of 20 megapixels.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from raypipe.images.header import Header
 from raypipe.images.ops import augment, colour, filters, geometry
@@ -73,7 +73,7 @@ SCRATCH: dict[str, dict[type, float]] = {
         geometry.Resize: 2,
     },
 }
-"""Bytes a pixel that each plain op of a backend takes beside its input and output."""
+"""What an op of a backend takes beside its input and output: bytes a pixel of the larger one."""
 
 UNKNOWN_OP = 30
 """Bytes a pixel assumed for an own op: one or two float32 copies."""
@@ -82,16 +82,13 @@ MOST = 170
 """Bytes a pixel that no image exceeds, whatever its recipe. With that many free, skip `needed`."""
 
 
-def needed(
-    header: Header, ops: Sequence[Op], scratch: Mapping[type, float], *, reduce: int = 1
-) -> int:
+def needed(header: Header, ops: Sequence[Op], backend: str, *, reduce: int = 1) -> int:
     """The peak memory in bytes while an image is decoded and goes through plain `ops`.
 
     Its encoded bytes are not counted.
 
     Args:
-        scratch: what each op of the backend takes beside its input and output, in bytes a pixel of
-            the larger of them.
+        backend: "opencv" or "torchvision".
         reduce: a JPEG is decoded at 1/`reduce` of its size.
     """
     pixels = header.height * header.width
@@ -112,9 +109,10 @@ def needed(
         worked_on, in_float = max(before, behind), 0
         if isinstance(op, geometry.Resize):
             worked_on = max(after[0] * size[1], behind)
-            in_float = 12 * before if op.arithmetic == "float" else 0
-        most = max(
-            most, 3 * (before + behind) + scratch.get(type(op), UNKNOWN_OP) * worked_on + in_float
-        )
+            # torchvision resizes uint8 as float where torch says of no AVX2; 0.23 also with AVX512.
+            as_float = op.arithmetic == "float" or backend == "torchvision"
+            in_float = 12 * (before + behind) if as_float else 0
+        beside = SCRATCH[backend].get(type(op), UNKNOWN_OP) * worked_on
+        most = max(most, 3 * (before + behind) + beside + in_float)
         size = after
     return int(most)

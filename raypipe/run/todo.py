@@ -23,7 +23,6 @@ from raypipe.data.work import (
     wanted_by,
 )
 from raypipe.errors import UsageError
-from raypipe.images.memory import SCRATCH
 from raypipe.images.recipe import Recipe
 from raypipe.run.cluster.machine import versions
 from raypipe.run.result import check_report
@@ -127,7 +126,7 @@ def left_to_do(
         recipe,
         images=source.num_rows,
         rows=running.shard_rows,
-        scratch=SCRATCH[decoding.backend],
+        backend=decoding.backend,
         memory=decoding.memory,
         max_pixels=decoding.max_pixels,
     )

@@ -11,7 +11,7 @@ from raypipe.data.tables import frames_of
 from raypipe.images.decode import read_header
 from raypipe.images.frames import into_picture
 from raypipe.images.header import MAX_PIXELS, NO_ROOM, UNREAD, Header, Reject
-from raypipe.images.memory import MOST, SCRATCH, needed
+from raypipe.images.memory import MOST, needed
 from raypipe.images.recipe import Plan, Recipe
 
 
@@ -139,7 +139,7 @@ class _Room:
 
     def __init__(self, settings: Preprocessing, *, rows: int, each: int) -> None:
         self._settings = settings
-        self._scratch = SCRATCH[settings.backend]
+        self._backend = settings.backend
         self._each = each
         self._held = rows * each
 
@@ -162,7 +162,7 @@ class _Room:
         settings = self._settings
         decoded = header if settings.decoder == "simplejpeg" else replace(header, native=False)
         reduce = settings.done_here.reduce((header.height, header.width))
-        most = needed(decoded, plan.ops, self._scratch, reduce=reduce) + len(data) * (not keep)
+        most = needed(decoded, plan.ops, self._backend, reduce=reduce) + len(data) * (not keep)
         if self._held + kept + most <= settings.memory:
             return
         if settings.gives_back and self._each + kept + most <= settings.memory:

@@ -26,7 +26,7 @@ from raypipe.images import opencv
 from raypipe.images.decode import read_header
 from raypipe.images.drawing import draw_boxes
 from raypipe.images.header import UNREAD, Header, Reject
-from raypipe.images.memory import SCRATCH, needed
+from raypipe.images.memory import needed
 from raypipe.images.recipe import Recipe, boxes_back
 from raypipe.models import checkpoint as checkpoints
 from raypipe.models import detection
@@ -298,7 +298,7 @@ def _original(row: dict[str, Any], data: bytes | Reject, memory: int) -> np.ndar
 def _to_draw(header: Header, reduce: int) -> int:
     """Bytes that an image takes to be decoded at 1/`reduce` of its size and drawn on."""
     drawing = _DRAWING * header.height * header.width // reduce**2
-    return max(needed(header, (), SCRATCH["opencv"], reduce=reduce), drawing)
+    return max(needed(header, (), "opencv", reduce=reduce), drawing)
 
 
 @dataclass(frozen=True, kw_only=True)

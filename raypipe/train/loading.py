@@ -13,7 +13,6 @@ from raypipe.data import sizes
 from raypipe.data.sizes import Cut
 from raypipe.errors import UsageError
 from raypipe.images import catalog
-from raypipe.images.memory import SCRATCH
 from raypipe.images.recipe import Finish, Recipe, check_backend
 from raypipe.models.detection import finish_of
 from raypipe.run.result import check_report
@@ -79,7 +78,7 @@ def plan(settings: LoaderSettings, *, ranks: int) -> tuple[Facts, Todo]:
         recipe,
         images=rows.num_rows,
         rows=settings.running.shard_rows,
-        scratch=SCRATCH[decoding.backend],
+        backend=decoding.backend,
         memory=decoding.memory,
         max_pixels=decoding.max_pixels,
     )

@@ -18,7 +18,6 @@ from raypipe.data.tables import Listed, unlist
 from raypipe.data.work import make_work, wanted_by
 from raypipe.errors import UsageError
 from raypipe.images import catalog
-from raypipe.images.memory import SCRATCH
 from raypipe.images.recipe import Finish, Recipe, check_backend, for_evaluation
 from raypipe.models import detection
 from raypipe.models.detection import Classes
@@ -132,7 +131,7 @@ def plan(settings: Settings) -> Todo:
         sizes.cut,
         images=source.num_rows,
         rows=settings.running.shard_rows,
-        scratch=SCRATCH[decoding.backend],
+        backend=decoding.backend,
         memory=decoding.memory,
         max_pixels=decoding.max_pixels,
     )

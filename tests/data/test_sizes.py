@@ -12,12 +12,10 @@ from raypipe.data import sizes
 from raypipe.data.listing import list_images
 from raypipe.data.work import make_work, shards
 from raypipe.images.catalog import get
-from raypipe.images.memory import SCRATCH
 from raypipe.images.ops.augment import HorizontalFlip
 from raypipe.images.ops.geometry import Resize
 from raypipe.images.recipe import Recipe
 
-OPENCV = SCRATCH["opencv"]
 FLIP = Recipe(name="flip", ops=(HorizontalFlip(),))
 SIDES = [200, 1200, 300, 2500, 100, 2000, 2000, 150, 400, 1500]
 
@@ -30,7 +28,7 @@ def parts(
     input: str, *, memory: int, rows: int | None = None, recipe: Recipe = FLIP
 ) -> list[list[str]]:
     source = list_images(input)
-    cut = sizes.cut(recipe, images=source.num_rows, rows=rows, scratch=OPENCV, memory=memory)
+    cut = sizes.cut(recipe, images=source.num_rows, rows=rows, backend="opencv", memory=memory)
     return [
         shard.column("image_id").to_pylist() for shard in shards(make_work(source, **cut.arguments))
     ]
@@ -96,14 +94,15 @@ def test_encoded_bytes_of_which_no_more_is_known_count_twenty_bytes_each(tmp_pat
 def test_recipes_of_one_size_are_cut_by_it_and_refused_where_one_result_is_too_much(tmp_path):
     large = Recipe(name="large", ops=(Resize(height=5000, width=5000),))
     (tmp_path / "a.png").write_bytes(encoded(10, ".png"))
-    cut = sizes.cut(large, images=1000, rows=None, scratch=OPENCV, memory=1_750_000_000)
+    cut = sizes.cut(large, images=1000, rows=None, backend="opencv", memory=1_750_000_000)
     assert cut.rows == 11 and cut.need == 11 * 75_000_000
-    assert sizes.cut(large, images=1000, rows=500, scratch=OPENCV, memory=1_750_000_000).rows == 11
+    again = sizes.cut(large, images=1000, rows=500, backend="opencv", memory=1_750_000_000)
+    assert again.rows == 11
     with pytest.raises(
         UsageError,
         match=r"large makes images of 5000x5000, 0\.07 GB each, and an actor has 0\.10 GB",
     ):
-        sizes.cut(large, images=1000, rows=None, scratch=OPENCV, memory=100_000_000)
+        sizes.cut(large, images=1000, rows=None, backend="opencv", memory=100_000_000)
 
 
 def test_random_recipes_are_cut_for_the_largest_that_may_be_drawn(tmp_path):

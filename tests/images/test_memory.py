@@ -13,7 +13,7 @@ from PIL import Image
 from raypipe.images import backend
 from raypipe.images.ops import augment, colour, filters, geometry
 from raypipe.images.decode import read_header
-from raypipe.images.memory import SCRATCH, needed
+from raypipe.images.memory import needed
 
 def peak():
     (line,) = (line for line in open("/proc/self/status") if line.startswith("VmHWM"))
@@ -62,7 +62,7 @@ for name, data in files.items():
     header = read_header(data)
     before = reset()
     image = module.decode(data, header)
-    found[name] = [peak() - before, needed(header, (), SCRATCH[sys.argv[1]])]
+    found[name] = [peak() - before, needed(header, (), sys.argv[1])]
     del image
 header = read_header(files["jpeg"])
 image = module.decode(files["jpeg"], header)
@@ -70,7 +70,7 @@ for op in some:
     before = reset()
     result = module.apply(op, image)
     measured = peak() - before + 3 * header.height * header.width
-    found[repr(op)] = [measured, needed(header, (op,), SCRATCH[sys.argv[1]])]
+    found[repr(op)] = [measured, needed(header, (op,), sys.argv[1])]
     del result
 print(json.dumps(found))
 """

@@ -13,7 +13,7 @@ import pytest
 from raypipe import UsageError
 from raypipe.images import opencv, torchvision
 from raypipe.images.header import Header, Reject
-from raypipe.images.memory import SCRATCH, needed
+from raypipe.images.memory import needed
 from raypipe.images.ops.augment import HorizontalFlip
 from raypipe.images.ops.colour import Brightness, Equalize, Hue, Permute
 from raypipe.images.ops.filters import GaussianBlur
@@ -99,7 +99,7 @@ def test_a_plain_dataclass_has_the_defaults_of_an_op():
     back, _ = boxes_back(own, planned.boxes, SIZE)
     np.testing.assert_allclose(back, INSIDE, atol=1e-3)
     header = Header(format="jpeg", height=480, width=640, native=True)
-    assert needed(header, planned.ops, SCRATCH["opencv"]) > 0
+    assert needed(header, planned.ops, "opencv") > 0
 
 
 class Draws:
