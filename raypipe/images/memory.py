@@ -109,7 +109,7 @@ def needed(header: Header, ops: Sequence[Op], backend: str, *, reduce: int = 1) 
         worked_on, in_float = max(before, behind), 0
         if isinstance(op, geometry.Resize):
             worked_on = max(after[0] * size[1], behind)
-            # torchvision resizes uint8 as float where torch says of no AVX2; 0.23 also with AVX512.
+            # torchvision resizes uint8 as float where torch finds no AVX2; 0.23 also with AVX512.
             as_float = op.arithmetic == "float" or backend == "torchvision"
             in_float = 12 * (before + behind) if as_float else 0
         beside = SCRATCH[backend].get(type(op), UNKNOWN_OP) * worked_on

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray._private import ray_constants, services, utils
 from ray._private.node import Node
+from ray.exceptions import RayError
 
 from raypipe.run.cluster.forkserver import ForkServer
 
@@ -200,12 +201,15 @@ class Start:
 
     def _get_node(self, *given: Any) -> Any:
         # Ray's function would ask for 30 s, also if there can be no answer.
-        nodes = self._node.get_gcs_client()
+        gcs = self._node.get_gcs_client()
         ends = time.monotonic() + _REGISTERED_S
-        while not nodes.get_all_node_info() and time.monotonic() < ends:
+        while time.monotonic() < ends:
             for one in self._processes:
                 if one.process.poll() is not None:
                     raise Exception(f"Its process {os.path.basename(one.process.args[0])} ended.")
+            with contextlib.suppress(RayError):
+                if gcs.get_all_node_info(timeout=1):
+                    break
             time.sleep(0.02)
         return _get_node(*given)
 
