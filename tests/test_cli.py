@@ -138,7 +138,7 @@ def test_jobs_start_where_only_the_package_is_installed(tmp_path):
     done = raypipe("preprocess", "--input", "demo:8", "--output", "out", "--actors", "1")
     assert done.returncode == 0 and "8 images in = 8 out + 0 rejected" in done.stdout, done
     assert raypipe("report", "out").stdout in done.stdout
-    refused = raypipe("preprocess", "--input", "nowhere")
+    refused = raypipe("predict", "--checkpoint", "none", "--input", "demo:8", "--output", "out2")
     assert refused.returncode == 2 and "error: " in refused.stderr, refused
 
 

@@ -19,7 +19,7 @@ from raypipe.insight.states import SAMPLE_EVERY_S, Sample, StepTotals
 from raypipe.stages.stage import Gpu, GpuUse
 
 ARRIVES_S = 30.0
-"""What does not arrive within this time is given up."""
+"""How long to wait for an actor to take a message."""
 
 SHARED_MEMORY = "/dev/shm"
 """Where Ray keeps its object store on Linux."""
@@ -220,7 +220,7 @@ class Meter:
 
 
 def arrived(call: ray.ObjectRef) -> None:
-    """Return when an actor has done `call` and all calls before it, or is lost."""
+    """Wait until an actor has done `call` and the calls before it, or is lost."""
     with contextlib.suppress(RayError):
         ray.get(call, timeout=ARRIVES_S)
 

@@ -15,8 +15,8 @@ from raypipe.train.board import Uneven, train
 from raypipe.train.plan import Assignment
 from raypipe.train.settings import Workers
 
-# Ray Train takes a report when it polls, and a worker keeps one at most. With Ray's 2 s, shorter
-# epochs would wait for that. All its processes are given this variable.
+# Ray Train fetches reports when it polls, and a worker can hold only one. With Ray's interval of
+# 2 s, shorter epochs would wait. Ray Train passes this variable to all its processes.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 
 

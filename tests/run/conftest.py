@@ -23,8 +23,8 @@ def bare_python(tmp_path) -> str:
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
     python = str(tmp_path / "node/bin/python")
     code = (
-        "from importlib.util import find_spec; "
-        "assert all(map(find_spec, ('ray', 'cv2', 'torch'))) and not find_spec('raypipe')"
+        "import ray, cv2, torch, sys; import importlib.util as u; "
+        "sys.exit(u.find_spec('raypipe') is not None)"
     )
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     assert subprocess.run([python, "-c", code], cwd=tmp_path, env=env).returncode == 0, (

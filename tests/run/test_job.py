@@ -149,7 +149,7 @@ def test_ray_job_submit_with_nothing_of_raypipe_on_the_nodes(cluster, tmp_path):
         "--actors",
         "1",
         "--writers",
-        "0",
+        "1",
         "--shard-rows",
         "5",
     )

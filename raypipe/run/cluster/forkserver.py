@@ -124,9 +124,9 @@ def main() -> None:
 
 
 def _leave() -> None:
-    """End this process at once, when all else is done that Python does at its end.
+    """Exit without the interpreter's teardown. All other exit handlers have run before.
 
-    A fork would take its imports apart: 0.6 s of CPU with torch, which copies the shared pages.
+    The teardown of a fork's modules copies the pages it shares: with torch, 0.6 s of CPU.
     """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):

@@ -3,8 +3,8 @@
 - The autoscaling coordinator divides a cluster that grows among datasets.
 - The location tracker knows the node of each actor.
 - The stats actor feeds the dashboard. It starts later, with what it was to be told until then.
-- Ray Train's placement group cleaner frees the CPUs of a controller that died. It asks a dashboard
-  for that controller, and where there is none yet, a training's end waits 12 s for the answer.
+- Ray Train's placement group cleaner frees the CPUs of a dead controller. It asks the dashboard
+  about the controller. Without a dashboard, the end of a training waits 12 s for an answer.
 
 Import this module only if `internals.missing("helpers")` is empty.
 """

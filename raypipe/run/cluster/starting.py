@@ -38,9 +38,6 @@ PAUSE_S = 10.0
 AT_LATEST_S = 20.0
 """The rest starts so long after Ray in any case."""
 
-_REGISTERED_S = 30.0
-"""The time that Ray gives this node to register."""
-
 _WAIT = 'read _ <"$0" && exec "$@"'
 """A shell waits for a line in a pipe, then becomes the agent. It ends when the driver ends."""
 
@@ -200,18 +197,15 @@ class Start:
         return command.replace(files[0], self.forks.instead_of(files[0]))
 
     def _get_node(self, *given: Any) -> Any:
-        # Ray's function would ask for 30 s, also if there can be no answer.
-        gcs = self._node.get_gcs_client()
-        ends = time.monotonic() + _REGISTERED_S
-        while time.monotonic() < ends:
-            for one in self._processes:
-                if one.process.poll() is not None:
-                    raise Exception(f"Its process {os.path.basename(one.process.args[0])} ended.")
-            with contextlib.suppress(RayError):
-                if gcs.get_all_node_info(timeout=1):
-                    break
-            time.sleep(0.02)
-        return _get_node(*given)
+        # Ray's function asks for 30 s, also if there can be no answer.
+        for one in self._processes:
+            if one.process.poll() is not None:
+                raise Exception(f"Its process {os.path.basename(one.process.args[0])} ended.")
+        with contextlib.suppress(RayError):
+            if self._node.get_gcs_client().get_all_node_info(timeout=1):
+                return _get_node(*given)
+        time.sleep(0.02)
+        raise RuntimeError("This node has not registered yet.")  # Ray calls again, for 30 s
 
     # --- the rest -------------------------------------------------------------------------------
 

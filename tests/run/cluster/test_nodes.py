@@ -99,8 +99,8 @@ def test_a_lost_node_ends_nothing_and_nodes_that_come_are_used(tmp_path, monkeyp
 
 @pytest.mark.slow
 def test_a_node_that_is_drained_is_left_without_a_repeated_shard(tmp_path, monkeypatch):
-    out, there = tmp_path / "out", tmp_path / "there"
-    given = given_of(out, there, actors=2, writers=0, limit=150, run_id="drained")
+    out, there, images = tmp_path / "out", tmp_path / "there", 150
+    given = given_of(out, there, actors=2, writers=0, limit=images, run_id="drained")
     # The head has CPUs too. Actors are put on it only where there is no other room.
     with head(cpus=2, env=AROUND) as cluster, node(cluster, cpus=1, env=AROUND):
         env = AROUND | {"RAY_ADDRESS": cluster.address}
@@ -112,15 +112,15 @@ def test_a_node_that_is_drained_is_left_without_a_repeated_shard(tmp_path, monke
             record = run.until(
                 lambda r: leaves not in nodes_of(r) and all_run(r, **{"preprocess+write": 2})
             )
-            assert record["waiting"] is None and record["done"] < 150
+            assert record["waiting"] is None and record["done"] < images
             there.touch()
             report = run.ended()
             # What the last seconds did is in the metrics of the nodes, though the run is over.
             seen = joined(LOOK, cluster, env)
-            assert seen["done"] == 150 and seen["runs"] == ["drained"]
+            assert seen["done"] == images and seen["runs"] == ["drained"]
     # What was done twice would count twice here.
-    assert [stage["images"] for stage in report["stages"]] == [150]
-    assert report["images_out"] == 150 and len(report["nodes"]) == 3
+    assert [stage["images"] for stage in report["stages"]] == [images]
+    assert report["images_out"] == images and len(report["nodes"]) == 3
     equals_a_plain_loop(given, out, tmp_path, monkeypatch)
 
 
