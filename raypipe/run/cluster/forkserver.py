@@ -2,12 +2,13 @@
 
     python -m raypipe.run.cluster.forkserver LISTENING PYTHONPATH MODULE ...
 
-Of the 1.6 s of CPU that a worker takes to start, 1.1 s are imports. A fork has these modules
-already, and shares their 70 MB with other workers.
+Of the 1.6 s of CPU that a worker takes to start, 1.5 s are imports. A fork has these modules
+already, and shares their 100 MB with other workers.
 
-The server must not import Ray: forks would share the state from which Ray draws its ids. It must
-not run threads: a fork has their locks, but not the threads. It ends when its standard input ends,
-which is when the driver ends.
+The server imports Ray when the first worker is asked for, with that worker's variables: Ray reads
+some as it is imported. It must not draw an id, or forks would draw the same ones. It must not run
+threads: a fork has their locks, but not the threads. It ends when its standard input ends, which is
+when the driver ends.
 """
 
 import atexit
@@ -25,14 +26,17 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from io import RawIOBase
+from typing import Any, NoReturn
 
 from raypipe.run import processes
-from raypipe.run.cluster import forked
+from raypipe.run.cluster import forked, internals
 
 ALWAYS = (
     "asyncio",
+    "click",
+    "colorful",
     "filelock",
     "google.protobuf.json_format",
     "jsonschema",
@@ -42,20 +46,40 @@ ALWAYS = (
     "pdb",
     "psutil",
     "pyarrow.compute",
+    "pyarrow.json",
     "pyarrow.parquet",
+    "pydantic.dataclasses",
+    "pydantic.v1",
     "requests",
     "tqdm.auto",
     "wcwidth",
     "yaml",
 )
-"""What Ray and Ray Data import in a worker that runs an actor, themselves excepted. With these, to
-import both takes 0.4 s instead of 1.1 s."""
+"""What Ray and Ray Data import in a worker that runs an actor, themselves excepted: 0.7 s."""
+
+OF_RAY = (
+    "ray._private.workers.default_worker",
+    "ray._private.arrow_serialization",
+    "ray._common.pydantic_compat",
+    "ray.data._internal.execution.streaming_executor",
+    "ray.data._internal.issue_detection",
+    "ray.data._internal.planner.plan_udf_map_op",
+    "raypipe.run.cluster.helpers",
+    "raypipe.run.live.collector",
+    "raypipe.run.meter",
+)
+"""Ray's file of a worker, and what it imports to run an actor of Ray Data: 0.8 s more."""
+
 
 _HARMLESS = "jemalloc_bg_thd"
 """A thread of pyarrow's allocator, which starts it again in a fork."""
 
-_OF_NO_IMPORT = {"PWD", "OLDPWD", "PS1", "SHLVL", "_", "SPT_NOENV"}
-"""Variables that shells and setproctitle set. No module reads them."""
+_OF_NO_IMPORT = {
+    *("PWD", "OLDPWD", "PS1", "SHLVL", "_", "SPT_NOENV"),
+    *("RAY_JOB_ID", "RAY_RAYLET_PID", "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC"),
+}
+"""Variables that no module reads as it is imported. Shells and setproctitle set them; for each
+worker the raylet; and for its own workers Ray Train."""
 
 _READ = 1 << 16
 
@@ -112,9 +136,7 @@ def main() -> None:
     environment = os.environ | {"PYTHONPATH": path}
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # it would start threads
     with socket.socket(fileno=int(number)) as listening:
-        for module in (*modules, *ALWAYS):
-            with contextlib.suppress(Exception):  # the worker that needs it reports the error
-                importlib.import_module(module)
+        _import((*modules, *ALWAYS))
         asked = _serve(listening, environment)
         address = listening.getsockname()
     if asked is not None:
@@ -141,52 +163,126 @@ def _serve(listening: socket.socket, environment: dict[str, str]) -> dict[str, A
         environment: of the driver.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # forks leave no zombies
-    gc.collect()
-    gc.freeze()  # else collections in the forks would copy the shared pages
+    of_workers: dict[str, str] | None = None  # of the first worker
+    _share()
     while True:
         ready, _, _ = select.select([listening, sys.stdin], [], [])
         if sys.stdin in ready:
             return None
         connection, _ = listening.accept()
         with connection:
-            asked = _answer(connection, environment)
-        if asked is not None:
+            asked, streams = _received(connection)
+            may_fork = _is_module(asked) or _is_like(asked, environment)
+            if may_fork and not _is_module(asked):
+                if of_workers is None:
+                    of_workers = asked["env"] if _import_ray(asked["env"]) else {}
+                    _share()
+                may_fork = _are_like(asked["env"], of_workers, of_ray=True)
+            is_fork = may_fork and _has_one_thread() and _fork(connection, asked, streams)
+            for stream in streams:
+                os.close(stream)
+        if is_fork:
             return asked
 
 
-def _answer(connection: socket.socket, environment: dict[str, str]) -> dict[str, Any] | None:
-    """Fork for one request. Returns it in the fork, with its standard streams in place.
+def _share() -> None:
+    """Keep forks from copying the pages of what is there: the collector would write to them."""
+    gc.collect()
+    gc.freeze()
 
-    A process that gets no answer starts by itself.
-    """
-    streams, asked = list[int](), dict[str, Any]()
-    try:
+
+def _received(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    """A request and its standard streams; an empty one where none came."""
+    streams = list[int]()
+    with contextlib.suppress(OSError, ValueError):
         data, streams, _, _ = socket.recv_fds(connection, _READ, 3)
         while more := connection.recv(_READ):
             data += more
-        asked = json.loads(data)
-        is_fork = _may_fork() and _is_like(asked, environment) and os.fork() == 0
-    except (OSError, ValueError):
-        is_fork = False
-    if is_fork:
-        if asked["argv"][:2] == forked.MODULE:
-            _end_with(connection)
-        connection.sendall(b"1")
-        for to, stream in enumerate(streams):
-            os.dup2(stream, to)
-    for stream in streams:
-        os.close(stream)
-    return asked if is_fork else None
+        return json.loads(data), streams
+    return {}, streams
 
 
-def _may_fork() -> bool:
-    """Whether a fork is safe: no module has imported Ray, or started a thread."""
+def _fork(connection: socket.socket, asked: dict[str, Any], streams: list[int]) -> bool:
+    """Whether this is the fork, with its standard streams in place."""
+    try:
+        if os.fork():
+            return False
+    except OSError:  # no answer: the process starts by itself
+        return False
+    if _is_module(asked):
+        _end_with(connection)
+    connection.sendall(b"1")
+    for to, stream in enumerate(streams):
+        os.dup2(stream, to)
+    return True
+
+
+def _has_one_thread() -> bool:
+    """Whether no module has started a thread, whose locks a fork would have."""
     names = set()
     for thread in os.listdir("/proc/self/task"):
         if int(thread) != os.getpid():
             with open(f"/proc/self/task/{thread}/comm") as name:
                 names.add(name.read().strip())
-    return names <= {_HARMLESS} and "ray" not in sys.modules
+    return names <= {_HARMLESS}
+
+
+def _import_ray(environment: dict[str, str]) -> bool:
+    """Import what workers import of Ray, with the variables of one. Whether forks may share it."""
+    if "ray" in sys.modules:  # some module has imported it, with other variables
+        return False
+    os.environ.update({name: environment[name] for name in environment if name not in os.environ})
+    if not internals.missing("forking"):
+        with _ids_of_the_system():
+            _import(OF_RAY)
+    return _ids_differ()
+
+
+@contextlib.contextmanager
+def _ids_of_the_system() -> Iterator[None]:
+    """Each class of actors draws an id as it is imported: here not from Ray's generator."""
+    from ray import actor
+
+    kind = actor.ActorClassID
+
+    class Ids:
+        @staticmethod
+        def from_random() -> Any:
+            return kind(os.urandom(kind.size()))
+
+    actor.ActorClassID = Ids
+    yield
+    actor.ActorClassID = kind
+
+
+def _ids_differ() -> bool:
+    """Whether two forks draw different ids. Ray seeds its generator when it draws the first."""
+    ids = set()
+    with contextlib.suppress(OSError):
+        for _ in range(2):
+            reading, writing = os.pipe()
+            with open(reading, "rb") as read, open(writing, "wb", buffering=0) as write:
+                if os.fork() == 0:
+                    _draw(write)
+                write.close()
+                ids.add(read.read())
+    return len(ids) == 2
+
+
+def _draw(write: RawIOBase) -> NoReturn:
+    """Draw an id of Ray, tell it and exit."""
+    try:
+        from ray import ObjectRef
+
+        write.write(ObjectRef.from_random().binary())
+    finally:
+        os._exit(0)
+
+
+def _import(modules: Iterable[str]) -> None:
+    for module in modules:
+        with contextlib.suppress(Exception):  # the worker that needs it reports the error
+            importlib.import_module(module)
 
 
 def _end_with(connection: socket.socket) -> None:
@@ -196,21 +292,27 @@ def _end_with(connection: socket.socket) -> None:
     os.dup(connection.fileno())  # it stays open until this process ends
 
 
-def _is_like(asked: dict[str, Any], environment: dict[str, str]) -> bool:
-    """Whether a process has this Python, and variables with which it imports the same modules.
+def _is_module(asked: dict[str, Any]) -> bool:
+    """Whether it is one of raypipe. The driver starts these as it started this server."""
+    return asked.get("argv", [])[:2] == forked.MODULE
 
-    A runtime environment may change both. Ray Train's only sets variables for Ray. The driver
-    starts modules of raypipe as it started this server.
+
+def _is_like(asked: dict[str, Any], environment: dict[str, str]) -> bool:
+    """Whether a worker has this Python, and variables with which it imports the same modules.
+
+    A runtime environment may change both.
     """
-    if asked["argv"][:2] == forked.MODULE:
-        return True
-    theirs = asked["env"]
-    differ = {
-        name
-        for name in theirs.keys() | environment.keys()
-        if theirs.get(name, "") != environment.get(name, "") and not name.startswith("RAY_")
-    }
-    return asked["python"] == sys.executable and differ <= _OF_NO_IMPORT
+    same_python = asked.get("python") == sys.executable
+    return same_python and _are_like(asked["env"], environment, of_ray=False)
+
+
+def _are_like(some: dict[str, str], others: dict[str, str], *, of_ray: bool) -> bool:
+    """Whether the same is imported with both. Either Ray's variables decide that, or all others."""
+    return all(
+        some.get(name, "") == others.get(name, "")
+        for name in some.keys() | others.keys()
+        if name.startswith("RAY_") == of_ray and name not in _OF_NO_IMPORT
+    )
 
 
 def _become(asked: dict[str, Any]) -> None:
@@ -222,7 +324,7 @@ def _become(asked: dict[str, Any]) -> None:
     os.chdir(asked["cwd"])
     if numpy := sys.modules.get("numpy"):
         numpy.random.seed()  # else all workers would draw the same numbers; Python reseeds itself
-    if asked["argv"][:2] == forked.MODULE:
+    if _is_module(asked):
         _, _, module, *arguments = asked["argv"]
         sys.argv = [module, *arguments]
         runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -96,6 +96,7 @@ PINNED: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "ray._raylet:InnerGcsClient": ("get_all_node_info",),
     },
+    "forking": {"ray.actor:": ("ActorClassID",)},
     "joining": {
         "ray._private.services:": ("find_node_ids",),
         "ray._raylet:GcsClient": (),
@@ -136,6 +137,7 @@ PINNED: dict[str, dict[str, tuple[str, ...]]] = {
 - placing: which node an actor starts on (`placement.py`);
 - autoscaling: the autoscaler's bounds, and asking it (`capacity.py`, `asking.py`);
 - starting: starting Ray's processes in the order in which they are needed (`starting.py`);
+- forking: importing Ray before workers are forked (`forkserver.py`);
 - joining: telling at once that this machine is no node of a cluster (`joining.py`);
 - printing: keeping what Ray prints in this process off stdout (`session.py`);
 - token: sending the user's token to the Ray of another process (`joining.py`);

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import ray
 
-from raypipe.run.cluster.forkserver import ForkServer
+from raypipe.run.cluster.forkserver import ALWAYS, OF_RAY, ForkServer
 from raypipe.run.cluster.session import forking
 from raypipe.run.preprocess import Settings, preprocessing
 from tests.conftest import ROOT
@@ -48,16 +48,16 @@ def worker(tmp_path: Path) -> str:
     return str(file)
 
 
-@pytest.fixture
-def serve(monkeypatch) -> Iterator[Callable[..., ForkServer]]:
+@pytest.fixture(scope="module")
+def serve() -> Iterator[Callable[..., ForkServer]]:
     """Starts servers that import the modules they are given."""
     started = []
 
     def start(*modules: str) -> ForkServer:
-        # This variable of pytest changes before a worker begins.
-        monkeypatch.delenv("PYTEST_CURRENT_TEST", raising=False)
-        monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
-        started.append(ForkServer(modules))
+        with pytest.MonkeyPatch.context() as patch:
+            for name in OURS:
+                patch.delenv(name, raising=False)
+            started.append(ForkServer(modules))
         return started[-1]
 
     yield start
@@ -65,14 +65,19 @@ def serve(monkeypatch) -> Iterator[Callable[..., ForkServer]]:
         server.close()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def server(serve) -> ForkServer:
+    """One for all tests that leave it as it is: it takes 2 s of CPU."""
     return serve("cv2")
+
+
+OURS = ("PYTEST_CURRENT_TEST", "PYTHONUNBUFFERED")
+"""Variables of a test that a user's run has not. The first changes before a worker begins."""
 
 
 def around() -> dict[str, str]:
     """This environment, as it was when the server started."""
-    return {key: value for key, value in os.environ.items() if key != "PYTEST_CURRENT_TEST"}
+    return {key: value for key, value in os.environ.items() if key not in OURS}
 
 
 def begun(
@@ -95,7 +100,7 @@ def test_a_fork_has_what_the_server_imported_and_is_else_like_a_worker_that_was_
 ):
     one = begun(server, worker, "--x=1")
     assert one["name"] == "__main__" and one["argv"] == ["--x=1"]
-    assert one["imported"] == ["cv2", "pandas"]  # no Ray: forks would share the state of its ids
+    assert one["imported"] == ["cv2", "pandas", "ray"]
     assert one["parent"] == server.pid
     assert one["group"] == one["pid"]
     assert one["folder"] == os.path.dirname(worker)
@@ -130,7 +135,8 @@ def test_a_fork_does_what_it_registered_for_its_end_and_takes_no_module_apart(se
 @pytest.mark.parametrize(
     ("more", "is_forked"),
     [
-        ({"RAY_TRAIN_V2_ENABLED": "1", "SHLVL": "3"}, True),
+        ({"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0", "SHLVL": "3"}, True),  # as Ray Train's
+        ({"RAY_AUTH_MODE": "token"}, False),
         ({"OMP_NUM_THREADS": "7"}, False),
         ({"PYTHONPATH": "/elsewhere"}, False),
         ({"OF_THE_USER": "1"}, False),
@@ -139,9 +145,24 @@ def test_a_fork_does_what_it_registered_for_its_end_and_takes_no_module_apart(se
 def test_a_worker_whose_variables_may_change_what_it_imports_starts_by_itself(
     more, is_forked, server, worker
 ):
+    assert begun(server, worker)["parent"] == server.pid
     one = begun(server, worker, **more)
     assert one["parent"] == (server.pid if is_forked else os.getpid())
     assert one["env"].items() >= more.items()
+
+
+READS = """
+import os, ray
+print([os.getppid(), ray._raylet.Config.worker_register_timeout_seconds()])
+"""
+
+
+def test_the_first_workers_variables_are_those_with_which_ray_is_imported(serve, tmp_path):
+    file = tmp_path / "reads.py"
+    file.write_text(READS)
+    server, name = serve(), "RAY_worker_register_timeout_seconds"
+    for value, parent in (("7", server.pid), ("7", server.pid), ("8", os.getpid())):
+        assert begun(server, str(file), **{name: value}) == [parent, int(value)]
 
 
 def test_a_worker_of_another_python_starts_by_itself(server, worker, tmp_path):
@@ -150,7 +171,8 @@ def test_a_worker_of_another_python_starts_by_itself(server, worker, tmp_path):
     assert begun(server, worker, python=str(other))["parent"] == os.getpid()
 
 
-def test_a_worker_starts_by_itself_where_there_is_no_server(server, worker):
+def test_a_worker_starts_by_itself_where_there_is_no_server(serve, worker):
+    server = serve("cv2")
     assert begun(server, worker)["parent"] == server.pid
     os.kill(server.pid, signal.SIGKILL)
     psutil.wait_procs([psutil.Process(server.pid)], timeout=30)
@@ -260,7 +282,7 @@ def test_a_module_that_is_missing_or_fails_is_left_to_the_workers(
     (tmp_path / "fails.py").write_text("1 / 0")
     monkeypatch.syspath_prepend(tmp_path)
     server = serve("no_such_module", "fails", "cv2")
-    assert begun(server, worker)["imported"] == ["cv2", "pandas"]
+    assert begun(server, worker)["imported"] == ["cv2", "pandas", "ray"]
 
 
 def test_a_module_in_the_current_folder_is_not_taken_for_a_library(
@@ -272,7 +294,7 @@ def test_a_module_in_the_current_folder_is_not_taken_for_a_library(
         (here / f"{name}.py").write_text("raise SystemExit")
     monkeypatch.chdir(here)
     server = serve("cv2")
-    assert begun(server, worker)["imported"] == ["cv2", "pandas"]
+    assert begun(server, worker)["imported"] == ["cv2", "pandas", "ray"]
 
 
 def test_a_driver_that_is_killed_leaves_neither_server_nor_socket():
@@ -335,6 +357,31 @@ def test_a_server_ends_with_the_last_session_whose_workers_it_starts():
         timeout=300,
     )
     assert done.stdout.split() == ["None", "True", "True", "False", "True", "False"], done.stderr
+
+
+IDS = """
+import ray
+from raypipe.run.cluster.forkserver import _ids_differ, _ids_of_the_system
+with _ids_of_the_system():
+    import ray.data._internal.stats  # it has a class of actors
+print(_ids_differ())
+ray.ActorClassID.from_random()
+print(_ids_differ())
+"""
+
+
+def test_ids_of_forks_differ_until_their_server_has_drawn_one():
+    asked = subprocess.run(
+        [sys.executable, "-c", IDS], cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    assert asked.stdout.split() == ["True", "False"], asked.stderr
+
+
+def test_what_a_worker_imports_of_ray_is_there_to_import(serve, tmp_path):
+    """A name that is gone in a later Ray would cost each worker its import, in silence."""
+    file = tmp_path / "tells.py"
+    file.write_text("import json, sys\nprint(json.dumps(list(sys.modules)))")
+    assert set(begun(serve(), str(file))) >= {*ALWAYS, *OF_RAY}
 
 
 @pytest.mark.smoke
