@@ -1,4 +1,3 @@
-import multiprocessing
 import os
 import pathlib
 
@@ -21,6 +20,7 @@ from tests.data.conftest import (
     pictures,
     write_block,
 )
+from tests.support.forks import forks
 
 LOSSY = ("jpeg", "webdataset", "huggingface")
 
@@ -146,9 +146,7 @@ def _write_for_ever(root: str) -> None:
 
 def test_a_killed_writer_leaves_only_whole_images(tmp_path):
     root = tmp_path / "out"
-    process = multiprocessing.get_context("spawn").Process(
-        target=_write_for_ever, args=(str(root),), daemon=True
-    )
+    process = forks(__name__).Process(target=_write_for_ever, args=(str(root),), daemon=True)
     process.start()
     while not list(root.glob("set/*.png")):
         assert process.is_alive()

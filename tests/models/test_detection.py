@@ -40,7 +40,9 @@ def test_a_model_takes_images_as_the_recipe_left_them(name):
 def test_a_model_trains_and_finds_boxes_within_the_image(name):
     torch.manual_seed(0)
     height, width = SIZES[name]
-    model = build(name, num_classes=4)
+    # Thousands of proposals take 20 s of CPU.
+    few = {"rpn_post_nms_top_n_train": 50, "rpn_post_nms_top_n_test": 20}
+    model = build(name, num_classes=4, arguments=few if name.startswith("faster") else {})
     images = list(torch.randn(2, 3, height, width))
     truths = [targets((8, 8, 40, 30), (20, 10, 60, 50), label=3), targets()]
     for amp in (False, True) if name in LIGHT else (False,):

@@ -1,5 +1,4 @@
 import json
-import multiprocessing
 import os
 import signal
 import time
@@ -26,6 +25,7 @@ from raypipe.stages.actor import TRIES, Tracks
 from raypipe.stages.planning import Preprocessing
 from raypipe.stages.preprocess import Memory, pixels, preprocess_shard
 from tests.conftest import jpeg
+from tests.support.forks import forks
 
 
 def shard_of(folder: Path) -> pa.Table:
@@ -316,7 +316,7 @@ def _die_at(folder: str, shard: int, row: int) -> None:
 
 
 def test_tracks_outlive_their_process_and_blame_a_row_only_after_several_deaths(tmp_path):
-    context = multiprocessing.get_context("spawn")
+    context = forks(__name__)
 
     def die(shard: int, row: int) -> None:
         process = context.Process(target=_die_at, args=(str(tmp_path), shard, row))
@@ -356,7 +356,7 @@ def _wait(folder: str) -> None:
 
 
 def test_an_image_that_takes_too_much_cpu_ends_its_process_and_is_blamed_at_once(tmp_path):
-    context = multiprocessing.get_context("spawn")
+    context = forks(__name__)
     codes = []
     for target in (_compute_for_ever, _wait):
         process = context.Process(target=target, args=(str(tmp_path),))

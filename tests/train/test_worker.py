@@ -1,7 +1,6 @@
 """The train stage without Ray: batches, schedule, and workers as plain processes."""
 
 import json
-import multiprocessing
 import os
 import threading
 from contextlib import nullcontext
@@ -36,6 +35,7 @@ from raypipe.train.peers import Peers
 from raypipe.train.plan import Assignment, Training
 from raypipe.train.settings import Learning, Model
 from raypipe.train.worker import Worker
+from tests.support.forks import forks
 from tests.support.training import Quiet
 
 
@@ -317,9 +317,9 @@ def test_uneven_workers_neither_hang_nor_drop_a_row_and_give_the_gradient_of_all
     given = replace(
         assignment(str(tmp_path), rows=21, epochs=2), segment=segment_of([*mine[0], *mine[1]], 2)
     )
-    spawn = multiprocessing.get_context("spawn")
+    context = forks(__name__)
     processes = [
-        spawn.Process(target=in_process, args=(rank, 2, str(tmp_path), mine[rank], given))
+        context.Process(target=in_process, args=(rank, 2, str(tmp_path), mine[rank], given))
         for rank in (0, 1)
     ]
     for process in processes:

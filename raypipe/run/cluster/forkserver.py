@@ -6,9 +6,9 @@ Of the 1.6 s of CPU that a worker takes to start, 1.5 s are imports. A fork has 
 already, and shares their 100 MB with other workers.
 
 The server imports Ray when the first worker is asked for, with that worker's variables: Ray reads
-some as it is imported. It must not draw an id, or forks would draw the same ones. It must not run
-threads: a fork has their locks, but not the threads. It ends when its standard input ends, which is
-when the driver ends.
+its own as it is imported. It must not draw an id, or forks would draw the same ones. It must not
+run threads: a fork has their locks, but not the threads. It ends when its standard input ends,
+which is when the driver ends.
 """
 
 import atexit
@@ -71,15 +71,22 @@ OF_RAY = (
 """Ray's file of a worker, and what it imports to run an actor of Ray Data: 0.8 s more."""
 
 
+_ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1"}
+"""numpy's library would start threads as it is imported."""
+
 _HARMLESS = "jemalloc_bg_thd"
 """A thread of pyarrow's allocator, which starts it again in a fork."""
 
+_NO_JOB = {"RAY_JOB_ID": "ffffffff"}
+"""Of a worker that any job may take, as those that Ray starts in advance. Ray reads its job's id as
+it is imported, and a worker of one job waits in vain for another."""
+
 _OF_NO_IMPORT = {
-    *("PWD", "OLDPWD", "PS1", "SHLVL", "_", "SPT_NOENV"),
-    *("RAY_JOB_ID", "RAY_RAYLET_PID", "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC"),
+    *("PWD", "OLDPWD", "PS1", "SHLVL", "_", "SPT_NOENV", "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC"),
+    *_NO_JOB,
 }
-"""Variables that no module reads as it is imported. Shells and setproctitle set them; for each
-worker the raylet; and for its own workers Ray Train."""
+"""Variables that may differ. No module reads them as it is imported: those of shells, setproctitle
+and Ray Train. Or a fork has none of them: the job."""
 
 _READ = 1 << 16
 
@@ -134,7 +141,7 @@ def main() -> None:
     _, number, path, *modules = sys.argv
     atexit.register(_leave)  # the first to be registered is the last to be called
     environment = os.environ | {"PYTHONPATH": path}
-    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # it would start threads
+    os.environ.update(_ONE_THREAD)
     with socket.socket(fileno=int(number)) as listening:
         _import((*modules, *ALWAYS))
         asked = _serve(listening, environment)
@@ -231,7 +238,8 @@ def _import_ray(environment: dict[str, str]) -> bool:
     """Import what workers import of Ray, with the variables of one. Whether forks may share it."""
     if "ray" in sys.modules:  # some module has imported it, with other variables
         return False
-    os.environ.update({name: environment[name] for name in environment if name not in os.environ})
+    os.environ.clear()
+    os.environ.update(environment | _NO_JOB | _ONE_THREAD)
     if not internals.missing("forking"):
         with _ids_of_the_system():
             _import(OF_RAY)

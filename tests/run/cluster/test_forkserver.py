@@ -400,3 +400,27 @@ def test_rays_actors_are_forked_and_their_ids_differ(session):
     put = ray.get([actor.put.remote(number) for number, actor in enumerate(actors)])
     for number, references in enumerate(put):
         assert ray.get(references) == [f"{number}-{at}" for at in range(20)]
+
+
+JOB = """
+import sys, psutil, ray
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+
+@ray.remote(num_cpus=0.1)
+def parent():
+    return psutil.Process().parent().pid
+
+print(ray.get(parent.remote()))
+"""
+
+
+@pytest.mark.smoke
+def test_a_server_forks_workers_of_several_jobs(session, joined):
+    parents = [ray.get(ray.remote(lambda: os.getppid()).options(num_cpus=0.1).remote())]
+    for _ in range(2):
+        command = [sys.executable, "-c", JOB, joined["RAY_ADDRESS"]]
+        done = subprocess.run(command, env=joined, capture_output=True, text=True, timeout=100)
+        assert done.returncode == 0, done.stderr
+        parents.append(int(done.stdout))
+    (server,) = set(parents)
+    assert "raypipe.run.cluster.forkserver" in psutil.Process(server).cmdline()
