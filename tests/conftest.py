@@ -79,6 +79,7 @@ def session():
             address="local",
             num_cpus=8,
             _memory=64 * 10**9,
+            _system_config={"num_workers_soft_limit": 2},  # an idle one takes 1% of a CPU
             include_dashboard=False,
             log_to_driver=False,
             logging_level="ERROR",

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 import pytest
@@ -54,9 +55,7 @@ def serve() -> Iterator[Callable[..., ForkServer]]:
     started = []
 
     def start(*modules: str) -> ForkServer:
-        with pytest.MonkeyPatch.context() as patch:
-            for name in OURS:
-                patch.delenv(name, raising=False)
+        with mock.patch.dict(os.environ, AROUND, clear=True):
             started.append(ForkServer(modules))
         return started[-1]
 
@@ -71,13 +70,8 @@ def server(serve) -> ForkServer:
     return serve("cv2")
 
 
-OURS = ("PYTEST_CURRENT_TEST", "PYTHONUNBUFFERED")
-"""Variables of a test that a user's run has not. The first changes before a worker begins."""
-
-
-def around() -> dict[str, str]:
-    """This environment, as it was when the server started."""
-    return {key: value for key, value in os.environ.items() if key not in OURS}
+AROUND = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+"""The environment of servers and workers. pytest and other tests change that of this process."""
 
 
 def begun(
@@ -87,7 +81,7 @@ def begun(
     done = subprocess.run(
         [python, *server.instead_of(worker).split(), *arguments],
         cwd=os.path.dirname(worker),
-        env=around() | {"RAY_JOB_ID": "ffffffff"} | more,
+        env=AROUND | {"RAY_JOB_ID": "ffffffff"} | more,
         stdout=subprocess.PIPE,
         timeout=60,
         check=True,
@@ -104,7 +98,7 @@ def test_a_fork_has_what_the_server_imported_and_is_else_like_a_worker_that_was_
     assert one["parent"] == server.pid
     assert one["group"] == one["pid"]
     assert one["folder"] == os.path.dirname(worker)
-    assert one["env"] == around() | {"RAY_JOB_ID": "ffffffff"}
+    assert one["env"] == AROUND | {"RAY_JOB_ID": "ffffffff"}
     assert one["oom_score_adj"] == 1000
     assert one["children_reaped_by"] == "0"  # SIG_DFL: a worker waits for its own children
 
