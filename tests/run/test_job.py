@@ -16,7 +16,7 @@ import yaml
 from ray.autoscaler._private.util import fillout_defaults, validate_config
 
 from tests.conftest import ROOT, files
-from tests.support.clusters import environment, head, wait_for
+from tests.support.clusters import answer_of, environment, head, wait_for
 from tests.support.runs import named, plain_loop, settings
 
 JOB = [sys.executable, "jobs/preprocess.py"]
@@ -161,7 +161,7 @@ def test_ray_job_submit_with_nothing_of_raypipe_on_the_nodes(cluster, tmp_path):
         time.sleep(0.1)
     stopping = ray_job("stop", "stopped")
     assert "was stopped" in stopping.stdout + stopping.stderr, stopping
-    said = " ".join(ray_job("logs", "stopped").stdout.split())
+    said = " ".join(answer_of(f"{started.dashboard}/api/jobs/stopped/logs")["logs"].split())
     assert "Interrupted. The same command goes on from there" in said and "Traceback" not in said
     before = 5 * len(list(out.glob("_raypipe/journal/*.json")))
     assert 0 < before < 60

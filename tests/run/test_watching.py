@@ -106,8 +106,7 @@ def test_a_run_is_listed_watched_and_scaled_from_outside_until_it_ends(run, tmp_
     with Terminal([*CLI, "watch", RUN, *there], env=ENV, cwd=ROOT) as terminal:
         terminal.shows(r"run watched-1 .*▶ +preprocess +2 .*quit", 120)
         terminal.press("\x1b[B+")
-        terminal.shows(r"▶ +write +1 → 2 .*scaled +write 1 → 2 .*by user.*write: 2 wanted")
-        terminal.shows(r"▶ +write +2 ", 120)
+        terminal.shows(r"▶ +write +2 .*scaled +write 1 → 2 .*by user.*write: 2 wanted", 120)
         terminal.press("----")
         terminal.shows(r"write=0.*at least 1 actor.*quit")
         terminal.press("\x03")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,6 +184,14 @@ def started(
         yield process
     finally:
         kill_all(process)
+
+
+def answer_of(url: str, *, token: str = "a" * 32) -> Any:
+    """What one of Ray's servers answers: JSON, or a text."""
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        text = answer.read().decode()
+        return json.loads(text) if "json" in answer.headers["Content-Type"] else text
 
 
 def listed_actors(head: Head, env: dict[str, str]) -> list[dict[str, Any]]:

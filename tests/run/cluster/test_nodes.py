@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from raypipe.data import journal
 from raypipe.data.location import Location
 from raypipe.images import catalog
 from tests.conftest import files
-from tests.support.clusters import Head, head, kill_all, node
+from tests.support.clusters import Head, answer_of, head, kill_all, node
 from tests.support.driving import AROUND, driven, given_of, waiting_recipe
 from tests.support.runs import plain_loop, running, settings
 
@@ -108,7 +109,7 @@ def test_a_node_that_is_drained_is_left_without_a_repeated_shard(tmp_path, monke
             record = run.until(lambda r: r["done"] > 0 and all_run(r, **{"preprocess+write": 2}))
             assert list(nodes_of(record).values()) == [1, 1]
             (leaves, _) = nodes_of(record)
-            drain(cluster, leaves.split()[-1], env)
+            drain(cluster, leaves.split()[-1])
             record = run.until(
                 lambda r: leaves not in nodes_of(r) and all_run(r, **{"preprocess+write": 2})
             )
@@ -116,57 +117,33 @@ def test_a_node_that_is_drained_is_left_without_a_repeated_shard(tmp_path, monke
             there.touch()
             report = run.ended()
             # What the last seconds did is in the metrics of the nodes, though the run is over.
-            seen = joined(LOOK, cluster, env)
-            assert seen["done"] == images and seen["runs"] == ["drained"]
+            assert done_by_metrics(cluster) == images
+            jobs = [job["metadata"] or {} for job in answer_of(f"{cluster.dashboard}/api/jobs/")]
+            assert [job["raypipe_run"] for job in jobs if "raypipe_run" in job] == ["drained"]
     # What was done twice would count twice here.
     assert [stage["images"] for stage in report["stages"]] == [images]
     assert report["images_out"] == images and len(report["nodes"]) == 3
     equals_a_plain_loop(given, out, tmp_path, monkeypatch)
 
 
-def drain(cluster: Head, node: str, env: dict[str, str]) -> None:
+def drain(cluster: Head, node: str) -> None:
     """Tell the node whose id starts with `node` that it will go, as after a spot notice."""
-    (whole,) = (one for one in joined(NODES, cluster, env) if one.startswith(node))
+    known = answer_of(f"{cluster.dashboard}/api/v0/nodes")["data"]["result"]["result"]
+    (whole,) = (one["node_id"] for one in known if one["node_id"].startswith(node))
     command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node"]
     command += ["--address", cluster.address, "--node-id", whole]
     command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    done = subprocess.run(command, env=AROUND, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr + done.stdout
 
 
-NODES = "print(json.dumps([node['NodeID'] for node in ray.nodes()]))"
-
-LOOK = """
-import re, urllib.request
-
-def read(url):
-    asked = urllib.request.Request(url, headers={"Authorization": f"Bearer {sys.argv[3]}"})
-    with urllib.request.urlopen(asked, timeout=30) as answer:
-        return answer.read().decode()
-
-NAME = "^ray_raypipe_run_images_done_total"
-
-def done():
-    total = 0
-    for node in ray.nodes():
-        if node["Alive"]:
-            text = read(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics")
-            total += sum(map(float, re.findall(NAME + r"{.* (\\S+)$", text, re.M)))
-    return total
-
-jobs = json.loads(read(sys.argv[2] + "/api/jobs/"))
-runs = [job["metadata"]["raypipe_run"] for job in jobs if "raypipe_run" in (job["metadata"] or {})]
-print(json.dumps({"done": done(), "runs": runs}))
-"""
-
-
-def joined(code: str, cluster: Head, env: dict[str, str]) -> Any:
-    """What `code` prints as JSON, in a process that has joined the cluster."""
-    whole = "import json, sys, ray; ray.init(address=sys.argv[1], logging_level='ERROR')\n" + code
-    command = [sys.executable, "-c", whole, cluster.address, cluster.dashboard, "a" * 32]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+def done_by_metrics(cluster: Head) -> float:
+    """The images of all runs, of all nodes that live."""
+    groups = json.loads((cluster.session / "prom_metrics_service_discovery.json").read_text())
+    targets = [target for group in groups for target in group["targets"]]
+    texts = [answer_of(f"http://{target}/metrics") for target in targets]
+    done = re.compile(r"^ray_raypipe_run_images_done_total{.* (\S+)$", re.MULTILINE)
+    return sum(float(number) for text in texts for number in done.findall(text))
 
 
 @pytest.mark.soak
