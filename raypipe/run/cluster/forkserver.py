@@ -3,7 +3,7 @@
     python -m raypipe.run.cluster.forkserver LISTENING PYTHONPATH MODULE ...
 
 Of the 1.6 s of CPU that a worker takes to start, 1.5 s are imports. A fork has these modules
-already, and shares their 100 MB with other workers.
+already, and shares their 120 MB (500 with torch) with other workers.
 
 The server imports Ray when the first worker is asked for, with that worker's variables: Ray reads
 its own as it is imported. It must not draw an id, or forks would draw the same ones. It must not
@@ -55,7 +55,7 @@ ALWAYS = (
     "wcwidth",
     "yaml",
 )
-"""What Ray and Ray Data import in a worker that runs an actor, themselves excepted: 0.7 s."""
+"""What Ray and Ray Data import in a worker that runs an actor, themselves excepted: 0.5 s."""
 
 OF_RAY = (
     "ray._private.workers.default_worker",
@@ -69,7 +69,6 @@ OF_RAY = (
     "raypipe.run.meter",
 )
 """Ray's file of a worker, and what it imports to run an actor of Ray Data: 0.8 s more."""
-
 
 _ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1"}
 """numpy's library would start threads as it is imported."""
@@ -170,7 +169,8 @@ def _serve(listening: socket.socket, environment: dict[str, str]) -> dict[str, A
         environment: of the driver.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # forks leave no zombies
-    of_workers: dict[str, str] | None = None  # of the first worker
+    of_first: dict[str, str] | None = None  # the variables of the first worker
+    shares_ray = False
     _share()
     while True:
         ready, _, _ = select.select([listening, sys.stdin], [], [])
@@ -181,10 +181,11 @@ def _serve(listening: socket.socket, environment: dict[str, str]) -> dict[str, A
             asked, streams = _received(connection)
             may_fork = _is_module(asked) or _is_like(asked, environment)
             if may_fork and not _is_module(asked):
-                if of_workers is None:
-                    of_workers = asked["env"] if _import_ray(asked["env"]) else {}
+                if of_first is None:
+                    of_first = asked["env"]
+                    shares_ray = _import_ray(of_first)
                     _share()
-                may_fork = _are_like(asked["env"], of_workers, of_ray=True)
+                may_fork = shares_ray and _are_like(asked["env"], of_first, of_ray=True)
             is_fork = may_fork and _has_one_thread() and _fork(connection, asked, streams)
             for stream in streams:
                 os.close(stream)
