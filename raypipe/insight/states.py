@@ -71,7 +71,7 @@ class Sample:
     gpu_seen_s: float = 0.0  # how long its GPU was observed; 0: it has none
     gpu_busy_s: float = 0.0
     gpu_memory_peak_bytes: int | None = None
-    private_bytes: int | None = None  # RSS less shared pages; None: the system does not tell
+    private_bytes: int | None = None  # as raypipe.run.meter.private_bytes
     node_store_bytes: int | None = None  # shared memory in use on the node
     steps: tuple[StepTotals, ...] = ()  # in order; empty: the actor does no steps
 

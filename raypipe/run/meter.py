@@ -5,6 +5,7 @@ its sender 0.2 ms; a shard takes 100 ms or more.
 """
 
 import contextlib
+import math
 import os
 import threading
 import time
@@ -21,6 +22,9 @@ from raypipe.stages.stage import Gpu, GpuUse
 ARRIVES_S = 30.0
 """How long to wait for an actor to take a message."""
 
+PAUSE = 200
+"""Between two looks at the private memory, in times of what one took."""
+
 SHARED_MEMORY = "/dev/shm"
 """Where Ray keeps its object store on Linux."""
 
@@ -32,8 +36,7 @@ class Meter:
       into the object store.
     - CPU and memory: of the whole process, threads included, from psutil. Peaks are over samples.
     - Steps: wall and CPU time inside each, so what Ray does between calls is in none.
-    - Private memory: resident memory less shared pages. Otherwise the object store would count once
-      per actor.
+    - Private memory: as `private_bytes`, so often that it takes half a percent of the time.
     - Waiting for a core: of the thread that makes the calls, from /proc/self/task/*/schedstat
       (Linux).
 
@@ -56,6 +59,8 @@ class Meter:
         self._starved = 0.0
         self._waits_since: float | None = None
         self._process = psutil.Process()
+        self._private: int | None = None
+        self._private_from = -math.inf  # when to look again
         # Ray may restart the actor in a new process: its totals start again under a new name.
         self._actor = f"{ray.get_runtime_context().get_actor_id() or 'driver'}-{os.getpid()}"
         self._node = ray.get_runtime_context().get_node_id()
@@ -177,11 +182,14 @@ class Meter:
         """The current totals."""
         machine = psutil.cpu_times()
         with self._lock:
-            memory = self._process.memory_info()
-            rss = memory.rss
-            shared = getattr(memory, "shared", None)  # Linux only
+            now = time.perf_counter()
+            rss = self._process.memory_info().rss
             self._rss_peak = max(self._rss_peak, rss)
-            busy, under_way, core_wait, starved = self._spent(time.perf_counter())
+            if now >= self._private_from:
+                self._private = private_bytes()
+                then = time.perf_counter()
+                self._private_from = then + PAUSE * (then - now)
+            busy, under_way, core_wait, starved = self._spent(now)
             gpu = self._gpu.use() if self._gpu is not None else GpuUse()
             return Sample(
                 stage=self._stage,
@@ -204,7 +212,7 @@ class Meter:
                 gpu_seen_s=gpu.seen_s,
                 gpu_busy_s=gpu.busy_s,
                 gpu_memory_peak_bytes=gpu.memory_peak_bytes,
-                private_bytes=None if shared is None else rss - shared,
+                private_bytes=self._private,
                 node_store_bytes=store_bytes(),
                 steps=tuple(self._steps.values()),
             )
@@ -223,6 +231,21 @@ def arrived(call: ray.ObjectRef) -> None:
     """Wait until an actor has done `call` and the calls before it, or is lost."""
     with contextlib.suppress(RayError):
         ray.get(call, timeout=ARRIVES_S)
+
+
+def private_bytes() -> int | None:
+    """Memory of this process, without what it maps of files and of Ray's object store.
+
+    What it shares with the forks of one server, as imported modules, is divided among them. To read
+    it takes the kernel 2 ms in a process of 130 MB, and 14 ms in one of 500. None: the system does
+    not tell, as an older Linux.
+    """
+    try:
+        with open("/proc/self/smaps_rollup") as lines:
+            (kilobytes,) = (line.split()[1] for line in lines if line.startswith("Pss_Anon:"))
+    except (OSError, ValueError):
+        return None
+    return 1024 * int(kilobytes)
 
 
 def store_bytes() -> int | None:
