@@ -1,12 +1,15 @@
-"""An actor that does several steps in a row, without Ray."""
+"""An actor without Ray: it does several steps in a row, and tracks what kills it."""
 
 import contextlib
 import os
+import signal
 import struct
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -16,9 +19,10 @@ from raypipe.data.tables import image_column
 from raypipe.data.work import shards
 from raypipe.run.execution import tracks
 from raypipe.run.preprocess import preprocessing
-from raypipe.stages.actor import Actor
+from raypipe.stages.actor import TRIES, Actor, Tracks
 from raypipe.stages.stage import Done
 from tests.conftest import files
+from tests.support.forks import forks
 from tests.support.runs import plain_loop, settings
 
 
@@ -120,3 +124,63 @@ def test_the_next_shard_gets_the_memory_of_one_that_is_written_and_no_image_the_
     assert len(spy.seen) >= 3 and len(addresses) == 1
     # An actor that dies after its first step was at no image.
     assert {track for _, track in spy.seen} == {(-1, -1, False)}
+
+
+def _die_at(folder: str, shard: int, row: int) -> None:
+    Tracks(folder).mark(shard, row)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_tracks_outlive_their_process_and_blame_a_row_only_after_several_deaths(tmp_path):
+    context = forks(__name__)
+
+    def die(shard: int, row: int) -> None:
+        process = context.Process(target=_die_at, args=(str(tmp_path), shard, row))
+        process.start()
+        process.join()
+
+    tracks = Tracks(str(tmp_path))
+    tracks.mark(7, 5)  # this process is at 7, 5 and alive: no death
+    for _ in range(TRIES - 1):
+        die(7, 5)
+    die(7, 6)
+    die(8, 5)
+    assert Tracks(str(tmp_path)).killers(7) == {}
+    die(7, 5)
+    after = Tracks(str(tmp_path))  # as the actor that takes the place of the dead one has it
+    assert {row: reject.reason for row, reject in after.killers(7).items()} == {
+        5: "kills its process"
+    }
+    assert after.killers(8) == {}
+
+
+def _compute_for_ever(folder: str) -> None:
+    tracks = Tracks(folder, image_seconds=0.5)
+    tracks.mark(7, 4)
+    tracks.mark(7, 5)
+    while True:
+        cv2.GaussianBlur(np.zeros((500, 500), np.uint8), (31, 31), 5)
+
+
+def _wait(folder: str) -> None:
+    tracks = Tracks(folder, image_seconds=0.5)
+    tracks.mark(7, 6)
+    time.sleep(2)  # takes no CPU
+    tracks.mark(-1, -1)
+    for _ in range(300):
+        cv2.GaussianBlur(np.zeros((500, 500), np.uint8), (31, 31), 5)
+
+
+def test_an_image_that_takes_too_much_cpu_ends_its_process_and_is_blamed_at_once(tmp_path):
+    context = forks(__name__)
+    codes = []
+    for target in (_compute_for_ever, _wait):
+        process = context.Process(target=target, args=(str(tmp_path),))
+        process.start()
+        process.join(60)
+        codes.append(process.exitcode)
+    assert codes == [-signal.SIGKILL, 0]
+    killers = Tracks(str(tmp_path), image_seconds=0.5).killers(7)
+    assert {row: str(reject) for row, reject in killers.items()} == {
+        5: "takes too long: more than --image-seconds 0.5 of CPU"
+    }

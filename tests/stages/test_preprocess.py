@@ -1,7 +1,4 @@
 import json
-import os
-import signal
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +18,9 @@ from raypipe.images.header import NO_ROOM, UNREAD, Reject
 from raypipe.images.ops.augment import HorizontalFlip
 from raypipe.images.ops.geometry import CenterCrop, Resize
 from raypipe.images.recipe import Recipe
-from raypipe.stages.actor import TRIES, Tracks
 from raypipe.stages.planning import Preprocessing
 from raypipe.stages.preprocess import Memory, pixels, preprocess_shard
 from tests.conftest import jpeg
-from tests.support.forks import forks
 
 
 def shard_of(folder: Path) -> pa.Table:
@@ -308,66 +303,6 @@ def test_a_killer_is_not_touched_and_marks_say_where_a_process_is(photos):
     )
     assert 3 not in marks and set(marks) == set(range(60)) - {3}
     assert block.column("reason").to_pylist()[3] == "kills its process"
-
-
-def _die_at(folder: str, shard: int, row: int) -> None:
-    Tracks(folder).mark(shard, row)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_tracks_outlive_their_process_and_blame_a_row_only_after_several_deaths(tmp_path):
-    context = forks(__name__)
-
-    def die(shard: int, row: int) -> None:
-        process = context.Process(target=_die_at, args=(str(tmp_path), shard, row))
-        process.start()
-        process.join()
-
-    tracks = Tracks(str(tmp_path))
-    tracks.mark(7, 5)  # this process is at 7, 5 and alive: no death
-    for _ in range(TRIES - 1):
-        die(7, 5)
-    die(7, 6)
-    die(8, 5)
-    assert Tracks(str(tmp_path)).killers(7) == {}
-    die(7, 5)
-    after = Tracks(str(tmp_path))  # as the actor that takes the place of the dead one has it
-    assert {row: reject.reason for row, reject in after.killers(7).items()} == {
-        5: "kills its process"
-    }
-    assert after.killers(8) == {}
-
-
-def _compute_for_ever(folder: str) -> None:
-    tracks = Tracks(folder, image_seconds=0.5)
-    tracks.mark(7, 4)
-    tracks.mark(7, 5)
-    while True:
-        cv2.GaussianBlur(np.zeros((500, 500), np.uint8), (31, 31), 5)
-
-
-def _wait(folder: str) -> None:
-    tracks = Tracks(folder, image_seconds=0.5)
-    tracks.mark(7, 6)
-    time.sleep(2)  # takes no CPU
-    tracks.mark(-1, -1)
-    for _ in range(300):
-        cv2.GaussianBlur(np.zeros((500, 500), np.uint8), (31, 31), 5)
-
-
-def test_an_image_that_takes_too_much_cpu_ends_its_process_and_is_blamed_at_once(tmp_path):
-    context = forks(__name__)
-    codes = []
-    for target in (_compute_for_ever, _wait):
-        process = context.Process(target=target, args=(str(tmp_path),))
-        process.start()
-        process.join(60)
-        codes.append(process.exitcode)
-    assert codes == [-signal.SIGKILL, 0]
-    killers = Tracks(str(tmp_path), image_seconds=0.5).killers(7)
-    assert {row: str(reject) for row, reject in killers.items()} == {
-        5: "takes too long: more than --image-seconds 0.5 of CPU"
-    }
 
 
 AS_IT_IS = Recipe(name="as-it-is", ops=(HorizontalFlip(),))
