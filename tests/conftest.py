@@ -24,6 +24,8 @@ ROOT = HERE.parent
 CACHE = tempfile.TemporaryDirectory(prefix="raypipe-tests-")
 os.environ["XDG_CACHE_HOME"] = CACHE.name
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # its actor takes 1 s of CPU in each Ray
+# Where several tests share the cores, torch's threads spin while they wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
 # xdist's processes inherit the variable: demo images are rendered once for all of them.
 if "RAYPIPE_TESTS_DEMO" in os.environ:
     _own = Path(demo.cache_dir())
