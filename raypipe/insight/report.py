@@ -304,10 +304,11 @@ def build(
     Returns:
         The record that design.md calls report.json. Of each stage, `cpu_percent` is 0 to 100 of all
         cores, from its first actor's start to its last work; `rss_peak_bytes` and
-        `private_peak_bytes` are the largest sums over its actors, with what they share in each, and
-        once; `busy`, `starved` and `blocked` are shares of its actors' time. `steps` are what its
-        actors do in a row (none of a training's workers and of `consume`); the `busy` of steps sum
-        to the stage's, and what Ray does between calls is in the stage's CPU only.
+        `private_peak_bytes` are the largest sums over its actors. The first counts shared pages in
+        each actor, the second once. `busy`, `starved` and `blocked` are shares of its actors' time.
+        `steps` are what its actors do in a row (none of a training's workers and of `consume`); the
+        `busy` of steps sum to the stage's, and what Ray does between calls is in the stage's CPU
+        only.
         `object_store_peak_bytes` is the shared memory of the nodes, counted once. `work_s` counts
         from when the last of the initial actors was ready to the last output; `work_cpu_percent` is
         the machine meanwhile.

@@ -23,7 +23,7 @@ ARRIVES_S = 30.0
 """How long to wait for an actor to take a message."""
 
 PAUSE = 200
-"""Between two looks at the private memory, in times of what one took."""
+"""After a look at the private memory, the next one waits so many times as long as it took."""
 
 SHARED_MEMORY = "/dev/shm"
 """Where Ray keeps its object store on Linux."""

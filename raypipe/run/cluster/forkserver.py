@@ -6,9 +6,9 @@ Of the 1.6 s of CPU that a worker takes to start, 1.5 s are imports. A fork has 
 already, and shares their 120 MB (500 with torch) with other workers.
 
 The server imports Ray when the first worker is asked for, with that worker's variables: Ray reads
-its own as it is imported. It must not draw an id, or forks would draw the same ones. It must not
-run threads: a fork has their locks, but not the threads. It ends when its standard input ends,
-which is when the driver ends.
+them only then. The server must not draw an id of Ray: all forks would draw the same ids after it.
+It must not run threads: a fork has their locks, but not the threads. It ends when its standard
+input ends, which is when the driver ends.
 """
 
 import atexit
@@ -249,7 +249,7 @@ def _import_ray(environment: dict[str, str]) -> bool:
 
 @contextlib.contextmanager
 def _ids_of_the_system() -> Iterator[None]:
-    """Each class of actors draws an id as it is imported: here not from Ray's generator."""
+    """Each class of actors draws an id when it is imported. Do not let it seed Ray's generator."""
     from ray import actor
 
     kind = actor.ActorClassID
@@ -259,9 +259,8 @@ def _ids_of_the_system() -> Iterator[None]:
         def from_random() -> Any:
             return kind(os.urandom(kind.size()))
 
-    actor.ActorClassID = Ids
-    yield
-    actor.ActorClassID = kind
+    with internals.replaced(actor, "ActorClassID", Ids):
+        yield
 
 
 def _ids_differ() -> bool:

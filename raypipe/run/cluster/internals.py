@@ -3,9 +3,12 @@
 Written for Ray 2.60. Importing this module imports nothing of Ray.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from functools import cache
 from importlib import import_module
+from typing import Any
 
 _EXECUTION = "ray.data._internal.execution"
 
@@ -193,3 +196,14 @@ def _missing_of(path: str, names: tuple[str, ...]) -> list[str]:
         return [path]
     known = {field.name for field in fields(owner)} if is_dataclass(owner) else set()
     return [f"{name or module}.{one}" for one in names if one not in known | set(dir(owner))]
+
+
+@contextmanager
+def replaced(owner: Any, name: str, new: Any) -> Iterator[None]:
+    """Have `new` in place of one of Ray's names, in the block."""
+    old = vars(owner)[name]
+    setattr(owner, name, new)
+    try:
+        yield
+    finally:
+        setattr(owner, name, old)

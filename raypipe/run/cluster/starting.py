@@ -27,6 +27,7 @@ from ray._private import ray_constants, services, utils
 from ray._private.node import Node
 from ray.exceptions import RayError
 
+from raypipe.run.cluster import internals
 from raypipe.run.cluster.forkserver import ForkServer
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ class Start:
             ]
         with contextlib.ExitStack() as stack:
             for owner, name, new in replaced:
-                stack.enter_context(_replaced(owner, name, new))
+                stack.enter_context(internals.replaced(owner, name, new))
             try:
                 yield
             except BaseException:
@@ -226,7 +227,7 @@ class Start:
             os.write(self._pipe, b"\n\n")  # a line for each
 
     def _start_dashboard(self) -> None:
-        with _replaced(services, "start_ray_process", _launch):
+        with internals.replaced(services, "start_ray_process", _launch):
             try:
                 _start_api_server(self._node, include_dashboard=None, raise_on_failure=False)
             except _Launched as launched:
@@ -261,16 +262,6 @@ def _launch(command: list[str], process_type: str, **given: Any) -> Any:
 
 def _nothing(*given: Any) -> None:
     pass
-
-
-@contextlib.contextmanager
-def _replaced(owner: Any, name: str, new: Any) -> Iterator[None]:
-    old = vars(owner)[name]
-    setattr(owner, name, new)
-    try:
-        yield
-    finally:
-        setattr(owner, name, old)
 
 
 def works_here() -> bool:
